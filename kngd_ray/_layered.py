@@ -1,0 +1,230 @@
+"""Layers of plain settings, merged with the memory of who set what, and validated as dataclasses.
+
+The engine under :mod:`kngd_ray.config`; it knows nothing of what the settings mean. A *choice* is a
+dataclass with a ``kind`` field, or a union of such; see :mod:`kngd_ray.config` for how it is written.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from kngd_ray.errors import UsageError
+
+
+@dataclass
+class Leaf:
+    """A value and the layer that set it, counted from 0."""
+
+    value: Any
+    layer: int
+
+
+Node = Union[Leaf, dict[str, "Node"], list["Node"]]
+T = TypeVar("T")
+
+
+def merge(node: Node, value: Any, layer: int) -> Node:
+    """Lay a layer's value over a node; mappings merge, all else replaces."""
+    if isinstance(value, Mapping):
+        merged: dict[str, Node] = dict(node) if isinstance(node, dict) else _as_choice(node)
+        for key, inner in value.items():
+            # dotted keys in files mean what they mean on the command line
+            head, _, rest = str(key).partition(".")
+            merged[head] = merge(merged.get(head, {}), {rest: inner} if rest else inner, layer)
+        return merged
+    if isinstance(value, list):
+        return [merge({}, inner, layer) for inner in value]
+    if isinstance(node, dict) and "kind" in node and isinstance(value, str):
+        return {**node, "kind": Leaf(value, layer)}
+    return Leaf(value, layer)
+
+
+def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> Node:
+    """Set one dotted path."""
+    if not path:
+        return merge(node, value, layer)
+    head, rest = path[0], path[1:]
+    if isinstance(node, Leaf) and isinstance(node.value, str) and head.isdecimal():
+        node = _names(node)
+    if isinstance(node, list):
+        index = int(head) if head.isdecimal() else 0 if len(node) == 1 else -1
+        if not 0 <= index < len(node):
+            raise UsageError(f"{full}: that list has {len(node)} elements; address one by its number, from 0.")
+        below = rest if head.isdecimal() else path
+        return [assign(item, below, value, layer, full) if i == index else item for i, item in enumerate(node)]
+    mapping = node if isinstance(node, dict) else _as_choice(node)
+    return {**mapping, head: assign(mapping.get(head, {}), rest, value, layer, full)}
+
+
+def _names(leaf: Leaf) -> list[Node]:
+    """The long form of a list that was given as ``a,b``."""
+    return [Leaf(name.strip(), leaf.layer) for name in leaf.value.split(",")]
+
+
+def _as_choice(node: Node) -> dict[str, Node]:
+    """The long form of a choice that was given as a bare name."""
+    return {"kind": node} if isinstance(node, Leaf) and isinstance(node.value, str) else {}
+
+
+def build(cls: type[T], node: Node, path: str) -> T:
+    """Validate a node as a dataclass; each field as a choice, a dataclass or a leaf."""
+    if not isinstance(node, dict):
+        raise UsageError(f"{path}: expected settings of the form key: value, found {_raw(node)!r}.")
+    hints = _hints(cls)
+    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
+    kind = node.get("kind")
+    values: dict[str, Any] = {}
+    for key, inner in node.items():
+        here = f"{path}.{key}" if path else key
+        if key in known:
+            values[key] = _value(hints[key], inner, here)
+        elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
+            raise UsageError(f"unknown key {here!r}{nearest(key, known, path)}.")
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]  # type: ignore[arg-type]
+    if missing:
+        raise UsageError(f"{path or 'the configuration'} lacks {', '.join(missing)}.")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}." if path else f"{error}.") from error
+
+
+def _value(hint: Any, node: Node, path: str) -> Any:
+    choices = _choices(hint)
+    if choices:
+        return _choose(choices, node, path)
+    if is_dataclass(hint):
+        return build(hint, node, path)  # type: ignore[arg-type]
+    element = _tuple_element(hint)
+    if element is not None and _choices(element):
+        if isinstance(node, Leaf) and isinstance(node.value, str):
+            node = _names(node)
+        items = node if isinstance(node, list) else [node]
+        return tuple(_choose(_choices(element), item, f"{path}.{i}") for i, item in enumerate(items))
+    raw = _raw(node)
+    if element is not None and raw is not None and not isinstance(raw, list):
+        # "0,1,2" and a lone 0 are lists too; a comma before a space belongs to the text, as in prompts
+        raw = [item.strip() for item in re.split(r",(?!\s)", raw)] if isinstance(raw, str) else [raw]
+    if isinstance(raw, bool) and hint is not bool and hint != (bool | None):
+        raise UsageError(f"{path}={str(raw).lower()}: expected {_named(hint)}.")
+    try:
+        return _adapter(hint).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = first["input"] if not isinstance(raw, list) else raw
+        options = [str(o) for o in (*_literals(hint), *_literals(element))]
+        hint_text = nearest(str(first["input"]), options) if options else ""
+        raise UsageError(f"{path}={given!r}: {first['msg'][0].lower()}{first['msg'][1:]}{hint_text}.") from error
+
+
+def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
+    node = node if isinstance(node, dict) else _as_choice(node)
+    kind = _raw(node.get("kind", Leaf(None, 0)))
+    if kind is None and len(choices) == 1:
+        (kind,) = choices
+    if kind not in choices:
+        given = "nothing" if kind is None else repr(kind)
+        raise UsageError(f"{path} is {given}{nearest(str(kind), list(choices))}.")
+    return build(choices[kind], node, path)
+
+
+def _raw(node: Node) -> Any:
+    if isinstance(node, Leaf):
+        return node.value
+    if isinstance(node, list):
+        return [_raw(item) for item in node]
+    return {key: _raw(item) for key, item in node.items()}
+
+
+def _newest(node: Node) -> int:
+    """The latest layer that set any part of a node."""
+    if isinstance(node, Leaf):
+        return node.layer
+    return max((_newest(item) for item in (node if isinstance(node, list) else node.values())), default=-1)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def _choices(hint: Any) -> dict[str, type]:
+    """The dataclasses with a ``kind`` that a hint admits, by kind; empty for any other hint."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = {}
+    for member in members:
+        if not (is_dataclass(member) and isinstance(member, type)):
+            return {}
+        kinds = [f.default for f in fields(member) if f.name == "kind"]
+        if not kinds:
+            return {}
+        found[str(kinds[0])] = member
+    return found
+
+
+def _tuple_element(hint: Any) -> Any:
+    """The T of ``tuple[T, ...]``, also where the hint is optional or admits a bare T; None otherwise."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if str in members:
+        return None  # `str | tuple[str, ...]` takes a bare string as it is
+    for member in members:
+        if get_origin(member) is tuple:
+            return get_args(member)[0]
+    return None
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _named(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def nearest(name: str, valid: Sequence[str], path: str = "") -> str:
+    """'; did you mean x?' and the valid names, for the end of a message."""
+    prefix = f"{path}." if path else ""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    guess = f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"{guess} (valid: {', '.join(sorted(valid))})" if valid else guess
+
+
+def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "kind":
+                yield path, inner
+            else:
+                yield from flat(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inner in enumerate(value):
+            yield from flat(inner, f"{path}.{index}")
+    elif isinstance(value, list):
+        yield path, ",".join(str(item) for item in value)
+    else:
+        yield path, value
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Nested dicts, lists and scalars."""
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: listed(inner) for key, inner in value.items()}
+        return [listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    plain: dict[str, Any] = listed(asdict(config))
+    return plain
+
+

@@ -1,0 +1,385 @@
+"""Frozen CLIP towers: where their weights come from, and what exactly was loaded.
+
+A model is named in one of four ways::
+
+    name = "embedded"                                 the mini CLIP of this package, no network
+    name = "ViT-B-16"   pretrained = "openai"         a tag of open_clip, fetched from its hub once
+    name = "ViT-B-16"   pretrained = "vit.safetensors"   a local checkpoint file
+    name = "ViT-B-16"   pretrained = "random"         untrained, the same weights every time
+
+Everything a feature depends on is hashed into :attr:`ClipModel.fingerprint`, so that features can be
+cached on disk and never be taken for those of another model.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kngd_ray.clip._prompts import expand
+from kngd_ray.errors import ModelError
+
+EMBEDDED = "embedded"
+RANDOM = "random"
+
+_MINI_CLIP = Path(__file__).resolve().parents[1] / "assets" / "mini_clip"
+_CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which CLIP model to adapt.
+
+    Attributes:
+        name: A model name of open_clip, or ``embedded`` for the mini CLIP of this package.
+        pretrained: A pretrained tag of that model, the path of a local checkpoint (``.safetensors``,
+            or ``.pt``, ``.pth`` and ``.bin`` with nothing but tensors in it), or ``random`` for seeded
+            untrained weights. None for ``embedded``.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    name: str = EMBEDDED
+    pretrained: str | None = None
+
+
+class ClipModel:
+    """A frozen image tower and text tower that share one embedding space of dimension d.
+
+    Attributes:
+        name: The name it was loaded by.
+        fingerprint: sha256 (hex) of all weights and buffers, the model configuration and the picture
+            transforms; the same on every device.
+        embed_dim: d.
+        logit_scale: Factor from cosines to logits (the inverse temperature).
+        image_size: (height, width) of the pictures that the image tower sees.
+        device: Where the towers are; features always come back on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: Any,  # one of open_clip's untyped CLIP classes
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        architecture: dict[str, Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name = name
+        self.device = torch.device(device)
+        self.embed_dim: int = architecture["embed_dim"]
+        self.fingerprint = _fingerprint(network, transform, architecture)
+        self._network = network.eval().requires_grad_(False).to(self.device)
+        self._transform = transform
+        self._tokenizer = tokenizer
+        self.logit_scale = float(self._network.logit_scale.exp())
+        size = self._network.visual.image_size
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def __repr__(self) -> str:
+        return f"ClipModel({self.name!r}, embed_dim={self.embed_dim}, fingerprint={self.fingerprint[:12]!r})"
+
+    def encode_images(self, images: Sequence[Image.Image], *, batch_size: int = 64) -> Tensor:
+        """Encode pictures.
+
+        Args:
+            images: m pictures of any size and mode.
+            batch_size: Pictures that go through the tower at once; no influence on the features
+                beyond float rounding.
+
+        Returns:
+            Features (m, d), float32 rows of unit norm on the CPU.
+        """
+
+        def prepare(batch: Sequence[Image.Image]) -> Tensor:
+            # RGB first: resizing a palette picture would interpolate palette indices.
+            return torch.stack([self._transform(image.convert("RGB")) for image in batch])
+
+        return self._encode(images, prepare, self._network.encode_image, batch_size)
+
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Encode texts; what is longer than the context of the text tower is cut off.
+
+        Args:
+            texts: n texts.
+            batch_size: Texts that go through the tower at once; no influence on the features beyond
+                float rounding.
+
+        Returns:
+            Features (n, d), float32 rows of unit norm on the CPU.
+        """
+
+        def prepare(batch: Sequence[str]) -> Tensor:
+            return self._tokenizer(list(batch))
+
+        return self._encode(texts, prepare, self._network.encode_text, batch_size)
+
+    def encode_classes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+        """Encode classes as the mean direction of their prompts: the weights of a zero-shot head.
+
+        Args:
+            class_names: C names; an underscore counts as a space.
+            templates: Sentences with one ``{}`` each, or the name of a set of them.
+
+        Returns:
+            Features (C, d), float32 rows of unit norm on the CPU.
+        """
+        prompts = expand(class_names, templates)
+        features = self.encode_texts([prompt for row in prompts for prompt in row])
+        return normalize(features.view(len(prompts), -1, self.embed_dim).mean(dim=1), dim=-1)
+
+    def _encode(
+        self,
+        items: Sequence[Item],
+        prepare: Callable[[Sequence[Item]], Tensor],
+        tower: Callable[[Tensor], Tensor],
+        batch_size: int,
+    ) -> Tensor:
+        features = [torch.empty(0, self.embed_dim)]
+        for start in range(0, len(items), batch_size):
+            with torch.inference_mode():
+                batch = prepare(items[start : start + batch_size]).to(self.device)
+                features.append(tower(batch).float().cpu())
+        # Outside inference_mode, whose tensors autograd refuses: these are the inputs of adapters.
+        return normalize(torch.cat(features), dim=-1)
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:
+    """Load a CLIP model, frozen and in evaluation mode.
+
+    Needs no network for ``embedded``, local files and ``random``. Nothing is unpickled beyond tensors,
+    and the state of the global random generators is left as it was. A :class:`ModelError` tells of an
+    unknown model, tag or file, and of weights that cannot be fetched, read or put into that architecture.
+
+    Args:
+        config: Which model and which weights.
+        device: Where the towers go.
+
+    Returns:
+        The model.
+    """
+    source = _locate(config)
+    with _quiet_open_clip():
+        network, transform, tokenizer, architecture = _build(source)
+        if source.checkpoint is not None:
+            _load_weights(network, source.checkpoint, source.name)
+    return ClipModel(source.name, network, transform, tokenizer, architecture, device)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where open_clip finds one model: its name there, its weights, and what the tag says of them."""
+
+    name: str
+    open_clip_name: str
+    checkpoint: Path | None
+    tag: dict[str, Any] = field(default_factory=dict)
+
+
+def _locate(config: ModelConfig) -> _Source:
+    """Find the architecture and the weights, fetching them if they are a tag of the hub.
+
+    Raises:
+        ModelError: There is no such model, tag or file, or none is named.
+    """
+    if config.name == EMBEDDED:
+        if config.pretrained is not None:
+            raise ModelError(
+                f"model.pretrained={config.pretrained!r} is not for the embedded model, which has its own "
+                "weights: leave it out, or set model.name to the architecture of these weights"
+            )
+        # The folder has the layout of a hub repository: no name has to be registered with open_clip.
+        return _Source(EMBEDDED, f"local-dir:{_MINI_CLIP}", _MINI_CLIP / "open_clip_model.safetensors")
+
+    import open_clip
+
+    name = config.name.replace("/", "-")  # as the CLIP paper writes them: ViT-B/32
+    if name not in (models := open_clip.list_models()):
+        raise ModelError(
+            f"model.name={config.name!r} is not a model of open_clip: did you mean "
+            f"{_nearest(name, [EMBEDDED, *models])}?"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    choices = f"the path of a local checkpoint, or to a tag ({', '.join(tags) or 'it has none'})"
+    if config.pretrained is None:
+        raise ModelError(
+            f"model {name} needs weights: set model.pretrained to {choices}, or to {RANDOM!r} if untrained "
+            "weights are meant"
+        )
+    if config.pretrained == RANDOM:
+        return _Source(name, name, None)
+    if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
+        return _Source(name, name, _fetch(name, config.pretrained, tag), tag)
+    path = Path(config.pretrained).expanduser()
+    if path.is_file() or path.suffix in _CHECKPOINT_SUFFIXES or len(path.parts) > 1:
+        return _Source(name, name, _check_path(path))
+    raise ModelError(
+        f"model.pretrained={config.pretrained!r} is neither a tag of {name} nor a file: set it to {choices}"
+    )
+
+
+def _fetch(name: str, tag_name: str, tag: dict[str, Any]) -> Path:
+    """Path of a tag's weights in the hub's cache, downloaded if they are not there.
+
+    Raises:
+        ModelError: The hub cannot be reached, or does not give them.
+    """
+    import open_clip
+
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # whatever the hub client, urllib or the file system raises
+        raise ModelError(
+            f"the weights {tag_name!r} of {name} are not in the local cache and cannot be downloaded "
+            f"({_first_line(error).split('Last error: ')[-1]}): pass a local checkpoint file through "
+            f"model.pretrained, or use the {EMBEDDED} model"
+        ) from error
+
+
+def _check_path(path: Path) -> Path:
+    """The path of a local checkpoint, if it is there and of a kind that can be read.
+
+    Raises:
+        ModelError: It is not.
+    """
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        found = [str(f) for f in sorted(folder.glob("*")) if f.suffix in _CHECKPOINT_SUFFIXES]
+        hint = f"the nearest is {_nearest(str(path), found, n=1)}" if found else f"{folder} has no checkpoint"
+        raise ModelError(f"model.pretrained: there is no checkpoint file {path}; {hint}")
+    if path.suffix not in _CHECKPOINT_SUFFIXES:
+        raise ModelError(
+            f"model.pretrained: {path} is not a checkpoint that can be read: the file name must end in "
+            f"{', '.join(_CHECKPOINT_SUFFIXES)}"
+        )
+    return path
+
+
+def _build(source: _Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
+    """Instantiate network (its weights untrained, but seeded), picture transform and tokenizer.
+
+    Raises:
+        ModelError: A tower or tokenizer of another library is not installed or not cached.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            network = open_clip.create_model(
+                source.open_clip_name,
+                load_weights=False,
+                pretrained_text=False,  # else text towers of the hub fetch weights that are replaced anyway
+                force_preprocess_cfg=source.tag,
+                # Some tags were trained with OpenAI's activation; open_clip warns and goes on without it.
+                force_quick_gelu=source.tag.get("quick_gelu", False),
+            )
+        tokenizer = open_clip.get_tokenizer(source.open_clip_name)
+        architecture = open_clip.get_model_config(source.open_clip_name)
+    except Exception as error:  # towers and tokenizers of other libraries fetch their files here
+        raise ModelError(
+            f"model {source.name} cannot be built ({_first_line(error)}): install what is named there, or "
+            "set model.name to a model without files of other libraries, such as 'ViT-B-32'"
+        ) from error
+    transform = image_transform_v2(PreprocessCfg(**network.visual.preprocess_cfg), is_train=False)
+    architecture["quick_gelu"] = architecture.get("quick_gelu", False) or source.tag.get("quick_gelu", False)
+    return network, transform, tokenizer, architecture
+
+
+def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
+    """Read a checkpoint into a network, which must need all of it and nothing else.
+
+    Raises:
+        ModelError: The file is corrupt, is more than tensors, or belongs to another architecture.
+    """
+    import open_clip
+
+    try:
+        # Not strict: it then returns the names that strict loading would bury in a long message.
+        keys = open_clip.load_checkpoint(network, str(path), strict=False, weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}): check its permissions and size, or fetch it again"
+        ) from error
+    except Exception as error:  # open_clip assumes much of a checkpoint while it converts old layouts
+        difference = _first_difference(network, path)
+        if difference is None:
+            raise ModelError(
+                f"{path} is corrupt or holds Python objects besides tensors, which are never unpickled: "
+                "fetch it again, or save its state dict as .safetensors"
+            ) from error
+        reason = difference or _first_line(error)
+        raise ModelError(f"{path} is not a checkpoint of {name}: {reason}") from error
+    if keys.missing_keys:
+        raise ModelError(f"{path} is not a checkpoint of {name}: it has no {keys.missing_keys[0]!r}")
+    if keys.unexpected_keys:
+        raise ModelError(f"{path} is not a checkpoint of {name}: {name} has no {keys.unexpected_keys[0]!r}")
+
+
+def _first_difference(network: torch.nn.Module, path: Path) -> str | None:
+    """The first tensor that a checkpoint lacks or has in another shape; None if it cannot be read."""
+    from open_clip.factory import load_state_dict
+
+    try:
+        found = load_state_dict(str(path), weights_only=True)
+    except Exception:
+        return None
+    for key, tensor in network.state_dict().items():
+        if key not in found:
+            return f"it has no {key!r}"
+        if (shape := getattr(found[key], "shape", ())) != tensor.shape:
+            return f"its {key!r} has shape {tuple(shape)}, not {tuple(tensor.shape)}"
+    return ""
+
+
+def _fingerprint(network: torch.nn.Module, transform: object, architecture: dict[str, Any]) -> str:
+    """Hash what the features depend on; see :class:`ClipModel`."""
+    steps = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # functions print their address
+    digest = hashlib.sha256(json.dumps([architecture, steps], sort_keys=True).encode())
+    # The state dict leaves out buffers that are computed from the configuration, which is hashed itself.
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _nearest(word: str, words: Sequence[str], n: int = 3) -> str:
+    """The n words most like a word, case ignored, as a list for a sentence."""
+    spelling = {candidate.lower(): candidate for candidate in words}
+    return " or ".join(spelling[m] for m in difflib.get_close_matches(word.lower(), spelling, n=n, cutoff=0))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Keep open_clip from configuring the root logger and from logging its steps there."""
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return "open_clip" not in Path(record.pathname).parts
+
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)  # without any handler, logging.info() installs one for stderr
+    root.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        root.removeFilter(from_elsewhere)
+        root.removeHandler(handler)

@@ -1,0 +1,24 @@
+"""Adapters on the frozen towers' embeddings.
+
+A new adapter is one module beside :mod:`~kngd_ray.clip.adapters.linear` and one name in
+:data:`AnyAdapter`.
+"""
+
+from kngd_ray.clip.adapters._base import Adapter, AdapterConfig, HeadShape, Tower
+from kngd_ray.clip.adapters.bottleneck import Bottleneck
+from kngd_ray.clip.adapters.class_residual import ClassResidual
+from kngd_ray.clip.adapters.linear import Linear
+
+# The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
+AnyAdapter = Bottleneck | Linear | ClassResidual
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AnyAdapter",
+    "Bottleneck",
+    "ClassResidual",
+    "HeadShape",
+    "Linear",
+    "Tower",
+]

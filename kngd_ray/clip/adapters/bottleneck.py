@@ -1,0 +1,66 @@
+"""CLIP-Adapter: a two-layer bottleneck mixed with the embedding (Gao et al., arXiv 2110.04544)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from kngd_ray.clip.adapters._base import Adapter, HeadShape, Tower
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """z <- ratio * ReLU(W2 ReLU(W1 z)) + (1 - ratio) * z, W1 (width, d), W2 (d, width), no biases.
+
+    Attributes:
+        kind: the adapter's name.
+        tower: which embeddings are adapted; ``both`` has weights of its own for each.
+        width: hidden units.
+        ratio: residual ratio, how much of the adapted embedding enters; 0 is zero-shot.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    tower: Tower = "image"
+    width: int = 64
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width is {self.width}; a bottleneck needs at least 1 hidden unit")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}; the residual ratio must lie in (0, 1]")
+
+    def build(self, shape: HeadShape) -> Adapter:
+        """A new adapter with PyTorch's default linear initialisation."""
+        return _BottleneckAdapter(self, shape)
+
+
+class _BottleneckAdapter(Adapter):
+    def __init__(self, config: Bottleneck, shape: HeadShape) -> None:
+        super().__init__()
+        self.ratio = config.ratio
+        towers = ("image", "text") if config.tower == "both" else (config.tower,)
+        self.mlp = nn.ModuleDict(
+            {
+                tower: nn.Sequential(
+                    nn.Linear(shape.embed_dim, config.width, bias=False),
+                    nn.ReLU(),
+                    nn.Linear(config.width, shape.embed_dim, bias=False),
+                    nn.ReLU(),
+                )
+                for tower in towers
+            }
+        )
+
+    def image(self, z: Tensor) -> Tensor:
+        return self._mix("image", z)
+
+    def text(self, t: Tensor) -> Tensor:
+        return self._mix("text", t)
+
+    def _mix(self, tower: str, x: Tensor) -> Tensor:
+        if tower not in self.mlp:
+            return x
+        return self.ratio * self.mlp[tower](x) + (1 - self.ratio) * x

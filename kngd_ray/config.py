@@ -1,0 +1,289 @@
+"""The one configuration tree: typed, layered, and refusing what it does not know.
+
+A configuration is built from layers, later ones winning: the defaults of the dataclasses, a preset,
+a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`. Two conveniences:
+
+* A *choice* (a covariance family, an adapter, an observation model, ...) is a mapping with a
+  ``kind`` and that kind's own options, and a bare name is short for it:
+  ``filter.covariance=dense``, then ``filter.covariance.rule=vdekf``. When a later layer changes the
+  kind, options of the earlier kind that the new one does not have are dropped.
+* A list with one element can be addressed without its index: ``adapter.width=32``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from kngd_ray._layered import Node, T, assign, build, flat, merge, nearest, plain
+from kngd_ray.clip import ModelConfig
+from kngd_ray.data import DataConfig
+from kngd_ray.errors import UsageError
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import PosteriorOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Where and how a run executes.
+
+    Attributes:
+        num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray.
+        use_gpu: give each rank a GPU.
+        cpus_per_worker: CPU cores that each rank reserves.
+        address: Ray cluster to join; None joins $RAY_ADDRESS or starts one on this machine.
+        storage_path: folder of the runs, shared by all nodes.
+        name: folder of this run inside it; None makes one up. Also what ``--resume`` takes.
+        checkpoint_every: steps between checkpoints; the end of a fit always writes one.
+        max_failures: how often a job whose worker died is started again.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    num_workers: int = 2
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    address: str | None = None
+    storage_path: str = "kngd_runs"
+    name: str | None = None
+    checkpoint_every: int = 100
+    max_failures: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "checkpoint_every", "max_failures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise ValueError(f"name is {self.name!r}; it names a folder, without slashes or a leading dot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps the runs.
+
+    Attributes:
+        enabled: log to MLflow at all.
+        uri: tracking store; a database file in this folder by default.
+        experiment: MLflow experiment.
+        log_model: log a pyfunc model that predicts from picture bytes.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    enabled: bool = True
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "kngd_ray"
+    log_model: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FitOptions):
+    """Everything that ``kngd-ray train`` can be told; the options of the fit and these.
+
+    Attributes:
+        preset: shipped preset or YAML file under the other settings; None is the one named as the method.
+        seeds: one fit per seed, each on a support set of its own.
+        baselines: methods fitted beside, from their own presets on the same data, seeds and adapter.
+        data: data set and few-shot task.
+        model: CLIP model.
+        posterior: how the posterior enters predictions.
+        trainer: where the run executes.
+        tracking: where it is logged.
+    """
+
+    preset: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    baselines: tuple[Literal["adamw", "sgd"], ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds:
+            raise ValueError("seeds is empty; name at least one")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ and be 0 or more")
+
+    @property
+    def fit_options(self) -> FitOptions:
+        """The part of the configuration that decides a fit."""
+        return FitOptions(**{f.name: getattr(self, f.name) for f in fields(FitOptions)})
+
+
+def load_config(
+    file: Path | None = None, overrides: Sequence[str] = (), *, forced: Mapping[str, Any] | None = None
+) -> Config:
+    """Build a configuration from its layers.
+
+    Args:
+        file: YAML file, or None.
+        overrides: ``key=value`` strings, values in YAML.
+        forced: a nested mapping above all other layers.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UsageError: unknown key, ill-typed or out-of-range value, malformed override, missing file or preset.
+    """
+    layers: list[Mapping[str, Any]] = [read_yaml(file)] if file is not None else []
+    assignments = [parse_override(text) for text in overrides]
+    named: dict[str, Any] = {}
+    for chosen in (*layers, dict(assignments), forced or {}):
+        named |= {key: chosen[key] for key in ("method", "preset") if chosen.get(key) is not None}
+    preset = named.get("preset", named.get("method", Config.method))
+    if "preset" in named or preset in presets():  # a misspelt method is reported as a method
+        layers.insert(0, read_preset(str(preset)))
+    layers.insert(0, plain(Config()))
+    tree: Node = {}
+    for number, layer in enumerate(layers):
+        tree = merge(tree, layer, number)
+    for number, (path, value) in enumerate(assignments, start=len(layers)):
+        tree = assign(tree, path.split("."), value, number, path)
+    tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
+    return build(Config, tree, "")
+
+
+def baseline_config(config: Config, method: str) -> Config:
+    """The configuration of a baseline beside a run: its own preset on the run's data, seeds and adapter.
+
+    Args:
+        config: the run's configuration.
+        method: the baseline's method.
+
+    Returns:
+        The baseline's configuration.
+    """
+    shared = plain(config)
+    kept = ("seeds", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking")
+    return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
+
+
+def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
+    """Validate plain data, such as a manifest's, as a dataclass of the tree.
+
+    Args:
+        cls: the dataclass.
+        raw: nested mappings, lists and scalars.
+
+    Returns:
+        The object.
+
+    Raises:
+        UsageError: the data does not fit.
+    """
+    return build(cls, merge({}, raw, 0), "")
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    folder = resources.files("kngd_ray") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Read a shipped preset by name, or a YAML file by path.
+
+    Args:
+        name: preset or path.
+
+    Returns:
+        The nested settings.
+
+    Raises:
+        UsageError: there is no such preset or file.
+    """
+    if name in presets():
+        return _parse_yaml((resources.files("kngd_ray") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name))
+    raise UsageError(f"there is no preset {name!r}{nearest(name, presets())}; name one of these or a YAML file.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The nested settings.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not a YAML mapping.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError as error:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UsageError(f"there is no configuration file {path}{nearest(path.name, siblings)}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the configuration file {path} cannot be read ({error}).") from error
+    return _parse_yaml(text, str(path))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``key=value`` and read the value as YAML.
+
+    Args:
+        text: the override.
+
+    Returns:
+        Dotted key and value.
+
+    Raises:
+        UsageError: there is no ``=`` or the value is not YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UsageError(f"{text!r} is neither a command's option nor of the form key=value.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the value of {key} is not valid YAML: {value!r}; quote it.") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        YAML text.
+    """
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Flat parameters as MLflow shows them: ``filter.covariance=diagonal``, ``filter.covariance.rule=ekf``.
+
+    Args:
+        config: a dataclass of the tree.
+
+    Returns:
+        Scalars by dotted key; a choice is its kind, its options below it.
+    """
+    return dict(flat(plain(config), ""))
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UsageError(f"{source} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
+        raise UsageError(f"{source} must hold `key: value` settings at its top level.")
+    return parsed
+
+

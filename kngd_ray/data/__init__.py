@@ -1,0 +1,34 @@
+"""Data sets, few-shot tasks and the cache of frozen features.
+
+config = DataConfig(path="pacs.parquet", train_domain="photo")
+images = open_images(config)                  # labels, domains, splits, hashes; no pictures
+split = select(images, config, seed=0)        # support set, in- and out-of-distribution tests
+cache = FeatureCache(config.cache_root, model_key, dim)
+encode_missing(images, split.indices, cache, encoder)
+features = cache.read(images.keys[split.support])
+"""
+
+from kngd_ray.data._cache import FeatureCache
+from kngd_ray.data._config import DataConfig
+from kngd_ray.data._decode import BadImage, decode
+from kngd_ray.data._encode import EncodedBatch, Encoder, encode_batch, encode_missing
+from kngd_ray.data._images import ImageSet, open_images
+from kngd_ray.data._shots import Split, sample_shots, select
+from kngd_ray.data._source import content_key
+
+__all__ = [
+    "BadImage",
+    "DataConfig",
+    "EncodedBatch",
+    "Encoder",
+    "FeatureCache",
+    "ImageSet",
+    "Split",
+    "content_key",
+    "decode",
+    "encode_batch",
+    "encode_missing",
+    "open_images",
+    "sample_shots",
+    "select",
+]

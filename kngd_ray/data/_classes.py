@@ -1,0 +1,88 @@
+"""Class names and labels: from what the rows carry, and from the class list of the configuration."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from kngd_ray.data._source import Ints, Rows, listing, nearest
+from kngd_ray.errors import DataError
+
+
+def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tuple[str, ...]]:
+    """Number the classes from 0.
+
+    Args:
+        rows: labels and names of N rows. Names win; bare numbers are named by `classes`.
+        classes: selects and orders the names of the rows, or names their numbers; None for all.
+
+    Returns:
+        Labels (N,), -1 for rows of a class that is not selected, and the class names.
+
+    Raises:
+        DataError: when a label is missing, negative, unnamed or named twice, or a class is unknown.
+    """
+    _check_labels(rows)
+    named = any(name is not None for name in rows.names)
+    if not named and classes is not None:
+        return _by_number(rows, classes), tuple(classes)
+    first: dict[int | str, int] = {}  # per label, the row that named it
+    for row, (label, name) in enumerate(zip(rows.labels, rows.names, strict=True)):
+        if name is None or label is None:
+            raise DataError(
+                f"{rows.source.place(row)}: label {label!r} has no class name:"
+                " add a class_name column, or list the names in data.classes"
+            )
+        before = first.setdefault(label, row)
+        if rows.names[before] != name:
+            raise DataError(
+                f"label {label!r} is {rows.names[before]!r} in {rows.source.place(before)} but {name!r} in"
+                f" {rows.source.place(row)}: give all files one class list"
+            )
+    ordered = [str(rows.names[first[label]]) for label in sorted(first)]
+    for before_name, name in pairwise(sorted(ordered)):
+        if name == before_name:
+            raise DataError(f"class {name!r} has several labels: give each class one label")
+    chosen = tuple(ordered if classes is None else classes)
+    for name in chosen:
+        if name not in ordered:
+            raise DataError(
+                f"class {name!r} is not in the data set{nearest(name, ordered)}:"
+                f" data.classes must name some of {listing(ordered)}"
+            )
+    number = {name: n for n, name in enumerate(chosen)}
+    return np.array([number.get(str(name), -1) for name in rows.names], np.int64), chosen
+
+
+def _check_labels(rows: Rows) -> None:
+    """Refuse labels that name no class.
+
+    Raises:
+        DataError: for the first null or negative label, or for a mix of numbers and names.
+    """
+    for row, label in enumerate(rows.labels):
+        if label is None or label == "":
+            raise DataError(f"{rows.source.place(row)} has no label: fill it in or drop the row")
+        if isinstance(label, int) and label < 0:
+            raise DataError(f"{rows.source.place(row)}: label {label} is negative: number classes from 0")
+        if isinstance(label, str) != isinstance(rows.labels[0], str):
+            raise DataError(
+                f"{rows.source.place(0)} has a label {rows.labels[0]!r} but {rows.source.place(row)}"
+                f" {label!r}: use numbers or class names, not both"
+            )
+
+
+def _by_number(rows: Rows, classes: Sequence[str]) -> Ints:
+    """Return the labels (N,) of rows without names.
+
+    Raises:
+        DataError: when a label is beyond the class list.
+    """
+    labels = np.array(rows.labels, np.int64)
+    beyond = np.flatnonzero(labels >= len(classes))
+    if len(beyond):
+        raise DataError(
+            f"{rows.source.place(int(beyond[0]))}: label {labels[beyond[0]]} has no class name:"
+            f" data.classes names {len(classes)} classes, labels 0 to {len(classes) - 1}"
+        )
+    return labels

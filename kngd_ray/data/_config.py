@@ -1,0 +1,74 @@
+"""What a data set is, which part of it is trained on and where its features are kept."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set, its few-shot task and its feature cache.
+
+    Raises:
+        ValueError: when a field is out of its range.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    path: str | tuple[str, ...] = EMBEDDED
+    """Parquet file, several parquet files with one class list, a folder of pictures, or "embedded":
+    the emoji in six drawing styles which come with the package."""
+
+    train_domain: str | None = None
+    """Domain of the support set and of the in-distribution test. None: "noto" for the embedded set,
+    elsewhere every domain which `ood_domains` does not name."""
+
+    ood_domains: tuple[str, ...] | None = None
+    """Domains tested out of distribution. None: every domain not trained on that has test rows."""
+
+    shots: int = 8
+    """Labelled pictures per class in the support set."""
+
+    classes: tuple[str, ...] | None = None
+    """Class names. Data that carries names: the subset to use, in this order. Data with bare numbers:
+    the name of label 0, 1, 2 and so on. None: all classes of the data, in order of their labels."""
+
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts, each with one {} for the class name; their text embeddings are averaged."""
+
+    test_fraction: float = 0.3
+    """Part of each class and domain held out for testing where the data states no split."""
+
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an undecodable picture does: stop the run, or be left out of it."""
+
+    cache_dir: str | None = None
+    """Folder of frozen features. None: kngd_ray/features in $XDG_CACHE_HOME or ~/.cache."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError('path is empty: name a parquet file, a folder, or "embedded"')
+        if self.shots < 1:
+            raise ValueError(f"shots is {self.shots}: it must be 1 or more")
+        if not 0.0 < self.test_fraction < 1.0:
+            raise ValueError(f"test_fraction is {self.test_fraction}: it must lie between 0 and 1")
+        if self.classes is not None and len(self.classes) < 2:
+            raise ValueError(f"classes names {len(self.classes)}: name two or more, or leave it out")
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes names a class twice: name each once")
+        if not self.templates:
+            raise ValueError('templates is empty: give one or more, such as "a photo of a {}."')
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} once, where the class name goes")
+
+    @property
+    def cache_root(self) -> Path:
+        """Folder of the feature cache, with the default and ~ resolved."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser() / "kngd_ray" / "features"

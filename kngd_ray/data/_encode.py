@@ -1,0 +1,152 @@
+"""Features of pictures that are not in the cache yet."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from kngd_ray.data._cache import FeatureCache, Features
+from kngd_ray.data._decode import BadImage, decode
+from kngd_ray.data._images import ImageSet
+from kngd_ray.data._source import Ints, Keys, content_key
+from kngd_ray.errors import DataError
+
+Encoder = Callable[[list[Image.Image]], npt.NDArray[np.floating]]
+"""m RGB pictures to features (m, d)."""
+
+PART_ROWS = 512  # pictures between two writes: what a killed run computes again at most
+
+
+class EncodedBatch(NamedTuple):
+    """Features of the pictures of a batch that could be decoded, and the errors of the others.
+
+    Attributes:
+        keys (m,): hashes of the decoded pictures, in order.
+        features (m, d): their features; (0, 0) when m is 0.
+        bad: for each undecodable picture its position in the batch and its error.
+    """
+
+    keys: Keys
+    features: Features
+    bad: dict[int, BadImage]
+
+
+def encode_batch(blobs: Sequence[bytes], places: Sequence[str], encoder: Encoder) -> EncodedBatch:
+    """Decode and encode a batch, in this process or in an actor.
+
+    Args:
+        blobs: the pictures' bytes.
+        places: where each is, for messages.
+        encoder: called once with all that can be decoded, never with none.
+
+    Returns:
+        Keys, features and errors.
+    """
+    pictures, keys, bad = [], [], {}
+    for position, (blob, place) in enumerate(zip(blobs, places, strict=True)):
+        try:
+            pictures.append(decode(blob, place))
+        except BadImage as error:
+            bad[position] = error
+        else:
+            keys.append(content_key(blob))
+    if not pictures:
+        return EncodedBatch(np.empty(0, "S64"), np.empty((0, 0), np.float32), bad)
+    features = np.asarray(encoder(pictures), np.float32)
+    assert features.shape[:1] == (len(pictures),), features.shape
+    return EncodedBatch(np.array(keys, "S64"), features, bad)
+
+
+def encode_missing(
+    images: ImageSet,
+    indices: Sequence[int] | Ints,
+    cache: FeatureCache,
+    encoder: Encoder,
+    *,
+    batch_size: int = 64,
+    on_bad_image: Literal["error", "skip"] = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> frozenset[int]:
+    """Fill the cache with the features of pictures, each computed once however often it occurs.
+
+    Whatever ends the call early, a bad picture or an interrupt, what was computed is written first.
+    Besides the errors below, a full or read-only cache raises StorageError.
+
+    Args:
+        images: the data set.
+        indices (M,): pictures that need a feature.
+        cache: where features are.
+        encoder: computes them.
+        batch_size: pictures per call of the encoder.
+        on_bad_image: "error" raises the first `BadImage`, "skip" returns the indices of all.
+        progress: called after each batch with pictures done and pictures to do.
+
+    Returns:
+        Those of `indices` that cannot be decoded, empty unless `on_bad_image` is "skip".
+
+    Raises:
+        DataError: when a picture changed since it was indexed, or cannot be decoded, or its feature
+            is not finite.
+    """
+    asked = np.unique(np.asarray(indices, np.int64))
+    keys, first = np.unique(images.keys[asked], return_index=True)
+    todo = asked[first][np.isin(keys, np.array(sorted(cache.missing(keys)), "S64"))]
+    bad: set[bytes] = set()
+    done = 0
+    with _PartWriter(cache) as writer:
+        for batch in _batches(images, todo, batch_size):
+            rows, blobs = [row for row, _ in batch], [blob for _, blob in batch]
+            places = [images.place(row) for row in rows]
+            for row, blob, place in zip(rows, blobs, places, strict=True):
+                if content_key(blob) != images.keys[row]:
+                    raise DataError(f"{place} changed while it was in use: run again")
+            encoded = encode_batch(blobs, places, encoder)
+            writer.add(encoded, [place for n, place in enumerate(places) if n not in encoded.bad])
+            for position, error in encoded.bad.items():
+                if on_bad_image == "error":
+                    raise error
+                bad.add(images.keys[rows[position]])
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(todo))
+    return frozenset(asked[np.isin(images.keys[asked], np.array(sorted(bad), "S64"))].tolist())
+
+
+def _batches(images: ImageSet, indices: Ints, size: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Yield pictures in lists of `size`, the last one shorter."""
+    stream = images.read(indices)
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+class _PartWriter:
+    """Gathers batches into parts; leaving it, for whatever reason, writes the rest."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self._cache = cache
+        self._pending: list[EncodedBatch] = []
+        self._places: list[str] = []
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+
+    def add(self, batch: EncodedBatch, places: Sequence[str]) -> None:
+        if not len(batch.keys):
+            return
+        self._pending.append(batch)
+        self._places += places
+        if len(self._places) >= PART_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending, places = self._pending, self._places
+        self._pending, self._places = [], []  # first: a part the cache refuses is not offered again
+        if pending:
+            keys = np.concatenate([batch.keys for batch in pending])
+            self._cache.write(keys, np.concatenate([batch.features for batch in pending]), places)

@@ -1,0 +1,132 @@
+"""Few-shot tasks: which pictures are learnt from and which are tested on."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kngd_ray.data._config import EMBEDDED, DataConfig
+from kngd_ray.data._images import ImageSet
+from kngd_ray.data._source import Ints, listing, nearest
+from kngd_ray.errors import DataError
+
+EMBEDDED_TRAIN_DOMAIN = "noto"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Indices into an `ImageSet`; no picture of the support set, nor a copy of one, is in a test part.
+
+    Attributes:
+        support (C * shots,): pictures to learn from, class by class.
+        id_test (T,): in-distribution test pictures, ascending.
+        ood: per domain, its test pictures (T_d,), ascending.
+    """
+
+    support: Ints
+    id_test: Ints
+    ood: dict[str, Ints]
+
+    @property
+    def indices(self) -> Ints:
+        """Every index of the task once, ascending: what needs a feature."""
+        return np.unique(np.concatenate([self.support, self.id_test, *self.ood.values()]))
+
+
+def sample_shots(
+    labels: Ints, candidates: Ints, shots: int, seed: int, class_names: Sequence[str] | None = None
+) -> Ints:
+    """Draw a support set.
+
+    Seed 0 takes the first candidates of each class in file order. Another seed takes the head of its
+    own permutation of each class, so fewer shots of a seed are always part of more.
+
+    Args:
+        labels (N,): class numbers.
+        candidates (M,): indices to draw from.
+        shots: pictures per class.
+        seed: 0 or more.
+        class_names: names of the C classes; None takes the numbers up to the largest label.
+
+    Returns:
+        Indices (C * shots,), class by class in the order drawn.
+
+    Raises:
+        DataError: when a class has too few candidates.
+    """
+    names = [str(n) for n in range(int(labels.max()) + 1)] if class_names is None else class_names
+    rows = np.sort(candidates)
+    drawn = []
+    for label, name in enumerate(names):
+        pool = rows[labels[rows] == label]
+        if len(pool) < shots:
+            raise DataError(
+                f"class {name!r} has {len(pool)} pictures to train on, fewer than {shots} shots:"
+                " lower data.shots, add pictures, or leave the class out with data.classes"
+            )
+        order = pool if seed == 0 else np.random.default_rng([seed, label]).permutation(pool)
+        drawn.append(order[:shots])
+    return np.concatenate(drawn)
+
+
+def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection[int] = frozenset()) -> Split:
+    """Choose the support set and the test parts of a run.
+
+    Args:
+        images: the data set.
+        config: domains and shots.
+        seed: draws the support set; 0 takes the first pictures of each class.
+        excluded: indices of pictures that cannot be used.
+
+    Returns:
+        The support set from train rows of the trained domains, test rows of these, and test rows of
+        each domain tested out of distribution.
+
+    Raises:
+        DataError: when a domain is unknown or has no test pictures, or a class has too few shots.
+    """
+    trained, ood = _domains(images, config)
+    usable = np.ones(len(images), bool)
+    usable[list(excluded)] = False
+    test = usable & (images.splits == "test")
+    train = usable & (images.splits == "train") & np.isin(images.domains, trained)
+    support = sample_shots(images.labels, np.flatnonzero(train), config.shots, seed, images.class_names)
+    test &= ~np.isin(images.keys, images.keys[support])
+    id_test = np.flatnonzero(test & np.isin(images.domains, trained))
+    parts = {domain: np.flatnonzero(test & (images.domains == domain)) for domain in ood}
+    for names, part in [(trained, id_test), *(([domain], part) for domain, part in parts.items())]:
+        if not len(part):
+            raise DataError(
+                f"domain {listing(names)} has no usable test pictures:"
+                " add test rows, or leave the split out of the data to have some held out"
+            )
+    return Split(support, id_test, parts)
+
+
+def _domains(images: ImageSet, config: DataConfig) -> tuple[list[str], list[str]]:
+    """Return the domains trained on and those tested out of distribution.
+
+    Raises:
+        DataError: when a domain is unknown or both, or none is left to train on.
+    """
+    known: list[str] = sorted(set(images.domains.tolist()))
+    named = config.train_domain
+    if named is None and config.path == EMBEDDED:
+        named = EMBEDDED_TRAIN_DOMAIN
+    for field, domains in (
+        ("train_domain", [named] if named else []),
+        ("ood_domains", config.ood_domains or []),
+    ):
+        for domain in domains:
+            if domain not in known:
+                raise DataError(
+                    f"data.{field}: there is no domain {domain!r}{nearest(domain, known)}:"
+                    f" the data set has {listing(known)}"
+                )
+    trained = [named] if named else [domain for domain in known if domain not in (config.ood_domains or ())]
+    if not trained or named in (config.ood_domains or ()):
+        raise DataError("data.ood_domains leaves no domain to train on: leave one of them out")
+    if config.ood_domains is not None:
+        return trained, list(config.ood_domains)
+    tested = set(images.domains[images.splits == "test"].tolist())
+    return trained, [domain for domain in known if domain in tested and domain not in trained]

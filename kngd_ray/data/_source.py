@@ -1,0 +1,78 @@
+"""What a data set on disk looks like to the rest of the package, whatever its format."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.bytes_]
+
+DEFAULT_DOMAIN = "all"
+SPLITS = {"train": "train", "test": "test", "val": "test"}
+
+
+class Source(Protocol):
+    """A data set's files: says where a row is, and reads pictures without holding them all."""
+
+    @property
+    def kind(self) -> Literal["parquet", "folder"]:
+        """Format of the files."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Parquet: the files. Folder: one picture file per row."""
+
+    def place(self, row: int) -> str:
+        """Where `row` is, in words for a message."""
+
+    def read(self, rows: Ints) -> Iterator[tuple[int, bytes]]:
+        """Yield (row, picture bytes) for the ascending `rows` (M,), in this order."""
+
+
+class Rows(NamedTuple):
+    """What a scan of a data set finds, one entry per row, before classes and splits are settled."""
+
+    source: Source
+    labels: Sequence[int | str | None]
+    names: Sequence[str | None]
+    domains: Sequence[str]
+    splits: Sequence[str | None]
+    keys: Sequence[bytes]
+
+
+def content_key(data: bytes) -> bytes:
+    """Return the sha256 of a picture's bytes as 64 hexadecimal digits.
+
+    Hexadecimal because NumPy's fixed-width bytes drop trailing zero bytes, which digests may end in.
+    """
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def nearest(name: str, options: Sequence[str]) -> str:
+    """Return ` (the nearest name is 'x')` for the option nearest to `name`, or nothing."""
+    near = get_close_matches(name, options, n=1)
+    return f" (the nearest name is {near[0]!r})" if near else ""
+
+
+def listing(names: Sequence[str], limit: int = 20) -> str:
+    """Return names for a message, the first of them when they are many."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def missing_path(path: Path) -> str:
+    """Return the sentence for a path that does not exist, with the nearest name that does."""
+    path = path.absolute()
+    while not os.path.exists(path.parent):  # Path.exists raises where it may not look
+        path = path.parent
+    try:
+        siblings = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        siblings = []
+    return f"no such file or folder: {path}{nearest(path.name, siblings)}: correct data.path"

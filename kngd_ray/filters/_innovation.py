@@ -1,0 +1,90 @@
+"""The innovation of one update: Cholesky of S, the gain weights, evidence and NIS."""
+
+from dataclasses import dataclass
+from math import log, pi
+
+import torch
+from torch import Tensor
+
+from kngd_ray.errors import FilterError
+
+_JITTER_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Innovation:
+    """What one update learns from its innovation ``nu ~ N(0, S)``.
+
+    Attributes:
+        cholesky: (M, M) lower factor L of S = L L^T, in S's dtype.
+        weights: (M,) w = S^-1 nu; the mean moves by P H^T w.
+        log_evidence: log N(nu; 0, S) in nats, summed over the M observations.
+        nis: normalised innovation squared nu^T S^-1 nu, expected value M.
+        jitter: what had to be added to the diagonal of S before it would factor; normally 0.
+    """
+
+    cholesky: Tensor
+    weights: Tensor
+    log_evidence: float
+    nis: float
+    jitter: float
+
+    def whiten(self, U: Tensor) -> Tensor:
+        """Solve ``X L^T = U``, so that ``X X^T = U S^-1 U^T``.
+
+        Args:
+            U: (n, M) cross-covariance P H^T of any slice of the parameters.
+
+        Returns:
+            (n, M) whitened cross-covariance U L^-T.
+        """
+        return torch.linalg.solve_triangular(self.cholesky.mT, U, upper=True, left=False)
+
+
+def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
+    """Factor S once and derive from it all that an update needs.
+
+    An S that has lost positive definiteness to rounding gets a growing jitter on its diagonal,
+    from the dtype's epsilon times the mean variance up to 1e5 times that.
+
+    Args:
+        S: (M, M) symmetric innovation covariance H P H^T + R.
+        nu: (M,) innovations y - h(mu).
+
+    Returns:
+        The factored innovation.
+
+    Raises:
+        FilterError: nu or S is not finite, or S stays indefinite under the largest jitter.
+    """
+    if not bool(torch.isfinite(nu).all()):
+        bad = int((~torch.isfinite(nu)).sum())
+        raise FilterError(
+            f"{bad} of {nu.numel()} innovations are NaN or infinite: the step was refused and the belief kept; "
+            "look for non-finite features, or lower filter.p0."
+        )
+    if not bool(torch.isfinite(S).all()):
+        raise FilterError(
+            "the innovation covariance S is NaN or infinite: the step was refused and the belief kept; "
+            "lower filter.p0 or the process noise."
+        )
+    M = nu.numel()
+    scale = float(S.diagonal().mean()) if M else 0.0
+    unit = torch.finfo(S.dtype).eps * max(scale, torch.finfo(S.dtype).tiny)
+    jitter = 0.0
+    L, info = torch.linalg.cholesky_ex(S)
+    for power in range(_JITTER_STEPS):
+        if int(info) == 0:
+            break
+        jitter = unit * 10.0**power
+        L, info = torch.linalg.cholesky_ex(S + jitter * torch.eye(M, dtype=S.dtype, device=S.device))
+    if int(info) != 0:
+        raise FilterError(
+            f"the innovation covariance S ({M} x {M}) is not positive definite, even with {jitter:.1e} added to its "
+            "diagonal: raise the observation noise (observation.r0) or lower filter.p0."
+        )
+    whitened = torch.linalg.solve_triangular(L, nu.unsqueeze(1).to(S.dtype), upper=False)
+    weights = torch.linalg.solve_triangular(L.mT, whitened, upper=True).squeeze(1)
+    nis = float(whitened.square().sum())
+    log_det = 2.0 * float(L.diagonal().log().sum())
+    return Innovation(L, weights, -0.5 * (nis + log_det + M * log(2.0 * pi)), nis, jitter)

@@ -1,0 +1,30 @@
+"""Observation models: what the filter sees of a batch, and the Jacobian of what it sees.
+
+A new model is one module beside :mod:`~kngd_ray.observations.cosine` and one name in
+:data:`Model`.
+"""
+
+from kngd_ray.observations._model import Observation, ObservationModel, stack
+from kngd_ray.observations.categorical import Categorical
+from kngd_ray.observations.cosine import Cosine
+from kngd_ray.observations.jacobian import flatten, jacobian_rows, trainable, unflatten
+from kngd_ray.observations.log_likelihood import LogLikelihood
+from kngd_ray.observations.probability import Probability
+
+# The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
+Model = Cosine | Probability | LogLikelihood | Categorical
+
+__all__ = [
+    "Categorical",
+    "Cosine",
+    "LogLikelihood",
+    "Model",
+    "Observation",
+    "ObservationModel",
+    "Probability",
+    "flatten",
+    "jacobian_rows",
+    "stack",
+    "trainable",
+    "unflatten",
+]

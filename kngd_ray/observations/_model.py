@@ -1,0 +1,94 @@
+"""What an observation model is: rows that are linear in the logits' Jacobian.
+
+With logits ``l = head(x)`` of one sample and J = d l / d theta (C, n), every model here observes k
+scalars of the sample whose Jacobian rows are ``V J`` for a (k, C) matrix V of *cotangents*. So a
+model is a function of logits alone, one vector-Jacobian product per row does the rest, and what h
+is stays apart from how H is computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The k observations of each of m samples.
+
+    Attributes:
+        innovation: (m, k) nu = y - h(mu).
+        cotangent: (m, k, C) V, the derivative of h with respect to the logits.
+        base_noise: (m, k) noise variance known from the likelihood.
+        channel: (m, k) int64 class that each observation is about, for noise kept per class.
+    """
+
+    innovation: Tensor
+    cotangent: Tensor
+    base_noise: Tensor
+    channel: Tensor
+
+
+class ObservationModel(Protocol):
+    """An observation model; its options are the fields of the frozen dataclass that implements it."""
+
+    @property
+    def kind(self) -> str:
+        """The model's name in configuration files."""
+        ...
+
+    @property
+    def r0(self) -> float:
+        """Initial noise variance of each observation, on top of what the likelihood gives."""
+        ...
+
+    def draws(self, classes: int) -> int:
+        """How many uniform random numbers the model needs per sample."""
+        ...
+
+    def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
+        """Observations at the current mean.
+
+        Args:
+            logits: (m, C) class logits.
+            labels: (m,) int64 true classes.
+            logit_scale: s, the factor from cosines to logits.
+            uniforms: (m, draws) random numbers in [0, 1).
+
+        Returns:
+            The observations of the m samples.
+        """
+        ...
+
+
+def check_noise(r0: float) -> None:
+    """Refuse a noise variance that is not positive.
+
+    Args:
+        r0: the variance.
+
+    Raises:
+        ValueError: r0 is not above 0.
+    """
+    if not r0 > 0:
+        raise ValueError(f"r0 is {r0}; an observation noise variance must be above 0")
+
+
+def stack(observations: Sequence[Observation], channels: int) -> Observation:
+    """Put the rows of several models side by side, each with channels of its own.
+
+    Args:
+        observations: what each model saw of the same m samples.
+        channels: noise variances kept per model: 1, or one per class.
+
+    Returns:
+        One observation with the sum of the models' k, its channels numbered through all models.
+    """
+    return Observation(
+        torch.cat([o.innovation for o in observations], 1),
+        torch.cat([o.cotangent for o in observations], 1),
+        torch.cat([o.base_noise for o in observations], 1),
+        torch.cat([o.channel % channels + b * channels for b, o in enumerate(observations)], 1),
+    )

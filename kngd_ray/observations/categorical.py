@@ -1,0 +1,80 @@
+r"""Softmax over the class prompts: the generalised Gauss-Newton matrix, exactly or with sampled labels.
+
+The GGN of a categorical likelihood is ``J^T (diag(p) - p p^T) J`` and its gradient ``J^T (e_y - p)``.
+Both are those of C pseudo-observations with unit noise: with the rows ::
+
+    V_c = sqrt(p_c) (e_c - p)              nu_c = (e_y - p)_c / sqrt(p_c)
+
+``V^T V = diag(p) - p p^T`` and ``V^T nu = e_y - p`` (nu is the vector of Pearson residuals). So the
+Kalman gain with R = I is exactly the GGN natural-gradient step.
+
+With ``samples = k`` the true class keeps its row and k labels drawn from the model stand for the
+others (stratified, so the matrix is unbiased and the gradient exact)::
+
+    V_y = sqrt(p_y) (e_y - p),  nu_y = 1 / sqrt(p_y)
+    V_j = sqrt((1 - p_y) / k) (e_{c_j} - p),  nu_j = 0,    c_j ~ p restricted to c != y
+
+k + 1 rows per sample instead of C.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kngd_ray.observations._model import Observation, check_noise
+
+_MIN_P = 1e-12
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Rows of the softmax GGN with noise r0 (1 is the likelihood itself).
+
+    Attributes:
+        kind: the model's name.
+        r0: noise variance; 1 counts each sample once, larger values temper the likelihood.
+        samples: labels drawn per sample; 0 takes all C classes exactly.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    kind: Literal["categorical"] = "categorical"
+    r0: float = 1.0
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        check_noise(self.r0)
+        if self.samples < 0:
+            raise ValueError(f"samples is {self.samples}; give 0 for the exact form, or how many labels to draw")
+
+    def draws(self, classes: int) -> int:
+        """One per sampled label."""
+        return self.samples
+
+    def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
+        """C rows per sample, or 1 + samples."""
+        target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        p = logits.softmax(1).clamp_min(_MIN_P)
+        eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        if self.samples == 0:
+            root = p.sqrt()
+            nu = (target - p) / root
+            cotangent = root.unsqueeze(2) * (eye.unsqueeze(0) - p.unsqueeze(1))
+            channel = torch.arange(logits.shape[1], device=logits.device).expand_as(nu)
+            return Observation(nu, cotangent, torch.zeros_like(nu), channel)
+        p_true = (p * target).sum(1, keepdim=True)
+        others = (p * (1 - target)).cumsum(1)
+        drawn = torch.searchsorted(others, uniforms.to(p.dtype) * others[:, -1:], right=True)
+        drawn = drawn.clamp_max(logits.shape[1] - 1)
+        weight = ((1 - p_true).clamp_min(0) / self.samples).sqrt().unsqueeze(2)
+        rows_true = (p_true.sqrt() * (target - p)).unsqueeze(1)
+        rows_drawn = weight * (eye[drawn] - p.unsqueeze(1))
+        nu = torch.cat([p_true.rsqrt(), torch.zeros_like(uniforms, dtype=p.dtype)], 1)
+        return Observation(
+            nu,
+            torch.cat([rows_true, rows_drawn], 1),
+            torch.zeros_like(nu),
+            torch.cat([labels.unsqueeze(1), drawn], 1),
+        )

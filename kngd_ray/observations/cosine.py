@@ -1,0 +1,37 @@
+"""Matched-pair cosine: an image and its class text should point the same way (KF-CLIP, arXiv 2511.01694)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kngd_ray.observations._model import Observation, check_noise
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """h = cos(image, text of its class) = l_y / s, target 1, one row per sample.
+
+    Attributes:
+        kind: the model's name.
+        r0: noise variance of a cosine.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    kind: Literal["cosine"] = "cosine"
+    r0: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_noise(self.r0)
+
+    def draws(self, classes: int) -> int:
+        """None."""
+        return 0
+
+    def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
+        """One row per sample with V = e_y / s."""
+        target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        nu = 1.0 - (logits * target).sum(1, keepdim=True) / logit_scale
+        return Observation(nu, (target / logit_scale).unsqueeze(1), torch.zeros_like(nu), labels.unsqueeze(1))

@@ -1,0 +1,79 @@
+"""Jacobian rows of a head by ``torch.func``: the general form, which any module has.
+
+A row of H is the gradient of one observed scalar with respect to all trainable parameters,
+flattened in the order of ``named_parameters()``.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a filter's belief is about.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Parameters that require a gradient, by name, in registration order.
+    """
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate tensors into one vector.
+
+    Args:
+        tensors: parameters by name.
+
+    Returns:
+        (n,) their entries in the mapping's order.
+    """
+    return torch.cat([t.detach().reshape(-1) for t in tensors.values()])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`flatten`.
+
+    Args:
+        vector: (n,) entries.
+        like: tensors that give names and shapes.
+
+    Returns:
+        Views of the vector by name.
+    """
+    pieces = vector.split([t.numel() for t in like.values()])
+    return {name: piece.view_as(t) for (name, t), piece in zip(like.items(), pieces, strict=True)}
+
+
+def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor, chunk: int | None = None) -> Tensor:
+    """Rows ``V_ij J_i`` of H for every sample i and observation j.
+
+    Args:
+        head: maps (m, d) inputs to (m, C) outputs, samples independent of one another.
+        inputs: (m, d) one batch.
+        cotangent: (m, k, C) derivative of each observation with respect to the outputs.
+        chunk: how many samples advance at once; None is all. Bounds the memory of the backward pass.
+
+    Returns:
+        (m * k, n) rows, the k rows of a sample together.
+    """
+    parameters = {name: p.detach() for name, p in trainable(head).items()}
+    m, k, _ = cotangent.shape
+    if m == 0:
+        return inputs.new_zeros(0, sum(p.numel() for p in parameters.values()))
+
+    def rows_of(x: Tensor, v: Tensor) -> dict[str, Tensor]:
+        def outputs(theta: dict[str, Tensor]) -> Tensor:
+            out: Tensor = functional_call(head, theta, (x.unsqueeze(0),))
+            return out.squeeze(0)
+
+        _, pull = vjp(outputs, parameters)
+        (rows,) = vmap(pull)(v)
+        return rows  # type: ignore[no-any-return]
+
+    rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
+    return torch.cat([rows[name].reshape(m * k, -1) for name in parameters], 1)

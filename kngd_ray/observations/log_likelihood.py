@@ -1,0 +1,45 @@
+"""Log-likelihood as its own observation: the natural gradient with the empirical Fisher.
+
+With innovation 1 and R = 1 the information form of the update adds ``sum_i grad_i grad_i^T`` to the
+precision and moves the mean along ``sum_i grad_i``, grad_i = d log p(y_i | x_i) / d theta: the
+linearised-Gaussian empirical-Fisher step of BONG (arXiv 2405.19681).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kngd_ray.observations._model import Observation, check_noise
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """h = log p(y | x), innovation 1, R = r0, one row per sample.
+
+    Attributes:
+        kind: the model's name.
+        r0: noise variance; 1 counts each sample once, larger values temper the likelihood.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    kind: Literal["log_likelihood"] = "log_likelihood"
+    r0: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.r0)
+
+    def draws(self, classes: int) -> int:
+        """None."""
+        return 0
+
+    def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
+        """One row per sample with V = e_y - p."""
+        target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        nu = torch.ones_like(logits[:, :1])
+        # A non-finite logit must reach the innovation, where the filter refuses the step.
+        nu = torch.where(logits.isfinite().all(1, keepdim=True), nu, torch.nan)
+        cotangent = (target - logits.softmax(1)).unsqueeze(1)
+        return Observation(nu, cotangent, torch.zeros_like(nu), labels.unsqueeze(1))

@@ -1,0 +1,143 @@
+"""Choosing tau and a scaling temperature on the training shots alone, by cross-validation.
+
+A model is right about nearly all of the shots it was fitted on, so they say nothing about its
+calibration. Here the shots are cut into folds, each fold is predicted by a fit on the others, and
+the held-out predictions choose the posterior temperature tau on a grid (least NLL) and fit the
+temperature T of ``p^(1/T)`` for what tau leaves. The test split is never touched.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from kngd_ray.training.batches import Support
+from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.method import Method
+from kngd_ray.training.predict import PosteriorOptions, Predictor
+
+TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+_MAX_LOG_T = 3.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the training shots say about calibration.
+
+    Attributes:
+        tau: posterior temperature.
+        scaling: T of the temperature scaling p^(1/T).
+        held_out_nll: NLL of the held-out shots at tau, nats per sample; None if tau was given.
+    """
+
+    tau: float
+    scaling: float
+    held_out_nll: float | None = None
+
+
+def predictor_of(method: Method, options: PosteriorOptions) -> Predictor:
+    """A predictor from a method that ran in one process.
+
+    Args:
+        method: the finished fit.
+        options: how the posterior enters.
+
+    Returns:
+        The predictor; without a posterior unless the method is Kalman.
+    """
+    if isinstance(method, KalmanNGD):
+        return Predictor(method.head, method.family, method.belief, options)
+    return Predictor(method.head, None, None, options)
+
+
+def fold_of(labels: Tensor, folds: int) -> Tensor:
+    """Cut shots into folds, each class spread over them as evenly as it goes.
+
+    Args:
+        labels: (N,) classes.
+        folds: number of folds.
+
+    Returns:
+        (N,) fold of each shot. With fewer shots than folds in a class, some folds hold out the whole
+        class: it is then predicted from the prior.
+    """
+    fold = torch.empty_like(labels)
+    for c in labels.unique():
+        members = (labels == c).nonzero().squeeze(1)
+        # offset by class, so that single-shot classes do not all leave together
+        fold[members] = (torch.arange(len(members), device=labels.device) + int(c)) % folds
+    return fold
+
+
+def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
+    """Choose tau and fit the scaling temperature by cross-validation over the shots.
+
+    Args:
+        task: the fit to calibrate; its folds are fitted in this process.
+        options: posterior options; a given temperature is kept as tau.
+
+    Returns:
+        The choice. Without folds, tau is the given temperature or 1, and nothing is scaled.
+    """
+    given = options.temperature
+    folds = min(options.folds, len(task.support))
+    if folds < 2:
+        return Calibration(1.0 if given is None else given, 1.0)
+    fold = fold_of(task.support.labels, folds)
+    fits = [
+        (predictor_of(fit(replace(task, support=_kept(task.support, fold != f))), options), task.support.subset(fold == f))
+        for f in range(folds)
+    ]
+    labels = torch.cat([held.labels for _, held in fits])
+
+    def held_out(tau: float) -> Tensor:
+        return torch.cat([p.predict(held.features, tau).probabilities for p, held in fits])
+
+    uses_posterior = task.options.method == "kalman" and options.predict != "mean"
+    grid = (given,) if given is not None else (TAU_GRID if uses_posterior else (0.0,))
+    predicted = {tau: held_out(tau) for tau in grid}
+    tau = min(grid, key=lambda t: _nll(predicted[t], labels))
+    nll = _nll(predicted[tau], labels)
+    return Calibration(tau, fit_temperature(predicted[tau], labels), nll)
+
+
+def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The T that makes p^(1/T), renormalised, most likely (Guo et al., arXiv 1706.04599).
+
+    Args:
+        probabilities: (m, C) held-out predictions.
+        labels: (m,) true classes.
+
+    Returns:
+        T, within exp(-3) and exp(3).
+    """
+    found = minimize_scalar(
+        lambda log_t: _nll(scale(probabilities, float(torch.tensor(log_t).exp())), labels),
+        bounds=(-_MAX_LOG_T, _MAX_LOG_T),
+        method="bounded",
+    )
+    return float(torch.tensor(found.x).exp())
+
+
+def scale(probabilities: Tensor, T: float) -> Tensor:
+    """p^(1/T), renormalised.
+
+    Args:
+        probabilities: (m, C).
+        T: temperature.
+
+    Returns:
+        (m, C) probabilities.
+    """
+    return (probabilities.double().clamp_min(1e-12).log() / T).softmax(1)
+
+
+def _kept(support: Support, keep: Tensor) -> Support:
+    return support.subset(keep.nonzero().squeeze(1))
+
+
+def _nll(probabilities: Tensor, labels: Tensor) -> float:
+    return float(nll_loss(probabilities.double().clamp_min(1e-12).log(), labels))

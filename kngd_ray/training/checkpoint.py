@@ -1,0 +1,215 @@
+"""Checkpoints: theta and P as safetensors under global parameter names, a JSON manifest with checksums.
+
+A checkpoint is one folder::
+
+    weights.safetensors                   trainable weights                       written by rank 0
+    state.safetensors                     noise state or optimiser moments        written by rank 0
+    covariance-00000-of-00002.safetensors each rank's pieces of P by parameter    written by every rank
+    manifest.json                         sizes and SHA-256 of the above, written last, and what the
+                                          weights belong to: task, options, seed, step, who owns what
+
+The manifest names every file with its checksum, so a folder that lacks a file, or holds one cut
+short or altered, is never believed. Because P is stored under parameter names with the bounds of
+each piece, any number of ranks can load what any other number wrote. Nothing is ever unpickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kngd_ray.errors import CheckpointError, StorageError
+from kngd_ray.sharding import Group
+from kngd_ray.training.method import MethodState
+
+FORMAT = "kngd_ray.checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+_WEIGHTS = "weights.safetensors"
+_STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        folder: where it was read from.
+        manifest: what :func:`save` was given, and the format's own entries.
+        state: weights, replicated state and the whole covariance by parameter.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    state: MethodState
+
+
+def save(folder: Path, state: MethodState, description: Mapping[str, Any], group: Group) -> None:
+    """Write one rank's part of a checkpoint, and on rank 0 the manifest after all parts are written.
+
+    Args:
+        folder: where this rank writes; the ranks may share it or have it merged afterwards.
+        state: the method's state, its covariance pieces this rank's own.
+        description: JSON entries of the manifest: what the weights belong to.
+        group: the ranks.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        mine: dict[str, Mapping[str, Tensor]] = {}
+        if group.rank == 0:
+            mine = {_WEIGHTS: state.weights, _STATE: state.replicated}
+        if state.pieces:
+            mine[_covariance_file(group.rank, group.world_size)] = state.covariance
+        digests = []
+        for name, tensors in mine.items():
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / name)
+            digests.append(_digest(folder / name))
+        sizes = [_files_of(rank, bool(state.pieces)) for rank in range(group.world_size)]
+        device = next(iter(state.weights.values())).device  # nccl gathers only on its own device
+        packed = torch.stack([torch.tensor(d) for d in digests]) if digests else torch.empty(0, 40, dtype=torch.long)
+        gathered = group.gather_rows(packed.to(device), sizes).cpu()
+        if group.rank == 0:
+            names = [_WEIGHTS, _STATE]
+            if state.pieces:
+                names += [_covariance_file(rank, group.world_size) for rank in range(group.world_size)]
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                **description,
+                "parameters": {name: list(p.shape) for name, p in state.weights.items()},
+                "pieces": list(state.pieces),
+                "files": {name: _undigest(row.tolist()) for name, row in zip(names, gathered, strict=True)},
+            }
+            _write_last(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Args:
+        folder: a folder that :func:`save` wrote, by any number of ranks.
+
+    Returns:
+        The checkpoint, tensors on the CPU, the covariance assembled from all pieces.
+
+    Raises:
+        CheckpointError: missing, torn, altered or written by a newer version.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {name}: the checkpoint was cut short; use an earlier one.")
+        found = _undigest(_digest(path))
+        if found != expected:
+            raise CheckpointError(
+                f"{path} is not what its manifest names ({found['bytes']} bytes, {expected['bytes']} expected, or "
+                "another checksum): the file was damaged; use an earlier checkpoint."
+            )
+    try:
+        weights = load_file(folder / _WEIGHTS)
+        replicated = load_file(folder / _STATE)
+        parts: dict[str, list[Tensor]] = {name: [] for name in weights}
+        for rank in range(len(manifest["pieces"])):
+            piece = load_file(folder / _covariance_file(rank, len(manifest["pieces"])))
+            for name in manifest["pieces"][rank]:
+                parts[name].append(piece[name])
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); use an earlier checkpoint.") from error
+    covariance = {name: torch.cat(pieces) for name, pieces in parts.items() if pieces}
+    return Checkpoint(folder, manifest, MethodState(weights, replicated, covariance))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest without verifying its files.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: there is no valid manifest of this format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use an earlier checkpoint.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of {FORMAT}.")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')}, this kngd_ray reads {VERSION}: "
+            "use the version of kngd_ray that wrote it."
+        )
+    return manifest
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn failures to write into one sentence for the user.
+
+    Args:
+        place: what was being written, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StorageError: no space left, no permission, a read-only or missing file system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code == errno.ENOSPC or "os error 28" in str(error) or "No space left" in str(error):
+            raise StorageError(f"no space left while writing {place}: free some, then continue with --resume.") from error
+        raise StorageError(f"cannot write {place} ({error}): check the path and its permissions.") from error
+
+
+def _covariance_file(rank: int, world_size: int) -> str:
+    return f"covariance-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _files_of(rank: int, with_covariance: bool) -> int:
+    return (2 if rank == 0 else 0) + int(with_covariance)
+
+
+def _digest(path: Path) -> list[int]:
+    """Size as 8 numbers of one byte, then the 32 bytes of SHA-256: a row that a collective can gather."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha.update(block)
+    return [*path.stat().st_size.to_bytes(8, "big"), *sha.digest()]
+
+
+def _undigest(row: list[int]) -> dict[str, Any]:
+    return {"bytes": int.from_bytes(bytes(row[:8]), "big"), "sha256": bytes(row[8:]).hex()}
+
+
+def _write_last(path: Path, text: str) -> None:
+    """Put a file in place in one move, after its bytes are on disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,69 @@
+"""In- and out-of-distribution figures of a predictor, with and without temperature scaling."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kngd_ray.training.batches import Support
+from kngd_ray.training.calibration import Calibration, scale
+from kngd_ray.training.metrics import Scores
+from kngd_ray.training.predict import Predictor
+
+ID = "id"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model on every test set.
+
+    Attributes:
+        plain: figures of the predictions as they are, by test set: ``id`` and each OOD domain.
+        scaled: the same after temperature scaling fitted on the training shots.
+        probabilities: (m, C) predictions as they are, by test set.
+        calibration: tau and the scaling temperature that were used.
+    """
+
+    plain: dict[str, Scores]
+    scaled: dict[str, Scores]
+    probabilities: dict[str, Tensor]
+    calibration: Calibration
+
+    def report(self) -> dict[str, Any]:
+        """The figures as ``{"id": {...}, "ood": {"mean": {...}, "<domain>": {...}}}``.
+
+        Each set's figures are those of the plain predictions, and those after scaling under
+        ``temperature_scaled``. Without OOD domains, ``ood`` is empty.
+        """
+        domains = [name for name in self.plain if name != ID]
+        report: dict[str, Any] = {ID: self._of(self.plain[ID], self.scaled[ID]), "ood": {}}
+        if domains:
+            report["ood"]["mean"] = self._of(
+                Scores.mean([self.plain[d] for d in domains]), Scores.mean([self.scaled[d] for d in domains])
+            )
+            report["ood"] |= {d: self._of(self.plain[d], self.scaled[d]) for d in domains}
+        return report
+
+    @staticmethod
+    def _of(plain: Scores, scaled: Scores) -> dict[str, Any]:
+        return {**plain.as_dict(), "temperature_scaled": scaled.as_dict()}
+
+
+def evaluate(predictor: Predictor, tests: Mapping[str, Support], calibration: Calibration) -> Evaluation:
+    """Score a predictor.
+
+    Args:
+        predictor: the trained head with its belief.
+        tests: features and labels by test set: ``id`` and each OOD domain.
+        calibration: tau for the predictions and T for the scaling, from the training shots.
+
+    Returns:
+        All figures.
+    """
+    probabilities = {
+        name: predictor.predict(test.features, calibration.tau).probabilities for name, test in tests.items()
+    }
+    plain = {name: Scores.of(p, tests[name].labels) for name, p in probabilities.items()}
+    scaled = {name: Scores.of(scale(p, calibration.scaling), tests[name].labels) for name, p in probabilities.items()}
+    return Evaluation(plain, scaled, probabilities, calibration)

@@ -1,0 +1,91 @@
+"""What the step loop asks of an optimiser, and what every optimiser reports."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from kngd_ray.sharding import Group
+from kngd_ray.training.batches import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """Figures of one step on the global batch, taken before the step: none has seen its own samples.
+
+    Attributes:
+        nll: mean negative log-likelihood, nats per sample.
+        accuracy: share of samples classified right.
+        innovation_rms: root mean square of nu; None where the method has no innovation.
+        nis: nu^T S^-1 nu, expected value M.
+        nis_per_observation: nis / M; well above 1 says that the noise is underestimated.
+        log_evidence: log N(nu; 0, S), nats, summed over the M observations.
+        jitter: what S needed on its diagonal to factor; normally 0.
+    """
+
+    nll: float
+    accuracy: float
+    innovation_rms: float | None = None
+    nis: float | None = None
+    nis_per_observation: float | None = None
+    log_evidence: float | None = None
+    jitter: float | None = None
+
+
+@dataclass(frozen=True)
+class MethodState:
+    """What a method must remember to go on bitwise as if it had not stopped.
+
+    Attributes:
+        weights: trainable weights by name, replicated.
+        replicated: the method's own tensors that every rank has alike.
+        covariance: by parameter, the piece of this rank's own; when loaded, the whole.
+        pieces: (start, stop) of the flattened parameter that each rank's pieces cover.
+    """
+
+    weights: dict[str, Tensor]
+    replicated: dict[str, Tensor] = field(default_factory=dict)
+    covariance: dict[str, Tensor] = field(default_factory=dict)
+    pieces: Sequence[dict[str, tuple[int, int]]] = ()
+
+
+class Method(Protocol):
+    """An optimiser of a head's weights."""
+
+    head: nn.Module
+
+    def step(self, batch: Batch) -> StepStats:
+        """Advance by one batch; ``batch.step`` counts from 0."""
+        ...
+
+    def state(self) -> MethodState:
+        """Everything needed to continue, tensors on any device."""
+        ...
+
+    def load(self, state: MethodState) -> None:
+        """Continue from a state, its covariance complete."""
+        ...
+
+
+def batch_scores(logits: Tensor, batch: Batch, group: Group) -> dict[str, float]:
+    """Mean NLL and accuracy of a global batch.
+
+    Args:
+        logits: (m, C) local logits.
+        batch: the local part of the batch.
+        group: the ranks.
+
+    Returns:
+        ``nll`` and ``accuracy``.
+    """
+    sums = torch.stack(
+        [
+            cross_entropy(logits.detach(), batch.labels, reduction="sum").double(),
+            (logits.detach().argmax(1) == batch.labels).sum().double(),
+        ]
+    )
+    nll, correct = (group.sum(sums) / batch.total).tolist()
+    return {"nll": nll, "accuracy": correct}

@@ -1,0 +1,55 @@
+"""Accuracy, NLL, ECE and Brier score of predicted probabilities."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss, one_hot
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+ECE_BINS = 15
+_MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one set of predictions.
+
+    Attributes:
+        accuracy: share of samples classified right, in [0, 1].
+        nll: mean negative log-likelihood, nats per sample.
+        ece: expected calibration error over 15 equal-width bins of the top probability.
+        brier: mean squared distance of the probability vector from the one-hot label, in [0, 2].
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+
+    @classmethod
+    def of(cls, probabilities: Tensor, labels: Tensor) -> "Scores":
+        """Score predictions.
+
+        Args:
+            probabilities: (m, C) class probabilities.
+            labels: (m,) int64 true classes.
+
+        Returns:
+            The four figures.
+        """
+        classes = probabilities.shape[1]
+        p = probabilities.double()
+        accuracy = multiclass_accuracy(p, labels, num_classes=classes, average="micro")
+        ece = multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
+        brier = (p - one_hot(labels, classes)).square().sum(1).mean()
+        return cls(float(accuracy), float(nll_loss(p.clamp_min(_MIN_P).log(), labels)), float(ece), float(brier))
+
+    @classmethod
+    def mean(cls, scores: "list[Scores]") -> "Scores":
+        """Average of figures, each set counting the same."""
+        return cls(*torch.tensor([list(asdict(s).values()) for s in scores]).double().mean(0).tolist())
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures by name."""
+        return asdict(self)

@@ -1,0 +1,104 @@
+"""Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
+from kngd_ray.filters import CovarianceFamily, Diagonal, Fixed, NoiseModel, ProcessModel, RandomWalk
+from kngd_ray.observations import Cosine, LogLikelihood, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions:
+    """The prior belief.
+
+    Attributes:
+        covariance: covariance family.
+        p0: prior variance of every weight around its initial value.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    covariance: CovarianceFamily = field(default_factory=Diagonal)
+    p0: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not self.p0 > 0:
+            raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseOptions:
+    """Process and observation noise.
+
+    Attributes:
+        process: how the belief moves between steps.
+        observation: how observation noise is estimated; it starts at each observation model's r0.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    process: ProcessModel = field(default_factory=RandomWalk)
+    observation: NoiseModel = field(default_factory=Fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Options of the gradient baselines, ``adamw`` and ``sgd``.
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: decoupled for AdamW, L2 for SGD.
+        momentum: of SGD.
+        schedule: learning rate over the run.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; a learning rate must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Everything that decides the outcome of a fit, next to its data and its seed.
+
+    Attributes:
+        method: the optimiser.
+        epochs: passes over the support set.
+        batch_size: global batch, all ranks together.
+        adapter: adapters on the frozen embeddings, applied in this order.
+        observation: observation models, their rows stacked.
+        filter: prior belief, for ``kalman``.
+        noise: process and observation noise, for ``kalman``.
+        optimizer: learning rate and the like, for ``adamw`` and ``sgd``.
+    """
+
+    method: Literal["kalman", "adamw", "sgd"] = "kalman"
+    epochs: int = 5
+    batch_size: int = 32
+    adapter: tuple[AnyAdapter, ...] = (ClassResidual(),)
+    observation: tuple[Model, ...] = (LogLikelihood(), Cosine(r0=1.0))
+    filter: FilterOptions = field(default_factory=FilterOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; give 0 or more passes")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; a batch needs at least 1 sample")
+        if not self.adapter:
+            raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
+        if not self.observation:
+            raise ValueError("observation is empty; name at least one (cosine, probability, log_likelihood, categorical)")

@@ -1,0 +1,138 @@
+"""Predictions that carry the posterior: point, Monte Carlo, and linearised variance of the logits."""
+
+from dataclasses import dataclass
+from math import pi
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kngd_ray.filters import Belief, Family
+from kngd_ray.observations import jacobian_rows, trainable, unflatten
+from kngd_ray.training.batches import seeded
+
+_DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
+_ROW_BUDGET = 1 << 25  # entries of the Jacobian rows held at once, 128 MB in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosteriorOptions:
+    """How the posterior enters predictions.
+
+    Attributes:
+        predict: ``draws`` averages softmax over theta ~ N(mu, tau P); ``linearised`` moderates the
+            logits by their variance tau H P H^T; ``mean`` uses theta = mu alone.
+        draws: number of draws.
+        temperature: tau; None chooses it by cross-validation over the training shots.
+        folds: parts of that cross-validation, which also fits the temperature scaling; 0 turns both off.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    predict: Literal["draws", "linearised", "mean"] = "draws"
+    draws: int = 32
+    temperature: float | None = None
+    folds: int = 4
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; an average needs at least 1 draw")
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; tau must be 0 or more")
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds is {self.folds}; give 2 or more, or 0 for none")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class probabilities of m samples.
+
+    Attributes:
+        probabilities: (m, C) posterior predictive probabilities.
+        logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
+    """
+
+    probabilities: Tensor
+    logit_std: Tensor
+
+
+class Predictor:
+    """A trained head and its belief, ready to predict.
+
+    Args:
+        head: maps (m, d) features to (m, C) logits, at the posterior mean.
+        family: covariance family of the belief; None for a method without a posterior.
+        belief: the whole belief; None for a method without a posterior.
+        options: how the posterior enters.
+    """
+
+    def __init__(
+        self, head: nn.Module, family: Family | None, belief: Belief | None, options: PosteriorOptions
+    ) -> None:
+        self.head = head
+        self.family = family
+        self.belief = belief
+        self.options = options
+        self._deviations: Tensor | None = None
+
+    def predict(self, features: Tensor, tau: float) -> Prediction:
+        """Posterior predictive probabilities.
+
+        Args:
+            features: (m, d) unit image embeddings.
+            tau: posterior temperature; 0 is the point prediction.
+
+        Returns:
+            Probabilities and the spread of the logits behind them.
+        """
+        with torch.no_grad():
+            logits: Tensor = self.head(features)
+        if self.belief is None or tau == 0 or self.options.predict == "mean":
+            return Prediction(logits.softmax(1), torch.zeros_like(logits))
+        if self.options.predict == "linearised":
+            variance = tau * self.logit_variance(features)
+            # MacKay's probit moderation, applied to each logit (arXiv 2002.10118, eq. 8)
+            return Prediction((logits / (1 + pi / 8 * variance).sqrt()).softmax(1), variance.sqrt())
+        drawn = torch.stack([self._logits_at(features, d, tau) for d in self._draw()])
+        return Prediction(drawn.softmax(2).mean(0), drawn.std(0, correction=0))
+
+    def logit_variance(self, features: Tensor) -> Tensor:
+        """Linearised posterior variance diag(H P H^T) of the class logits.
+
+        Args:
+            features: (m, d) unit image embeddings.
+
+        Returns:
+            (m, C) variances at tau = 1; zeros without a posterior.
+        """
+        with torch.no_grad():
+            logits: Tensor = self.head(features)
+        if self.belief is None or self.family is None:
+            return torch.zeros_like(logits)
+        m, C = logits.shape
+        n = len(self.belief.mu)
+        chunk = max(1, _ROW_BUDGET // (C * n))
+        eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
+        variances = []
+        for x in features.split(chunk):
+            H = jacobian_rows(self.head, x, eye.expand(len(x), C, C))
+            U = self.family.project(self.belief.covariance, H)
+            variances.append((H.to(U.dtype) * U.mT).sum(1).view(len(x), C))
+        return torch.cat(variances).to(logits.dtype) if m else torch.zeros_like(logits)
+
+    def _draw(self) -> Tensor:
+        """(draws, n) deviations from N(0, P), the same for every call so that samples are comparable."""
+        if self._deviations is None:
+            assert self.belief is not None
+            assert self.family is not None
+            deviations = self.family.sample(self.belief.covariance, self.options.draws, seeded(_DRAWS_SEED))
+            self._deviations = deviations.to(self.belief.mu)
+        return self._deviations
+
+    def _logits_at(self, features: Tensor, deviation: Tensor, tau: float) -> Tensor:
+        assert self.belief is not None
+        theta = unflatten(self.belief.mu + tau**0.5 * deviation, trainable(self.head))
+        with torch.no_grad():
+            logits: Tensor = functional_call(self.head, theta, (features,))
+        return logits

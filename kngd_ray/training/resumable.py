@@ -1,0 +1,179 @@
+"""A fit that leaves checkpoints in a folder and goes on from the newest one that can be believed.
+
+Each checkpoint has a folder of its own, named by step and attempt, so that a resumed run never
+writes over what it resumed from::
+
+    <folder>/step-00000020-3fa9c1/    see :mod:`~kngd_ray.training.checkpoint`
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kngd_ray.errors import CheckpointError
+from kngd_ray.sharding import Group
+from kngd_ray.training import checkpoint
+from kngd_ray.training.fit import FitTask, StepRecord, fit
+from kngd_ray.training.method import Method
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 2  # the newest, and one more in case the newest is found damaged
+_NAME = re.compile(r"step-(\d{8})-[0-9a-f]{6}")
+
+
+def run_fit(
+    task: FitTask,
+    folder: Path,
+    identity: Mapping[str, Any],
+    group: Group,
+    device: torch.device | str,
+    *,
+    checkpoint_every: int,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_checkpoint: Callable[[int, Path], None] | None = None,
+) -> Path:
+    """Run a fit, or what is left of it, with checkpoints.
+
+    A fit that is resumed on the same number of ranks ends with bitwise the weights and covariance of
+    one that never stopped: batches and random numbers are functions of seed and step, and all else
+    is in the checkpoint.
+
+    Args:
+        task: what to fit.
+        folder: where the checkpoints of this fit live, shared by all ranks.
+        identity: JSON data that says what the weights belong to (model, classes); a checkpoint of
+            another identity is refused.
+        group: the ranks.
+        device: where to compute.
+        checkpoint_every: steps between checkpoints; 0 is only at the end.
+        on_step: told of every step.
+        on_checkpoint: told of every checkpoint, after its manifest is written.
+
+    Returns:
+        The folder of the final checkpoint.
+
+    Raises:
+        CheckpointError: the folder holds checkpoints of another task.
+    """
+    description = describe(task, identity)
+    found = latest(folder)
+    final = task.sampler.steps
+    if found is not None:
+        check_same(found.manifest, description, found.folder)
+        if found.manifest["step"] == final:
+            return found.folder
+    written: list[Path] = []
+
+    def write(step: int, method: Method) -> None:
+        target = folder / f"step-{step:08d}-{_attempt(group, device)}"
+        checkpoint.save(target, method.state(), {**description, "step": step, "steps": final}, group)
+        written.append(target)
+        if group.rank == 0:
+            _prune(folder, keep=written[-_KEPT:] if step < final else [target])
+        if on_checkpoint is not None:
+            on_checkpoint(step, target)
+
+    resume = None if found is None else (found.manifest["step"], found.state)
+    fit(
+        task,
+        group=group,
+        device=device,
+        resume=resume,
+        on_step=on_step,
+        on_checkpoint=write,
+        checkpoint_every=checkpoint_every,
+    )
+    return written[-1]
+
+
+def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's weights belong to, as JSON data.
+
+    Args:
+        task: the fit.
+        identity: model and classes.
+
+    Returns:
+        Entries of the manifest, the same for the same task.
+    """
+    options: dict[str, Any] = _listed(asdict(task.options))
+    return {"seed": task.seed, "options": options, "shots": len(task.support), **_listed(dict(identity))}
+
+
+def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], place: Path) -> None:
+    """Refuse a checkpoint of another task.
+
+    Args:
+        manifest: of the checkpoint.
+        description: of the task at hand, or a part of it.
+        place: the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: an entry differs; names the first.
+    """
+    for key, expected in description.items():
+        if manifest.get(key) != expected:
+            found, wanted = _differing(manifest.get(key), expected)
+            raise CheckpointError(
+                f"{place} belongs to another task: its {key} is {found}, this one's is {wanted}; "
+                "give the run another trainer.name, or the settings that it was started with."
+            )
+
+
+def latest(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint in a folder that verifies; damaged ones are passed over with a warning.
+
+    Args:
+        folder: checkpoints of one fit.
+
+    Returns:
+        The checkpoint, or None if there is none.
+    """
+    names = sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
+    for name in names:
+        try:
+            return checkpoint.load(folder / name)
+        except CheckpointError as error:
+            logger.warning("passed over a checkpoint: %s", error)
+    return None
+
+
+def _attempt(group: Group, device: torch.device | str) -> str:
+    """Six hexadecimal digits that all ranks agree on and no earlier attempt had."""
+    token = torch.randint(1 << 24, (1,), generator=_fresh()) if group.rank == 0 else torch.zeros(1, dtype=torch.long)
+    return f"{int(group.sum(token.to(device))):06x}"
+
+
+def _fresh() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def _prune(folder: Path, keep: list[Path]) -> None:
+    for path in folder.iterdir():
+        if _NAME.fullmatch(path.name) and path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _listed(value: Any) -> Any:
+    """JSON's view of nested data: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differing(found: Any, expected: Any) -> tuple[Any, Any]:
+    """The innermost entries at which two nested values part."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in expected:
+            if found.get(key) != expected[key]:
+                return _differing(found.get(key), expected[key])
+    return found, expected

@@ -1,0 +1,211 @@
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kngd_ray.data import DataConfig, open_images
+from kngd_ray.errors import DataError
+
+
+def opened(*paths, **fields):
+    return open_images(DataConfig(path=tuple(str(path) for path in paths), **fields))
+
+
+def refusal(*paths, **fields):
+    with pytest.raises(DataError) as caught:
+        opened(*paths, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_index(pets, png):
+    images = opened(pets)
+    assert (images.kind, images.paths, len(images)) == ("parquet", (str(pets),), 36)
+    assert images.class_names == ("cat", "dog")
+    assert images.labels.dtype == np.int64
+    assert images.labels.tolist() == ([0] * 9 + [1] * 9) * 2
+    assert images.domains.tolist() == ["photo"] * 18 + ["sketch"] * 18
+    assert images.splits.tolist() == (["train"] * 6 + ["test"] * 3) * 4
+    assert images.keys[17] == hashlib.sha256(png(17)).hexdigest().encode()
+    assert images.place(17) == "pets.parquet, row 17"
+    with pytest.raises(ValueError, match="read-only"):
+        images.labels[0] = 1
+
+
+def test_read_streams_in_file_order(pets, png):
+    images = pickle.loads(pickle.dumps(opened(pets)))  # as a worker gets it
+    assert list(images.read([30, 2, 8, 2])) == [(n, png(n)) for n in (2, 8, 30)]
+    assert list(images.read([])) == []
+
+
+def test_read_touches_only_the_row_groups_it_needs(pets, png):
+    images = opened(pets)
+    data = bytearray(pets.read_bytes())
+    column = pq.ParquetFile(pets).metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    pets.write_bytes(data)
+    assert list(images.read([7])) == [(7, png(7))]
+    with pytest.raises(DataError, match=r"pets\.parquet"):
+        list(images.read([0]))
+
+
+def test_several_files_are_one_set(write_parquet, png):
+    first = write_parquet("a.parquet", label=[0, 1], class_name=["cat", "dog"])
+    empty = write_parquet("b.parquet", label=pa.array([], pa.int32()), class_name=pa.array([], pa.string()))
+    second = write_parquet("c.parquet", first=2, label=[1, 0], class_name=["dog", "cat"])
+    images = opened(first, empty, second)
+    assert images.labels.tolist() == [0, 1, 1, 0]
+    assert images.place(3) == "c.parquet, row 1"
+    assert list(images.read([3, 1])) == [(1, png(1)), (3, png(3))]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folder(write_parquet):
+    first, second = write_parquet("x/0.parquet", label=["a"]), write_parquet("y/0.parquet", label=["b"])
+    assert opened(first, second).place(1) == f"{second}, row 0"
+
+
+def test_names_from_string_labels(write_parquet):
+    images = opened(write_parquet(label=["dog", "cat", "dog"]))
+    assert (images.class_names, images.labels.tolist()) == (("cat", "dog"), [1, 0, 1])
+    assert set(images.domains.tolist()) == {"all"}
+
+
+def test_names_from_dictionary_encoded_labels(write_parquet):
+    images = opened(write_parquet(label=pa.array(["dog", "cat"]).dictionary_encode()))
+    assert images.class_names == ("cat", "dog")
+
+
+def test_class_name_alone_is_label_enough(write_parquet):
+    assert opened(write_parquet(class_name=["dog", "cat"])).labels.tolist() == [1, 0]
+
+
+def test_gaps_between_labels_are_closed(write_parquet):
+    images = opened(write_parquet(label=[7, 3], class_name=["dog", "cat"]))
+    assert (images.class_names, images.labels.tolist()) == (("cat", "dog"), [1, 0])
+
+
+def test_names_from_hugging_face_metadata(tmp_path, png):
+    info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    image = [{"bytes": png(n), "path": f"{n}.png"} for n in range(2)]
+    table = pa.table({"image": image, "label": [1, 0]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "h.parquet")
+    images = opened(tmp_path / "h.parquet")
+    assert (images.class_names, images.labels.tolist()) == (("cat", "dog"), [1, 0])
+    assert [data for _, data in images.read([0, 1])] == [png(0), png(1)]
+
+
+def test_configured_classes_name_bare_numbers(write_parquet):
+    images = opened(write_parquet(label=[1, 0]), classes=("cat", "dog"))
+    assert (images.class_names, images.labels.tolist()) == (("cat", "dog"), [1, 0])
+
+
+def test_configured_classes_select_and_order(write_parquet, png):
+    path = write_parquet(label=[0, 1, 2, 0], class_name=["cat", "dog", "emu", "cat"])
+    images = opened(path, classes=("emu", "cat"))
+    assert (images.class_names, images.labels.tolist()) == (("emu", "cat"), [1, 0, 1])
+    assert list(images.read([1])) == [(1, png(2))]
+    assert images.place(1) == "set.parquet, row 2"
+
+
+def test_val_counts_as_test(write_parquet):
+    images = opened(write_parquet(label=["a", "b"], split=["train", "val"]))
+    assert images.splits.tolist() == ["train", "test"]
+
+
+def test_pictures_by_path_lie_beside_the_file(write_parquet, tmp_path, png):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "0.png").write_bytes(png(5))
+    images = opened(write_parquet(image=[{"bytes": None, "path": "img/0.png"}], label=["a"]))
+    assert list(images.read([0])) == [(0, png(5))]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "link.png", "nul\0.png", "none.png"])
+def test_pictures_by_path_never_leave_the_folder(write_parquet, tmp_path, png, path):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    file = write_parquet("set/a.parquet", image=[{"bytes": None, "path": path}], label=["a"])
+    assert "names a picture" in refusal(file)
+
+
+def test_null_picture_is_left_to_the_decoder(write_parquet):
+    images = opened(write_parquet(image=pa.array([None], pa.binary()), label=["a"]))
+    assert list(images.read([0])) == [(0, b"")]
+
+
+def test_missing_file_names_the_nearest(pets):
+    message = refusal(pets.with_name("pet.parquet"))
+    assert message.startswith("no such file or folder: ")
+    assert "pet.parquet (the nearest name is 'pets.parquet'): correct data.path" in message
+
+
+def test_missing_folder_is_named_before_the_file_in_it(pets):
+    message = refusal(pets.parent / "nowhere" / "deeper" / "pets.parquet")
+    assert message.endswith("nowhere: correct data.path")
+
+
+def test_not_a_parquet_file(tmp_path):
+    (tmp_path / "a.parquet").write_text("label,image\n")
+    assert refusal(tmp_path / "a.parquet").endswith("a.parquet is not a parquet file: name one in data.path")
+
+
+def test_truncated_parquet_file(pets):
+    pets.write_bytes(pets.read_bytes()[:-100])
+    assert refusal(pets).endswith("pets.parquet is cut short or damaged: fetch or write it again")
+
+
+def test_no_image_column(tmp_path):
+    pq.write_table(pa.table({"picture": [b""], "label": [0]}), tmp_path / "a.parquet")
+    message = refusal(tmp_path / "a.parquet")
+    assert "has no image column (it has picture, label): name the column of picture bytes `image`" in message
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"domain": ["a"]}, "has no label column (it has image, domain): add `label`"),
+        ({"label": [0.5]}, "column `label` is double: it must be integers or class names"),
+        ({"label": ["a"], "image": ["x.png"]}, "column `image` is string: it must be bytes"),
+        ({"label": [0, -1]}, "set.parquet, row 1: label -1 is negative: number classes from 0"),
+        ({"label": [0, None]}, "set.parquet, row 1 has no label: fill it in or drop the row"),
+        ({"label": [0, 1]}, "set.parquet, row 0: label 0 has no class name: add a class_name column"),
+        ({"label": [0, 1], "class_name": ["a", None]}, "set.parquet, row 1: label 1 has no class name"),
+        ({"label": [0, 0], "class_name": ["a", "b"]}, "label 0 is 'a' in set.parquet, row 0 but 'b' in"),
+        ({"label": [0, 1], "class_name": ["a", "a"]}, "class 'a' has several labels: give each"),
+        ({"label": ["a", "b"], "split": ["train", "dev"]}, "set.parquet, row 1 states the split 'dev': use"),
+        ({"label": ["a", "b"], "split": ["train", None]}, "row 1 states no split, though others do"),
+        ({"label": pa.array([], pa.int32())}, "has no rows"),
+    ],
+)
+def test_columns_that_cannot_be_used(write_parquet, columns, sentence):
+    assert sentence in refusal(write_parquet(**columns))
+
+
+def test_numbers_in_one_file_and_names_in_another(write_parquet):
+    message = refusal(write_parquet("a.parquet", label=["cat"]), write_parquet("b.parquet", label=[0]))
+    assert "use numbers or class names, not both" in message
+
+
+def test_label_beyond_the_configured_classes(write_parquet):
+    message = refusal(write_parquet(label=[0, 2]), classes=("cat", "dog"))
+    assert message.endswith("row 1: label 2 has no class name: data.classes names 2 classes, labels 0 to 1")
+
+
+def test_unknown_class(pets):
+    message = refusal(pets, classes=("cat", "dgo"))
+    assert message.startswith("class 'dgo' is not in the data set (the nearest name is 'dog')")
+
+
+def test_folder_among_files(pets, tmp_path):
+    assert "is a folder: data.path takes several parquet files or one folder" in refusal(pets, tmp_path)
+
+
+def test_embedded_set():
+    images = open_images(DataConfig())
+    assert len(images.class_names) == 20
+    assert "noto" in images.domains

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+
+from kngd_ray.data import DataConfig, open_images, sample_shots, select
+from kngd_ray.errors import DataError
+
+LABELS = np.array([1, 0] * 20)
+CANDIDATES = np.arange(4, 40)
+
+
+def config(path, **fields):
+    return DataConfig(path=str(path), **{"shots": 2, **fields})
+
+
+def test_seed_0_takes_the_first():
+    assert sample_shots(LABELS, CANDIDATES[::-1], 3, 0).tolist() == [5, 7, 9, 4, 6, 8]
+
+
+def test_other_seeds_draw_without_replacement():
+    draws = [sample_shots(LABELS, CANDIDATES, 10, seed) for seed in (1, 1, 2)]
+    assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
+    assert len(set(draws[0].tolist())) == 20
+    assert LABELS[draws[0]].tolist() == [0] * 10 + [1] * 10
+    assert set(draws[0].tolist()) <= set(CANDIDATES.tolist())
+
+
+def test_a_draw_does_not_depend_on_other_classes():
+    alone = sample_shots(LABELS, CANDIDATES[LABELS[CANDIDATES] == 0], 5, 3, ["a"])
+    assert sample_shots(LABELS, CANDIDATES, 5, 3)[:5].tolist() == alone.tolist()
+
+
+def test_fewer_shots_are_part_of_more():
+    few, more = (sample_shots(LABELS, CANDIDATES, shots, 4) for shots in (3, 6))
+    assert few[:3].tolist() == more[:3].tolist()
+
+
+def test_too_few_candidates():
+    sentence = "class 'dog' has 18 pictures to train on, fewer than 19 shots: lower data.shots"
+    with pytest.raises(DataError, match=sentence):
+        sample_shots(LABELS, CANDIDATES, 19, 0, ["dog", "cat"])
+
+
+def test_parts(pets):
+    settings = config(pets, train_domain="photo")
+    images = open_images(settings)
+    split = select(images, settings, seed=0)
+    assert split.support.tolist() == [0, 1, 9, 10]
+    assert split.id_test.tolist() == [6, 7, 8, 15, 16, 17]
+    assert {name: part.tolist() for name, part in split.ood.items()} == {"sketch": [24, 25, 26, 33, 34, 35]}
+    assert split.indices.tolist() == sorted([0, 1, 9, 10, 6, 7, 8, 15, 16, 17, 24, 25, 26, 33, 34, 35])
+
+
+def test_without_a_train_domain_nothing_is_out_of_distribution(pets):
+    settings = config(pets)
+    split = select(open_images(settings), settings, seed=1)
+    assert (split.ood, len(split.id_test)) == ({}, 12)
+
+
+def test_leave_one_domain_out(pets):
+    settings = config(pets, ood_domains=("photo",))
+    split = select(open_images(settings), settings, seed=0)
+    assert split.support.tolist() == [18, 19, 27, 28]
+    assert list(split.ood) == ["photo"]
+
+
+def test_domains_without_test_rows_are_not_tested(write_parquet):
+    path = write_parquet(
+        label=["a", "b"] * 4, domain=["x"] * 4 + ["y"] * 4, split=["train"] * 2 + ["test"] * 2 + ["train"] * 4
+    )
+    settings = config(path, train_domain="x", shots=1)
+    assert select(open_images(settings), settings, 0).ood == {}
+    settings = config(path, train_domain="x", ood_domains=("y",), shots=1)
+    with pytest.raises(DataError, match="domain y has no usable test pictures: add test rows"):
+        select(open_images(settings), settings, 0)
+
+
+def test_excluded_pictures_are_nowhere(pets):
+    settings = config(pets, train_domain="photo")
+    split = select(open_images(settings), settings, 0, excluded={0, 6, 24})
+    assert split.support.tolist() == [1, 2, 9, 10]
+    assert not {0, 6, 24} & set(split.indices.tolist())
+
+
+def test_copies_of_the_support_are_not_tested(write_parquet, png):
+    path = write_parquet(
+        image=[png(n) for n in (0, 1, 0, 2, 3, 1, 4, 5)],
+        label=["a", "b", "a", "a", "b", "b", "a", "b"],
+        split=["train", "train", *["test"] * 6],
+        domain=["x"] * 5 + ["y"] * 3,
+    )
+    settings = config(path, train_domain="x", shots=1)
+    split = select(open_images(settings), settings, 0)
+    assert (split.id_test.tolist(), split.ood["y"].tolist()) == ([3, 4], [6, 7])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"train_domain": "foto"},
+            r"data.train_domain: there is no domain 'foto' \(the nearest name is 'photo'\):"
+            " the data set has photo, sketch",
+        ),
+        ({"ood_domains": ("clipart",)}, "data.ood_domains: there is no domain 'clipart'"),
+        ({"train_domain": "photo", "ood_domains": ("photo",)}, "leaves no domain to train on"),
+        ({"ood_domains": ("photo", "sketch")}, "leaves no domain to train on"),
+        ({"shots": 99}, "class 'cat' has 12 pictures to train on, fewer than 99 shots"),
+    ],
+)
+def test_impossible_tasks(pets, fields, sentence):
+    settings = config(pets, **fields)
+    with pytest.raises(DataError, match=sentence):
+        select(open_images(settings), settings, 0)
+
+
+def test_embedded_task():
+    settings = DataConfig()
+    images = open_images(settings)
+    split = select(images, settings, 0)
+    assert set(images.domains[split.support].tolist()) == {"noto"}
+    assert (len(split.support), len(split.ood)) == (160, 5)

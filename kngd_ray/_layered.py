@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,12 +25,21 @@ class Leaf:
     layer: int
 
 
-Node = Union[Leaf, dict[str, "Node"], list["Node"]]
+Node: TypeAlias = "Leaf | dict[str, Node] | list[Node]"
 T = TypeVar("T")
 
 
 def merge(node: Node, value: Any, layer: int) -> Node:
-    """Lay a layer's value over a node; mappings merge, all else replaces."""
+    """Lay a layer's value over a node; mappings merge, all else replaces.
+
+    Args:
+        node: the layers below.
+        value: plain data.
+        layer: number of the layer, larger wins.
+
+    Returns:
+        The merged node.
+    """
     if isinstance(value, Mapping):
         merged: dict[str, Node] = dict(node) if isinstance(node, dict) else _as_choice(node)
         for key, inner in value.items():
@@ -46,7 +55,21 @@ def merge(node: Node, value: Any, layer: int) -> Node:
 
 
 def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> Node:
-    """Set one dotted path."""
+    """Set one dotted path.
+
+    Args:
+        node: where the path starts.
+        path: what is left of it.
+        value: what to set, plain data.
+        layer: who sets it.
+        full: the whole path, for messages.
+
+    Returns:
+        The node with the value set.
+
+    Raises:
+        UsageError: an element that its list does not have.
+    """
     if not path:
         return merge(node, value, layer)
     head, rest = path[0], path[1:]
@@ -73,11 +96,24 @@ def _as_choice(node: Node) -> dict[str, Node]:
 
 
 def build(cls: type[T], node: Node, path: str) -> T:
-    """Validate a node as a dataclass; each field as a choice, a dataclass or a leaf."""
+    """Validate a node as a dataclass; each field as a choice, a dataclass or a leaf.
+
+    Args:
+        cls: the dataclass.
+        node: merged layers.
+        path: where the node is, for messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        UsageError: an unknown or missing key, or a value out of its type or range.
+    """
     if not isinstance(node, dict):
         raise UsageError(f"{path}: expected settings of the form key: value, found {_raw(node)!r}.")
     hints = _hints(cls)
-    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
+    own = fields(cls)  # type: ignore[arg-type]
+    known = [f.name for f in own]
     kind = node.get("kind")
     values: dict[str, Any] = {}
     for key, inner in node.items():
@@ -86,7 +122,8 @@ def build(cls: type[T], node: Node, path: str) -> T:
             values[key] = _value(hints[key], inner, here)
         elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
             raise UsageError(f"unknown key {here!r}{nearest(key, known, path)}.")
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]  # type: ignore[arg-type]
+    required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
     if missing:
         raise UsageError(f"{path or 'the configuration'} lacks {', '.join(missing)}.")
     try:
@@ -150,7 +187,7 @@ def _newest(node: Node) -> int:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -226,5 +263,3 @@ def plain(config: Any) -> dict[str, Any]:
 
     plain: dict[str, Any] = listed(asdict(config))
     return plain
-
-

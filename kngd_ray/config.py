@@ -285,5 +285,3 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
         raise UsageError(f"{source} must hold `key: value` settings at its top level.")
     return parsed
-
-

@@ -24,7 +24,11 @@ class CLIPHead(nn.Module):
     class_embeddings: Tensor
 
     def __init__(
-        self, class_embeddings: Tensor, logit_scale: float, adapters: Sequence[AdapterConfig] = (), seed: int = 0
+        self,
+        class_embeddings: Tensor,
+        logit_scale: float,
+        adapters: Sequence[AdapterConfig] = (),
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.logit_scale = logit_scale

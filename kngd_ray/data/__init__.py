@@ -11,7 +11,15 @@ features = cache.read(images.keys[split.support])
 from kngd_ray.data._cache import FeatureCache
 from kngd_ray.data._config import DataConfig
 from kngd_ray.data._decode import BadImage, decode
-from kngd_ray.data._encode import EncodedBatch, Encoder, encode_batch, encode_missing
+from kngd_ray.data._encode import (
+    EncodedBatch,
+    EncodedStream,
+    Encoder,
+    encode_batch,
+    encode_missing,
+    fill_cache,
+    read_batches,
+)
 from kngd_ray.data._images import ImageSet, open_images
 from kngd_ray.data._shots import Split, sample_shots, select
 from kngd_ray.data._source import content_key
@@ -20,6 +28,7 @@ __all__ = [
     "BadImage",
     "DataConfig",
     "EncodedBatch",
+    "EncodedStream",
     "Encoder",
     "FeatureCache",
     "ImageSet",
@@ -28,7 +37,9 @@ __all__ = [
     "decode",
     "encode_batch",
     "encode_missing",
+    "fill_cache",
     "open_images",
+    "read_batches",
     "sample_shots",
     "select",
 ]

@@ -34,6 +34,10 @@ class EncodedBatch(NamedTuple):
     bad: dict[int, BadImage]
 
 
+EncodedStream = Callable[[Ints], Iterator[tuple[Ints, EncodedBatch]]]
+"""Pictures to encode, by index, to (indices of a batch in ascending order, what became of them)."""
+
+
 def encode_batch(blobs: Sequence[bytes], places: Sequence[str], encoder: Encoder) -> EncodedBatch:
     """Decode and encode a batch, in this process or in an actor.
 
@@ -60,6 +64,28 @@ def encode_batch(blobs: Sequence[bytes], places: Sequence[str], encoder: Encoder
     return EncodedBatch(np.array(keys, "S64"), features, bad)
 
 
+def read_batches(images: ImageSet, rows: Ints, size: int) -> Iterator[tuple[Ints, list[bytes]]]:
+    """Read pictures of a data set in one pass over its files.
+
+    Args:
+        images: the data set.
+        rows (M,): which pictures.
+        size: how many are held at once.
+
+    Yields:
+        Indices of a batch, in ascending order, and the pictures' bytes.
+
+    Raises:
+        DataError: when a picture changed since it was indexed.
+    """
+    stream = images.read(rows)
+    while batch := list(islice(stream, size)):
+        for row, blob in batch:
+            if content_key(blob) != images.keys[row]:
+                raise DataError(f"{images.place(row)} changed while it was in use: run again")
+        yield np.array([row for row, _ in batch]), [blob for _, blob in batch]
+
+
 def encode_missing(
     images: ImageSet,
     indices: Sequence[int] | Ints,
@@ -70,10 +96,7 @@ def encode_missing(
     on_bad_image: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
 ) -> frozenset[int]:
-    """Fill the cache with the features of pictures, each computed once however often it occurs.
-
-    Whatever ends the call early, a bad picture or an interrupt, what was computed is written first.
-    Besides the errors below, a full or read-only cache raises StorageError.
+    """Fill the cache in this process; :func:`fill_cache` with a stream that encodes here.
 
     Args:
         images: the data set.
@@ -86,40 +109,59 @@ def encode_missing(
 
     Returns:
         Those of `indices` that cannot be decoded, empty unless `on_bad_image` is "skip".
+    """
+
+    def stream(todo: Ints) -> Iterator[tuple[Ints, EncodedBatch]]:
+        for rows, blobs in read_batches(images, todo, batch_size):
+            yield rows, encode_batch(blobs, [images.place(row) for row in rows], encoder)
+
+    return fill_cache(images, indices, cache, stream, on_bad_image=on_bad_image, progress=progress)
+
+
+def fill_cache(
+    images: ImageSet,
+    indices: Sequence[int] | Ints,
+    cache: FeatureCache,
+    stream: EncodedStream,
+    *,
+    on_bad_image: Literal["error", "skip"] = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> frozenset[int]:
+    """Fill the cache with the features of pictures, each computed once however often it occurs.
+
+    Whatever ends the call early, a bad picture or an interrupt, what was computed is written first.
+    Besides the errors below, a full or read-only cache raises StorageError.
+
+    Args:
+        images: the data set.
+        indices (M,): pictures that need a feature.
+        cache: where features are.
+        stream: encodes the pictures that it is given, in batches of its own size and order.
+        on_bad_image: "error" raises the first `BadImage`, "skip" returns the indices of all.
+        progress: called after each batch with pictures done and pictures to do.
+
+    Returns:
+        Those of `indices` that cannot be decoded, empty unless `on_bad_image` is "skip".
 
     Raises:
-        DataError: when a picture changed since it was indexed, or cannot be decoded, or its feature
-            is not finite.
+        BadImage: when a picture cannot be decoded and `on_bad_image` is "error".
     """
     asked = np.unique(np.asarray(indices, np.int64))
     keys, first = np.unique(images.keys[asked], return_index=True)
-    todo = asked[first][np.isin(keys, np.array(sorted(cache.missing(keys)), "S64"))]
+    todo = np.sort(asked[first][np.isin(keys, np.array(sorted(cache.missing(keys)), "S64"))])
     bad: set[bytes] = set()
     done = 0
     with _PartWriter(cache) as writer:
-        for batch in _batches(images, todo, batch_size):
-            rows, blobs = [row for row, _ in batch], [blob for _, blob in batch]
-            places = [images.place(row) for row in rows]
-            for row, blob, place in zip(rows, blobs, places, strict=True):
-                if content_key(blob) != images.keys[row]:
-                    raise DataError(f"{place} changed while it was in use: run again")
-            encoded = encode_batch(blobs, places, encoder)
-            writer.add(encoded, [place for n, place in enumerate(places) if n not in encoded.bad])
+        for rows, encoded in stream(todo):
+            writer.add(encoded, [images.place(row) for n, row in enumerate(rows) if n not in encoded.bad])
             for position, error in encoded.bad.items():
                 if on_bad_image == "error":
                     raise error
                 bad.add(images.keys[rows[position]])
-            done += len(batch)
+            done += len(rows)
             if progress is not None:
                 progress(done, len(todo))
     return frozenset(asked[np.isin(images.keys[asked], np.array(sorted(bad), "S64"))].tolist())
-
-
-def _batches(images: ImageSet, indices: Ints, size: int) -> Iterator[list[tuple[int, bytes]]]:
-    """Yield pictures in lists of `size`, the last one shorter."""
-    stream = images.read(indices)
-    while batch := list(islice(stream, size)):
-        yield batch
 
 
 class _PartWriter:

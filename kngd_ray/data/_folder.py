@@ -97,9 +97,7 @@ def _pictures(root: Path) -> Iterator[Path]:
     # Linked folders are not walked into: inside the root they would only repeat pictures, or loop.
     for place, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [
-            name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        ]
+        pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
         for path in (Path(place, name) for name in folders + pictures):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise DataError(f"{path} is a link out of {root}: copy what it names into the folder")

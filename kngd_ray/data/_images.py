@@ -109,9 +109,7 @@ def open_images(config: DataConfig) -> ImageSet:
     )
 
 
-def hash_split(
-    labels: Ints, domains: npt.NDArray[np.str_], keys: Keys, fraction: float
-) -> npt.NDArray[np.str_]:
+def hash_split(labels: Ints, domains: npt.NDArray[np.str_], keys: Keys, fraction: float) -> npt.NDArray[np.str_]:
     """Hold out a fraction of each class and domain, the pictures with the lowest hashes.
 
     A picture's side depends on no random number and no file order. Copies of it fall on one side,
@@ -170,7 +168,5 @@ def _stated_splits(rows: Rows) -> npt.NDArray[np.str_] | None:
     for row, split in enumerate(rows.splits):
         if split not in SPLITS:
             stated = "no split, though others do" if split is None else f"the split {split!r}"
-            raise DataError(
-                f"{rows.source.place(row)} states {stated}: use train, test or val (a test split)"
-            )
+            raise DataError(f"{rows.source.place(row)} states {stated}: use train, test or val (a test split)")
     return np.array([SPLITS[str(split)] for split in rows.splits])

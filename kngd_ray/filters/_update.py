@@ -21,9 +21,7 @@ class Belief:
     covariance: Tensor
 
 
-def update(
-    family: Family, belief: Belief, H: Tensor, nu: Tensor, R: Tensor
-) -> tuple[Belief, Innovation]:
+def update(family: Family, belief: Belief, H: Tensor, nu: Tensor, R: Tensor) -> tuple[Belief, Innovation]:
     """Condition a belief on one batch of observations ``nu = y - h(mu)``.
 
     Args:

@@ -66,8 +66,10 @@ class Categorical:
             return Observation(nu, cotangent, torch.zeros_like(nu), channel)
         p_true = (p * target).sum(1, keepdim=True)
         others = (p * (1 - target)).cumsum(1)
-        drawn = torch.searchsorted(others, uniforms.to(p.dtype) * others[:, -1:], right=True)
-        drawn = drawn.clamp_max(logits.shape[1] - 1)
+        total = others[:, -1:]
+        # A product rounded up to the total would fall off the end, and onto the true class if that is the last.
+        below = (uniforms.to(p.dtype) * total).minimum(total.nextafter(torch.zeros_like(total)))
+        drawn = torch.searchsorted(others, below, right=True).clamp_max(logits.shape[1] - 1)
         weight = ((1 - p_true).clamp_min(0) / self.samples).sqrt().unsqueeze(2)
         rows_true = (p_true.sqrt() * (target - p)).unsqueeze(1)
         rows_drawn = weight * (eye[drawn] - p.unsqueeze(1))

@@ -71,9 +71,9 @@ def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor, chunk: int
             out: Tensor = functional_call(head, theta, (x.unsqueeze(0),))
             return out.squeeze(0)
 
-        _, pull = vjp(outputs, parameters)
+        pull = vjp(outputs, parameters)[1]
         (rows,) = vmap(pull)(v)
-        return rows  # type: ignore[no-any-return]
+        return rows
 
     rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
     return torch.cat([rows[name].reshape(m * k, -1) for name in parameters], 1)

@@ -1,0 +1,31 @@
+"""MLflow runs: what a run has to say goes to its folder first, and from there to MLflow.
+
+record = Record.open(run_folder, "seed-0", name="kalman seed 0", params=flat, tags={})
+with Publisher(run_folder, "sqlite:///mlflow.db", "kngd_ray"):
+    record.log_step(1, {"train/nll": 0.7})
+    record.log_metrics({"id/accuracy": 0.9})
+    record.finish()
+publish(run_folder, "https://tracking.example.org", "kngd_ray")   # or later, or elsewhere
+
+A server that is down loses nothing. This is the only package that imports MLflow, and only when
+something is published.
+"""
+
+from kngd_ray.tracking._figures import learning_curve, reliability_diagram
+from kngd_ray.tracking._publish import publish
+from kngd_ray.tracking._publisher import Publisher
+from kngd_ray.tracking._pyfunc import save_pyfunc
+from kngd_ray.tracking._record import Record, Status
+from kngd_ray.tracking._uri import redact, resolve_uri
+
+__all__ = [
+    "Publisher",
+    "Record",
+    "Status",
+    "learning_curve",
+    "publish",
+    "redact",
+    "reliability_diagram",
+    "resolve_uri",
+    "save_pyfunc",
+]

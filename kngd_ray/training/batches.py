@@ -86,7 +86,10 @@ class BatchSampler:
         """The part of step `step` (from 0) that rank `rank` of `world_size` sees."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(len(self._support), generator=seeded(self._seed, epoch))
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(len(self._support), generator=seeded(self._seed, epoch)),
+            )
         chosen = self._order[position * self._batch_size : (position + 1) * self._batch_size]
         sizes = split_evenly(len(chosen), world_size)
         local = chosen.split(sizes)[rank].to(self._support.labels.device)

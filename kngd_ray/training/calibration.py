@@ -88,7 +88,10 @@ def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
         return Calibration(1.0 if given is None else given, 1.0)
     fold = fold_of(task.support.labels, folds)
     fits = [
-        (predictor_of(fit(replace(task, support=_kept(task.support, fold != f))), options), task.support.subset(fold == f))
+        (
+            predictor_of(fit(replace(task, support=_kept(task.support, fold != f))), options),
+            task.support.subset(fold == f),
+        )
         for f in range(folds)
     ]
     labels = torch.cat([held.labels for _, held in fits])

@@ -13,12 +13,9 @@ short or altered, is never believed. Because P is stored under parameter names w
 each piece, any number of ranks can load what any other number wrote. Nothing is ever unpickled.
 """
 
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kngd_ray.errors import CheckpointError, StorageError
+from kngd_ray.errors import CheckpointError
 from kngd_ray.sharding import Group
+from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.training.method import MethodState
 
 FORMAT = "kngd_ray.checkpoint"
@@ -62,11 +60,8 @@ def save(folder: Path, state: MethodState, description: Mapping[str, Any], group
         state: the method's state, its covariance pieces this rank's own.
         description: JSON entries of the manifest: what the weights belong to.
         group: the ranks.
-
-    Raises:
-        StorageError: the folder cannot be written.
     """
-    with storage_errors(folder):
+    with storage_errors(folder, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
         mine: dict[str, Mapping[str, Tensor]] = {}
         if group.rank == 0:
@@ -93,7 +88,7 @@ def save(folder: Path, state: MethodState, description: Mapping[str, Any], group
                 "pieces": list(state.pieces),
                 "files": {name: _undigest(row.tolist()) for name, row in zip(names, gathered, strict=True)},
             }
-            _write_last(folder / MANIFEST, json.dumps(manifest, indent=1))
+            write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def load(folder: Path) -> Checkpoint:
@@ -162,28 +157,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def storage_errors(place: Path) -> Iterator[None]:
-    """Turn failures to write into one sentence for the user.
-
-    Args:
-        place: what was being written, for the message.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        StorageError: no space left, no permission, a read-only or missing file system.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        if code == errno.ENOSPC or "os error 28" in str(error) or "No space left" in str(error):
-            raise StorageError(f"no space left while writing {place}: free some, then continue with --resume.") from error
-        raise StorageError(f"cannot write {place} ({error}): check the path and its permissions.") from error
-
-
 def _covariance_file(rank: int, world_size: int) -> str:
     return f"covariance-{rank:05d}-of-{world_size:05d}.safetensors"
 
@@ -203,13 +176,3 @@ def _digest(path: Path) -> list[int]:
 
 def _undigest(row: list[int]) -> dict[str, Any]:
     return {"bytes": int.from_bytes(bytes(row[:8]), "big"), "sha256": bytes(row[8:]).hex()}
-
-
-def _write_last(path: Path, text: str) -> None:
-    """Put a file in place in one move, after its bytes are on disk."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

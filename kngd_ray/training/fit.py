@@ -142,7 +142,9 @@ def fit(
             refused += 1
             logger.warning("step %d: %s", step + 1, error)
             if refused >= _MAX_REFUSED:
-                raise FilterError(f"{refused} steps in a row were refused, the last at step {step + 1}: {error}") from error
+                raise FilterError(
+                    f"{refused} steps in a row were refused, the last at step {step + 1}: {error}"
+                ) from error
         if on_step is not None:
             on_step(StepRecord(step + 1, sampler.steps, 1e3 * (perf_counter() - began), stats))
         done = step + 1

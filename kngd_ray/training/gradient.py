@@ -37,9 +37,7 @@ class GradientDescent:
         if options.method == "adamw":
             self._optimizer = torch.optim.AdamW(weights, lr=o.lr, weight_decay=o.weight_decay)
         else:
-            self._optimizer = torch.optim.SGD(
-                weights, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum
-            )
+            self._optimizer = torch.optim.SGD(weights, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
         self._lr = o.lr
         self._cosine = o.schedule == "cosine"
         self._steps = steps

@@ -28,9 +28,7 @@ class KalmanNGD:
         group: the ranks that advance together.
     """
 
-    def __init__(
-        self, head: CLIPHead, options: FitOptions, seed: int = 0, group: Group | None = None
-    ) -> None:
+    def __init__(self, head: CLIPHead, options: FitOptions, seed: int = 0, group: Group | None = None) -> None:
         self.head: nn.Module = head
         self._logit_scale = head.logit_scale
         self._classes = len(head.class_embeddings)

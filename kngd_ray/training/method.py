@@ -81,11 +81,9 @@ def batch_scores(logits: Tensor, batch: Batch, group: Group) -> dict[str, float]
     Returns:
         ``nll`` and ``accuracy``.
     """
-    sums = torch.stack(
-        [
-            cross_entropy(logits.detach(), batch.labels, reduction="sum").double(),
-            (logits.detach().argmax(1) == batch.labels).sum().double(),
-        ]
-    )
+    sums = torch.stack([
+        cross_entropy(logits.detach(), batch.labels, reduction="sum").double(),
+        (logits.detach().argmax(1) == batch.labels).sum().double(),
+    ])
     nll, correct = (group.sum(sums) / batch.total).tolist()
     return {"nll": nll, "accuracy": correct}

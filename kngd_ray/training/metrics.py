@@ -5,7 +5,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
 
 ECE_BINS = 15
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing
@@ -53,3 +57,32 @@ class Scores:
     def as_dict(self) -> dict[str, float]:
         """The figures by name."""
         return asdict(self)
+
+
+def aurc(uncertainty: Tensor, wrong: Tensor) -> float:
+    """Area under the risk-coverage curve: mean error rate over all shares of the most certain samples.
+
+    Args:
+        uncertainty: (m,) larger is less certain.
+        wrong: (m,) whether the prediction is wrong.
+
+    Returns:
+        The area, 0 is best; the error rate itself is what random ranking gives.
+    """
+    errors = wrong[uncertainty.argsort(stable=True)].double().cumsum(0)
+    return float((errors / torch.arange(1, len(errors) + 1, device=errors.device)).mean())
+
+
+def ood_auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> float:
+    """How well uncertainty tells out-of-distribution samples from in-distribution ones.
+
+    Args:
+        in_distribution: (m,) uncertainties.
+        out_of_distribution: (k,) uncertainties.
+
+    Returns:
+        Area under the ROC curve, 0.5 is chance.
+    """
+    scores = torch.cat([in_distribution, out_of_distribution])
+    target = torch.cat([torch.zeros(len(in_distribution)), torch.ones(len(out_of_distribution))]).long()
+    return float(binary_auroc(scores, target.to(scores.device)))

@@ -101,4 +101,6 @@ class FitOptions:
         if not self.adapter:
             raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
         if not self.observation:
-            raise ValueError("observation is empty; name at least one (cosine, probability, log_likelihood, categorical)")
+            raise ValueError(
+                "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
+            )

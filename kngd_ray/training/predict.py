@@ -136,3 +136,15 @@ class Predictor:
         with torch.no_grad():
             logits: Tensor = functional_call(self.head, theta, (features,))
         return logits
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Predictive entropy, the uncertainty that pictures are ranked by.
+
+    Args:
+        probabilities: (m, C).
+
+    Returns:
+        (m,) nats, 0 to log C.
+    """
+    return torch.special.entr(probabilities).sum(1)

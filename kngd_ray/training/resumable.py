@@ -136,7 +136,9 @@ def latest(folder: Path) -> checkpoint.Checkpoint | None:
     Returns:
         The checkpoint, or None if there is none.
     """
-    names = sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
+    names = (
+        sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
+    )
     for name in names:
         try:
             return checkpoint.load(folder / name)

@@ -134,9 +134,7 @@ def test_the_fingerprint_is_the_same_at_every_load(mini):
 def test_local_checkpoints_in_every_format_are_the_same_model(tmp_path, small, weights):
     save_file(weights, tmp_path / "a.safetensors")
     torch.save(weights, tmp_path / "a.pt")
-    torch.save(
-        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "ddp.bin"
-    )
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "ddp.bin")
     for file in ("a.safetensors", "a.pt", "ddp.bin"):
         assert load_model(ModelConfig(SMALL, str(tmp_path / file))).fingerprint == small.fingerprint
 
@@ -145,9 +143,7 @@ def test_local_checkpoints_in_every_format_are_the_same_model(tmp_path, small, w
 def test_one_changed_weight_changes_the_fingerprint(tmp_path, small, weights, name):
     weights[name].view(-1)[0] += 1e-3
     save_file(weights, tmp_path / "changed.safetensors")
-    assert (
-        load_model(ModelConfig(SMALL, str(tmp_path / "changed.safetensors"))).fingerprint != small.fingerprint
-    )
+    assert load_model(ModelConfig(SMALL, str(tmp_path / "changed.safetensors"))).fingerprint != small.fingerprint
 
 
 def test_a_changed_transform_or_configuration_changes_the_fingerprint(small):
@@ -236,9 +232,7 @@ def test_unknown_tag_lists_the_tags():
 def test_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "zebra.pt").touch()
-    assert f"the nearest is {tmp_path / 'weights.safetensors'}" in error_of(
-        SMALL, tmp_path / "weight.safetensors"
-    )
+    assert f"the nearest is {tmp_path / 'weights.safetensors'}" in error_of(SMALL, tmp_path / "weight.safetensors")
     assert f"the nearest is {tmp_path}" in error_of(SMALL, tmp_path)
     assert "has no checkpoint" in error_of(SMALL, tmp_path / "no" / "weights.pt")
     (tmp_path / "weights.npz").touch()
@@ -289,10 +283,7 @@ def test_unreachable_hub_points_to_local_files(monkeypatch):
 
     monkeypatch.setattr(open_clip, "download_pretrained", fails)
     message = error_of("ViT-B-32", "openai")
-    assert (
-        "cannot be downloaded (no route to host): pass a local checkpoint file through model.pretrained"
-        in message
-    )
+    assert "cannot be downloaded (no route to host): pass a local checkpoint file through model.pretrained" in message
 
 
 def test_towers_of_libraries_that_are_missing(monkeypatch):
@@ -308,9 +299,7 @@ def test_towers_of_libraries_that_are_missing(monkeypatch):
 
 def test_assets_are_complete_and_readable_by_all():
     files = ["NOTICE.md", "emoji.parquet"]
-    files += [
-        f"mini_clip/{name}" for name in ("NOTICE.md", "open_clip_config.json", "open_clip_model.safetensors")
-    ]
+    files += [f"mini_clip/{name}" for name in ("NOTICE.md", "open_clip_config.json", "open_clip_model.safetensors")]
     for file in files:
         assert (ASSETS / file).stat().st_mode & 0o444 == 0o444
     assert len(load_file(ASSETS / "mini_clip" / "open_clip_model.safetensors")) == 338

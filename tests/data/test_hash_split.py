@@ -21,9 +21,7 @@ def test_the_side_does_not_depend_on_order(write_parquet, png):
     order = np.random.default_rng(0).permutation(40)
     labels = ["a", "b"] * 20
     straight = opened(write_parquet("s.parquet", label=labels))
-    shuffled = opened(
-        write_parquet("t.parquet", label=[labels[n] for n in order], image=[png(n) for n in order])
-    )
+    shuffled = opened(write_parquet("t.parquet", label=[labels[n] for n in order], image=[png(n) for n in order]))
     assert straight.splits[order].tolist() == shuffled.splits.tolist()
 
 

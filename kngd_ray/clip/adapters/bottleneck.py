@@ -42,17 +42,15 @@ class _BottleneckAdapter(Adapter):
         super().__init__()
         self.ratio = config.ratio
         towers = ("image", "text") if config.tower == "both" else (config.tower,)
-        self.mlp = nn.ModuleDict(
-            {
-                tower: nn.Sequential(
-                    nn.Linear(shape.embed_dim, config.width, bias=False),
-                    nn.ReLU(),
-                    nn.Linear(config.width, shape.embed_dim, bias=False),
-                    nn.ReLU(),
-                )
-                for tower in towers
-            }
-        )
+        self.mlp = nn.ModuleDict({
+            tower: nn.Sequential(
+                nn.Linear(shape.embed_dim, config.width, bias=False),
+                nn.ReLU(),
+                nn.Linear(config.width, shape.embed_dim, bias=False),
+                nn.ReLU(),
+            )
+            for tower in towers
+        })
 
     def image(self, z: Tensor) -> Tensor:
         return self._mix("image", z)

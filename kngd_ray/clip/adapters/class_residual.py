@@ -36,4 +36,4 @@ class _ClassResidualAdapter(Adapter):
         torch.nn.init.zeros_(self.delta.weight)
 
     def cosines(self, z: Tensor, cosines: Tensor) -> Tensor:
-        return cosines + self.delta(z)  # type: ignore[no-any-return]
+        return cosines + self.delta(z)

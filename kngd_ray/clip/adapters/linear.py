@@ -32,9 +32,9 @@ class _LinearAdapter(Adapter):
     def __init__(self, config: Linear, shape: HeadShape) -> None:
         super().__init__()
         towers = ("image", "text") if config.tower == "both" else (config.tower,)
-        self.residual = nn.ModuleDict(
-            {tower: nn.Linear(shape.embed_dim, shape.embed_dim, bias=False) for tower in towers}
-        )
+        self.residual = nn.ModuleDict({
+            tower: nn.Linear(shape.embed_dim, shape.embed_dim, bias=False) for tower in towers
+        })
         for layer in self.residual.values():
             torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
 

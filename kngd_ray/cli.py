@@ -1,0 +1,169 @@
+"""The command line: arguments in, exit code out; what commands do is in :mod:`kngd_ray.commands`.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kngd_ray import __version__
+from kngd_ray.errors import KngdError
+
+app = typer.Typer(
+    name="kngd-ray",
+    help="Kalman natural-gradient fine-tuning of CLIP on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file, then settings over it: data.shots=16",
+        show_default=False,
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
+_Target = Annotated[
+    str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Name or folder of a run, or a folder in it.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"kngd-ray {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    settings: _Settings = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a run that was cut short.")] = None,
+    as_json: _Json = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
+    ] = False,
+) -> None:
+    """Few-shot fine-tuning on Ray Train; without settings, on the emoji and the model that come along."""
+    from kngd_ray.config import to_yaml
+
+    config = _config(settings)
+    if print_config:
+        typer.echo(to_yaml(config), nl=False)
+        return
+    from kngd_ray.commands.train import train as run
+
+    result = run(config, _display(as_json), resume=resume)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def evaluate(target: _Target, settings: _Settings = None, as_json: _Json = False) -> None:
+    """Score a trained run in and out of distribution, on its own data or on other data."""
+    from kngd_ray.commands.evaluate import evaluate as run
+
+    result = run(target, *_split(settings), _display(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def predict(
+    target: _Target,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    storage_path: Annotated[str, typer.Option(help="Where runs live.")] = "kngd_runs",
+    as_json: _Json = False,
+) -> None:
+    """Class probabilities of pictures, with their uncertainty."""
+    from kngd_ray.commands.predict import predict as run
+
+    result = run(target, images, storage_path, _display(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def encode(
+    dataset: Annotated[str, typer.Argument(help='Parquet file, folder of pictures, or "embedded".')],
+    settings: _Settings = None,
+    as_json: _Json = False,
+) -> None:
+    """Compute frozen features of a whole data set into the cache, with Ray Data."""
+    from kngd_ray.commands.encode import encode as run
+
+    result = run(dataset, *_split(settings), _display(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def sync(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
+    uri: Annotated[str | None, typer.Option(help="Another MLflow tracking store than the run's.")] = None,
+    storage_path: Annotated[str, typer.Option(help="Where runs live.")] = "kngd_runs",
+) -> None:
+    """Send to MLflow what a run could not log while the server was away."""
+    from kngd_ray.commands.train import sync as send
+
+    send(run, storage_path, _display(False), uri=uri)
+
+
+def main() -> None:
+    """Entry point of ``kngd-ray``: 0 is done, 1 failed, 2 wrong usage, 130 interrupted."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        app()
+    except KngdError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(sentence: str, code: int) -> None:
+    sys.stderr.write(f"kngd-ray: {sentence}\n")
+    sys.exit(code)
+
+
+def _split(settings: list[str] | None) -> tuple[Path | None, list[str]]:
+    """A leading YAML file, and the key=value settings."""
+    settings = settings or []
+    if settings and "=" not in settings[0]:
+        return Path(settings[0]), settings[1:]
+    return None, settings
+
+
+def _config(settings: list[str] | None) -> Any:
+    from kngd_ray.config import load_config
+
+    return load_config(*_split(settings))
+
+
+def _display(as_json: bool) -> Any:
+    from kngd_ray.commands.display import Display
+
+    return Display(quiet_stdout=as_json)
+
+
+def _print_json(result: Any) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

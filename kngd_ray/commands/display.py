@@ -1,0 +1,143 @@
+"""What a person sees: a live display on a terminal, plain lines in a log, a table at the end."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_LINE_SECONDS = 2.0
+
+# metric of a step, name on the display, format
+_SHOWN = (
+    ("innovation_rms", "innovation RMS", "{:.3f}"),
+    ("nis_per_observation", "NIS/M", "{:.2f}"),
+    ("log_evidence", "log-evidence", "{:+.1f}"),
+    ("nll", "NLL", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.2f}"),
+)
+
+
+class Display:
+    """Progress on standard error, results on standard output.
+
+    Args:
+        quiet_stdout: standard output belongs to JSON; tables go to standard error.
+    """
+
+    def __init__(self, *, quiet_stdout: bool = False) -> None:
+        self.console = Console(stderr=True)
+        self.out = self.console if quiet_stdout else Console()
+        self._live = self.console.is_terminal
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def pictures(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Progress of encoding; nothing is shown while there is nothing to do.
+
+        Args:
+            what: is being done.
+
+        Yields:
+            A function to call with pictures done and to do.
+        """
+        with self._progress(TextColumn("pictures")) as bar:
+            last = [0.0]
+
+            def advance(done: int, total: int) -> None:
+                if bar is not None:
+                    _advance(bar, what, done, total, "")
+                elif time.monotonic() - last[0] > _LINE_SECONDS or done == total:
+                    last[0] = time.monotonic()
+                    self.say(f"{what}: {done} of {total} pictures")
+
+            yield advance
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+        """Progress of fits.
+
+        Yields:
+            A function to call with a fit's name and the fields of a step record.
+        """
+        with self._progress(TextColumn("{task.fields[figures]}")) as bar:
+            last: dict[str, float] = {}
+
+            def advance(fit: str, record: Mapping[str, Any]) -> None:
+                figures = _figures(record)
+                if bar is not None:
+                    _advance(bar, fit, record["step"], record["steps"], figures)
+                elif record["step"] == record["steps"] or time.monotonic() - last.get(fit, 0.0) > _LINE_SECONDS:
+                    last[fit] = time.monotonic()
+                    self.say(f"{fit}: step {record['step']} of {record['steps']}, {figures}")
+
+            yield advance
+
+    def table(self, title: str, rows: list[tuple[str, Mapping[str, Any]]], notes: list[str]) -> None:
+        """Results side by side: accuracy, NLL and ECE, in distribution and out of it.
+
+        Args:
+            title: of the table.
+            rows: method and its report (``id`` and ``ood``), from :func:`kngd_ray.commands.summary.over_seeds`.
+            notes: lines below.
+        """
+        domains = list(rows[0][1]["ood"])
+        table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
+        table.add_column("")
+        for group in ["ID", *(["OOD mean"] if domains else [])]:
+            for figure in ("accuracy %", "NLL", "ECE"):
+                table.add_column(f"{group}\n{figure}", justify="right")
+        for domain in domains[1:] if len(domains) > 2 else []:
+            table.add_column(f"{domain}\naccuracy %", justify="right")
+        for name, report in rows:
+            sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
+            cells = [cell for s in sets for cell in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"]))]
+            cells += [_cell(report["ood"][d]["accuracy"], 100) for d in (domains[1:] if len(domains) > 2 else [])]
+            table.add_row(name, *cells)
+        # a table squeezed into a narrow log would lose digits
+        self.out.print(table, width=None if self.out.is_terminal else max(self.out.width, 60 + 14 * len(table.columns)))
+
+    @contextmanager
+    def _progress(self, *columns: TextColumn) -> Iterator[Progress | None]:
+        if not self._live:
+            yield None
+            return
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            *columns,
+            console=self.console,
+        ) as bar:
+            yield bar
+
+
+def _advance(bar: Progress, name: str, done: int, total: int, figures: str) -> None:
+    known: dict[str, TaskID] = {task.description: task.id for task in bar.tasks}
+    task = known.get(name)
+    if task is None:
+        task = bar.add_task(name, total=total, figures="")
+    bar.update(task, completed=done, total=total, figures=figures)
+
+
+def _figures(record: Mapping[str, Any]) -> str:
+    stats = record["stats"]
+    if stats is None:
+        return "refused"
+    shown = [f"{name} {form.format(stats[key])}" for key, name, form in _SHOWN if stats.get(key) is not None]
+    return ", ".join([*shown, f"{record['milliseconds']:.1f} ms/step"])
+
+
+def _cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
+    digits = 1 if factor == 100 else 3
+    if isinstance(figure, Mapping):
+        half = (figure["high"] - figure["low"]) / 2 * factor
+        return f"{figure['mean'] * factor:.{digits}f} ± {half:.{digits}f}"
+    return f"{figure * factor:.{digits}f}"

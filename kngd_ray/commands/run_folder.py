@@ -1,0 +1,133 @@
+"""The folder of a run: who may write to it, what it is called, and where its fits are.
+
+<storage_path>/<name>/config.yaml         the configuration, as ``--resume`` reads it
+                      fits/<fit>/         checkpoints and calibration of each fit
+                      records/            what is logged, see :mod:`kngd_ray.tracking`
+                      results.json        the final figures
+"""
+
+import difflib
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from kngd_ray.config import Config, load_config, to_yaml
+from kngd_ray.errors import CheckpointError, UsageError
+from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.training.checkpoint import MANIFEST
+
+CONFIG = "config.yaml"
+RESULTS = "results.json"
+
+
+def new_name(method: str) -> str:
+    """A run name that sorts by time and does not repeat."""
+    return f"{method}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:4]}"
+
+
+def create(config: Config) -> Path:
+    """Make the folder of a new run and keep its configuration.
+
+    Args:
+        config: the run's configuration, its name set.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: a run of that name exists.
+    """
+    assert config.trainer.name is not None
+    folder = Path(config.trainer.storage_path).expanduser().resolve() / config.trainer.name
+    if (folder / CONFIG).exists():
+        raise UsageError(
+            f"the run {config.trainer.name} exists in {folder.parent}: continue it with "
+            f"--resume {config.trainer.name}, or give this one another trainer.name."
+        )
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, to_yaml(config))
+    return folder
+
+
+def find(name: str, storage_path: str) -> Path:
+    """The folder of an existing run, by name or by path.
+
+    Args:
+        name: of the run, or its folder.
+        storage_path: where runs live.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: there is no such run; names the nearest.
+    """
+    root = Path(storage_path).expanduser()
+    for folder in (root / name, Path(name).expanduser()):
+        if (folder / CONFIG).is_file():
+            return folder.resolve()
+    runs = sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
+    close = difflib.get_close_matches(name, runs, n=1)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    known = f" (runs there: {', '.join(runs[-8:])})" if runs else ""
+    raise CheckpointError(f"there is no run {name} in {root}{guess}{known}.")
+
+
+def find_fit(target: str, storage_path: str) -> tuple[Path, Config]:
+    """The fit that a user means by a run, a fit's folder or a checkpoint's.
+
+    Args:
+        target: name or folder of a run (its first fit is taken), folder of a fit or of a checkpoint.
+        storage_path: where runs live.
+
+    Returns:
+        The folder of the fit or checkpoint, and the configuration of its run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(target).expanduser()
+    for candidate in (path, *path.resolve().parents[:3]):
+        inside = candidate != path and ((path / MANIFEST).is_file() or path.parent.name == "fits")
+        if inside and (candidate / CONFIG).is_file():
+            return path, load_config(candidate / CONFIG)
+    run = find(target, storage_path)
+    config = load_config(run / CONFIG)
+    fit = run / "fits" / fit_name(config.method, config.seeds[0])
+    if not fit.is_dir():
+        raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
+    return fit, config
+
+
+def fit_name(method: str, seed: int) -> str:
+    """What a fit is called in its run."""
+    return f"{method}-seed{seed}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run against a second driver until done; the lock goes with the process.
+
+    Args:
+        folder: of the run.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: another process drives the run.
+    """
+    with storage_errors(folder):
+        file = (folder / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"the run {folder.name} is being driven by another process: wait for it or stop it."
+            ) from error
+        yield

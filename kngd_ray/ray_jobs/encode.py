@@ -1,0 +1,119 @@
+"""Frozen features with Ray Data: read tasks near the files, a pool of encoders that load the model once."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from kngd_ray.clip import ModelConfig, load_model
+from kngd_ray.data import BadImage, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
+
+_BATCH = 64
+
+
+class _Pictures(Datasource):  # type: ignore[misc]
+    """Chosen pictures of a data set as rows (index, image); each read task reads its own part of the files."""
+
+    def __init__(self, images: ImageSet, indices: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self._images = images
+        self._indices = indices
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        pieces = [p for p in np.array_split(self._indices, max(parallelism, 1)) if len(p)]
+        return [
+            ReadTask(
+                lambda piece=piece: _blocks(self._images, piece),
+                BlockMetadata(num_rows=len(piece), size_bytes=None, input_files=None, exec_stats=None),
+            )
+            for piece in pieces
+        ]
+
+
+def _blocks(images: ImageSet, indices: npt.NDArray[np.int64]) -> Iterable[pa.Table]:
+    for rows, blobs in read_batches(images, indices, _BATCH):
+        yield pa.table({"index": rows, "image": pa.array(blobs, pa.binary())})
+
+
+class _Encode:
+    """An actor of the pool: decodes and encodes batches; errors travel as text beside empty features."""
+
+    def __init__(self, model: ModelConfig, gpu: bool) -> None:
+        self._model = load_model(model, "cuda" if gpu else "cpu")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        blobs = batch["image"].to_pylist()
+        encoded = encode_batch(blobs, [""] * len(blobs), lambda p: self._model.encode_images(p).numpy())
+        features = iter(zip(encoded.keys.tolist(), encoded.features.tolist(), strict=True))
+        keys, vectors, errors = [], [], []
+        for position in range(len(blobs)):
+            error = encoded.bad.get(position)
+            key, vector = (None, None) if error is not None else next(features)
+            keys.append(key)
+            vectors.append(vector)
+            errors.append(None if error is None else str(error))
+        return pa.table({
+            "index": batch["index"],
+            "key": pa.array(keys, pa.binary()),
+            "feature": pa.array(vectors, pa.list_(pa.float32())),
+            "error": pa.array(errors, pa.string()),
+        })
+
+
+def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: bool = False) -> EncodedStream:
+    """A stream for :func:`kngd_ray.data.fill_cache` that encodes on the Ray cluster.
+
+    Args:
+        images: the data set, its files on storage that all nodes share.
+        model: each actor of the pool loads it.
+        encoders: size of the pool.
+        use_gpu: give each actor a GPU.
+
+    Returns:
+        The stream; batches arrive in any order. Ray must be up when it is used.
+    """
+
+    def stream(todo: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], EncodedBatch]]:
+        if not len(todo):
+            return
+        ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
+        encoded = ray.data.read_datasource(
+            _Pictures(images, todo), override_num_blocks=_blocks_for(len(todo))
+        ).map_batches(
+            _Encode,
+            fn_constructor_args=(model, use_gpu),
+            batch_size=_BATCH,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(size=encoders),
+            num_cpus=1,
+            num_gpus=1 if use_gpu else None,
+        )
+        for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            if table.num_rows:
+                yield _unpacked(table, images)
+
+    return stream
+
+
+def _unpacked(table: pa.Table, images: ImageSet) -> tuple[npt.NDArray[np.int64], EncodedBatch]:
+    rows = table["index"].to_numpy()
+    errors = table["error"].to_pylist()
+    good = [n for n, error in enumerate(errors) if error is None]
+    keys = np.array([table["key"][n].as_py() for n in good], "S64")
+    features = np.array([table["feature"][n].as_py() for n in good], np.float32)
+    bad = {n: BadImage(f"{images.place(rows[n])}{error}") for n, error in enumerate(errors) if error is not None}
+    return rows, EncodedBatch(keys, features.reshape(len(good), -1), bad)
+
+
+def _blocks_for(pictures: int) -> int:
+    """Enough blocks to feed a pool and to cache often, none smaller than a batch."""
+    return int(min(max(pictures // _BATCH, 1), 200))

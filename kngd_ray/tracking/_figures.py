@@ -1,0 +1,143 @@
+"""Figures of a run, drawn without pyplot: no window, no state shared with the caller's figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kngd_ray.tracking._record import storage_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BINS = 15
+_COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#a6761d", "#e7298a")
+_PREFIX = "train/"
+_PANELS = (  # figure of a step, title, unit; drawn where it is present
+    ("accuracy", "prequential accuracy", "share right"),
+    ("nll", "prequential NLL", "nats per sample"),
+    ("innovation_rms", "innovation RMS", "RMS of ν"),
+    ("nis_per_observation", "NIS per observation", "NIS / M"),
+    ("log_evidence", "cumulative log-evidence", "nats"),
+)
+
+
+def reliability_diagram(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, title: str = "Reliability"
+) -> dict[str, float]:
+    """Draw accuracy against confidence in 15 equal bins, and how many samples each bin holds.
+
+    Args:
+        curves: by test set, probabilities (m, C) and labels (m,); tensors on the CPU will do.
+        path: PNG file to write.
+        title: over the figure.
+
+    Returns:
+        ECE by test set, as :class:`~kngd_ray.training.metrics.Scores` computes it.
+    """
+    figure = _figure(5.2, 5.6)
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    top.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated", zorder=1)
+    centres = (np.arange(BINS) + 0.5) / BINS
+    width = 1 / BINS / max(1, len(curves))
+    errors = {}
+    for number, (name, (probabilities, labels)) in enumerate(curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        counts, confidence, accuracy = _bins(np.asarray(probabilities, dtype=float), np.asarray(labels))
+        share = counts / max(1, counts.sum())
+        errors[name] = float((share * np.abs(accuracy - confidence)).sum())
+        held = counts > 0
+        top.vlines(confidence[held], confidence[held], accuracy[held], color=colour, alpha=0.35, linewidth=3, zorder=2)
+        label = f"{name}: ECE {100 * errors[name]:.1f}%, n = {int(counts.sum()):,}"
+        top.plot(
+            confidence[held], accuracy[held], "o-", color=colour, markersize=4, linewidth=1.2, label=label, zorder=3
+        )
+        left = centres + (number - (len(curves) - 1) / 2) * width
+        bottom.bar(left, counts, width=0.95 * width, color=colour)
+    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
+    top.legend(loc="upper left", fontsize=8, framealpha=0.9)
+    bottom.set(xlabel="confidence", ylabel="samples")
+    if any(len(np.asarray(labels)) for _, labels in curves.values()):
+        bottom.set_yscale("symlog", linthresh=1)
+    for axes in (top, bottom):
+        _tidy(axes)
+    _save(figure, path)
+    return errors
+
+
+def learning_curve(steps: Sequence[Mapping[str, float]], path: Path, title: str = "Learning curve") -> None:
+    """Draw what each step said of its batch before it learned from it.
+
+    Args:
+        steps: ``{"step": 3, "train/nll": 0.4, ...}`` in order, with or without the prefix; figures that
+            no step has are left out, and a value that is missing or not finite is a gap.
+        path: PNG file to write.
+        title: over the figure.
+    """
+    columns = {name: _column(steps, name) for name, _, _ in _PANELS}
+    present = [panel for panel in _PANELS if np.isfinite(columns[panel[0]]).any()] or [_PANELS[0]]
+    at = np.array([step["step"] for step in steps], dtype=float)
+    figure = _figure(6.4, 0.7 + 1.5 * len(present))
+    axes: Any = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
+    for place, (name, heading, unit) in zip(axes, present, strict=True):
+        values = columns[name]
+        if name == "log_evidence":
+            values = np.where(np.isfinite(values), np.nancumsum(np.where(np.isfinite(values), values, 0.0)), np.nan)
+        if name == "nis_per_observation":
+            place.axhline(1, color="0.4", linewidth=1, linestyle="--")
+        marker = "o" if len(steps) <= 40 else ""
+        place.plot(at, values, marker, linestyle="-", color=_COLOURS[0], markersize=3, linewidth=1.1)
+        place.set_title(heading, fontsize=9, loc="left")
+        place.set_ylabel(unit, fontsize=8)
+        _tidy(place)
+    if present[0][0] == "accuracy":
+        axes[0].set_ylim(-0.03, 1.03)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _bins(
+    p: NDArray[np.float64], labels: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Count, mean confidence and accuracy of each bin, (15,) each."""
+    if not len(p):
+        return np.zeros(BINS), np.zeros(BINS), np.zeros(BINS)
+    top = p.max(1)
+    right = p.argmax(1) == labels
+    number = np.clip(np.digitize(top, np.linspace(0, 1, BINS + 1)) - 1, 0, BINS - 1)
+    counts = np.bincount(number, minlength=BINS).astype(float)
+    divisor = np.maximum(counts, 1)
+    return counts, np.bincount(number, top, BINS) / divisor, np.bincount(number, right, BINS) / divisor
+
+
+def _column(steps: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float64]:
+    values = [step.get(_PREFIX + name, step.get(name)) for step in steps]
+    column = np.array([np.nan if value is None else value for value in values], dtype=float)
+    return np.where(np.isfinite(column), column, np.nan)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)

@@ -1,0 +1,259 @@
+"""One future MLflow run as a folder of plain files, written while the run goes on.
+
+::
+
+    <run folder>/records/<id>/
+        meta.json      id, uid, name, parent, params, tags, status, start and end
+        steps.jsonl    {"step": 12, "time": 1700000000000, "metrics": {"train/nll": 0.31}}
+        metrics.json   final metrics, name to value
+        model.json     the fit that is logged as a model, if any
+        artifacts/     every file here is logged, subfolders kept
+
+Files are strict JSON: a value that is not finite is the string "NaN", "Infinity" or "-Infinity".
+Such values stay here; MLflow gets the finite ones. Nothing in this module needs MLflow or a network.
+"""
+
+import json
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+RECORDS = "records"
+META, STEPS, METRICS, MODEL, ARTIFACTS = "meta.json", "steps.jsonl", "metrics.json", "model.json", "artifacts"
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FLUSH_LINES = 200
+_FLUSH_SECONDS = 2.0
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class Record:
+    """What one run has to say, in order; made by :meth:`open`. Only one process writes a record.
+
+    Attributes:
+        folder: the record's folder.
+        artifacts: put files here, in subfolders if wanted, and they are logged.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.artifacts = folder / ARTIFACTS
+        self._meta = meta
+        self._buffer: list[str] = []
+        self._flushed = time.monotonic()
+        self._end = _cut_torn_line(folder / STEPS)
+        self._seen = {line["step"] for line in read_steps(folder / STEPS)}
+
+    @classmethod
+    def open(
+        cls,
+        run_folder: Path,
+        id: str,
+        *,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        parent: str | None = None,
+    ) -> "Record":
+        """Start a record, or continue the one that an interrupted run left.
+
+        A continued record keeps its start time, its steps and the params it had, since MLflow does
+        not let a param change; new params and all tags are taken over. Its status is RUNNING again.
+
+        Args:
+            run_folder: the run's folder, which may hold many records.
+            id: letters, digits, dots, dashes and underscores; names the record within the run.
+            name: of the MLflow run.
+            params: flat settings, name to value.
+            tags: name to value.
+            parent: id of the record that this one is a child of.
+
+        Returns:
+            The record, ready to log.
+
+        Raises:
+            ValueError: the id cannot name a folder.
+        """
+        if not _ID.fullmatch(id):
+            raise ValueError(f"record id {id!r} must be letters, digits, dots, dashes and underscores")
+        folder = run_folder / RECORDS / id
+        with storage_errors(folder):
+            (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
+            meta = read_json(folder / META) or {"id": id, "uid": uuid.uuid4().hex, "start": _now()}
+            meta |= {
+                "name": name,
+                "parent": parent,
+                "params": {key: str(value) for key, value in params.items()} | meta.get("params", {}),
+                "tags": meta.get("tags", {}) | {key: str(value) for key, value in tags.items()},
+                "status": "RUNNING",
+                "end": None,
+            }
+            write_json(folder / META, meta)
+            return cls(folder, meta)
+
+    @property
+    def status(self) -> Status:
+        """RUNNING until :meth:`finish`."""
+        status: Status = self._meta["status"]
+        return status
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the figures of a step; a step that is already noted is passed over.
+
+        A resumed run repeats the steps after its checkpoint, with the same figures.
+
+        Args:
+            step: number of the step.
+            metrics: name to value; non-finite values are kept, but not sent to MLflow.
+        """
+        if step in self._seen:
+            return
+        self._seen.add(step)
+        line = {
+            "step": step,
+            "time": _now(),
+            "metrics": {key: _strict(value) for key, value in metrics.items()},
+        }
+        self._buffer.append(json.dumps(line) + "\n")
+        if len(self._buffer) >= _FLUSH_LINES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put buffered steps into the file; whole lines or none, so that it can be tried again."""
+        self._flushed = time.monotonic()
+        if not self._buffer:
+            return
+        data = "".join(self._buffer).encode()
+        path = self.folder / STEPS
+        with storage_errors(path), path.open("ab", buffering=0) as file:
+            try:
+                written = file.write(data)
+                if written < len(data):  # the disk is about to be full; the rest says how
+                    file.write(data[written:])
+            except OSError:
+                file.truncate(self._end)
+                raise
+        self._end += len(data)
+        self._buffer.clear()
+
+    def steps(self) -> list[dict[str, float]]:
+        """All steps so far, those before a resume too, as ``{"step": 3, "train/nll": 0.4, ...}``."""
+        self.flush()
+        return [{"step": line["step"], **_values(line["metrics"])} for line in read_steps(self.folder / STEPS)]
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Note final metrics; a name noted before gets the new value.
+
+        Args:
+            metrics: name to value; non-finite values are kept, but not sent to MLflow.
+        """
+        path = self.folder / METRICS
+        with storage_errors(path):
+            write_json(path, (read_json(path) or {}) | {key: _strict(value) for key, value in metrics.items()})
+
+    def set_model(self, folder_of_fit: Path, class_names: Sequence[str] = ()) -> None:
+        """Name the finished fit that is logged as this run's model.
+
+        Args:
+            folder_of_fit: its checkpoint and calibration; copied when it is published.
+            class_names: the classes in order, noted in the model's metadata.
+        """
+        run_folder = self.folder.parents[1].resolve()
+        fit = folder_of_fit.resolve()
+        inside = fit.is_relative_to(run_folder)  # then the run folder can move to another machine
+        place = fit.relative_to(run_folder) if inside else fit
+        with storage_errors(self.folder / MODEL):
+            write_json(self.folder / MODEL, {"folder": str(place), "class_names": list(class_names)})
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Say how the run ended, after all else is written.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        self.flush()
+        self._meta |= {"status": status, "end": _now()}
+        with storage_errors(self.folder):
+            write_json(self.folder / META, self._meta)
+
+
+def read_steps(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Lines of a steps file; a last line without its newline is still being written.
+
+    Args:
+        path: the file, which need not exist.
+        start: lines to pass over.
+
+    Yields:
+        The lines; one that is no JSON, after damage to the disk, is an empty step -1 so that the count holds.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number < start or not line.endswith(b"\n"):
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield {"step": -1, "time": 0, "metrics": {}}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one move: a reader sees the old text or the new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
+    temporary.replace(path)
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn failures to write into a StorageError; torch, which owns the wording, is imported only then."""
+    try:
+        yield
+    except OSError:
+        from kngd_ray.training import checkpoint
+
+        with checkpoint.storage_errors(place):
+            raise
+
+
+def _cut_torn_line(path: Path) -> int:
+    """Drop a line that a killed process did not finish; returns the size of what is left."""
+    if not path.is_file():
+        return 0
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return whole
+
+
+def _strict(value: float) -> float | str:
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _values(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

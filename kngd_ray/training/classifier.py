@@ -1,0 +1,195 @@
+"""A finished fit as a classifier of pictures: CLIP's image tower, the trained head and its belief."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kngd_ray.clip import CLIPHead, ClipModel, ModelConfig, load_model
+from kngd_ray.config import parse
+from kngd_ray.errors import CheckpointError
+from kngd_ray.filters import Belief
+from kngd_ray.observations import flatten, trainable
+from kngd_ray.storage import write_text
+from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
+from kngd_ray.training.checkpoint import load as load_checkpoint
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
+from kngd_ray.training.resumable import latest
+
+CALIBRATION = "calibration.json"
+
+
+def identity_of(
+    model: ClipModel, config: ModelConfig, class_names: Sequence[str], templates: Sequence[str]
+) -> dict[str, Any]:
+    """What a head's weights belong to: a checkpoint of another identity is refused.
+
+    Args:
+        model: the loaded model.
+        config: how to load it again.
+        class_names: the classes, in label order.
+        templates: prompts of the class embeddings.
+
+    Returns:
+        JSON data.
+    """
+    return {
+        "model": {**asdict(config), "fingerprint": model.fingerprint, "embed_dim": model.embed_dim},
+        "class_names": list(class_names),
+        "templates": list(templates),
+    }
+
+
+def restore_predictor(
+    checkpoint: Checkpoint, class_embeddings: Tensor, logit_scale: float, posterior: PosteriorOptions
+) -> Predictor:
+    """The predictor that a checkpoint holds.
+
+    Args:
+        checkpoint: a verified checkpoint of a fit.
+        class_embeddings: (C, d) unit text embeddings of its classes.
+        logit_scale: factor from cosines to logits.
+        posterior: how the posterior enters.
+
+    Returns:
+        The predictor, on the CPU.
+
+    Raises:
+        CheckpointError: the weights are of another architecture.
+    """
+    options = parse(FitOptions, checkpoint.manifest["options"])
+    head = CLIPHead(class_embeddings, logit_scale, options.adapter)
+    parameters = trainable(head)
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    if shapes != checkpoint.manifest["parameters"]:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds weights of another architecture: {checkpoint.manifest['parameters']}, "
+            f"where {shapes} is expected; use the model and classes that it was trained with."
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(checkpoint.state.weights[name])
+    if options.method != "kalman":
+        return Predictor(head, None, None, posterior)
+    covariance = torch.cat([checkpoint.state.covariance[name] for name in parameters])
+    return Predictor(head, options.filter.covariance, Belief(flatten(parameters), covariance), posterior)
+
+
+def save_calibration(folder: Path, calibration: Calibration, posterior: PosteriorOptions) -> None:
+    """Keep a fit's calibration beside its checkpoints.
+
+    Args:
+        folder: of the fit.
+        calibration: tau and the scaling temperature.
+        posterior: how the posterior enters.
+    """
+    text = json.dumps({"calibration": asdict(calibration), "posterior": asdict(posterior)}, indent=1)
+    write_text(folder / CALIBRATION, text)
+
+
+def read_calibration(folder: Path) -> tuple[Calibration, PosteriorOptions]:
+    """Read what :func:`save_calibration` kept.
+
+    Args:
+        folder: of the fit.
+
+    Returns:
+        Calibration and posterior options; tau = 1 and no scaling where none was kept.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / CALIBRATION
+    if not path.is_file():
+        return Calibration(1.0, 1.0), PosteriorOptions()
+    try:
+        raw = json.loads(path.read_text())
+        return Calibration(**raw["calibration"]), parse(PosteriorOptions, raw["posterior"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to predict with tau = 1.") from error
+
+
+class Classifier:
+    """Pictures to class probabilities with their uncertainty.
+
+    Args:
+        model: the CLIP model.
+        predictor: the trained head and its belief.
+        class_names: the classes, in label order.
+        calibration: tau and the scaling temperature.
+    """
+
+    def __init__(
+        self, model: ClipModel, predictor: Predictor, class_names: Sequence[str], calibration: Calibration
+    ) -> None:
+        self.model = model
+        self.predictor = predictor
+        self.class_names = tuple(class_names)
+        self.calibration = calibration
+
+    @classmethod
+    def load(cls, folder: Path, model: ModelConfig | None = None) -> "Classifier":
+        """Load a fit.
+
+        Args:
+            folder: of a fit, or of one of its checkpoints.
+            model: where the CLIP model is now; None is where it was when the fit was made.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            CheckpointError: there is no usable checkpoint, or the CLIP model is another one.
+        """
+        checkpoint, fit_folder = open_fit(folder)
+        manifest = checkpoint.manifest
+        named = manifest["model"]
+        clip = load_model(model or ModelConfig(named["name"], named["pretrained"]))
+        if clip.fingerprint != named["fingerprint"]:
+            raise CheckpointError(
+                f"{folder} was trained on the features of another model: fingerprint {named['fingerprint'][:12]}, "
+                f"{clip.name} has {clip.fingerprint[:12]}; name the model it was trained with by model.name and "
+                "model.pretrained."
+            )
+        calibration, posterior = read_calibration(fit_folder)
+        embeddings = clip.encode_classes(manifest["class_names"], manifest["templates"])
+        predictor = restore_predictor(checkpoint, embeddings, clip.logit_scale, posterior)
+        return cls(clip, predictor, manifest["class_names"], calibration)
+
+    def predict(self, images: Sequence[Image.Image]) -> Prediction:
+        """Posterior predictive probabilities of pictures.
+
+        Args:
+            images: m RGB pictures.
+
+        Returns:
+            Probabilities and logit spread, (m, C) each.
+        """
+        return self.predictor.predict(self.model.encode_images(list(images)), self.calibration.tau)
+
+
+def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
+    """The newest checkpoint of a fit.
+
+    Args:
+        folder: of a fit, or of one of its checkpoints.
+
+    Returns:
+        The verified checkpoint and the folder of its fit.
+
+    Raises:
+        CheckpointError: there is none that can be believed.
+    """
+    if (folder / MANIFEST).is_file():
+        return load_checkpoint(folder), folder.parent
+    found = latest(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint that can be believed.")
+    return found, folder

@@ -1,0 +1,90 @@
+"""Several fits on one group of ranks, and the events they send.
+
+Starting a group of workers takes seconds, a few-shot fit often less than one; so a run's fits
+(seeds, baselines) share a job. A job is idempotent: finished fits are recognised by their final
+checkpoints, an unfinished one resumes from its newest, and so a worker that dies, a driver that
+dies and ``--resume`` are one case.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kngd_ray.sharding import Group, SingleProcess
+from kngd_ray.training.fit import FitTask, StepRecord
+from kngd_ray.training.resumable import run_fit
+
+
+@dataclass(frozen=True)
+class FitEvent:
+    """Something that happened on rank 0 of a job.
+
+    Attributes:
+        fit: which fit of the job.
+        record: a step, as the fields of a ``StepRecord``; None for other events.
+        error: why the fit ended early, in one sentence; None for other events.
+    """
+
+    fit: str
+    record: dict[str, Any] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks are given.
+
+    Attributes:
+        fits: the fits by name, in the order in which they run.
+        identity: what their weights belong to; see :func:`kngd_ray.training.resumable.run_fit`.
+        folder: of the run, on storage that all ranks share.
+        checkpoint_every: steps between checkpoints; 0 is only at the end of each fit.
+    """
+
+    fits: Mapping[str, FitTask]
+    identity: Mapping[str, Any]
+    folder: Path
+    checkpoint_every: int = 0
+
+
+def run_fits(
+    job: Job,
+    send: Callable[[FitEvent], None],
+    *,
+    group: Group | None = None,
+    device: torch.device | str = "cpu",
+    on_checkpoint: Callable[[str, int, Path], None] | None = None,
+) -> None:
+    """Run the fits of a job one after another; every rank calls this with the same job.
+
+    Args:
+        job: the fits.
+        send: told of what happens, on rank 0.
+        group: the ranks.
+        device: where to compute.
+        on_checkpoint: told of (fit, step, folder) after each checkpoint, on every rank.
+    """
+    group = group or SingleProcess()
+    for name, task in job.fits.items():
+
+        def on_step(record: StepRecord, name: str = name) -> None:
+            if group.rank == 0:
+                send(FitEvent(name, record=asdict(record)))
+
+        def checkpointed(step: int, folder: Path, name: str = name) -> None:
+            if on_checkpoint is not None:
+                on_checkpoint(name, step, folder)
+
+        run_fit(
+            task,
+            job.folder / "fits" / name,
+            job.identity,
+            group,
+            device,
+            checkpoint_every=job.checkpoint_every,
+            on_step=on_step,
+            on_checkpoint=checkpointed,
+        )

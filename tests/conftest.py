@@ -1,0 +1,1 @@
+"""Its place puts ``tests/`` on the import path: test modules and spawned ranks share :mod:`helpers`."""

@@ -1,0 +1,102 @@
+"""The matrix of cases that the tests share: adapters, observation models, families, noise, tiny data."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kngd_ray.clip import CLIPHead
+from kngd_ray.clip.adapters import AnyAdapter, Bottleneck, ClassResidual, Linear
+from kngd_ray.filters import CovarianceFamily, Dense, Diagonal, Ema, Fixed, NoiseModel, RandomWalk
+from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
+from kngd_ray.training.batches import Support
+from kngd_ray.training.fit import FitTask
+from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
+
+DIM, CLASSES, LOGIT_SCALE = 6, 4, 8.0
+
+ADAPTERS: dict[str, tuple[AnyAdapter, ...]] = {
+    "bottleneck-image": (Bottleneck(width=3),),
+    "bottleneck-text": (Bottleneck(tower="text", width=3),),
+    "bottleneck-both": (Bottleneck(tower="both", width=2, ratio=0.3),),
+    "linear-image": (Linear(),),
+    "linear-text": (Linear(tower="text"),),
+    "linear-both": (Linear(tower="both"),),
+    "class_residual": (ClassResidual(),),
+    "linear+class_residual": (Linear(), ClassResidual()),
+    "bottleneck+linear+class_residual": (
+        Bottleneck(tower="both", width=2),
+        Linear(tower="text"),
+        ClassResidual(),
+    ),
+}
+
+OBSERVATIONS: dict[str, tuple[Model, ...]] = {
+    "cosine": (Cosine(),),
+    "probability": (Probability(),),
+    "log_likelihood": (LogLikelihood(),),
+    "categorical": (Categorical(),),
+    "categorical-sampled": (Categorical(samples=2),),
+    "log_likelihood+cosine": (LogLikelihood(), Cosine(r0=1.0)),
+    "all": (Cosine(), Probability(), LogLikelihood(r0=2.0), Categorical(samples=1)),
+}
+
+FAMILIES: dict[str, CovarianceFamily] = {
+    "dense": Dense(),
+    "ekf": Diagonal(rule="ekf"),
+    "vdekf": Diagonal(rule="vdekf"),
+}
+
+NOISES: dict[str, NoiseModel] = {
+    "fixed": Fixed(),
+    "ema-scalar": Ema(beta=0.8),
+    "ema-diagonal": Ema(beta=0.8, form="diagonal"),
+}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def class_embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
+    return normalize(torch.randn(CLASSES, DIM, generator=rng(1), dtype=torch.float64), dim=1).to(dtype)
+
+
+def make_support(n: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Support:
+    """Unit features scattered around their classes' text embeddings, so that accuracy is neither 0 nor 1."""
+    generator = rng(seed)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    noise = torch.randn(n, DIM, generator=generator, dtype=torch.float64)
+    return Support(normalize(class_embeddings()[labels] + 0.7 * noise, dim=1).to(dtype), labels)
+
+
+def make_head(adapters: tuple[AnyAdapter, ...], dtype: torch.dtype = torch.float64, perturb: float = 0.2) -> CLIPHead:
+    """A head whose weights are away from zero, where the Jacobians of some adapters would be trivial."""
+    head = CLIPHead(class_embeddings(dtype), LOGIT_SCALE, adapters).to(dtype)
+    generator = rng(3)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_((perturb * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(dtype))
+    return head
+
+
+def make_options(
+    family: str = "ekf",
+    observation: str = "log_likelihood+cosine",
+    adapter: str = "class_residual",
+    noise: str = "fixed",
+    **changes: object,
+) -> FitOptions:
+    """Options by the names of this module; anything else by keyword."""
+    settings = {
+        "epochs": 2,
+        "batch_size": 7,
+        "adapter": ADAPTERS[adapter],
+        "observation": OBSERVATIONS[observation],
+        "filter": FilterOptions(covariance=FAMILIES[family], p0=0.05),
+        "noise": NoiseOptions(process=RandomWalk(q=1e-3), observation=NOISES[noise]),
+    }
+    return FitOptions(**(settings | changes))  # type: ignore[arg-type]
+
+
+def make_task(options: FitOptions, shots: int = 15, seed: int = 0, dtype: torch.dtype = torch.float64) -> FitTask:
+    return FitTask(options, seed, make_support(shots, dtype), class_embeddings(dtype), LOGIT_SCALE)

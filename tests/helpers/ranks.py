@@ -1,0 +1,112 @@
+"""Run a function on several gloo ranks: the failing rank is named, and nothing ever hangs."""
+
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kngd_ray.sharding import ProcessGroup
+
+# A fork server that has imported the package starts a rank in milliseconds; it runs no torch
+# operation itself, so there are no threads to lose in the fork.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["kngd_ray.training.calibration", "kngd_ray.training.resumable"])
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not finish in time; the message names it and holds its traceback."""
+
+
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call ``work(group, *args)`` on every rank.
+
+    Args:
+        world_size: number of ranks.
+        work: a function that a fresh process can import; what it returns must survive ``torch.save``.
+        *args: given to every rank alike.
+        timeout: seconds after which unfinished ranks are ended.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        RankError: naming the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, timeout, work, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _watch(processes, folder, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+        return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _watch(processes: list[Any], folder: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    running = dict(enumerate(processes))
+    while running:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            stacks = "\n".join(f"rank {r}:\n{_read(folder / f'stack-{r}.txt')}" for r in running)
+            raise RankError(f"ranks {sorted(running)} did not finish in {timeout:.0f} s\n{stacks}")
+        wait([process.sentinel for process in running.values()], left)
+        ended = {rank: process for rank, process in running.items() if not process.is_alive()}
+        if any(process.exitcode for process in ended.values()):
+            raise RankError(_first_failure(folder, ended))
+        running = {rank: process for rank, process in running.items() if rank not in ended}
+
+
+def _first_failure(folder: Path, ended: dict[int, Any]) -> str:
+    """The earliest error: what other ranks raise when their peer has gone says nothing."""
+    errors = sorted(folder.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        return f"rank {errors[0].stem.removeprefix('error-')} failed:\n{errors[0].read_text()}"
+    codes = {rank: process.exitcode for rank, process in ended.items()}
+    return f"ranks died without a word; exit codes {codes}"
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _rank(
+    rank: int, world_size: int, folder: Path, timeout: float, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        with (folder / f"stack-{rank}.txt").open("w") as stack:
+            faulthandler.dump_traceback_later(max(timeout - 0.5, 0.1), file=stack)
+            dist.init_process_group(
+                "gloo",
+                init_method=(folder / "rendezvous").as_uri(),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+            )
+            result = work(ProcessGroup(), *args)
+            torch.save(result, folder / f"result-{rank}.pt")
+            dist.barrier()  # a rank that leaves early would fail the last collective of the others
+            dist.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)  # no clean-up that could wait for the other ranks

@@ -111,7 +111,7 @@ def build(cls: type[T], node: Node, path: str) -> T:
     """
     if not isinstance(node, dict):
         raise UsageError(f"{path}: expected settings of the form key: value, found {_raw(node)!r}.")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     own = fields(cls)  # type: ignore[arg-type]
     known = [f.name for f in own]
     kind = node.get("kind")

@@ -25,7 +25,9 @@ def storage_errors(place: Path, *also: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, *also) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, *also)):
+            raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:
             message = f"no space left while writing {place}: free some, then continue with --resume."

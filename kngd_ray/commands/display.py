@@ -1,10 +1,12 @@
 """What a person sees: a live display on a terminal, plain lines in a log, a table at the end."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,7 +32,9 @@ class Display:
 
     def __init__(self, *, quiet_stdout: bool = False) -> None:
         self.console = Console(stderr=True)
-        self.out = self.console if quiet_stdout else Console()
+        # in a log there is no width to keep to, and a squeezed table would lose digits
+        plain = None if sys.stdout.isatty() else 120
+        self.out = self.console if quiet_stdout else Console(width=plain)
         self._live = self.console.is_terminal
 
     def say(self, text: str) -> None:
@@ -80,7 +84,7 @@ class Display:
             yield advance
 
     def table(self, title: str, rows: list[tuple[str, Mapping[str, Any]]], notes: list[str]) -> None:
-        """Results side by side: accuracy, NLL and ECE, in distribution and out of it.
+        """Results side by side: accuracy, NLL and ECE in distribution and out of it, accuracy by domain.
 
         Args:
             title: of the table.
@@ -88,20 +92,28 @@ class Display:
             notes: lines below.
         """
         domains = list(rows[0][1]["ood"])
-        table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left")
-        table.add_column("")
-        for group in ["ID", *(["OOD mean"] if domains else [])]:
+        groups = ["ID", *(["OOD"] if domains else [])]
+        main = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        main.add_column("")
+        for group in groups:
             for figure in ("accuracy %", "NLL", "ECE"):
-                table.add_column(f"{group}\n{figure}", justify="right")
-        for domain in domains[1:] if len(domains) > 2 else []:
-            table.add_column(f"{domain}\naccuracy %", justify="right")
+                main.add_column(f"{group}\n{figure}", justify="right", no_wrap=True)
         for name, report in rows:
             sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
-            cells = [cell for s in sets for cell in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"]))]
-            cells += [_cell(report["ood"][d]["accuracy"], 100) for d in (domains[1:] if len(domains) > 2 else [])]
-            table.add_row(name, *cells)
-        # a table squeezed into a narrow log would lose digits
-        self.out.print(table, width=None if self.out.is_terminal else max(self.out.width, 60 + 14 * len(table.columns)))
+            main.add_row(
+                name, *(c for s in sets for c in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"])))
+            )
+        self.out.print(main)
+        if len(domains) > 2:  # the mean and at least two domains
+            detail = Table(title="OOD accuracy % by domain", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            detail.add_column("")
+            for domain in domains[1:]:
+                detail.add_column(domain, justify="right")
+            for name, report in rows:
+                detail.add_row(name, *(_cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
+            self.out.print(detail)
+        for note in notes:
+            self.out.print(note, highlight=False, markup=False)
 
     @contextmanager
     def _progress(self, *columns: TextColumn) -> Iterator[Progress | None]:
@@ -139,5 +151,5 @@ def _cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
     digits = 1 if factor == 100 else 3
     if isinstance(figure, Mapping):
         half = (figure["high"] - figure["low"]) / 2 * factor
-        return f"{figure['mean'] * factor:.{digits}f} ± {half:.{digits}f}"
+        return f"{figure['mean'] * factor:.{digits}f}±{half:.{digits}f}"
     return f"{figure * factor:.{digits}f}"

@@ -1,7 +1,6 @@
 """``kngd-ray train``: fits, evaluation, figures, records, and the table at the end."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,9 +16,10 @@ from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.summary import flat_metrics, over_seeds
 from kngd_ray.config import Config, TrainerConfig, baseline_config, flatten, load_config
+from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.storage import write_text
-from kngd_ray.tracking import Publisher, Record, learning_curve, reliability_diagram
+from kngd_ray.tracking import Publisher, Record, Status, learning_curve, publish, reliability_diagram
 from kngd_ray.training.calibration import Calibration, calibrate, fit_temperature
 from kngd_ray.training.classifier import restore_predictor, save_calibration
 from kngd_ray.training.evaluation import Evaluation, evaluate
@@ -88,7 +88,7 @@ def _run(config: Config, prepared: Prepared, folder: Path, display: Display) -> 
     records = {m.name: _Records(folder, m) for m in methods}
     publisher = _publisher(config, folder, display)
     display.say(f"run {folder.name} in {folder.parent}")
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         with display.steps() as show:
 
@@ -192,7 +192,6 @@ class _Records:
         }
         for record in self._all():
             (record.artifacts / run_folder.CONFIG).write_text((folder / run_folder.CONFIG).read_text())
-        self.curves: dict[str, list[dict[str, Any]]] = {name: record.steps() for name, record in self.fits.items()}
 
     def step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; a refused one only counts."""
@@ -206,7 +205,7 @@ class _Records:
         if self._parent is not None:
             self._parent.log_metrics(flat_metrics(report))
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: Status) -> None:
         """Close all records."""
         for record in self._all():
             record.finish(status)
@@ -253,7 +252,7 @@ def _report(
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
         steps = record.steps()
-        seconds = sum(step["metrics"]["time/step_ms"] for step in steps) / 1e3
+        seconds = sum(step["time/step_ms"] for step in steps) / 1e3
         reports.append({**report, "seconds": seconds})
         record.log_metrics(
             flat_metrics(report)
@@ -266,7 +265,7 @@ def _report(
         )
         _draw(record, evaluation, {name: test.labels for name, test in tests.items()}, steps, name)
         if method.config.tracking.log_model:
-            record.set_model(fit_folder)
+            record.set_model(fit_folder, prepared.images.class_names)
     combined = over_seeds(reports)
     records.log_over_seeds({k: v for k, v in combined.items() if k != "seconds"})
     zero = over_seeds([zero_shot[seed] for seed in method.tasks])
@@ -301,15 +300,28 @@ def _draw(
 
 def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any]], display: Display) -> None:
     rows = [(ZERO_SHOT, reports[0]["zero_shot"])]
-    rows += [(f"{r['method']} ({r['preset']}), {r['steps']} steps", r) for r in reversed(reports)]
-    domain = config.data.train_domain or ("noto" if config.data.path == "embedded" else "all domains")
+    rows += [(_row_name(r), r) for r in reversed(reports)]
+    shots = prepared.splits[config.seeds[0]].support
+    trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
     title = (
-        f"{os.path.basename(str(config.data.path))}, {len(prepared.images.class_names)} classes, trained on {domain}, "
+        f"{_data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, "
         f"{config.data.shots} shots per class"
     )
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}; nothing was chosen on the test pictures"])
+
+
+def _data_name(config: Config) -> str:
+    if config.data.path == EMBEDDED:
+        return "emoji"
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    return ", ".join(Path(path).stem for path in paths)
+
+
+def _row_name(report: Mapping[str, Any]) -> str:
+    preset = "" if report["preset"] == report["method"] else f" {report['preset']}"
+    return f"{report['method']}{preset}, {report['steps']} steps"
 
 
 def sync(name: str, storage_path: str, display: Display, *, uri: str | None = None) -> dict[str, str]:
@@ -324,9 +336,6 @@ def sync(name: str, storage_path: str, display: Display, *, uri: str | None = No
     Returns:
         MLflow run id by record.
     """
-    from kngd_ray.storage import write_text
-from kngd_ray.tracking import publish
-
     folder = run_folder.find(name, storage_path)
     config = load_config(folder / run_folder.CONFIG)
     began = time.monotonic()

@@ -9,7 +9,7 @@ features = cache.read(images.keys[split.support])
 """
 
 from kngd_ray.data._cache import FeatureCache
-from kngd_ray.data._config import DataConfig
+from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._decode import BadImage, decode
 from kngd_ray.data._encode import (
     EncodedBatch,
@@ -25,6 +25,7 @@ from kngd_ray.data._shots import Split, sample_shots, select
 from kngd_ray.data._source import content_key
 
 __all__ = [
+    "EMBEDDED",
     "BadImage",
     "DataConfig",
     "EncodedBatch",

@@ -14,6 +14,9 @@ from kngd_ray.clip import ModelConfig, load_model
 from kngd_ray.data import BadImage, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
 
 _BATCH = 64
+# A core is shared by an encoder and the reading that feeds it; with whole cores for the encoders a
+# machine of as many cores would leave none to read with, and wait for ever.
+_ENCODER_CPUS, _READER_CPUS = 0.8, 0.1
 
 
 class _Pictures(Datasource):  # type: ignore[misc]
@@ -84,9 +87,13 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
     def stream(todo: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], EncodedBatch]]:
         if not len(todo):
             return
-        ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # the caller shows its own
+        context.issue_detectors_config.detectors = []  # it warns of memory that the imports of torch take
         encoded = ray.data.read_datasource(
-            _Pictures(images, todo), override_num_blocks=_blocks_for(len(todo))
+            _Pictures(images, todo),
+            override_num_blocks=_blocks_for(len(todo)),
+            num_cpus=_READER_CPUS,
         ).map_batches(
             _Encode,
             fn_constructor_args=(model, use_gpu),
@@ -94,7 +101,7 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=ray.data.ActorPoolStrategy(size=encoders),
-            num_cpus=1,
+            num_cpus=_ENCODER_CPUS,
             num_gpus=1 if use_gpu else None,
         )
         for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

@@ -1,5 +1,6 @@
 """One Ray instance for a command: joined where there is a cluster, started on loopback where not."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the core's errors reach us as exceptions; its log says them again
 }
 
 
@@ -38,6 +40,8 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
     if owned:
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
+        for library in ("ray.data", "ray.train"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         joins = address or os.environ.get("RAY_ADDRESS")
         try:
             if joins:

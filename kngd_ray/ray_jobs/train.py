@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
 import ray
 import torch.distributed as dist
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
@@ -56,8 +55,9 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
                     **({"GPU": 1} if trainer.use_gpu else {}),
                 },
             ),
+            # Checkpoints are ours, in the run's folder: Ray is not asked to copy or to choose them (a report of
+            # one costs seconds), and since it resumes a name that it has seen by its own records, each job is new to it.
             run_config=RunConfig(
-                # Ray resumes a name it has seen by its own records; ours are the checkpoints, so each job is new to it.
                 name=f"job-{uuid4().hex[:8]}",
                 storage_path=str(job.folder / "ray"),
                 failure_config=FailureConfig(max_failures=trainer.max_failures),
@@ -97,17 +97,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     sender = _EventSender(config["queue"])
     group: Group = ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else SingleProcess()
 
-    def on_checkpoint(fit: str, step: int, folder: Path) -> None:
-        # Ray is told of the checkpoint, not asked to copy it: it lies where it belongs.
-        ray.train.report(
-            {"fit": fit, "step": step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_upload_fn=lambda checkpoint, _: checkpoint,
-        )
-        sender.flush()
-
     try:
-        run_fits(job, sender.send, group=group, device=get_device(), on_checkpoint=on_checkpoint)
+        run_fits(job, sender.send, group=group, device=get_device())
     except FilterError as error:
         # Every rank decides the same from the same numbers; trying again would end the same way.
         if group.rank == 0:

@@ -69,7 +69,7 @@ class ProcessGroup:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """One all_reduce."""
-        total = tensor.contiguous()
+        total = tensor.clone(memory_format=torch.contiguous_format)  # all_reduce writes into its argument
         dist.all_reduce(total, group=self._group)
         return total
 

@@ -24,7 +24,7 @@ def save_pyfunc(
         run_id: the MLflow run it comes from.
         model_id: id of the logged model it becomes.
     """
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import Array, ColSpec, DataType, Schema

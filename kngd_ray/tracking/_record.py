@@ -15,17 +15,27 @@ Such values stay here; MLflow gets the finite ones. Nothing in this module needs
 
 import json
 import math
-import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-RECORDS = "records"
-META, STEPS, METRICS, MODEL, ARTIFACTS = "meta.json", "steps.jsonl", "metrics.json", "model.json", "artifacts"
+from kngd_ray.storage import storage_errors
+from kngd_ray.tracking._files import (
+    ARTIFACTS,
+    META,
+    METRICS,
+    MODEL,
+    RECORDS,
+    STEPS,
+    cut_torn_line,
+    read_json,
+    read_steps,
+    write_json,
+)
+
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FLUSH_LINES = 200
 _FLUSH_SECONDS = 2.0
@@ -47,7 +57,7 @@ class Record:
         self._meta = meta
         self._buffer: list[str] = []
         self._flushed = time.monotonic()
-        self._end = _cut_torn_line(folder / STEPS)
+        self._end = cut_torn_line(folder / STEPS)
         self._seen = {line["step"] for line in read_steps(folder / STEPS)}
 
     @classmethod
@@ -125,7 +135,11 @@ class Record:
             self.flush()
 
     def flush(self) -> None:
-        """Put buffered steps into the file; whole lines or none, so that it can be tried again."""
+        """Put buffered steps into the file; whole lines or none, so that it can be tried again.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """  # noqa: DOC501 - storage_errors turns OSError into it
         self._flushed = time.monotonic()
         if not self._buffer:
             return
@@ -154,8 +168,7 @@ class Record:
             metrics: name to value; non-finite values are kept, but not sent to MLflow.
         """
         path = self.folder / METRICS
-        with storage_errors(path):
-            write_json(path, (read_json(path) or {}) | {key: _strict(value) for key, value in metrics.items()})
+        write_json(path, (read_json(path) or {}) | {key: _strict(value) for key, value in metrics.items()})
 
     def set_model(self, folder_of_fit: Path, class_names: Sequence[str] = ()) -> None:
         """Name the finished fit that is logged as this run's model.
@@ -168,8 +181,7 @@ class Record:
         fit = folder_of_fit.resolve()
         inside = fit.is_relative_to(run_folder)  # then the run folder can move to another machine
         place = fit.relative_to(run_folder) if inside else fit
-        with storage_errors(self.folder / MODEL):
-            write_json(self.folder / MODEL, {"folder": str(place), "class_names": list(class_names)})
+        write_json(self.folder / MODEL, {"folder": str(place), "class_names": list(class_names)})
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Say how the run ended, after all else is written.
@@ -179,69 +191,7 @@ class Record:
         """
         self.flush()
         self._meta |= {"status": status, "end": _now()}
-        with storage_errors(self.folder):
-            write_json(self.folder / META, self._meta)
-
-
-def read_steps(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Lines of a steps file; a last line without its newline is still being written.
-
-    Args:
-        path: the file, which need not exist.
-        start: lines to pass over.
-
-    Yields:
-        The lines; one that is no JSON, after damage to the disk, is an empty step -1 so that the count holds.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if number < start or not line.endswith(b"\n"):
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError:
-                yield {"step": -1, "time": 0, "metrics": {}}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one move: a reader sees the old text or the new one."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False))
-    temporary.replace(path)
-
-
-@contextmanager
-def storage_errors(place: Path) -> Iterator[None]:
-    """Turn failures to write into a StorageError; torch, which owns the wording, is imported only then."""
-    try:
-        yield
-    except OSError:
-        from kngd_ray.training import checkpoint
-
-        with checkpoint.storage_errors(place):
-            raise
-
-
-def _cut_torn_line(path: Path) -> int:
-    """Drop a line that a killed process did not finish; returns the size of what is left."""
-    if not path.is_file():
-        return 0
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    return whole
+        write_json(self.folder / META, self._meta)
 
 
 def _strict(value: float) -> float | str:

@@ -12,7 +12,7 @@ Nothing is pickled. A table with a column ``image`` of picture files' bytes beco
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -62,15 +62,13 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
             entropy = -(p * p.clamp_min(1e-300).log()).sum(1)
             top = p.argmax(1)
             for n, c in enumerate(top.tolist()):
-                rows.append(
-                    {
-                        "class": self.classifier.class_names[c],
-                        "probability": float(p[n, c]),
-                        "uncertainty": float(entropy[n]),
-                        "logit_std": float(found.logit_std[n, c]),
-                        "probabilities": p[n].tolist(),
-                    }
-                )
+                rows.append({
+                    "class": self.classifier.class_names[c],
+                    "probability": float(p[n, c]),
+                    "uncertainty": float(entropy[n]),
+                    "logit_std": float(found.logit_std[n, c]),
+                    "probabilities": p[n].tolist(),
+                })
         columns = ["class", "probability", "uncertainty", "logit_std", "probabilities"]
         return pd.DataFrame(rows, columns=columns, index=model_input.index)
 

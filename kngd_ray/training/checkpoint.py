@@ -8,7 +8,7 @@ A checkpoint is one folder::
     manifest.json                         sizes and SHA-256 of the above, written last, and what the
                                           weights belong to: task, options, seed, step, who owns what
 
-The manifest names every file with its checksum, so a folder that lacks a file, or holds one cut
+The manifest names every file with its checksum, and has one of its own, so a folder that lacks a file, or holds one cut
 short or altered, is never believed. Because P is stored under parameter names with the bounds of
 each piece, any number of ranks can load what any other number wrote. Nothing is ever unpickled.
 """
@@ -35,6 +35,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
 _STATE = "state.safetensors"
+_CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def save(folder: Path, state: MethodState, description: Mapping[str, Any], group
                 "pieces": list(state.pieces),
                 "files": {name: _undigest(row.tolist()) for name, row in zip(names, gathered, strict=True)},
             }
-            write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+            write_text(folder / MANIFEST, json.dumps({**manifest, _CHECKSUM: _checksum(manifest)}, indent=1))
 
 
 def load(folder: Path) -> Checkpoint:
@@ -154,6 +155,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('version')}, this kngd_ray reads {VERSION}: "
             "use the version of kngd_ray that wrote it."
         )
+    if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
+        raise CheckpointError(f"{path} is not what was written: the file was altered; use an earlier checkpoint.")
     return manifest
 
 
@@ -172,6 +175,10 @@ def _digest(path: Path) -> list[int]:
         for block in iter(lambda: file.read(1 << 20), b""):
             sha.update(block)
     return [*path.stat().st_size.to_bytes(8, "big"), *sha.digest()]
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _undigest(row: list[int]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class GradientDescent:
         for name, p in self._parameters.items():
             for key, value in self._optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor):
-                    replicated[f"{key}/{name}"] = value
+                    replicated[f"{key}/{name}"] = value.clone()  # the optimiser writes in place
         weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         return MethodState(weights=weights, replicated=replicated)
 
@@ -89,7 +89,8 @@ class GradientDescent:
             by_parameter.setdefault(name, {})[moment] = value
         for name, p in self._parameters.items():
             if name in by_parameter:
-                self._optimizer.state[p] = {k: v.to(p.device) if v.dim() else v for k, v in by_parameter[name].items()}
+                moments = by_parameter[name].items()
+                self._optimizer.state[p] = {k: (v.to(p.device) if v.dim() else v).clone() for k, v in moments}
 
     def _set_lr(self, step: int) -> None:
         factor = 0.5 * (1 + cos(pi * step / self._steps)) if self._cosine else 1.0

@@ -5,11 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 ECE_BINS = 15
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing
@@ -43,8 +39,9 @@ class Scores:
             The four figures.
         """
         classes = probabilities.shape[1]
-        p = probabilities.double()
-        accuracy = multiclass_accuracy(p, labels, num_classes=classes, average="micro")
+        # Rounding may leave a float32 probability just above 1, which torchmetrics would take for a logit.
+        p = probabilities.double().clamp(0.0, 1.0)
+        accuracy = (p.argmax(1) == labels).double().mean()
         ece = multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
         brier = (p - one_hot(labels, classes)).square().sum(1).mean()
         return cls(float(accuracy), float(nll_loss(p.clamp_min(_MIN_P).log(), labels)), float(ece), float(brier))
@@ -52,7 +49,8 @@ class Scores:
     @classmethod
     def mean(cls, scores: "list[Scores]") -> "Scores":
         """Average of figures, each set counting the same."""
-        return cls(*torch.tensor([list(asdict(s).values()) for s in scores]).double().mean(0).tolist())
+        figures = torch.tensor([list(asdict(s).values()) for s in scores], dtype=torch.float64)
+        return cls(*figures.mean(0).tolist())
 
     def as_dict(self) -> dict[str, float]:
         """The figures by name."""
@@ -83,6 +81,7 @@ def ood_auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> float:
     Returns:
         Area under the ROC curve, 0.5 is chance.
     """
-    scores = torch.cat([in_distribution, out_of_distribution])
+    # As ranks in [0, 1): outside it torchmetrics would take a sigmoid, in which small uncertainties tie.
+    ranks = torch.cat([in_distribution, out_of_distribution]).unique(return_inverse=True)[1]
     target = torch.cat([torch.zeros(len(in_distribution)), torch.ones(len(out_of_distribution))]).long()
-    return float(binary_auroc(scores, target.to(scores.device)))
+    return float(binary_auroc(ranks.double() / len(ranks), target.to(ranks.device)))

@@ -69,7 +69,7 @@ def run_fit(
         check_same(found.manifest, description, found.folder)
         if found.manifest["step"] == final:
             return found.folder
-    written: list[Path] = []
+    written = [] if found is None else [found.folder]
 
     def write(step: int, method: Method) -> None:
         target = folder / f"step-{step:08d}-{_attempt(group, device)}"

@@ -98,5 +98,6 @@ def make_options(
     return FitOptions(**(settings | changes))  # type: ignore[arg-type]
 
 
-def make_task(options: FitOptions, shots: int = 15, seed: int = 0, dtype: torch.dtype = torch.float64) -> FitTask:
+def make_task(options: FitOptions, shots: int = 15, seed: int = 0, dtype: torch.dtype = torch.float32) -> FitTask:
+    """A whole fit, in float32 as adapters are built; float64 needs torch's default dtype to say so."""
     return FitTask(options, seed, make_support(shots, dtype), class_embeddings(dtype), LOGIT_SCALE)

@@ -21,6 +21,7 @@ from kngd_ray.sharding import ProcessGroup
 # operation itself, so there are no threads to lose in the fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["kngd_ray.training.calibration", "kngd_ray.training.resumable"])
+_START_SECONDS = 60.0  # a busy machine may take this long to start a process
 
 
 class RankError(AssertionError):
@@ -34,7 +35,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: fl
         world_size: number of ranks.
         work: a function that a fresh process can import; what it returns must survive ``torch.save``.
         *args: given to every rank alike.
-        timeout: seconds after which unfinished ranks are ended.
+        timeout: seconds for the work, from when all ranks have met.
 
     Returns:
         What each rank returned, in rank order.
@@ -61,14 +62,18 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: fl
 
 
 def _watch(processes: list[Any], folder: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
     running = dict(enumerate(processes))
+    deadline, met = time.monotonic() + _START_SECONDS, False
     while running:
+        if not met and all((folder / f"met-{rank}").exists() for rank in range(len(processes))):
+            deadline, met = time.monotonic() + timeout, True
         left = deadline - time.monotonic()
+        if left <= 0 and not met:
+            raise RankError(f"the ranks did not meet in {_START_SECONDS:.0f} s")
         if left <= 0:
             stacks = "\n".join(f"rank {r}:\n{_read(folder / f'stack-{r}.txt')}" for r in running)
             raise RankError(f"ranks {sorted(running)} did not finish in {timeout:.0f} s\n{stacks}")
-        wait([process.sentinel for process in running.values()], left)
+        wait([process.sentinel for process in running.values()], left if met else 0.02)
         ended = {rank: process for rank, process in running.items() if not process.is_alive()}
         if any(process.exitcode for process in ended.values()):
             raise RankError(_first_failure(folder, ended))
@@ -77,11 +82,11 @@ def _watch(processes: list[Any], folder: Path, timeout: float) -> None:
 
 def _first_failure(folder: Path, ended: dict[int, Any]) -> str:
     """The earliest error: what other ranks raise when their peer has gone says nothing."""
+    for rank, process in ended.items():
+        if process.exitcode and not (folder / f"error-{rank}.txt").exists():
+            return f"rank {rank} died without a word, exit code {process.exitcode}"
     errors = sorted(folder.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
-    if errors:
-        return f"rank {errors[0].stem.removeprefix('error-')} failed:\n{errors[0].read_text()}"
-    codes = {rank: process.exitcode for rank, process in ended.items()}
-    return f"ranks died without a word; exit codes {codes}"
+    return f"rank {errors[0].stem.removeprefix('error-')} failed:\n{errors[0].read_text()}"
 
 
 def _read(path: Path) -> str:
@@ -94,14 +99,15 @@ def _rank(
     torch.set_num_threads(1)
     try:
         with (folder / f"stack-{rank}.txt").open("w") as stack:
-            faulthandler.dump_traceback_later(max(timeout - 0.5, 0.1), file=stack)
             dist.init_process_group(
                 "gloo",
                 init_method=(folder / "rendezvous").as_uri(),
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout),
+                timeout=timedelta(seconds=_START_SECONDS + timeout),
             )
+            faulthandler.dump_traceback_later(max(timeout - 0.5, 0.1), file=stack)
+            (folder / f"met-{rank}").touch()
             result = work(ProcessGroup(), *args)
             torch.save(result, folder / f"result-{rank}.pt")
             dist.barrier()  # a rank that leaves early would fail the last collective of the others

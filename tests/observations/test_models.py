@@ -57,8 +57,8 @@ def ggn(logits: torch.Tensor) -> torch.Tensor:
 
 def gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Derivative of log p(y|x) in the logits, by autograd: (m, C)."""
-    l = logits.clone().requires_grad_()
-    (g,) = torch.autograd.grad(-torch.nn.functional.cross_entropy(l, labels, reduction="sum"), l)
+    leaf = logits.clone().requires_grad_()
+    (g,) = torch.autograd.grad(-torch.nn.functional.cross_entropy(leaf, labels, reduction="sum"), leaf)
     return g
 
 

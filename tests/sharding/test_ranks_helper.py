@@ -1,0 +1,55 @@
+"""The multi-rank helper itself: it names who failed, and it never hangs."""
+
+import os
+import time
+
+import pytest
+import torch
+from helpers.ranks import RankError, run_ranks
+
+from kngd_ray.sharding import Group
+
+
+def add_ranks(group: Group, offset: int) -> float:
+    return float(group.sum(torch.tensor([group.rank + offset])))
+
+
+def fail_on_the_last_rank(group: Group) -> None:
+    if group.rank == group.world_size - 1:
+        raise ValueError("a distinctive reason")
+    group.sum(torch.ones(1))  # waits for a rank that will never come
+
+
+def die_on_rank_one(group: Group) -> None:
+    if group.rank == 1:
+        os._exit(7)
+    group.sum(torch.ones(1))
+
+
+def stay_away_on_rank_zero(group: Group) -> None:
+    if group.rank == 0:
+        time.sleep(600)
+    group.sum(torch.ones(1))
+
+
+def test_results_come_in_rank_order():
+    assert run_ranks(2, add_ranks, 10) == [21.0, 21.0]
+
+
+def test_the_failing_rank_is_named_within_seconds():
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 2 failed(?s:.*)a distinctive reason"):
+        run_ranks(3, fail_on_the_last_rank)
+    assert time.monotonic() - began < 20
+
+
+def test_a_rank_that_dies_is_named():
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 died without a word, exit code 7"):
+        run_ranks(2, die_on_rank_one)
+    assert time.monotonic() - began < 20
+
+
+def test_a_rank_that_hangs_is_shown_with_its_stack():
+    with pytest.raises(RankError, match=r"did not finish in 2 s(?s:.*)stay_away_on_rank_zero"):
+        run_ranks(2, stay_away_on_rank_zero, timeout=2)

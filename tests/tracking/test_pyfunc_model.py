@@ -1,0 +1,174 @@
+"""The logged model: loads in a fresh process without unpickling, predicts from picture bytes."""
+
+import base64
+import io
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from kngd_ray.data import BadImage
+from kngd_ray.tracking import publish, save_pyfunc
+from kngd_ray.tracking._pyfunc import _EXAMPLE
+
+NAMES = ("cat", "dog", "newt")
+COLUMNS = ["class", "probability", "uncertainty", "logit_std", "probabilities"]
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class Stub:
+    """Says the class by the picture's width."""
+
+    class_names = NAMES
+
+    def __init__(self):
+        self.batches = []
+
+    def predict(self, images):
+        self.batches.append(len(images))
+        wanted = torch.tensor([image.width % 3 for image in images])
+        p = torch.full((len(images), 3), 0.25)
+        p[torch.arange(len(images)), wanted] = 0.5
+        return SimpleNamespace(probabilities=p, logit_std=p * 2)
+
+
+@pytest.fixture
+def model():
+    from kngd_ray.tracking.model_code import ClassifierModel
+
+    model = ClassifierModel()
+    model.classifier = Stub()
+    return model
+
+
+def picture(width: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, 4)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_columns_and_their_values(model):
+    table = pd.DataFrame({"image": [picture(w) for w in range(3, 43)]}, index=range(100, 140))
+    out = model.predict(None, table)
+    assert list(out.columns) == COLUMNS
+    assert list(out.index) == list(table.index)
+    assert list(out["class"][:4]) == ["cat", "dog", "newt", "cat"]
+    assert out["probability"].eq(0.5).all()
+    assert out["logit_std"].eq(1.0).all()
+    assert out["uncertainty"].to_numpy() == pytest.approx(1.5 * math.log(2))
+    assert out["probabilities"][101] == [0.25, 0.5, 0.25]
+    assert model.classifier.batches == [32, 8]
+
+
+def test_certainty_has_no_entropy_and_no_rows_no_predictions(model):
+    model.classifier = SimpleNamespace(
+        class_names=NAMES,
+        predict=lambda images: SimpleNamespace(probabilities=torch.eye(3)[: len(images)], logit_std=torch.zeros(3, 3)),
+    )
+    assert model.predict(None, pd.DataFrame({"image": [picture(3)]}))["uncertainty"].item() == 0
+    assert list(model.predict(None, pd.DataFrame({"image": []})).columns) == COLUMNS
+
+
+def test_broken_picture_names_its_row(model):
+    with pytest.raises(BadImage, match="row 1"):
+        model.predict(None, pd.DataFrame({"image": [picture(3), b"no picture"]}))
+
+
+def test_example_is_a_picture():
+    assert Image.open(io.BytesIO(_EXAMPLE)).size == (8, 8)
+
+
+def test_saved_folder_holds_code_fit_signature_and_pins(tmp_path):
+    fit = tmp_path / "fit"
+    fit.mkdir()
+    (fit / "calibration.json").write_text("{}")
+    save_pyfunc(fit, tmp_path / "model", NAMES)
+    files = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    assert {"MLmodel", "model_code.py", "artifacts/fit/calibration.json", "requirements.txt"} <= files
+    assert not [name for name in files if name.endswith((".pkl", ".pickle"))]
+    from mlflow.models import Model
+
+    loaded = Model.load(str(tmp_path / "model"))
+    assert loaded.metadata["class_names"] == list(NAMES)
+    assert [c["name"] for c in loaded.signature.outputs.to_dict()] == COLUMNS
+    requirements = (tmp_path / "model" / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in requirements
+    assert any(line.startswith("kngd_ray") for line in requirements)
+
+
+PREDICT = """
+import base64, json, os, sys
+os.environ["MLFLOW_TRACKING_URI"] = sys.argv[1]
+import mlflow, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[2])
+table = pd.DataFrame({"image": [base64.b64decode(x) for x in json.load(sys.stdin)]})
+print(model.predict(table).to_json(orient="records"))
+"""
+
+
+@pytest.mark.slow
+def test_published_model_in_a_fresh_process(open_record, run_folder, store, experiment, client):
+    from kngd_ray.clip import ModelConfig, load_model
+    from kngd_ray.sharding import SingleProcess
+    from kngd_ray.training.batches import Support
+    from kngd_ray.training.calibration import Calibration
+    from kngd_ray.training.classifier import Classifier, identity_of, save_calibration
+    from kngd_ray.training.fit import FitTask
+    from kngd_ray.training.options import FitOptions
+    from kngd_ray.training.predict import PosteriorOptions
+    from kngd_ray.training.resumable import run_fit
+
+    clip, fit = load_model(ModelConfig()), run_folder / "fits" / "seed-0"
+    templates = ["a photo of a {}."]
+    pictures = [png(n) for n in range(6)]
+    features = clip.encode_images([Image.open(io.BytesIO(data)) for data in pictures])
+    support = Support(features, torch.arange(6) % 3)
+    task = FitTask(FitOptions(epochs=2), 0, support, clip.encode_classes(NAMES, templates), clip.logit_scale)
+    run_fit(task, fit, identity_of(clip, ModelConfig(), NAMES, templates), SingleProcess(), "cpu", checkpoint_every=0)
+    save_calibration(fit, Calibration(0.3, 1.0), PosteriorOptions())
+    record = open_record()
+    record.log_metrics({"id/accuracy": 0.5})
+    record.set_model(fit, NAMES)
+    record.finish()
+    ids = publish(run_folder, store, experiment)
+
+    [logged] = client.search_logged_models([client.get_run(ids["seed-0"]).info.experiment_id])
+    assert logged.status == "READY"
+    assert logged.source_run_id == ids["seed-0"]
+    assert {m.key: m.value for m in logged.metrics} == {"id/accuracy": 0.5}
+    command = [sys.executable, "-c", PREDICT, store, logged.model_uri]
+    asked = json.dumps([base64.b64encode(data).decode() for data in pictures[:2]])
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+
+    expected = Classifier.load(fit).predict([Image.open(io.BytesIO(data)) for data in pictures[:2]])
+    for row, p, spread in zip(rows, expected.probabilities, expected.logit_std, strict=True):
+        c = int(p.argmax())
+        assert row["class"] == NAMES[c]
+        assert row["probabilities"] == pytest.approx(p.tolist(), rel=1e-4)
+        assert row["probability"] == pytest.approx(float(p[c]), rel=1e-4)
+        assert row["logit_std"] == pytest.approx(float(spread[c]), rel=1e-3)
+        assert row["uncertainty"] == pytest.approx(-float((p * p.log()).sum()), rel=1e-3)
+
+
+def test_fit_that_is_gone_does_not_hold_up_the_rest(open_record, run_folder, store, experiment, client, caplog):
+    record = open_record()
+    record.set_model(run_folder / "gone", NAMES)
+    record.finish()
+    ids = publish(run_folder, store, experiment)
+    assert client.get_run(ids["seed-0"]).info.status == "FINISHED"
+    assert "has no model" in caplog.text

@@ -1,0 +1,174 @@
+"""tau and T come from held-out training shots: nothing is predicted by a fit that saw it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.cases import CLASSES, make_options, make_support, make_task, rng
+from helpers.compare import max_error
+from torch.nn.functional import nll_loss
+
+from kngd_ray.training import calibration
+from kngd_ray.training.batches import Support
+from kngd_ray.training.calibration import (
+    TAU_GRID,
+    Calibration,
+    calibrate,
+    fit_temperature,
+    fold_of,
+    predictor_of,
+    scale,
+)
+from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.fit import fit
+from kngd_ray.training.predict import PosteriorOptions, Predictor
+
+
+@pytest.mark.parametrize("folds", [2, 3, 4, 10])
+@pytest.mark.parametrize("shots", [[16] * 4, [1, 1, 1, 1, 1], [1, 2, 7, 3], [5]])
+def test_folds_are_stratified(folds, shots):
+    labels = torch.arange(len(shots)).repeat_interleave(torch.tensor(shots))
+    labels = labels[torch.randperm(len(labels), generator=rng(0))]
+    fold = fold_of(labels, folds)
+    assert bool(((fold >= 0) & (fold < folds)).all())
+    for c in range(len(shots)):
+        counts = torch.bincount(fold[labels == c], minlength=folds)
+        assert int(counts.max() - counts.min()) <= 1
+
+
+def test_single_shot_classes_do_not_all_leave_together():
+    counts = torch.bincount(fold_of(torch.arange(8), 4), minlength=4)
+    assert counts.tolist() == [2, 2, 2, 2]
+
+
+@pytest.fixture
+def task():
+    return make_task(make_options(epochs=3), shots=24)
+
+
+@pytest.mark.parametrize("method", ["kalman", "adamw"])
+def test_no_shot_is_predicted_by_a_fit_that_saw_it(method, monkeypatch):
+    task = make_task(make_options(method=method), shots=24)
+    trained_on: dict[int, Support] = {}
+
+    def watched_fit(fold_task):
+        fitted = fit(fold_task)
+        trained_on[id(fitted.head)] = fold_task.support
+        return fitted
+
+    predicted = []
+    plain = Predictor.predict
+
+    def watched_predict(self, features, tau):
+        seen = {tuple(row) for row in trained_on[id(self.head)].features.tolist()}
+        predicted.extend(tuple(row) for row in features.tolist())
+        assert not seen & {tuple(row) for row in features.tolist()}
+        assert len(seen) + len(features) == 24
+        return plain(self, features, tau)
+
+    monkeypatch.setattr(calibration, "fit", watched_fit)
+    monkeypatch.setattr(Predictor, "predict", watched_predict)
+    found = calibrate(task, PosteriorOptions(folds=4))
+    assert len(trained_on) == 4
+    assert set(predicted) == {tuple(row) for row in task.support.features.tolist()}
+    assert found.tau in (TAU_GRID if method == "kalman" else (0.0,))
+
+
+def test_tau_is_the_best_of_the_grid_on_the_held_out_shots(task):
+    """Each choice of tau evaluated by hand; the one with the least held-out NLL is the answer."""
+    options = PosteriorOptions(folds=3)
+    found = calibrate(task, options)
+    fold = fold_of(task.support.labels, 3)
+    nll = {}
+    for tau in TAU_GRID:
+        held = []
+        for f in range(3):
+            method = fit(replace(task, support=task.support.subset(fold != f)))
+            out = task.support.subset(fold == f)
+            p = predictor_of(method, options).predict(out.features, tau).probabilities
+            held.append(-p[torch.arange(len(out)), out.labels].log())
+        nll[tau] = float(torch.cat(held).mean())
+    assert found.tau == min(nll, key=nll.get)
+    assert found.held_out_nll == pytest.approx(nll[found.tau], rel=1e-6)
+
+
+def test_calibration_repeats(task):
+    assert calibrate(task, PosteriorOptions()) == calibrate(task, PosteriorOptions())
+
+
+def test_evaluating_on_other_test_data_leaves_the_calibration_alone(task):
+    options = PosteriorOptions()
+    chosen = calibrate(task, options)
+    predictor = predictor_of(fit(task), options)
+    first = evaluate(predictor, {"id": make_support(20, torch.float32, seed=8)}, chosen)
+    second = evaluate(predictor, {"id": make_support(20, torch.float32, seed=9)}, chosen)
+    assert first.calibration == second.calibration == calibrate(task, options)
+    assert first.plain != second.plain
+
+
+def test_a_given_temperature_is_kept(task):
+    assert calibrate(task, PosteriorOptions(temperature=0.05)).tau == 0.05
+
+
+@pytest.mark.parametrize(("given", "tau"), [(None, 1.0), (0.2, 0.2)])
+def test_without_folds_nothing_is_fitted(task, given, tau, monkeypatch):
+    monkeypatch.setattr(calibration, "fit", None)
+    assert calibrate(task, PosteriorOptions(folds=0, temperature=given)) == Calibration(tau, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:std")  # of no samples
+@pytest.mark.parametrize("predict", ["draws", "linearised"])
+def test_a_fold_may_hold_out_nothing_or_everything(predict):
+    """Two classes of one shot each can fall into the same fold: the other fold then has no shots to predict."""
+    task = make_task(make_options())
+    task = replace(task, support=Support(task.support.features[:2], torch.tensor([0, 2])))
+    found = calibrate(task, PosteriorOptions(folds=2, predict=predict, draws=4))
+    assert found.held_out_nll is not None
+    assert 0 < found.held_out_nll < float("inf")
+
+
+@pytest.mark.parametrize("T", [0.4, 1.0, 2.5])
+def test_fit_temperature_recovers_a_known_T(T):
+    m, g = 40_000, rng(0)
+    true = (1.5 * torch.randn(m, CLASSES, generator=g, dtype=torch.float64)).softmax(1)
+    labels = torch.multinomial(true, 1, generator=g).squeeze(1)
+    distorted = (true.log() * T).softmax(1)
+    assert fit_temperature(distorted, labels) == pytest.approx(T, rel=0.03)
+    assert max_error(scale(distorted, T), true) < 1e-10
+
+
+def test_fit_temperature_is_the_minimum():
+    g = rng(1)
+    p = torch.randn(50, 3, generator=g, dtype=torch.float64).softmax(1)
+    labels = torch.randint(3, (50,), generator=g)
+    T = fit_temperature(p, labels)
+
+    def nll(t):
+        return float(nll_loss(scale(p, t).log(), labels))
+
+    assert nll(T) <= min(nll(T * 0.98), nll(T * 1.02), nll(1.0))
+
+
+def test_fit_temperature_stays_in_its_bounds():
+    p = torch.tensor([[0.9, 0.1]] * 4, dtype=torch.float64)
+    assert 0.04 < fit_temperature(p, torch.tensor([0, 0, 0, 0])) < 0.06  # always right: as sharp as it goes
+    assert 18 < fit_temperature(p, torch.tensor([1, 1, 1, 1])) < 21  # always wrong: as flat as it goes
+
+
+def test_report_of_an_evaluation():
+    task = make_task(make_options())
+    predictor = predictor_of(fit(task), PosteriorOptions(predict="mean"))
+    tests = {
+        "id": make_support(20, torch.float32, seed=8),
+        "a": make_support(10, torch.float32, seed=9),
+        "b": make_support(30, torch.float32, seed=10),
+    }
+    report = evaluate(predictor, tests, Calibration(0.0, 2.0)).report()
+    assert set(report) == {"id", "ood"}
+    assert set(report["ood"]) == {"mean", "a", "b"}
+    for figure in ("accuracy", "nll", "ece", "brier"):
+        mean = (report["ood"]["a"][figure] + report["ood"]["b"][figure]) / 2
+        assert report["ood"]["mean"][figure] == pytest.approx(mean)
+    assert report["id"]["temperature_scaled"]["accuracy"] == report["id"]["accuracy"]
+    assert report["id"]["temperature_scaled"]["nll"] != report["id"]["nll"]
+    assert evaluate(predictor, {"id": tests["id"]}, Calibration(0.0, 2.0)).report()["ood"] == {}

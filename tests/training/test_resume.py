@@ -1,0 +1,206 @@
+"""N steps, a kill and the rest equal the straight run: bitwise on the same ranks, to rounding on others."""
+
+import errno
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import make_options, make_task
+from helpers.compare import max_error
+from helpers.ranks import run_ranks
+from helpers.resuming import IDENTITY, KALMAN, Killed, everything_in, kill_after, run_all
+
+from kngd_ray.errors import CheckpointError, StorageError
+from kngd_ray.sharding import SingleProcess
+from kngd_ray.training import checkpoint
+from kngd_ray.training.options import OptimizerOptions
+from kngd_ray.training.resumable import latest, run_fit
+
+FITS = {
+    "dense": make_options("dense", "categorical-sampled", "bottleneck-both", "ema-diagonal"),
+    "ekf": make_options("ekf", "categorical-sampled", "bottleneck-both", "ema-scalar"),
+    "vdekf": make_options("vdekf", "all", "linear+class_residual", "ema-diagonal"),
+    "adamw": make_options(method="adamw", optimizer=OptimizerOptions(schedule="cosine")),
+    "sgd": make_options(method="sgd", optimizer=OptimizerOptions(schedule="cosine")),
+}
+
+
+def run(name: str, folder: Path, **changes) -> Path:
+    options = {"identity": IDENTITY, "checkpoint_every": 2} | changes
+    identity = options.pop("identity")
+    return run_fit(make_task(FITS[name]), folder, identity, SingleProcess(), "cpu", **options)
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    a, b = everything_in(found), everything_in(expected)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 5, 6])
+def test_a_killed_run_resumes_bitwise(name, killed_after, tmp_path):
+    straight = run(name, tmp_path / "straight")
+    with pytest.raises(Killed):
+        run(name, tmp_path / "killed", on_step=kill_after(killed_after))
+    seen = []
+    resumed = run(name, tmp_path / "killed", on_step=lambda r: seen.append(r.step))
+    begun = (killed_after - 1) // 2 * 2  # the newest checkpoint before the kill
+    assert seen == list(range(begun + 1, 7))
+    assert_same_bits(resumed, straight)
+    assert steps_in(tmp_path / "killed") == [6]
+
+
+def test_killed_at_every_step(tmp_path):
+    straight = run("ekf", tmp_path / "straight")
+    for step in range(1, 7):
+        with pytest.raises(Killed):
+            run("ekf", tmp_path / "killed", on_step=kill_after(step), checkpoint_every=1)
+    assert_same_bits(run("ekf", tmp_path / "killed"), straight)
+
+
+def test_a_finished_fit_is_recognised(tmp_path):
+    first = run("ekf", tmp_path)
+    seen = []
+    assert run("ekf", tmp_path, on_step=seen.append) == first
+    assert not seen
+
+
+def test_checkpoints_are_announced_after_they_can_be_read(tmp_path):
+    told = []
+
+    def on_checkpoint(step, folder):
+        told.append((step, checkpoint.load(folder).manifest["step"]))
+
+    run("ekf", tmp_path, on_checkpoint=on_checkpoint)
+    assert told == [(2, 2), (4, 4), (6, 6)]
+
+
+def _flip(folder: Path) -> None:
+    raw = bytearray((folder / "weights.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [_flip, lambda folder: (folder / "manifest.json").unlink()], ids=["bit", "torn"])
+def test_a_damaged_newest_checkpoint_is_passed_over(damage, tmp_path, caplog):
+    straight = run("dense", tmp_path / "straight")
+    with pytest.raises(Killed):
+        run("dense", tmp_path / "killed", on_step=kill_after(5))
+    assert steps_in(tmp_path / "killed") == [2, 4]
+    damage(max((tmp_path / "killed").iterdir()))
+    seen = []
+    resumed = run("dense", tmp_path / "killed", on_step=lambda r: seen.append(r.step))
+    assert seen == [3, 4, 5, 6]
+    assert "passed over" in caplog.text
+    assert_same_bits(resumed, straight)
+
+
+def test_with_all_checkpoints_damaged_the_run_starts_over(tmp_path):
+    straight = run("ekf", tmp_path / "straight")
+    with pytest.raises(Killed):
+        run("ekf", tmp_path / "killed", on_step=kill_after(5))
+    for folder in (tmp_path / "killed").iterdir():
+        _flip(folder)
+    assert latest(tmp_path / "killed") is None
+    assert_same_bits(run("ekf", tmp_path / "killed"), straight)
+
+
+def test_a_resumed_run_keeps_what_it_resumed_from_until_it_has_two(tmp_path):
+    """Its first checkpoint may turn out damaged too."""
+    with pytest.raises(Killed):
+        run("ekf", tmp_path, on_step=kill_after(3))
+    assert steps_in(tmp_path) == [2]
+    with pytest.raises(Killed):
+        run("ekf", tmp_path, on_step=kill_after(5))
+    assert steps_in(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"class_names": ["a", "b", "c", "e"]}, "class_names"),
+        ({"model": "another"}, "model"),
+    ],
+)
+def test_another_identity_is_refused(change, says, tmp_path):
+    run("ekf", tmp_path)
+    with pytest.raises(CheckpointError, match=f"another task: its {says}"):
+        run("ekf", tmp_path, identity=IDENTITY | change)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        make_task(replace(FITS["ekf"], epochs=3)),
+        make_task(FITS["ekf"], seed=1),
+        make_task(FITS["ekf"], shots=14),
+        make_task(FITS["vdekf"]),
+    ],
+    ids=["epochs", "seed", "shots", "family"],
+)
+def test_other_settings_are_refused(task, tmp_path):
+    with pytest.raises(Killed):
+        run("ekf", tmp_path, on_step=kill_after(3))
+    with pytest.raises(CheckpointError, match="belongs to another task"):
+        run_fit(task, tmp_path, IDENTITY, SingleProcess(), "cpu", checkpoint_every=2)
+
+
+def test_no_space_left_is_a_storage_error_and_the_last_checkpoint_stands(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        run("ekf", tmp_path, on_step=kill_after(3))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(StorageError, match="no space left"):
+            run("ekf", tmp_path)
+    assert latest(tmp_path).manifest["step"] == 2
+    assert_same_bits(run("ekf", tmp_path), run("ekf", tmp_path.with_name("straight")))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """One process that never stopped."""
+    ends = run_all(SingleProcess(), tmp_path_factory.mktemp("straight"), kill=None)
+    return {family: everything_in(folder) for family, folder in ends.items()}
+
+
+@pytest.fixture(scope="module")
+def killed_on_two(tmp_path_factory) -> Path:
+    """Checkpoints after step 4, written by two ranks that were then killed."""
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(2, run_all, folder, 5)
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_continues_what_two_wrote(world_size, killed_on_two, straight, tmp_path):
+    folder = Path(shutil.copytree(killed_on_two, tmp_path / "copy"))
+    for family in KALMAN:
+        found = latest(folder / family)
+        assert found.manifest["step"] == 4
+        assert len(found.manifest["pieces"]) == 2
+    ends = run_ranks(world_size, run_all, folder, None) if world_size > 1 else [run_all(SingleProcess(), folder, None)]
+    assert len({str(end) for end in ends}) == 1
+    for family, end in ends[0].items():
+        assert len(checkpoint.load(end).manifest["pieces"]) == world_size
+        tensors = everything_in(end)
+        assert set(tensors) == set(straight[family])
+        for name, expected in straight[family].items():
+            assert max_error(tensors[name], expected) < 1e-10, (family, name)
+
+
+def test_two_ranks_resume_bitwise(killed_on_two, tmp_path):
+    resumed = run_ranks(2, run_all, Path(shutil.copytree(killed_on_two, tmp_path / "copy")), None)[0]
+    straight = run_ranks(2, run_all, tmp_path / "straight", None)[0]
+    for family in KALMAN:
+        assert_same_bits(resumed[family], straight[family])

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from kngd_ray.filters._innovation import Innovation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense:
     """P as one symmetric (n, n) float64 matrix.
 

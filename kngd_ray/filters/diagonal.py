@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 from kngd_ray.filters._innovation import Innovation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Diagonal:
     """P as n variances, in the weights' dtype but never below float32.
 

@@ -36,7 +36,7 @@ class ObservationNoise(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fixed:
     """R stays at its initial value, one variance per observation model."""
 
@@ -53,7 +53,7 @@ class Fixed:
         return r
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ema:
     """R <- beta R + (1 - beta) (nu nu^T + H P H^T), of which the diagonal is kept (LoKO, arXiv 2410.11551).
 

@@ -36,7 +36,7 @@ class Process(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RandomWalk:
     """Weights drift freely: F = 1, Q = q I.
 

@@ -28,7 +28,7 @@ from kngd_ray.observations._model import Observation, check_noise
 _MIN_P = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Categorical:
     """Rows of the softmax GGN with noise r0 (1 is the likelihood itself).
 

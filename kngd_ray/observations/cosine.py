@@ -9,7 +9,7 @@ from torch import Tensor
 from kngd_ray.observations._model import Observation, check_noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine:
     """h = cos(image, text of its class) = l_y / s, target 1, one row per sample.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kngd_ray.observations._model import Observation, check_noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogLikelihood:
     """h = log p(y | x), innovation 1, R = r0, one row per sample.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kngd_ray.observations._model import Observation, check_noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probability:
     """h = p_y, target 1, R = p_y (1 - p_y) + r, one row per sample.
 

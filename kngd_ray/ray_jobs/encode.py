@@ -116,9 +116,9 @@ def _unpacked(table: pa.Table, images: ImageSet) -> tuple[npt.NDArray[np.int64],
     errors = table["error"].to_pylist()
     good = [n for n, error in enumerate(errors) if error is None]
     keys = np.array([table["key"][n].as_py() for n in good], "S64")
-    features = np.array([table["feature"][n].as_py() for n in good], np.float32)
+    features = np.array([table["feature"][n].as_py() for n in good], np.float32).reshape(len(good), -1 if good else 0)
     bad = {n: BadImage(f"{images.place(rows[n])}{error}") for n, error in enumerate(errors) if error is not None}
-    return rows, EncodedBatch(keys, features.reshape(len(good), -1), bad)
+    return rows, EncodedBatch(keys, features, bad)
 
 
 def _blocks_for(pictures: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kngd_ray.clip.adapters._base import Adapter, HeadShape, Tower
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bottleneck:
     """z <- ratio * ReLU(W2 ReLU(W1 z)) + (1 - ratio) * z, W1 (width, d), W2 (d, width), no biases.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kngd_ray.clip.adapters._base import Adapter, HeadShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassResidual:
     """cosines <- cosines + z Delta^T, Delta (C, d) starting at 0.
 

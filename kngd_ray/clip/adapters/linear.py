@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kngd_ray.clip.adapters._base import Adapter, HeadShape, Tower
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linear:
     """z <- z + W z, W (d, d) starting at 0.
 

@@ -1,0 +1,129 @@
+"""Fits as Ray Train jobs: equal to one process, and bitwise unmoved by the death of a worker."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from helpers.cases import make_options, make_task
+from helpers.compare import max_error
+from helpers.resuming import IDENTITY, everything_in
+
+from kngd_ray.config import TrainerConfig
+from kngd_ray.errors import KngdError
+from kngd_ray.filters import Ema, RandomWalk
+from kngd_ray.observations import Categorical
+from kngd_ray.ray_jobs import ray_session, run_job
+from kngd_ray.training.batches import Support
+from kngd_ray.training.fit import FitTask
+from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
+from kngd_ray.training.resumable import latest
+
+pytestmark = pytest.mark.ray
+
+
+def final(folder: Path, fit: str) -> dict[str, torch.Tensor]:
+    found = latest(folder / "fits" / fit)
+    assert found is not None
+    assert found.manifest["step"] == found.manifest["steps"]
+    return everything_in(found.folder)
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of this machine that run a Ray Train worker, oldest first."""
+    named = [
+        p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+    ]
+    return sorted(named, key=lambda p: p.create_time())
+
+
+def long_task(steps: int) -> FitTask:
+    """A fit of some seconds: exact Gauss-Newton rows of 20 classes, estimated noise, a process that moves."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(160, 256, generator=generator), dim=1)
+    classes = torch.nn.functional.normalize(torch.randn(20, 256, generator=generator), dim=1)
+    options = FitOptions(
+        epochs=steps // 5,
+        observation=(Categorical(samples=4),),
+        filter=FilterOptions(p0=0.03),
+        noise=NoiseOptions(process=RandomWalk(q=1e-5), observation=Ema(form="diagonal")),
+    )
+    return FitTask(options, 0, Support(features, torch.arange(160) % 20), classes, 18.0)
+
+
+def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> None:
+    fits = {
+        f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+class_residual"))
+        for method in ("kalman", "adamw")
+    }
+    events: list[FitEvent] = []
+    run_job(Job(fits, IDENTITY, tmp_path / "two"), TrainerConfig(num_workers=2), events.append)
+    run_fits(Job(fits, IDENTITY, tmp_path / "one"), lambda event: None)
+    for fit, task in fits.items():
+        two, one = final(tmp_path / "two", fit), final(tmp_path / "one", fit)
+        assert two.keys() == one.keys()
+        for name in one:
+            assert max_error(two[name], one[name]) < 1e-5, (fit, name)
+        steps = [event.record["step"] for event in events if event.fit == fit and event.record]
+        assert steps == list(range(1, task.sampler.steps + 1))
+
+
+def test_a_killed_worker_changes_nothing(ray_up: None, tmp_path: Path) -> None:
+    fits = {"kalman-seed0": long_task(100), "kalman-seed1": long_task(20)}
+    killed: list[int] = []
+
+    def kill(event: FitEvent) -> None:
+        if not killed and event.record is not None and event.record["step"] >= 20:
+            victim = workers()[-1]
+            victim.kill()
+            killed.append(victim.pid)
+
+    trainer = TrainerConfig(num_workers=2, max_failures=2)
+    run_job(Job(fits, IDENTITY, tmp_path / "killed", checkpoint_every=5), trainer, kill)
+    assert killed
+    run_job(Job(fits, IDENTITY, tmp_path / "whole", checkpoint_every=5), trainer, lambda event: None)
+    for fit in fits:
+        broken, whole = final(tmp_path / "killed", fit), final(tmp_path / "whole", fit)
+        assert broken.keys() == whole.keys()
+        for name in whole:
+            assert torch.equal(broken[name], whole[name]), (fit, name)
+
+
+def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_path: Path) -> None:
+    task = long_task(20)
+    broken = FitTask(
+        task.options, 0, Support(task.support.features, task.support.labels + 7), task.class_embeddings, 18.0
+    )
+    with pytest.raises(KngdError, match=r"^worker [01] failed: .*--resume\.$"):
+        run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
+
+
+def test_a_fit_that_cannot_go_on_ends_the_job_with_its_sentence(ray_up: None, tmp_path: Path) -> None:
+    task = long_task(20)
+    features = task.support.features.clone()
+    features[:] = torch.nan
+    broken = FitTask(task.options, 0, Support(features, task.support.labels), task.class_embeddings, 18.0)
+    with pytest.raises(KngdError, match="10 steps in a row were refused"):
+        run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2), lambda event: None)
+
+
+def test_more_workers_than_cores_are_refused(ray_up: None) -> None:
+    with pytest.raises(KngdError, match=r"lower trainer\.num_workers"), ray_session(None, cpus=1e6):
+        pass
+
+
+def test_an_unreachable_cluster_is_one_sentence() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from kngd_ray.ray_jobs import ray_session\n"
+        "from kngd_ray.errors import KngdError\n"
+        "try:\n"
+        "    with ray_session('127.0.0.1:1'): pass\n"
+        "except KngdError as error: print('SENTENCE', error)\n"
+    )
+    found: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "SENTENCE cannot reach the Ray cluster at 127.0.0.1:1" in found.stdout, found.stderr

@@ -1,0 +1,330 @@
+"""Who may import whom, what the package promises to others, and habits that no module may take up."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import kngd_ray
+from kngd_ray.cli import app
+
+PACKAGE = Path(kngd_ray.__file__).parent
+ROOT = PACKAGE.parent
+
+# Arrows only point to the left.
+LAYERS = (
+    "filters",
+    "observations",
+    "sharding",
+    "clip",
+    "data",
+    "training",
+    "ray_jobs",
+    "tracking",
+    "commands",
+    "cli",
+)
+SHARED = {"config", "_layered", "errors", "storage", "__init__"}
+STANDARD_ONLY = ("errors", "storage")
+
+# Third-party packages that only some layers may import; what is not named here is free for all.
+ONLY_IN = {
+    "ray": {"ray_jobs"},
+    "mlflow": {"tracking"},
+    "sqlalchemy": {"tracking"},
+    "pandas": {"tracking"},
+    "matplotlib": {"tracking"},
+    "open_clip": {"clip"},
+    "pydantic": {"_layered"},
+    "yaml": {"config"},
+    "typer": {"cli"},
+    "rich": {"commands"},
+    "pyarrow": {"data", "ray_jobs"},
+    "optuna": {"ray_jobs"},
+}
+# Types of MLflow's own interface: it takes data frames and raises SQLAlchemy's errors. They come with it.
+COME_WITH_MLFLOW = {"pandas", "sqlalchemy"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+
+PUBLIC = {
+    "kngd_ray.filters": [
+        "Belief",
+        "CovarianceFamily",
+        "Dense",
+        "Diagonal",
+        "Ema",
+        "Family",
+        "Fixed",
+        "Innovation",
+        "NoiseModel",
+        "ObservationNoise",
+        "Process",
+        "ProcessModel",
+        "RandomWalk",
+        "Transition",
+        "solve_innovation",
+        "update",
+    ],
+    "kngd_ray.observations": [
+        "Categorical",
+        "Cosine",
+        "LogLikelihood",
+        "Model",
+        "Observation",
+        "ObservationModel",
+        "Probability",
+        "flatten",
+        "jacobian_rows",
+        "stack",
+        "trainable",
+        "unflatten",
+    ],
+    "kngd_ray.sharding": [
+        "Group",
+        "LocalRows",
+        "Ownership",
+        "ProcessGroup",
+        "ShardedFilter",
+        "ShardedUpdate",
+        "SingleProcess",
+        "split_evenly",
+    ],
+    "kngd_ray.clip": ["CLIPHead", "ClipModel", "ModelConfig", "load_model"],
+    "kngd_ray.clip.adapters": [
+        "Adapter",
+        "AdapterConfig",
+        "AnyAdapter",
+        "Bottleneck",
+        "ClassResidual",
+        "HeadShape",
+        "Linear",
+        "Tower",
+    ],
+    "kngd_ray.data": [
+        "EMBEDDED",
+        "BadImage",
+        "DataConfig",
+        "EncodedBatch",
+        "EncodedStream",
+        "Encoder",
+        "FeatureCache",
+        "ImageSet",
+        "Split",
+        "content_key",
+        "decode",
+        "encode_batch",
+        "encode_missing",
+        "fill_cache",
+        "open_images",
+        "read_batches",
+        "sample_shots",
+        "select",
+    ],
+    "kngd_ray.tracking": [
+        "Publisher",
+        "Record",
+        "Status",
+        "learning_curve",
+        "publish",
+        "redact",
+        "reliability_diagram",
+        "resolve_uri",
+        "save_pyfunc",
+    ],
+    "kngd_ray.ray_jobs": ["ray_session", "ray_stream", "run_job"],
+}
+
+COMMANDS = {
+    "train": ["settings", "--resume", "--json", "--print-config"],
+    "evaluate": ["target", "settings", "--json"],
+    "predict": ["target", "images", "--storage-path", "--json"],
+    "encode": ["dataset", "settings", "--json"],
+    "sync": ["run", "--uri", "--storage-path"],
+}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
+
+
+def layer_of(module: str) -> str:
+    """The second part of a dotted name inside the package; '__init__' for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names that a module imports, wherever in it, types of annotations included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            if node.module == "kngd_ray":
+                yield from (f"kngd_ray.{alias.name}" for alias in node.names)
+
+
+each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
+
+
+@each_module
+def test_imports_point_down(path: Path) -> None:
+    own = layer_of(name_of(path))
+    for name in imports(path):
+        if not name.startswith("kngd_ray"):
+            continue
+        other = layer_of(name)
+        if other in SHARED or name == "kngd_ray.__version__":
+            continue
+        assert own in SHARED or LAYERS.index(other) <= LAYERS.index(own), f"{path} imports {name}"
+
+
+def test_tracking_does_not_know_ray_jobs() -> None:
+    for path in (PACKAGE / "tracking").glob("*.py"):
+        assert not any(name.startswith("kngd_ray.ray_jobs") for name in imports(path)), path
+
+
+@each_module
+def test_third_party_packages_stay_in_their_layers(path: Path) -> None:
+    own = layer_of(name_of(path))
+    for name in imports(path):
+        allowed = ONLY_IN.get(name.partition(".")[0])
+        assert allowed is None or own in allowed, f"{path} imports {name}"
+
+
+def test_filters_are_maths_on_tensors() -> None:
+    for path in (PACKAGE / "filters").glob("*.py"):
+        for name in imports(path):
+            first = name.partition(".")[0]
+            ours = name.startswith("kngd_ray.filters") or name == "kngd_ray.errors"
+            assert first in sys.stdlib_module_names | {"torch"} or ours, f"{path} imports {name}"
+            assert not name.startswith("torch.distributed"), f"{path} imports {name}"
+
+
+def test_only_sharding_and_ray_jobs_know_ranks() -> None:
+    for path in modules():
+        if any(name.startswith("torch.distributed") for name in imports(path)):
+            assert layer_of(name_of(path)) in {"sharding", "ray_jobs"}, path
+
+
+def test_data_needs_no_torch() -> None:
+    for path in (PACKAGE / "data").glob("*.py"):
+        for name in imports(path):
+            assert name.partition(".")[0] not in {"torch", "torchvision"}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", STANDARD_ONLY)
+def test_errors_and_storage_need_only_the_standard_library(name: str) -> None:
+    for imported in imports(PACKAGE / f"{name}.py"):
+        assert imported.partition(".")[0] in sys.stdlib_module_names or imported == "kngd_ray.errors"
+
+
+def test_third_party_imports_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=! ]", line)[0].lower() for line in project["dependencies"]} | COME_WITH_MLFLOW
+    for path in modules():
+        for name in imports(path):
+            first = name.partition(".")[0]
+            if first not in sys.stdlib_module_names | {"kngd_ray"}:
+                assert DISTRIBUTIONS.get(first, first).lower() in declared, f"{path} imports {name}"
+
+
+@each_module
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            for name in names:
+                assert name.partition(".")[0] not in {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}, path
+        for keyword in node.keywords:
+            shell = keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
+            assert not (shell and called.startswith("subprocess.")), path
+        if called in {"torch.load", "open_clip.load_checkpoint"} or called.endswith("load_state_dict_file"):
+            assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only") == "True", path
+
+
+@each_module
+def test_modules_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 450
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_frozen(package: str) -> None:
+    module = import_module(package)
+    assert list(module.__all__) == PUBLIC[package], "a public name changed: say so in the release notes"
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_every_package_with_public_names_is_frozen() -> None:
+    found = {name_of(path.parent) for path in modules() if path.name == "__init__.py" and "__all__" in path.read_text()}
+    assert found - {""} == set(PUBLIC)
+
+
+def test_commands_and_options_are_frozen() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {}
+    for name, command in commands.items():
+        options = [p.opts[-1] if p.param_type_name == "option" else p.name for p in command.params]
+        found[name] = [option for option in options if option != "--help"]
+    assert found == COMMANDS, "the command line changed: say so in the README"
+
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is not installed here")
+sys.meta_path.insert(0, Blocked())
+import importlib
+for name in {names!r}:
+    importlib.import_module(name)
+print("imported")
+"""
+
+
+def import_without(blocked: set[str], names: list[str]) -> None:
+    code = BLOCK.format(blocked=blocked, names=names)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "imported", done.stderr
+
+
+def below(layer: str) -> list[str]:
+    """Every module of the layers under one."""
+    own = LAYERS[: LAYERS.index(layer)]
+    return [name_of(p).removesuffix(".__init__") for p in modules() if layer_of(name_of(p)) in own]
+
+
+def test_everything_below_ray_jobs_imports_without_ray_mlflow_and_open_clip() -> None:
+    import_without({"ray", "mlflow", "open_clip", "typer", "rich", "optuna"}, [*below("ray_jobs"), "kngd_ray.config"])
+
+
+def test_the_maths_imports_without_a_configuration_library() -> None:
+    # classifier restores options from a manifest, and so is the one module of training that validates
+    names = [name for name in below("ray_jobs") if name != "kngd_ray.training.classifier"]
+    import_without({"ray", "mlflow", "open_clip", "pydantic", "yaml", "typer", "rich"}, names)
+
+
+def test_tracking_imports_without_mlflow() -> None:
+    import_without({"ray", "mlflow", "pandas", "sqlalchemy"}, ["kngd_ray.tracking", "kngd_ray.commands.train"])
+
+
+def test_data_imports_without_torch() -> None:
+    import_without({"torch", "open_clip", "ray", "mlflow", "pydantic"}, ["kngd_ray.data"])

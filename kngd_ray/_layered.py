@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
+from math import isfinite
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,6 +33,8 @@ T = TypeVar("T")
 def merge(node: Node, value: Any, layer: int) -> Node:
     """Lay a layer's value over a node; mappings merge, all else replaces.
 
+    A mapping over a list changes its elements: the only one, or those that its keys number.
+
     Args:
         node: the layers below.
         value: plain data.
@@ -41,6 +44,10 @@ def merge(node: Node, value: Any, layer: int) -> Node:
         The merged node.
     """
     if isinstance(value, Mapping):
+        if isinstance(node, list) and value and (len(node) == 1 or all(_numbers(key) for key in value)):
+            for key, inner in value.items():
+                node = assign(node, str(key).split("."), inner, layer, str(key))
+            return node
         merged: dict[str, Node] = dict(node) if isinstance(node, dict) else _as_choice(node)
         for key, inner in value.items():
             # dotted keys in files mean what they mean on the command line
@@ -83,6 +90,11 @@ def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> No
         return [assign(item, below, value, layer, full) if i == index else item for i, item in enumerate(node)]
     mapping = node if isinstance(node, dict) else _as_choice(node)
     return {**mapping, head: assign(mapping.get(head, {}), rest, value, layer, full)}
+
+
+def _numbers(key: Any) -> bool:
+    """Whether a key, perhaps dotted, starts with the number of a list's element."""
+    return str(key).partition(".")[0].isdecimal()
 
 
 def _names(leaf: Leaf) -> list[Node]:
@@ -148,26 +160,33 @@ def _value(hint: Any, node: Node, path: str) -> Any:
     if element is not None and raw is not None and not isinstance(raw, list):
         # "0,1,2" and a lone 0 are lists too; a comma before a space belongs to the text, as in prompts
         raw = [item.strip() for item in re.split(r",(?!\s)", raw)] if isinstance(raw, str) else [raw]
-    if isinstance(raw, bool) and hint is not bool and hint != (bool | None):
+    given = raw if isinstance(raw, list) else [raw]
+    if any(isinstance(item, bool) for item in given) and bool not in (hint, element) and hint != (bool | None):
         raise UsageError(f"{path}={str(raw).lower()}: expected {_named(hint)}.")
     try:
-        return _adapter(hint).validate_python(raw)
+        value = _adapter(hint).validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        given = first["input"] if not isinstance(raw, list) else raw
+        shown = first["input"] if not isinstance(raw, list) else raw
         options = [str(o) for o in (*_literals(hint), *_literals(element))]
         hint_text = nearest(str(first["input"]), options) if options else ""
-        raise UsageError(f"{path}={given!r}: {first['msg'][0].lower()}{first['msg'][1:]}{hint_text}.") from error
+        raise UsageError(f"{path}={shown!r}: {first['msg'][0].lower()}{first['msg'][1:]}{hint_text}.") from error
+    if isinstance(value, float) and not isfinite(value):
+        raise UsageError(f"{path}={raw}: expected a finite number.")
+    return value
 
 
 def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
-    node = node if isinstance(node, dict) else _as_choice(node)
+    if isinstance(node, Leaf) and node.value is not None:
+        node = {"kind": node}
+    elif not isinstance(node, dict):
+        node = {}
     kind = _raw(node.get("kind", Leaf(None, 0)))
     if kind is None and len(choices) == 1:
         (kind,) = choices
-    if kind not in choices:
+    if not isinstance(kind, str) or kind not in choices:
         given = "nothing" if kind is None else repr(kind)
-        raise UsageError(f"{path} is {given}{nearest(str(kind), list(choices))}.")
+        raise UsageError(f"{path} is {given}{nearest(kind if isinstance(kind, str) else '', list(choices))}.")
     return build(choices[kind], node, path)
 
 

@@ -14,6 +14,8 @@ import typer
 from kngd_ray import __version__
 from kngd_ray.errors import KngdError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="kngd-ray",
     help="Kalman natural-gradient fine-tuning of CLIP on Ray.",
@@ -26,7 +28,7 @@ app = typer.Typer(
 _Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CONFIG] [KEY=VALUE]...",
+        metavar="CONFIG | KEY=VALUE",
         help="A YAML file, then settings over it: data.shots=16",
         show_default=False,
     ),
@@ -83,7 +85,7 @@ def evaluate(target: _Target, settings: _Settings = None, as_json: _Json = False
 @app.command()
 def predict(
     target: _Target,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],
     storage_path: Annotated[str, typer.Option(help="Where runs live.")] = "kngd_runs",
     as_json: _Json = False,
 ) -> None:
@@ -129,8 +131,10 @@ def main() -> None:
         app()
     except KngdError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", 130)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:  # which typer makes of Ctrl-C
+            raise
+        _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

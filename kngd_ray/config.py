@@ -56,6 +56,8 @@ class TrainerConfig:
         for name in ("num_workers", "checkpoint_every", "max_failures"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not self.cpus_per_worker > 0:
+            raise ValueError(f"cpus_per_worker is {self.cpus_per_worker}; a rank needs more than 0")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise ValueError(f"name is {self.name!r}; it names a folder, without slashes or a leading dot")
 
@@ -117,12 +119,15 @@ class Config(FitOptions):
 
 
 def load_config(
-    file: Path | None = None, overrides: Sequence[str] = (), *, forced: Mapping[str, Any] | None = None
+    file: Path | Sequence[Path] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    forced: Mapping[str, Any] | None = None,
 ) -> Config:
     """Build a configuration from its layers.
 
     Args:
-        file: YAML file, or None.
+        file: YAML file, several of which the later win, or None.
         overrides: ``key=value`` strings, values in YAML.
         forced: a nested mapping above all other layers.
 
@@ -132,7 +137,8 @@ def load_config(
     Raises:
         UsageError: unknown key, ill-typed or out-of-range value, malformed override, missing file or preset.
     """
-    layers: list[Mapping[str, Any]] = [read_yaml(file)] if file is not None else []
+    files = [file] if isinstance(file, Path) else file or []
+    layers: list[Mapping[str, Any]] = [read_yaml(path) for path in files]
     assignments = [parse_override(text) for text in overrides]
     named: dict[str, Any] = {}
     for chosen in (*layers, dict(assignments), forced or {}):
@@ -245,7 +251,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UsageError(f"{text!r} is neither a command's option nor of the form key=value.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 30th of February
         raise UsageError(f"the value of {key} is not valid YAML: {value!r}; quote it.") from error
 
 
@@ -276,7 +282,7 @@ def flatten(config: Any) -> dict[str, Any]:
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 30th of February
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise UsageError(f"{source} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error

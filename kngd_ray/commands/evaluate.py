@@ -10,7 +10,7 @@ import torch
 
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.run_folder import find_fit
+from kngd_ray.commands.run_folder import CONFIG, find_fit
 from kngd_ray.commands.train import open_ray
 from kngd_ray.config import load_config
 from kngd_ray.tracking import reliability_diagram
@@ -36,10 +36,10 @@ def evaluate(target: str, file: Path | None, overrides: Sequence[str], display: 
         ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
     """
     storage = load_config(file, overrides).trainer.storage_path
-    fit, run_config = find_fit(target, storage)
+    fit, _ = find_fit(target, storage)
     checkpoint, fit_folder = open_fit(fit)
-    config = load_config(fit_folder.parents[1] / "config.yaml", overrides) if overrides else run_config
-    config = replace(config, seeds=(checkpoint.manifest["seed"],))
+    files = [fit_folder.parents[1] / CONFIG, *([file] if file is not None else [])]
+    config = replace(load_config(files, overrides), seeds=(checkpoint.manifest["seed"],))
     task = open_task(config)
     workers = config.trainer.num_workers
     with open_ray(config.trainer) if workers else nullcontext(), display.pictures("encoding") as progress:

@@ -90,10 +90,10 @@ def find_fit(target: str, storage_path: str) -> tuple[Path, Config]:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(target).expanduser()
-    for candidate in (path, *path.resolve().parents[:3]):
-        inside = candidate != path and ((path / MANIFEST).is_file() or path.parent.name == "fits")
-        if inside and (candidate / CONFIG).is_file():
+    path = Path(target).expanduser().resolve()
+    inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
+    for candidate in path.parents[:3] if inside else ():
+        if (candidate / CONFIG).is_file():
             return path, load_config(candidate / CONFIG)
     run = find(target, storage_path)
     config = load_config(run / CONFIG)

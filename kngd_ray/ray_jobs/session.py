@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the core's errors reach us as exceptions; its log says them again
 }
+
+_KNOCK_SECONDS = 5.0
 
 
 @contextmanager
@@ -45,6 +48,7 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
         joins = address or os.environ.get("RAY_ADDRESS")
         try:
             if joins:
+                _knock(joins)
                 ray.init(address=joins, log_to_driver=False, logging_level="ERROR")
             else:
                 ray.init(
@@ -53,7 +57,7 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
                     logging_level="ERROR",
                     _node_ip_address="127.0.0.1",
                 )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = f"the Ray cluster at {joins}" if joins else "a Ray instance on this machine"
             raise KngdError(
                 f"cannot reach {where} ({str(error).splitlines()[0]}): check trainer.address and the cluster, or set "
@@ -65,6 +69,13 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
     finally:
         if owned:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would go on trying for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _check_size(cpus: float, gpus: float) -> None:

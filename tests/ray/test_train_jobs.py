@@ -55,7 +55,7 @@ def long_task(steps: int) -> FitTask:
 
 def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> None:
     fits = {
-        f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+class_residual"))
+        f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+linear+class_residual"))
         for method in ("kalman", "adamw")
     }
     events: list[FitEvent] = []

@@ -1,0 +1,147 @@
+"""The command line in this process, on a few emoji written to a parquet file of their own."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from kngd_ray import cli
+
+CLASSES = ("bird", "flower", "building")
+DOMAINS = ("noto", "twemoji")
+EMOJI = Path(cli.__file__).parent / "assets" / "emoji.parquet"
+TRAIN_ROWS, TEST_ROWS = 5, 4  # per class and domain
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def small_table(classes: Sequence[str] = CLASSES, domains: Sequence[str] = DOMAINS) -> pa.Table:
+    """A few emoji of each class, domain and split, with the columns of the whole set."""
+    emoji = pq.read_table(EMOJI)
+    parts = []
+    for label, name in enumerate(classes):
+        for domain in domains:
+            for split, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
+                chosen = pc.and_(pc.equal(emoji["class_name"], name), pc.equal(emoji["domain"], domain))
+                part = emoji.filter(pc.and_(chosen, pc.equal(emoji["split"], split))).slice(0, rows)
+                assert len(part) == rows, (name, domain, split, len(part))
+                column = part.schema.get_field_index("label")
+                parts.append(part.set_column(column, "label", pa.array([label] * rows, pa.int32())))
+    return pa.concat_tables(parts)
+
+
+@dataclass
+class Outcome:
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one line of standard output."""
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+    @property
+    def sentence(self) -> str:
+        """The last line of standard error, without the program's name; there is no traceback above it."""
+        assert "Traceback" not in self.err, self.err
+        last = self.err.splitlines()[-1]
+        assert last.startswith("kngd-ray: "), self.err
+        assert sum(line.startswith("kngd-ray: ") for line in self.err.splitlines()) == 1
+        assert last.endswith("."), last
+        return last.removeprefix("kngd-ray: ")
+
+
+@dataclass
+class CommandLine:
+    """Runs commands where every path is in a folder of the test's own."""
+
+    folder: Path
+    cache: Path
+    read: Callable[[], tuple[str, str]]
+    monkeypatch: pytest.MonkeyPatch
+    data: Path
+    defaults: list[str] = field(default_factory=list)
+
+    def __call__(self, *arguments: Any) -> Outcome:
+        self.read()  # what an earlier command printed is its own
+        self.monkeypatch.setattr(sys, "argv", ["kngd-ray", *(str(a) for a in arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *self.read())
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def settings(self, *settings: str, data: Path | str | None = None) -> list[str]:
+        """Settings of a run of a second: no Ray, no MLflow, two shots, few steps; later ones win."""
+        return [
+            f"data.path={data or self.data}",
+            "data.train_domain=noto",
+            "data.shots=4",
+            f"data.cache_dir={self.cache}",
+            "trainer.num_workers=0",
+            f"trainer.storage_path={self.runs}",
+            "tracking.enabled=false",
+            f"tracking.uri=sqlite:///{self.folder}/mlflow.db",
+            "epochs=3",
+            "batch_size=4",
+            "posterior.folds=2",
+            "posterior.draws=4",
+            *settings,
+        ]
+
+    def train(self, *settings: str, data: Path | str | None = None) -> Outcome:
+        return self("train", *self.settings(*settings, data=data))
+
+    def run(self, name: str) -> Path:
+        return self.runs / name
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "small.parquet"
+    pq.write_table(small_table(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features outlive tests: pictures are encoded once."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path,
+    shared_cache: Path,
+    small_data: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> CommandLine:
+    monkeypatch.chdir(tmp_path)
+
+    def read() -> tuple[str, str]:
+        captured = capfd.readouterr()
+        return captured.out, captured.err
+
+    return CommandLine(tmp_path, shared_cache, read, monkeypatch, small_data)

@@ -1,0 +1,225 @@
+"""Each command end to end on real pictures: what it prints, and what it leaves."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from kngd_ray.config import load_config
+
+FIGURES = {"accuracy", "nll", "ece", "brier"}
+REPORT = {"run_id", "method", "preset", "seeds", "steps", "seconds", "zero_shot", "id", "ood"}
+
+
+def check_report(report: dict[str, Any], leaf: type | set[str]) -> None:
+    """The documented keys; every figure is a number, or an interval."""
+
+    def check(figures: dict[str, Any], nested: bool = False) -> None:
+        if not nested:
+            figures = dict(figures)
+            check(figures.pop("temperature_scaled"), nested=True)
+        assert set(figures) == FIGURES
+        for figure in figures.values():
+            if leaf is float:
+                assert isinstance(figure, float)
+                assert math.isfinite(figure)
+            else:
+                assert set(figure) == leaf
+                assert figure["low"] <= figure["mean"] <= figure["high"]
+
+    assert set(report["zero_shot"]) == {"id", "ood"}
+    for part in (report, report["zero_shot"]):
+        check(part["id"])
+        assert set(part["ood"]) == {"mean", "twemoji"}
+        for figures in part["ood"].values():
+            check(figures)
+
+
+def pictures(data: Path, folder: Path, rows: list[int]) -> list[Path]:
+    blobs = pq.read_table(data)["image"].to_pylist()
+    paths = [folder / f"picture{row}.png" for row in rows]
+    for path, row in zip(paths, rows, strict=True):
+        path.write_bytes(blobs[row])
+    return paths
+
+
+def test_train_prints_a_table_and_leaves_a_run(command) -> None:
+    outcome = command.train("trainer.name=first")
+    assert outcome.code == 0, outcome.err
+    assert "zero-shot" in outcome.out
+    assert "kalman, 9 steps" in outcome.out
+    assert "Traceback" not in outcome.err
+    run = command.run("first")
+    assert {p.name for p in run.iterdir()} >= {"config.yaml", "fits", "records", "results.json"}
+    assert not (command.folder / "mlflow.db").exists()
+    (fit,) = (run / "fits").iterdir()
+    assert fit.name == "kalman-seed0"
+    assert len(list(fit.glob("step-00000009-*/manifest.json"))) == 1
+
+
+def test_train_json_of_one_seed(command) -> None:
+    outcome = command("train", *command.settings("trainer.name=j"), "--json")
+    report = outcome.json
+    assert set(report) == REPORT
+    check_report(report, float)
+    assert report["run_id"] is None
+    assert (report["method"], report["preset"], report["seeds"], report["steps"]) == ("kalman", "kalman", [0], 9)
+    assert report["seconds"] > 0
+    assert json.loads((command.run("j") / "results.json").read_text()) == report
+
+
+def test_train_json_of_several_seeds_and_a_baseline(command) -> None:
+    outcome = command("train", "--json", *command.settings("seeds=0,1,2", "baselines=adamw", "epochs=1"))
+    report = outcome.json
+    assert set(report) == REPORT | {"baselines"}
+    check_report(report, {"mean", "low", "high"})
+    (baseline,) = report["baselines"]
+    assert set(baseline) == REPORT
+    check_report(baseline, {"mean", "low", "high"})
+    assert baseline["method"] == baseline["preset"] == "adamw"
+    assert baseline["seeds"] == report["seeds"] == [0, 1, 2]
+    assert baseline["steps"] == 90, "a baseline runs for its own preset's epochs"
+    assert baseline["zero_shot"] == report["zero_shot"]
+
+
+def test_no_steps_is_zero_shot(command) -> None:
+    report = command("train", "--json", *command.settings("epochs=0", "posterior.folds=0", "posterior.predict=mean")).json
+    assert report["steps"] == 0
+    assert report["id"]["accuracy"] == report["zero_shot"]["id"]["accuracy"]
+
+
+def test_print_config_loads_back_and_starts_nothing(command) -> None:
+    settings = command.settings("preset=loko", "filter.covariance=dense", "data.shots=2")
+    outcome = command("train", *settings, "--print-config")
+    assert outcome.code == 0
+    file = command.folder / "printed.yaml"
+    file.write_text(outcome.out)
+    assert load_config(file) == load_config(None, settings)
+    assert not command.runs.exists()
+    assert command("train", file, "--print-config").out == outcome.out
+
+
+def test_a_file_and_settings_over_it(command) -> None:
+    file = command.folder / "mine.yaml"
+    file.write_text("preset: kf_clip\nadapter.width: 8\nepochs: 2\n")
+    printed = yaml.safe_load(command("train", file, "epochs=4", "--print-config").out)
+    assert printed["adapter"] == [{"kind": "bottleneck", "tower": "image", "width": 8, "ratio": 0.5}]
+    assert printed["epochs"] == 4
+
+
+def test_evaluate_agrees_with_train(command) -> None:
+    trained = command("train", "--json", *command.settings("trainer.name=e")).json
+    run = command.run("e")
+    fit = run / "fits" / "kalman-seed0"
+    (checkpoint,) = fit.glob("step-*")
+    storage = f"trainer.storage_path={command.runs}"
+    for target, settings in (("e", [storage]), (run, []), (fit, []), (checkpoint, [])):
+        outcome = command("evaluate", target, *settings, "--json")
+        assert outcome.code == 0, outcome.err
+        report = outcome.json
+        assert set(report) == {"checkpoint", "id", "ood"}
+        assert report["checkpoint"] == str(checkpoint)
+        assert set(report["id"]) == FIGURES | {"temperature_scaled", "aurc"}
+        assert set(report["ood"]["twemoji"]) == FIGURES | {"temperature_scaled", "aurc", "auroc"}
+        for figure in FIGURES:
+            assert report["id"][figure] == pytest.approx(trained["id"][figure])
+    assert (fit / "reliability.png").is_file()
+    table = command("evaluate", run)
+    assert "e, kalman-seed0" in table.out
+
+
+def test_evaluate_on_another_domain_by_setting_and_by_file(command) -> None:
+    command.train("trainer.name=e")
+    swapped = command("evaluate", command.run("e"), "data.train_domain=twemoji", "--json").json
+    assert list(swapped["ood"]) == ["mean", "noto"]
+    file = command.folder / "other.yaml"
+    file.write_text("data: {train_domain: twemoji}")
+    assert command("evaluate", command.run("e"), file, "--json").json == swapped
+
+
+def test_evaluate_in_the_folder_of_a_checkpoint(command, monkeypatch) -> None:
+    command.train("trainer.name=e")
+    (checkpoint,) = command.run("e").glob("fits/*/step-*")
+    monkeypatch.chdir(checkpoint)
+    assert command("evaluate", ".", "--json").code == 0
+    monkeypatch.chdir(checkpoint.parent)
+    assert command("evaluate", ".", "--json").code == 0
+
+
+def test_predict_as_table_and_json(command) -> None:
+    command.train("trainer.name=p")
+    files = pictures(command.data, command.folder, [0, 20, 40])
+    outcome = command("predict", "p", *files, "--storage-path", command.runs, "--json")
+    rows = outcome.json
+    assert [row["image"] for row in rows] == [str(f) for f in files]
+    for row in rows:
+        assert set(row) == {"image", "class", "probability", "logit_std", "entropy", "probabilities"}
+        assert set(row["probabilities"]) == {"bird", "flower", "building"}
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["class"]]
+        assert 0 <= row["entropy"] <= math.log(3) + 1e-6
+    table = command("predict", command.run("p"), *files)
+    assert table.code == 0
+    for row in rows:
+        assert row["class"] in table.out
+        assert f"{row['probability']:.3f}" in table.out
+
+
+def test_predict_with_a_gradient_method(command) -> None:
+    command.train("method=adamw", "epochs=2", "trainer.name=p")
+    (file,) = pictures(command.data, command.folder, [0])
+    (row,) = command("predict", command.run("p"), file, "--json").json
+    assert row["logit_std"] == 0
+
+
+def test_encode_fills_the_cache_once(command) -> None:
+    settings = [f"data.cache_dir={command.folder}/own", "trainer.num_workers=0"]
+    first = command("encode", command.data, *settings, "--json").json
+    pictures = pq.read_metadata(command.data).num_rows
+    assert first["pictures"] == first["encoded"] == pictures
+    assert first["undecodable"] == 0
+    assert list(Path(first["cache"]).glob("part-*.parquet"))
+    again = command("encode", command.data, *settings, "--json").json
+    assert again == first | {"encoded": 0}
+    shown = command("encode", command.data, *settings)
+    assert f"{pictures} pictures, 0 encoded now, 0 undecodable" in shown.err
+    assert "encoding" not in command.train(f"data.cache_dir={command.folder}/own").err
+
+
+def test_resume_of_a_run_cut_short(command, monkeypatch) -> None:
+    """Stopped at a checkpoint and resumed, the figures are those of a run that never stopped."""
+    straight = command("train", "--json", *command.settings("trainer.name=straight")).json
+    from kngd_ray.training.kalman import KalmanNGD
+
+    step = KalmanNGD.step
+
+    def interrupted(self, batch):
+        if batch.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KalmanNGD, "step", interrupted)
+        cut = command.train("trainer.name=cut", "trainer.checkpoint_every=2")
+    assert cut.code == 130
+    assert "--resume" in cut.sentence
+    assert list(command.run("cut").glob("fits/*/step-00000004-*"))
+    outcome = command("train", "--resume", "cut", f"trainer.storage_path={command.runs}", "--json")
+    assert outcome.code == 0, outcome.err
+    resumed = outcome.json
+    for key in ("id", "ood", "zero_shot", "steps"):
+        assert resumed[key] == straight[key]
+    lines = (command.run("cut") / "records" / "kalman-seed0" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+
+
+def test_progress_stays_off_standard_output(command) -> None:
+    outcome = command("train", "--json", *command.settings())
+    assert "step 9 of 9" in outcome.err
+    assert "accuracy %" in outcome.err, "the table goes to standard error"
+    json.load(io.StringIO(outcome.out))

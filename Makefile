@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	$(BIN)/python -m benchmarks.few_shot_table
+	$(BIN)/python -m benchmarks.readme_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

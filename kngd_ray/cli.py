@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
-    sys.stderr.write(f"kngd-ray: {sentence}\n")
+    sys.stderr.write(f"kngd-ray: {sentence.rstrip('.')}.\n")
     sys.exit(code)
 
 

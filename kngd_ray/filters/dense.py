@@ -52,9 +52,13 @@ class Dense:
         return (posterior + posterior.mT) / 2
 
     def sample(self, P: Tensor, draws: int, generator: Generator) -> Tensor:
-        """(draws, n) z L^T with P = L L^T."""
+        """(draws, n) z L^T with P = L L^T; variances that rounding left just below 0 count as 0."""
         z = torch.randn(draws, len(P), dtype=P.dtype, generator=generator).to(P.device)
-        return z @ torch.linalg.cholesky(P).mT
+        L, info = torch.linalg.cholesky_ex(P)
+        if int(info) != 0:
+            variances, axes = torch.linalg.eigh(P)
+            L = axes * variances.clamp_min(0).sqrt()
+        return z @ L.mT
 
     def diagonal(self, P: Tensor) -> Tensor:
         """(n,) marginal variances."""

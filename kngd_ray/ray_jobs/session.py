@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,14 +50,9 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
         try:
             if joins:
                 _knock(joins)
-                ray.init(address=joins, log_to_driver=False, logging_level="ERROR")
-            else:
-                ray.init(
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _node_ip_address="127.0.0.1",
-                )
+            where_ray = {"address": joins} if joins else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            with _silent_stderr():
+                ray.init(**where_ray, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the Ray cluster at {joins}" if joins else "a Ray instance on this machine"
             raise KngdError(
@@ -69,6 +65,20 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
     finally:
         if owned:
             ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep the core's banner, which is written past Python, off the terminal; errors come as exceptions."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _knock(address: str) -> None:

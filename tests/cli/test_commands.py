@@ -88,7 +88,9 @@ def test_train_json_of_several_seeds_and_a_baseline(command) -> None:
 
 
 def test_no_steps_is_zero_shot(command) -> None:
-    report = command("train", "--json", *command.settings("epochs=0", "posterior.folds=0", "posterior.predict=mean")).json
+    report = command(
+        "train", "--json", *command.settings("epochs=0", "posterior.folds=0", "posterior.predict=mean")
+    ).json
     assert report["steps"] == 0
     assert report["id"]["accuracy"] == report["zero_shot"]["id"]["accuracy"]
 

@@ -29,7 +29,11 @@ def run(*arguments: str) -> tuple[str, set[str]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("train", "evaluate", "predict", "encode", "sync"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in ("train", "evaluate", "predict", "encode", "sync")),
+    ],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:

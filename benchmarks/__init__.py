@@ -1,0 +1,1 @@
+"""Measurements, each with the environment that it was taken in."""

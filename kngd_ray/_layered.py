@@ -82,6 +82,8 @@ def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> No
     head, rest = path[0], path[1:]
     if isinstance(node, Leaf) and isinstance(node.value, str) and head.isdecimal():
         node = _names(node)
+    elif isinstance(node, dict) and "kind" in node and head.isdecimal():
+        node = [node]
     if isinstance(node, list):
         index = int(head) if head.isdecimal() else 0 if len(node) == 1 else -1
         if not 0 <= index < len(node):
@@ -158,8 +160,9 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         return tuple(_choose(_choices(element), item, f"{path}.{i}") for i, item in enumerate(items))
     raw = _raw(node)
     if element is not None and raw is not None and not isinstance(raw, list):
-        # "0,1,2" and a lone 0 are lists too; a comma before a space belongs to the text, as in prompts
-        raw = [item.strip() for item in re.split(r",(?!\s)", raw)] if isinstance(raw, str) else [raw]
+        # "0,1,2" and a lone 0 are lists too; in texts a comma before a space belongs to the text, as in prompts
+        comma = r",(?!\s)" if element is str else ","
+        raw = [item.strip() for item in re.split(comma, raw)] if isinstance(raw, str) else [raw]
     given = raw if isinstance(raw, list) else [raw]
     if any(isinstance(item, bool) for item in given) and bool not in (hint, element) and hint != (bool | None):
         raise UsageError(f"{path}={str(raw).lower()}: expected {_named(hint)}.")

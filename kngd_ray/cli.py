@@ -132,9 +132,10 @@ def main() -> None:
     except KngdError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:  # which typer makes of Ctrl-C
-            raise
-        _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", _INTERRUPTED)
+        code = getattr(end, "code", _INTERRUPTED)
+        if code == _INTERRUPTED:  # which typer makes of Ctrl-C
+            _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", code)
+        sys.exit(code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

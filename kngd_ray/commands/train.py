@@ -113,7 +113,7 @@ def _run(config: Config, prepared: Prepared, folder: Path, display: Display) -> 
         if publisher is not None and run_ids is None:
             display.say(
                 f"what was not logged to MLflow is kept in {folder}: when the server is back, "
-                f"`kngd-ray sync {folder.name}` sends it"
+                f"`kngd-ray sync {folder}` sends it"
             )
     for method, report in zip(methods, reports, strict=True):
         report["run_id"] = run_ids[records[method.name].top] if run_ids else None

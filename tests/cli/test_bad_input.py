@@ -226,7 +226,7 @@ def test_resume_with_other_settings_leaves_the_checkpoint_alone(command, change:
 def test_locked_by_another_process(command) -> None:
     command.train("trainer.name=busy", "epochs=1")
     lock = command.run("busy") / ".lock"
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -415,10 +415,10 @@ def test_unreachable_server_loses_nothing(command) -> None:
     run = command.run("offline")
     assert json.loads((run / "results.json").read_text()) == outcome.json
 
-    named = next(line for line in outcome.err.splitlines() if "kngd-ray sync" in line)
+    named = next(line for line in outcome.err.splitlines() if "`kngd-ray sync" in line)
     arguments = named.split("`")[1].removeprefix("kngd-ray ").split()
     store = f"sqlite:///{command.folder}/later.db"
-    synced = command(*arguments, "--storage-path", command.runs, "--uri", store)
+    synced = command(*arguments, "--uri", store)
     assert synced.code == 0, synced.err
     assert "1 MLflow runs are up to date" in synced.err
 

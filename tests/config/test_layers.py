@@ -1,0 +1,318 @@
+"""Layers of settings: what wins, how choices and lists are written, and the way back to YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
+from kngd_ray.config import (
+    Config,
+    TrainerConfig,
+    baseline_config,
+    flatten,
+    load_config,
+    parse,
+    parse_override,
+    presets,
+    read_preset,
+    to_yaml,
+)
+from kngd_ray.errors import UsageError
+from kngd_ray.filters import Dense, Diagonal, Ema, Fixed, RandomWalk
+from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
+from kngd_ray.training.options import FitOptions
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# What wins
+
+
+def test_defaults_are_the_preset_of_the_default_method() -> None:
+    config = load_config()
+    assert config.method == config.preset == "kalman"
+    assert config.fit_options == FitOptions(**{
+        name: getattr(config, name) for name in ("method", "epochs", "batch_size", "adapter", "observation")
+    })
+    assert config == load_config(None, ["preset=kalman"])
+
+
+def test_each_layer_wins_over_those_below(file) -> None:
+    assert load_config().epochs == 5
+    assert load_config(None, ["preset=loko"]).epochs == 1
+    path = file("preset: loko\nepochs: 7")
+    assert load_config(path).epochs == 7
+    assert load_config(path).batch_size == 8, "what the file does not say is the preset's"
+    assert load_config(path, ["epochs=9"]).epochs == 9
+    assert load_config(path, ["epochs=9", "epochs=11"]).epochs == 11
+    assert load_config(path, ["epochs=9"], forced={"epochs": 2}).epochs == 2
+
+
+def test_a_preset_named_later_replaces_one_named_earlier(file) -> None:
+    path = file("preset: loko\nepochs: 7")
+    config = load_config(path, ["preset=kf_clip"])
+    assert config.preset == "kf_clip"
+    assert config.epochs == 7
+    assert config.observation == (Cosine(r0=0.1),)
+
+
+def test_a_method_brings_its_own_preset_unless_one_is_named() -> None:
+    assert load_config(None, ["method=sgd"]).optimizer.lr == 0.02
+    assert load_config(None, ["method=sgd"]).preset == "sgd"
+    config = load_config(None, ["method=sgd", "preset=adamw"])
+    assert (config.method, config.preset, config.optimizer.lr) == ("sgd", "adamw", 3e-3)
+
+
+def test_a_preset_may_be_a_file(file) -> None:
+    base = file("epochs: 3\nmethod: adamw", "base.yaml")
+    config = load_config(file("batch_size: 5"), [f"preset={base}"])
+    assert (config.epochs, config.batch_size, config.method) == (3, 5, "adamw")
+    assert config.preset == str(base)
+
+
+def test_several_files_the_later_wins(file) -> None:
+    files = [file("epochs: 3\nbatch_size: 6", "a.yaml"), file("epochs: 4", "b.yaml")]
+    assert (load_config(files).epochs, load_config(files).batch_size) == (4, 6)
+
+
+def test_an_empty_file_changes_nothing(file) -> None:
+    assert load_config(file("# nothing yet\n")) == load_config()
+
+
+def test_dotted_keys_in_a_file_mean_what_they_mean_on_the_command_line(file) -> None:
+    settings = ["adapter=bottleneck", "adapter.width=8", "observation.0.r0=2", "filter.covariance.rule=vdekf"]
+    path = file("adapter: bottleneck\nadapter.width: 8\nobservation.0.r0: 2\nfilter.covariance.rule: vdekf")
+    assert load_config(path) == load_config(None, settings)
+
+
+# Choices
+
+
+def test_a_bare_name_is_short_for_its_kind() -> None:
+    for setting in ("dense", "{kind: dense}"):
+        assert load_config(None, [f"filter.covariance={setting}"]).filter.covariance == Dense()
+    assert load_config(None, ["filter.covariance.kind=dense"]).filter.covariance == Dense()
+    assert load_config(None, ["noise.observation=ema", "noise.observation.beta=0.5"]).noise.observation == Ema(beta=0.5)
+
+
+def test_an_option_keeps_the_kind() -> None:
+    assert load_config(None, ["filter.covariance.rule=vdekf"]).filter.covariance == Diagonal(rule="vdekf")
+    assert load_config(None, ["noise.process.q=1e-4"]).noise.process == RandomWalk(q=1e-4)
+
+
+def test_a_new_kind_drops_options_of_earlier_layers(file) -> None:
+    config = load_config(None, ["filter.covariance.rule=vdekf", "filter.covariance=dense"])
+    assert config.filter.covariance == Dense()
+    config = load_config(None, ["preset=loko", "noise.observation=fixed"])
+    assert config.noise.observation == Fixed(), "beta and form were the preset's"
+    path = file("preset: loko\nnoise: {observation: fixed}")
+    assert load_config(path).noise.observation == Fixed()
+    assert load_config(path, ["noise.observation=ema"]).noise.observation == Ema(beta=0.95, form="diagonal")
+
+
+def test_shared_options_outlive_a_new_kind() -> None:
+    config = load_config(None, ["observation=cosine", "observation.r0=7", "observation.0=probability"])
+    assert config.observation == (Probability(r0=7.0),)
+
+
+def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None:
+    for settings in (
+        ["filter.covariance=dense", "filter.covariance.rule=vdekf"],
+        ["filter.covariance={kind: dense, rule: vdekf}"],
+    ):
+        with pytest.raises(UsageError, match=r"unknown key 'filter\.covariance\.rule'"):
+            load_config(None, settings)
+
+
+# Lists
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["adapter=linear"], (Linear(),)),
+        (["adapter=linear,class_residual"], (Linear(), ClassResidual())),
+        (["adapter=linear, class_residual"], (Linear(), ClassResidual())),
+        (["adapter=[linear, bottleneck]", "adapter.1.width=8"], (Linear(), Bottleneck(width=8))),
+        (["adapter=linear,bottleneck", "adapter.1.width=8"], (Linear(), Bottleneck(width=8))),
+        (["adapter=bottleneck", "adapter.width=8"], (Bottleneck(width=8),)),
+        (["adapter=bottleneck", "adapter.0.width=8"], (Bottleneck(width=8),)),
+        (["adapter=[{kind: bottleneck, width: 8}]", "adapter={ratio: 0.25}"], (Bottleneck(width=8, ratio=0.25),)),
+        (["adapter={kind: bottleneck, width: 8}"], (Bottleneck(width=8),)),
+        (["preset=kf_clip", "adapter.tower=both"], (Bottleneck(tower="both"),)),
+        (["adapter=bottleneck", "adapter.width=8", "adapter.0.ratio=1"], (Bottleneck(width=8, ratio=1.0),)),
+        (["adapter.0=linear"], (Linear(),)),
+        (["adapter.kind=linear"], (Linear(),)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> None:
+    assert load_config(None, settings).adapter == expected
+
+
+def test_elements_by_number() -> None:
+    config = load_config(None, ["observation.0.r0=2", "observation.1=categorical"])
+    assert config.observation == (LogLikelihood(r0=2.0), Categorical())
+
+
+@pytest.mark.parametrize(
+    ("setting", "seeds"), [("0,1,2", (0, 1, 2)), ("[3, 1]", (3, 1)), ("4", (4,)), ("' 5 , 6'", (5, 6))]
+)
+def test_lists_of_numbers(setting: str, seeds: tuple[int, ...]) -> None:
+    assert load_config(None, [f"seeds={setting}"]).seeds == seeds
+
+
+def test_a_number_in_a_list() -> None:
+    assert load_config(None, ["seeds=0,1", "seeds.1=4"]).seeds == (0, 4)
+
+
+def test_lists_of_texts() -> None:
+    config = load_config(None, ["data.classes=cat,dog", "data.ood_domains=sketch", "data.path=a,b.parquet"])
+    assert config.data.classes == ("cat", "dog")
+    assert config.data.ood_domains == ("sketch",)
+    assert config.data.path == "a,b.parquet", "a path is one text"
+    assert load_config(None, ["data.path=[a, b]"]).data.path == ("a", "b")
+    prompt = "a photo of a {}, a kind of pet."
+    assert load_config(None, [f"data.templates='{prompt}'"]).data.templates == (prompt,)
+
+
+# There and back
+
+
+SOME = [
+    [],
+    ["preset=loko", "seeds=0,1"],
+    ["preset=kf_clip", "adapter=bottleneck,linear", "adapter.0.width=3", "baselines=adamw,sgd"],
+    ["method=sgd", "data.classes=a,b", "data.ood_domains=[]", "trainer.address=auto", "trainer.name=x"],
+    ["observation=categorical", "observation.samples=2", "filter.covariance=dense", "posterior.temperature=0.5"],
+]
+
+
+@pytest.mark.parametrize("settings", SOME, ids=" ".join)
+def test_yaml_loads_back(file, settings: list[str]) -> None:
+    config = load_config(None, settings)
+    assert load_config(file(to_yaml(config))) == config
+    assert set(yaml.safe_load(to_yaml(config))) == set(Config.__dataclass_fields__)
+
+
+def test_parse_validates_plain_data() -> None:
+    assert parse(TrainerConfig, {"num_workers": 3}) == TrainerConfig(num_workers=3)
+    with pytest.raises(UsageError, match="did you mean num_workers"):
+        parse(TrainerConfig, {"num_worker": 3})
+
+
+def test_flat_names() -> None:
+    flat = flatten(load_config(None, ["seeds=0,1", "noise.observation=ema", "data.classes=a,b"]))
+    assert flat["filter.covariance"] == "diagonal"
+    assert flat["filter.covariance.rule"] == "ekf"
+    assert flat["noise.process"] == "random_walk"
+    assert flat["noise.process.q"] == 0.0
+    assert flat["noise.observation"] == "ema"
+    assert flat["noise.observation.beta"] == 0.9
+    assert flat["observation.0"] == "log_likelihood"
+    assert flat["observation.1.r0"] == 1.0
+    assert flat["adapter.0"] == "class_residual"
+    assert flat["seeds"] == "0,1"
+    assert flat["data.classes"] == "a,b"
+    assert flat["trainer.num_workers"] == 2
+    assert all(not isinstance(value, (dict, list, tuple)) for value in flat.values())
+
+
+def test_overrides_are_yaml() -> None:
+    assert parse_override("a.b=[1, x]") == ("a.b", [1, "x"])
+    assert parse_override("a=") == ("a", None)
+    assert parse_override("a=b=c") == ("a", "b=c")
+
+
+# Presets and baselines
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (
+            "kalman",
+            {
+                "method": "kalman",
+                "epochs": 5,
+                "adapter": (ClassResidual(),),
+                "observation": (LogLikelihood(r0=1.0), Cosine(r0=1.0)),
+                "covariance": Diagonal(rule="ekf"),
+                "r": Fixed(),
+            },
+        ),
+        (
+            "kf_clip",
+            {
+                "method": "kalman",
+                "epochs": 5,
+                "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
+                "observation": (Cosine(r0=0.1),),
+                "covariance": Diagonal(rule="ekf"),
+                "r": Fixed(),
+            },
+        ),
+        (
+            "loko",
+            {
+                "method": "kalman",
+                "epochs": 1,
+                "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
+                "observation": (Categorical(r0=1.0, samples=0),),
+                "covariance": Diagonal(rule="ekf"),
+                "r": Ema(beta=0.95, form="diagonal"),
+            },
+        ),
+    ],
+)
+def test_filter_presets_are_what_their_comments_say(preset: str, expected: dict[str, Any]) -> None:
+    config = load_config(None, [f"preset={preset}"])
+    found = {
+        "method": config.method,
+        "epochs": config.epochs,
+        "adapter": config.adapter,
+        "observation": config.observation,
+        "covariance": config.filter.covariance,
+        "r": config.noise.observation,
+    }
+    assert found == expected
+    assert config.noise.process == RandomWalk(q=0.0)
+
+
+@pytest.mark.parametrize("preset", ["adamw", "sgd"])
+def test_gradient_presets_are_what_their_comments_say(preset: str) -> None:
+    config = load_config(None, [f"preset={preset}"])
+    assert config.method == config.preset == preset
+    assert config.epochs == 30
+    assert config.adapter == load_config().adapter, "the same adapter"
+    assert config.optimizer.schedule == {"adamw": "constant", "sgd": "cosine"}[preset]
+    assert (config.optimizer.momentum == 0.9) or preset == "adamw"
+
+
+def test_every_preset_loads_and_is_tested() -> None:
+    assert presets() == ["adamw", "kalman", "kf_clip", "loko", "sgd"]
+    for name in presets():
+        assert load_config(None, [f"preset={name}"]).preset == name
+        assert set(read_preset(name)) <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
+
+
+def test_a_baseline_differs_in_its_method_alone() -> None:
+    settings = ["preset=kf_clip", "adapter.width=8", "seeds=1,2", "data.shots=2", "batch_size=5", "epochs=3"]
+    config = load_config(None, [*settings, "trainer.num_workers=0", "posterior.folds=2", "baselines=adamw,sgd"])
+    for method in ("adamw", "sgd"):
+        baseline = baseline_config(config, method)
+        own = load_config(None, [f"preset={method}"])
+        assert (baseline.method, baseline.preset, baseline.baselines) == (method, method, ())
+        assert (baseline.epochs, baseline.optimizer) == (own.epochs, own.optimizer)
+        for name in ("seeds", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking"):
+            assert getattr(baseline, name) == getattr(config, name)

@@ -1,0 +1,202 @@
+"""Every wrong setting is one sentence that names it, what is allowed and, for a slip of the pen, what was meant."""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kngd_ray.config import Config, load_config, to_yaml
+from kngd_ray.errors import UsageError
+
+
+def refusal(*settings: str, file: Path | None = None) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_config(file, list(settings))
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert caught.value.exit_code == 2
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        # misspelt: the nearest valid name
+        ("data.shot=4", ["unknown key 'data.shot'", "did you mean data.shots?", "valid:", "train_domain"]),
+        ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
+        ("filter.covariance.rul=ekf", ["did you mean filter.covariance.rule?"]),
+        ("observation.0.r=1", ["unknown key 'observation.0.r'", "r0"]),
+        ("tracking.url=x", ["did you mean tracking.uri?"]),
+        ("filter.=3", ["unknown key 'filter.'"]),
+        # unknown kinds and names
+        ("filter.covariance=densse", ["filter.covariance is 'densse'", "did you mean dense?", "diagonal"]),
+        ("adapter=bottelneck", ["adapter.0 is 'bottelneck'", "did you mean bottleneck?"]),
+        ("observation=cosine,probabilty", ["observation.1", "did you mean probability?"]),
+        ("noise.process=drift", ["noise.process is 'drift'", "random_walk"]),
+        ("noise.process=5", ["noise.process is 5", "random_walk"]),
+        ("filter.covariance=5", ["filter.covariance is 5", "valid: dense, diagonal"]),
+        ("filter.covariance={kind: [1]}", ["filter.covariance is [1]"]),
+        ("filter.covariance={kind: {a: 1}}", ["filter.covariance is"]),
+        ("adapter=null", ["adapter.0 is nothing"]),
+        ("method=kalmann", ["method='kalmann'", "did you mean kalman?"]),
+        ("baselines=adam", ["did you mean adamw?"]),
+        ("preset=kf_clipp", ["there is no preset 'kf_clipp'", "did you mean kf_clip?", "a YAML file"]),
+        ("preset=none.yaml", ["there is no configuration file none.yaml"]),
+        ("data.on_bad_image=ignore", ["data.on_bad_image='ignore'", "'error' or 'skip'"]),
+        ("optimizer.schedule=cosin", ["did you mean cosine?"]),
+        # ill-typed
+        ("data.shots=many", ["data.shots='many'", "valid integer"]),
+        ("epochs=2.5", ["epochs=2.5", "fractional part"]),
+        ("epochs=true", ["epochs=true", "expected int"]),
+        ("epochs=null", ["epochs=None", "integer"]),
+        ("filter.p0=true", ["filter.p0=true", "expected float"]),
+        ("seeds=true", ["seeds=", "expected"]),
+        ("seeds=a,b", ["seeds=['a', 'b']", "integer"]),
+        ("seeds={}", ["seeds="]),
+        ("tracking.enabled=maybe", ["tracking.enabled='maybe'", "boolean"]),
+        ("trainer.name=2024", ["trainer.name=2024", "string"]),
+        ("data=3", ["data: expected settings of the form key: value, found 3"]),
+        ("model=embedded", ["model: expected settings", "embedded"]),
+        # out of range
+        ("data.shots=0", ["shots is 0", "1 or more"]),
+        ("data.test_fraction=1", ["test_fraction is 1.0", "between 0 and 1"]),
+        ("data.classes=cat", ["classes names 1", "two or more"]),
+        ("data.classes=cat,cat", ["twice"]),
+        ("data.templates=photo", ["template 'photo'", "{}"]),
+        ("epochs=-1", ["epochs is -1", "0 or more"]),
+        ("batch_size=0", ["batch_size is 0", "at least 1"]),
+        ("filter.p0=0", ["filter: p0 is 0.0", "above 0"]),
+        ("filter.p0=.inf", ["filter.p0=inf", "finite"]),
+        ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),
+        ("noise.process.q=.nan", ["noise.process.q=nan", "finite"]),
+        ("noise.process.q=-1", ["noise.process: q is -1.0", "0 or more"]),
+        ("observation.0.r0=0", ["observation.0: r0 is 0.0", "above 0"]),
+        ("optimizer.lr=0", ["optimizer: lr is 0.0", "above 0"]),
+        ("optimizer.momentum=1", ["momentum is 1.0", "[0, 1)"]),
+        ("optimizer.weight_decay=-1", ["weight_decay is -1.0", "0 or more"]),
+        ("posterior.folds=1", ["posterior: folds is 1", "2 or more, or 0"]),
+        ("posterior.draws=0", ["draws is 0", "at least 1"]),
+        ("posterior.temperature=-1", ["temperature is -1.0", "0 or more"]),
+        ("seeds=[]", ["seeds is empty"]),
+        ("seeds=1,1", ["seeds is [1, 1]", "must differ"]),
+        ("seeds=-1", ["seeds is [-1]", "0 or more"]),
+        ("adapter=[]", ["adapter is empty", "class_residual"]),
+        ("observation=[]", ["observation is empty", "cosine"]),
+        ("trainer.num_workers=-1", ["num_workers is -1", "0 or more"]),
+        ("trainer.cpus_per_worker=0", ["cpus_per_worker is 0", "more than 0"]),
+        ("trainer.name=a/b", ["name is 'a/b'", "slashes"]),
+        ("trainer.name=..", ["leading dot"]),
+        # lists
+        ("adapter.5.width=3", ["adapter.5.width", "1 elements", "from 0"]),
+        ("observation.r0=3", ["observation.r0", "2 elements"]),
+        ("adapter={width: 3}", ["unknown key 'adapter.0.width'"]),
+        # malformed
+        ("shots", ["'shots' is neither"]),
+        ("=3", ["'=3' is neither"]),
+        ("epochs=[1", ["the value of epochs is not valid YAML", "quote it"]),
+        ("trainer.name=2024-02-30", ["the value of trainer.name is not valid YAML", "quote it"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_setting(setting: str, words: list[str]) -> None:
+    sentence = refusal(setting)
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_bounds_of_choices() -> None:
+    assert "beta is 1.0" in refusal("noise.observation=ema", "noise.observation.beta=1")
+    assert "width is 0" in refusal("adapter=bottleneck", "adapter.width=0")
+    assert "ratio is 2.0" in refusal("adapter=bottleneck", "adapter.ratio=2")
+    assert "samples is -1" in refusal("observation=categorical", "observation.samples=-1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- epochs\n- 3", ["must hold `key: value` settings"]),
+        ("just words", ["must hold `key: value` settings"]),
+        ("1: 2", ["must hold `key: value` settings"]),
+        ("epochs: 3\nseeds: [1, 2\n", ["not valid YAML at line 3"]),
+        ("epochs: 3\nbatch_size: : 2", ["not valid YAML at line 2"]),
+        ("epochs: !!python/object/apply:os.getcwd []", ["not valid YAML at line 1"]),
+        ("trainer: {name: 2024-02-30}", ["not valid YAML"]),
+        ("data: {shot: 3}", ["unknown key 'data.shot'", "did you mean data.shots?"]),
+        ("data:\n", ["data: expected settings", "None"]),
+    ],
+)
+def test_wrong_file(tmp_path, text: str, words: list[str]) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    sentence = refusal(file=path)
+    for word in words:
+        assert word in sentence, sentence
+    if "YAML" in words[0] or "must hold" in words[0]:
+        assert str(path) in sentence
+
+
+def test_missing_file_names_the_nearest(tmp_path) -> None:
+    (tmp_path / "study.yaml").write_text("epochs: 1")
+    assert "did you mean study.yaml?" in refusal(file=tmp_path / "stduy.yaml")
+    assert "there is no configuration file" in refusal(file=tmp_path / "no" / "such" / "folder.yaml")
+    assert "cannot be read" in refusal(file=tmp_path)
+
+
+def test_bytes_that_are_no_text(tmp_path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(file=path)
+
+
+# Two hundred settings that nobody thought of
+
+
+def dotted(tree: dict[str, Any], above: str = "") -> list[str]:
+    paths = []
+    for key, value in tree.items():
+        paths.append(above + key)
+        if isinstance(value, dict):
+            paths += dotted(value, f"{above}{key}.")
+        elif isinstance(value, list):
+            paths += [f"{above}{key}.{n}" for n in range(3)]
+    return paths
+
+
+PATHS = [*dotted(yaml.safe_load(to_yaml(Config()))), "kind", "a.b.c", "filter.covariance.rule", "adapter.0.width", ""]
+VALUES = [
+    "0", "1", "-1", "2.5", "1e9", ".inf", ".nan", "true", "null", "~", "''", "dense", "cosine,linear", "a b", "[]",
+    "[[]]", "{}", "[1, a, null]", "{kind: dense}", "{kind: ema, beta: [1]}", "{0: 1}", "{1.5: {a: b}}", "{null: 1}",
+    "{true: 1}", "[{kind: bottleneck, width: {}}]", "2024-01-05", "2024-02-30", "12:30:45", "0x1F", "0o8",
+    "!!binary aGk=",
+    "!!set {a}", "&x 1", "*x", "=", "<<", "- 1", "? a", "é", "%", "'{}'", "{adapter.0.width: 3}", "{kind: null}",
+]  # fmt: skip
+
+
+def random_tree(dice: random.Random, depth: int) -> Any:
+    if depth == 0 or dice.random() < 0.3:
+        return dice.choice([0, 1, -3, 2.5, "dense", "ema", "", None, True, float("inf"), [], {}])
+    if dice.random() < 0.3:
+        return [random_tree(dice, depth - 1) for _ in range(dice.randrange(3))]
+    names = re.findall(r"\w+", " ".join(PATHS))
+    return {dice.choice(names): random_tree(dice, depth - 1) for _ in range(dice.randrange(4))}
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_nothing_but_a_usage_error(tmp_path, seed: int) -> None:
+    dice = random.Random(seed)
+    settings = [f"{dice.choice(PATHS)}={dice.choice(VALUES)}" for _ in range(dice.randrange(1, 4))]
+    tree = random_tree(dice, 4)
+    path = tmp_path / "random.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    for file, overrides in ((None, settings), (path, []), (path, settings)):
+        try:
+            config = load_config(file, overrides)
+        except UsageError:
+            continue
+        again = tmp_path / "again.yaml"
+        again.write_text(to_yaml(config))
+        assert load_config(again) == config

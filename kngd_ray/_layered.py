@@ -135,7 +135,9 @@ def build(cls: type[T], node: Node, path: str) -> T:
         if key in known:
             values[key] = _value(hints[key], inner, here)
         elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
-            raise UsageError(f"unknown key {here!r}{nearest(key, known, path)}.")
+            deeper = [found for found in _leaves(cls) if found.endswith(f".{key}")] if not path else []
+            guess = f"; did you mean {' or '.join(deeper)}?" if deeper else nearest(key, known, path)
+            raise UsageError(f"unknown key {here!r}{guess}.")
     required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:
@@ -206,6 +208,18 @@ def _newest(node: Node) -> int:
     if isinstance(node, Leaf):
         return node.layer
     return max((_newest(item) for item in (node if isinstance(node, list) else node.values())), default=-1)
+
+
+@cache
+def _leaves(cls: Any) -> list[str]:
+    """Dotted paths of all settings that are no options of a choice."""
+    found = []
+    for name, hint in _hints(cls).items():
+        if is_dataclass(hint) and not _choices(hint):
+            found += [f"{name}.{below}" for below in _leaves(hint)]
+        elif name != "__pydantic_config__":
+            found.append(name)
+    return found
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kngd_ray import __version__
-from kngd_ray.errors import KngdError
+from kngd_ray.errors import KngdError, UsageError
 
 _INTERRUPTED = 130
 
@@ -34,6 +34,7 @@ _Settings = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
+_Storage = Annotated[str, typer.Option(help="Where runs live.")]
 _Target = Annotated[
     str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Name or folder of a run, or a folder in it.")
 ]
@@ -59,25 +60,35 @@ def train(
     ] = False,
 ) -> None:
     """Few-shot fine-tuning on Ray Train; without settings, on the emoji and the model that come along."""
-    from kngd_ray.config import to_yaml
+    from kngd_ray.config import load_config, to_yaml
 
-    config = _config(settings)
+    file, overrides = _split(settings)
+    if resume is not None:
+        if file is not None:
+            raise UsageError(f"a resumed run keeps its settings: leave out {file}.")
+        from kngd_ray.commands.train import resumed_config
+
+        config = resumed_config(resume, overrides)
+    else:
+        config = load_config(file, overrides)
     if print_config:
         typer.echo(to_yaml(config), nl=False)
         return
     from kngd_ray.commands.train import train as run
 
-    result = run(config, _display(as_json), resume=resume)
+    result = run(config, _display(as_json), resume=resume is not None)
     if as_json:
         _print_json(result)
 
 
 @app.command()
-def evaluate(target: _Target, settings: _Settings = None, as_json: _Json = False) -> None:
+def evaluate(
+    target: _Target, settings: _Settings = None, storage_path: _Storage = "kngd_runs", as_json: _Json = False
+) -> None:
     """Score a trained run in and out of distribution, on its own data or on other data."""
     from kngd_ray.commands.evaluate import evaluate as run
 
-    result = run(target, *_split(settings), _display(as_json))
+    result = run(target, *_split(settings), storage_path, _display(as_json))
     if as_json:
         _print_json(result)
 
@@ -86,7 +97,7 @@ def evaluate(target: _Target, settings: _Settings = None, as_json: _Json = False
 def predict(
     target: _Target,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],
-    storage_path: Annotated[str, typer.Option(help="Where runs live.")] = "kngd_runs",
+    storage_path: _Storage = "kngd_runs",
     as_json: _Json = False,
 ) -> None:
     """Class probabilities of pictures, with their uncertainty."""
@@ -115,7 +126,7 @@ def encode(
 def sync(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow tracking store than the run's.")] = None,
-    storage_path: Annotated[str, typer.Option(help="Where runs live.")] = "kngd_runs",
+    storage_path: _Storage = "kngd_runs",
 ) -> None:
     """Send to MLflow what a run could not log while the server was away."""
     from kngd_ray.commands.train import sync as send
@@ -152,12 +163,6 @@ def _split(settings: list[str] | None) -> tuple[Path | None, list[str]]:
     if settings and "=" not in settings[0]:
         return Path(settings[0]), settings[1:]
     return None, settings
-
-
-def _config(settings: list[str] | None) -> Any:
-    from kngd_ray.config import load_config
-
-    return load_config(*_split(settings))
 
 
 def _display(as_json: bool) -> Any:

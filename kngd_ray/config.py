@@ -147,13 +147,16 @@ def load_config(
     if "preset" in named or preset in presets():  # a misspelt method is reported as a method
         layers.insert(0, read_preset(str(preset)))
     layers.insert(0, plain(Config()))
-    tree: Node = {}
-    for number, layer in enumerate(layers):
-        tree = merge(tree, layer, number)
-    for number, (path, value) in enumerate(assignments, start=len(layers)):
-        tree = assign(tree, path.split("."), value, number, path)
-    tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
-    return build(Config, tree, "")
+    try:
+        tree: Node = {}
+        for number, layer in enumerate(layers):
+            tree = merge(tree, layer, number)
+        for number, (path, value) in enumerate(assignments, start=len(layers)):
+            tree = assign(tree, path.split("."), value, number, path)
+        tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
+        return build(Config, tree, "")
+    except RecursionError as error:
+        raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
 
 
 def baseline_config(config: Config, method: str) -> Config:

@@ -22,21 +22,23 @@ from kngd_ray.training.predict import entropy
 from kngd_ray.training.resumable import check_same
 
 
-def evaluate(target: str, file: Path | None, overrides: Sequence[str], display: Display) -> dict[str, Any]:
+def evaluate(
+    target: str, file: Path | None, overrides: Sequence[str], storage_path: str, display: Display
+) -> dict[str, Any]:
     """Score a fit.
 
     Args:
         target: run, fit or checkpoint.
         file: configuration file over the run's configuration, or None.
         overrides: ``key=value`` settings over the run's configuration: other data, another domain.
+        storage_path: where runs live.
         display: where figures are shown.
 
     Returns:
         ``id`` and ``ood`` as ``train`` reports them, each with ``aurc``, and per OOD domain
         ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
     """
-    storage = load_config(file, overrides).trainer.storage_path
-    fit, _ = find_fit(target, storage)
+    fit = find_fit(target, storage_path)
     checkpoint, fit_folder = open_fit(fit)
     files = [fit_folder.parents[1] / CONFIG, *([file] if file is not None else [])]
     config = replace(load_config(files, overrides), seeds=(checkpoint.manifest["seed"],))

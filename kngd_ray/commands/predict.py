@@ -36,7 +36,7 @@ def predict(target: str, images: Sequence[str], storage_path: str, display: Disp
             pictures.append(decode(Path(name).read_bytes(), name))
         except OSError as error:
             raise DataError(f"the picture {name} cannot be read ({error.strerror}): check the path.") from error
-    folder, _ = find_fit(target, storage_path)
+    folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
     prediction = classifier.predict(pictures)
     entropies = entropy(prediction.probabilities)

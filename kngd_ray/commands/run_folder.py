@@ -53,6 +53,18 @@ def create(config: Config) -> Path:
     return folder
 
 
+def existing(config: Config) -> Path:
+    """The folder of a run that is continued.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        The folder.
+    """
+    return Path(config.trainer.storage_path) / str(config.trainer.name)
+
+
 def find(name: str, storage_path: str) -> Path:
     """The folder of an existing run, by name or by path.
 
@@ -77,7 +89,7 @@ def find(name: str, storage_path: str) -> Path:
     raise CheckpointError(f"there is no run {name} in {root}{guess}{known}.")
 
 
-def find_fit(target: str, storage_path: str) -> tuple[Path, Config]:
+def find_fit(target: str, storage_path: str) -> Path:
     """The fit that a user means by a run, a fit's folder or a checkpoint's.
 
     Args:
@@ -85,22 +97,21 @@ def find_fit(target: str, storage_path: str) -> tuple[Path, Config]:
         storage_path: where runs live.
 
     Returns:
-        The folder of the fit or checkpoint, and the configuration of its run.
+        The folder of the fit or checkpoint.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(target).expanduser().resolve()
     inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
-    for candidate in path.parents[:3] if inside else ():
-        if (candidate / CONFIG).is_file():
-            return path, load_config(candidate / CONFIG)
+    if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
+        return path
     run = find(target, storage_path)
     config = load_config(run / CONFIG)
     fit = run / "fits" / fit_name(config.method, config.seeds[0])
     if not fit.is_dir():
         raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
-    return fit, config
+    return fit
 
 
 def fit_name(method: str, seed: int) -> str:

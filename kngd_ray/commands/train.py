@@ -19,7 +19,15 @@ from kngd_ray.config import Config, TrainerConfig, baseline_config, flatten, loa
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.storage import write_text
-from kngd_ray.tracking import Publisher, Record, Status, learning_curve, publish, reliability_diagram
+from kngd_ray.tracking import (
+    Publisher,
+    Record,
+    Status,
+    learning_curve,
+    publish,
+    reliability_diagram,
+    resolve_uri,
+)
 from kngd_ray.training.calibration import Calibration, calibrate, fit_temperature
 from kngd_ray.training.classifier import restore_predictor, save_calibration
 from kngd_ray.training.evaluation import Evaluation, evaluate
@@ -46,13 +54,35 @@ class _Method:
         return run_folder.fit_name(self.name, seed)
 
 
-def train(config: Config, display: Display, *, resume: str | None = None) -> dict[str, Any]:
+def resumed_config(name: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that is to be continued.
+
+    Args:
+        name: name or folder of the run.
+        overrides: ``key=value`` settings; only where it runs and is logged may change.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UsageError: a setting that would make it another run.
+    """
+    fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
+    if fixed:
+        raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
+    folder = run_folder.find(name, load_config(overrides=overrides).trainer.storage_path)
+    config = load_config(folder / run_folder.CONFIG, overrides)
+    place = replace(config.trainer, storage_path=str(folder.parent), name=folder.name)
+    return replace(config, trainer=place)
+
+
+def train(config: Config, display: Display, *, resume: bool = False) -> dict[str, Any]:
     """Run what a configuration asks for, or continue a run.
 
     Args:
-        config: the configuration; of a resumed run, only where runs live is taken from it.
+        config: the configuration; of a run to continue, from :func:`resumed_config`.
         display: where progress and results are shown.
-        resume: name or folder of the run to continue.
+        resume: continue the run of that name.
 
     Returns:
         The report: the object that ``--json`` prints.
@@ -60,12 +90,10 @@ def train(config: Config, display: Display, *, resume: str | None = None) -> dic
     Raises:
         UsageError: the baselines include the method itself.
     """
-    if resume is not None:
-        folder = run_folder.find(resume, config.trainer.storage_path)
-        config = load_config(folder / run_folder.CONFIG)
-    else:
-        name = config.trainer.name or run_folder.new_name(config.method)
-        config = replace(config, trainer=replace(config.trainer, name=name))
+    name = config.trainer.name or run_folder.new_name(config.method)
+    config = replace(config, trainer=replace(config.trainer, name=name))
+    if config.tracking.enabled:
+        resolve_uri(config.tracking.uri)  # a store that MLflow does not know is refused before anything is done
     if config.method in config.baselines:
         raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
     task = open_task(config)
@@ -74,8 +102,7 @@ def train(config: Config, display: Display, *, resume: str | None = None) -> dic
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=workers > 0, progress=progress)
         # Only now: bad data or a model that does not load leaves no empty run behind.
-        if resume is None:
-            folder = run_folder.create(config)
+        folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"{prepared.skipped} undecodable pictures were left out")
@@ -191,7 +218,7 @@ class _Records:
             for seed in config.seeds
         }
         for record in self._all():
-            (record.artifacts / run_folder.CONFIG).write_text((folder / run_folder.CONFIG).read_text())
+            write_text(record.artifacts / run_folder.CONFIG, (folder / run_folder.CONFIG).read_text())
 
     def step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; a refused one only counts."""

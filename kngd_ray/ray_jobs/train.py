@@ -1,10 +1,9 @@
 """A job of fits as one Ray Train job, its events sent to the driver."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -29,47 +28,73 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     Args:
         job: the fits.
         trainer: workers, resources and fault tolerance.
-        on_event: told of steps, from one thread of this process.
+        on_event: told of steps, in this thread.
 
     Raises:
         FilterError: a fit could not go on.
         KngdError: a worker failed more often than is allowed; what was finished is kept.
     """
+    queue = Queue(actor_options={"num_cpus": 0})
+    torch_trainer = TorchTrainer(
+        _train_loop,
+        # The job travels through the object store: once, however many workers there are.
+        train_loop_config={"job": ray.put(job), "queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=trainer.num_workers,
+            use_gpu=trainer.use_gpu,
+            resources_per_worker={"CPU": trainer.cpus_per_worker, **({"GPU": 1} if trainer.use_gpu else {})},
+        ),
+        # Checkpoints are ours, in the run's folder: Ray is not asked to copy or to choose them (a report of one
+        # costs seconds), and since it resumes a name that it has seen by its own records, each job is new to it.
+        run_config=RunConfig(
+            name=f"job-{uuid4().hex[:8]}",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=trainer.max_failures),
+        ),
+    )
     failures: list[str] = []
-
-    def receive(event: FitEvent) -> None:
-        if event.error is not None:
-            failures.append(event.error)
-        on_event(event)
-
-    with _listening(receive) as queue:
-        torch_trainer = TorchTrainer(
-            _train_loop,
-            # The job travels through the object store: once, however many workers there are.
-            train_loop_config={"job": ray.put(job), "queue": queue},
-            scaling_config=ScalingConfig(
-                num_workers=trainer.num_workers,
-                use_gpu=trainer.use_gpu,
-                resources_per_worker={
-                    "CPU": trainer.cpus_per_worker,
-                    **({"GPU": 1} if trainer.use_gpu else {}),
-                },
-            ),
-            # Checkpoints are ours, in the run's folder: Ray is not asked to copy or to choose them (a report of
-            # one costs seconds), and since it resumes a name that it has seen by its own records, each job is new to it.
-            run_config=RunConfig(
-                name=f"job-{uuid4().hex[:8]}",
-                storage_path=str(job.folder / "ray"),
-                failure_config=FailureConfig(max_failures=trainer.max_failures),
-            ),
-        )
-        try:
-            torch_trainer.fit()
-        except TrainingFailedError as error:
-            reason = _explained(error)
-            raise reason from error
+    running = _Running(torch_trainer)
+    while True:
+        last_look = not running.is_alive()
+        for event in _waiting(queue):
+            if event.error is not None:
+                failures.append(event.error)
+            on_event(event)
+        if last_look:
+            break
+    queue.shutdown(force=True)
+    if isinstance(running.error, TrainingFailedError):
+        reason = _explained(running.error)
+        raise reason from running.error
+    if running.error is not None:
+        raise running.error
     if failures:
         raise FilterError(failures[0])
+
+
+class _Running(Thread):
+    """The blocking call of a trainer, away from the main thread: there Ray would take Ctrl-C for itself."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True, name="ray train")
+        self._trainer = trainer
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # handed to the thread that waits
+            self.error = error
+
+
+def _waiting(queue: Queue) -> list[FitEvent]:
+    """What workers have sent; waits a little for something to come."""
+    try:
+        events: list[FitEvent] = queue.get(timeout=_FLUSH_SECONDS)
+    except Empty:
+        return []
+    return events
 
 
 @dataclass
@@ -105,34 +130,6 @@ def _train_loop(config: dict[str, Any]) -> None:
             sender.send(FitEvent("", error=str(error)))
     finally:
         sender.flush()
-
-
-@contextmanager
-def _listening(receive: Callable[[FitEvent], None]) -> Iterator[Queue]:
-    """A queue whose events are handed to `receive` by a thread of this process, all of them before it ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
-    ending = Event()
-
-    def listen() -> None:
-        while True:
-            last_look = ending.is_set()
-            try:
-                for event in queue.get(timeout=_FLUSH_SECONDS):
-                    receive(event)
-            except Empty:
-                if last_look:
-                    return
-            except ray.exceptions.RayError:
-                return
-
-    thread = Thread(target=listen, daemon=True, name="fit events")
-    thread.start()
-    try:
-        yield queue
-    finally:
-        ending.set()
-        thread.join()
-        queue.shutdown(force=True)
 
 
 def _explained(error: TrainingFailedError) -> KngdError:

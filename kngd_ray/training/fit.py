@@ -121,7 +121,7 @@ def fit(
         The method with its trained head.
 
     Raises:
-        FilterError: ten steps in a row were refused.
+        FilterError: ten steps in a row were refused, or all there are.
     """
     group = group or SingleProcess()
     support = task.support.to(device)
@@ -141,7 +141,8 @@ def fit(
         except FilterError as error:
             refused += 1
             logger.warning("step %d: %s", step + 1, error)
-            if refused >= _MAX_REFUSED:
+            # a few-shot fit may have fewer steps than that; one that never moved has failed too
+            if refused >= min(_MAX_REFUSED, sampler.steps):
                 raise FilterError(
                     f"{refused} steps in a row were refused, the last at step {step + 1}: {error}"
                 ) from error

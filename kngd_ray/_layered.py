@@ -135,9 +135,9 @@ def build(cls: type[T], node: Node, path: str) -> T:
         if key in known:
             values[key] = _value(hints[key], inner, here)
         elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
-            deeper = [found for found in _leaves(cls) if found.endswith(f".{key}")] if not path else []
-            guess = f"; did you mean {' or '.join(deeper)}?" if deeper else nearest(key, known, path)
-            raise UsageError(f"unknown key {here!r}{guess}.")
+            deeper = [] if path else [found for found in _leaves(cls) if found.endswith(f".{key}")]  # type: ignore[arg-type]
+            guess = f"; did you mean {' or '.join(deeper)}?" if deeper else f"{nearest(key, known, path)}."
+            raise UsageError(f"unknown key {here!r}{guess}")
     required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:
@@ -216,7 +216,7 @@ def _leaves(cls: Any) -> list[str]:
     found = []
     for name, hint in _hints(cls).items():
         if is_dataclass(hint) and not _choices(hint):
-            found += [f"{name}.{below}" for below in _leaves(hint)]
+            found += [f"{name}.{below}" for below in _leaves(hint)]  # type: ignore[arg-type]
         elif name != "__pydantic_config__":
             found.append(name)
     return found

@@ -153,7 +153,8 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
-    sys.stderr.write(f"kngd-ray: {sentence.rstrip('.')}.\n")
+    ended = sentence if sentence.endswith((".", "?")) else f"{sentence}."
+    sys.stderr.write(f"kngd-ray: {ended}\n")
     sys.exit(code)
 
 

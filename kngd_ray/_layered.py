@@ -217,7 +217,7 @@ def _leaves(cls: Any) -> list[str]:
     for name, hint in _hints(cls).items():
         if is_dataclass(hint) and not _choices(hint):
             found += [f"{name}.{below}" for below in _leaves(hint)]  # type: ignore[arg-type]
-        elif name != "__pydantic_config__":
+        else:
             found.append(name)
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -40,8 +40,6 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; the end of a fit always writes one.
         max_failures: how often a job whose worker died is started again.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     num_workers: int = 2
     use_gpu: bool = False
@@ -72,8 +70,6 @@ class TrackingConfig:
         experiment: MLflow experiment.
         log_model: log a pyfunc model that predicts from picture bytes.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     enabled: bool = True
     uri: str = "sqlite:///mlflow.db"

@@ -143,7 +143,7 @@ PUBLIC = {
 
 COMMANDS = {
     "train": ["settings", "--resume", "--json", "--print-config"],
-    "evaluate": ["target", "settings", "--json"],
+    "evaluate": ["target", "settings", "--storage-path", "--json"],
     "predict": ["target", "images", "--storage-path", "--json"],
     "encode": ["dataset", "settings", "--json"],
     "sync": ["run", "--uri", "--storage-path"],

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -50,8 +50,6 @@ class ModelConfig:
             or ``.pt``, ``.pth`` and ``.bin`` with nothing but tensors in it), or ``random`` for seeded
             untrained weights. None for ``embedded``.
     """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str = EMBEDDED
     pretrained: str | None = None

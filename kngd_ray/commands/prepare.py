@@ -63,21 +63,23 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Task:
-    """A configuration whose data set is known to serve it; nothing expensive has happened yet.
+    """A configuration whose data and model are known to serve it; nothing expensive has happened yet.
 
     Attributes:
         config: what is asked for.
         images: the data set's index.
         splits: support set and test sets by seed.
+        model: the CLIP model.
     """
 
     config: Config
     images: ImageSet
     splits: dict[int, Split]
+    model: ClipModel
 
 
 def open_task(config: Config) -> Task:
-    """Index the data set and draw the shots of every seed.
+    """Index the data set, draw the shots of every seed, load the model.
 
     Args:
         config: what is asked for.
@@ -86,22 +88,22 @@ def open_task(config: Config) -> Task:
         The task.
     """
     images = open_images(config.data)
-    return Task(config, images, {seed: select(images, config.data, seed) for seed in config.seeds})
+    splits = {seed: select(images, config.data, seed) for seed in config.seeds}
+    return Task(config, images, splits, load_model(config.model))
 
 
 def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:
-    """Load the model and compute the features that are missing.
+    """Compute the features that are missing.
 
     Args:
-        task: the data and the shots.
+        task: data, shots and model.
         use_ray: encode with Ray Data; Ray must be up.
         progress: told of pictures done and to do.
 
     Returns:
         The prepared task.
     """
-    config, images, splits = task.config, task.images, task.splits
-    model = load_model(config.model)
+    config, images, splits, model = task.config, task.images, task.splits, task.model
     class_embeddings = model.encode_classes(images.class_names, config.data.templates)
     cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
     bad: frozenset[int] = frozenset()

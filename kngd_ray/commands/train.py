@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
@@ -101,12 +102,24 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     with open_ray(config.trainer) if workers else nullcontext(), ExitStack() as stack:
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=workers > 0, progress=progress)
-        # Only now: bad data or a model that does not load leaves no empty run behind.
+        # Only now: a picture that cannot be decoded leaves no empty run behind.
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"{prepared.skipped} undecodable pictures were left out")
-        return _run(config, prepared, folder, display)
+        with _threads(max(1, int(config.trainer.cpus_per_worker))):
+            return _run(config, prepared, folder, display)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute here with as many threads as a worker has: the same sums, and none that spin on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(config: Config, prepared: Prepared, folder: Path, display: Display) -> dict[str, Any]:

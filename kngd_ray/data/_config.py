@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 EMBEDDED = "embedded"
 
@@ -15,8 +15,6 @@ class DataConfig:
     Raises:
         ValueError: when a field is out of its range.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     path: str | tuple[str, ...] = EMBEDDED
     """Parquet file, several parquet files with one class list, a folder of pictures, or "embedded":

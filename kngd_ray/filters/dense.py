@@ -7,7 +7,7 @@ Update (Kalman 1960; Joseph's form is not needed at the condition numbers met he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -22,8 +22,6 @@ class Dense:
     All of it lives on one rank: its rows need one another at each update. 8 n^2 bytes, so heads of
     up to about 10,000 parameters.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["dense"] = "dense"
 

@@ -18,7 +18,7 @@ in which diagonal stands for the posterior (Chang et al., arXiv 2305.19535):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -34,8 +34,6 @@ class Diagonal:
         kind: the family's name.
         rule: which diagonal approximates the posterior; see the module.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["diagonal"] = "diagonal"
     rule: Literal["ekf", "vdekf"] = "ekf"

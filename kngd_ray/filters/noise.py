@@ -11,7 +11,7 @@ innovation and the evidence stays prequential.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +40,6 @@ class ObservationNoise(Protocol):
 class Fixed:
     """R stays at its initial value, one variance per observation model."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     kind: Literal["fixed"] = "fixed"
 
     def channels(self, classes: int) -> int:
@@ -62,8 +60,6 @@ class Ema:
         beta: memory of the moving average, in [0, 1).
         form: ``scalar`` keeps one variance per observation model, ``diagonal`` one per class of each.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["ema"] = "ema"
     beta: float = 0.9

@@ -6,7 +6,7 @@ A model gives the three numbers of DESIGN's predict equations for a step::
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 
 class Transition(NamedTuple):
@@ -44,8 +44,6 @@ class RandomWalk:
         kind: the model's name.
         q: variance that each weight gains per step; 0 keeps the weights constant.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["random_walk"] = "random_walk"
     q: float = 0.0

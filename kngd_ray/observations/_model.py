@@ -63,17 +63,23 @@ class ObservationModel(Protocol):
         ...
 
 
-def check_noise(r0: float) -> None:
-    """Refuse a noise variance that is not positive.
+@dataclass(frozen=True, kw_only=True)
+class Noisy:
+    """What the models share: a noise variance r0, and no need of random numbers.
 
-    Args:
-        r0: the variance.
-
-    Raises:
-        ValueError: r0 is not above 0.
+    Attributes:
+        r0: initial noise variance of each observation.
     """
-    if not r0 > 0:
-        raise ValueError(f"r0 is {r0}; an observation noise variance must be above 0")
+
+    r0: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.r0 > 0:
+            raise ValueError(f"r0 is {self.r0}; an observation noise variance must be above 0")
+
+    def draws(self, classes: int) -> int:
+        """None."""
+        return 0
 
 
 def stack(observations: Sequence[Observation], channels: int) -> Observation:

@@ -18,18 +18,18 @@ k + 1 rows per sample instead of C.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Observation, check_noise
+from kngd_ray.observations._model import Noisy, Observation
 
 _MIN_P = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Categorical:
+class Categorical(Noisy):
     """Rows of the softmax GGN with noise r0 (1 is the likelihood itself).
 
     Attributes:
@@ -38,14 +38,12 @@ class Categorical:
         samples: labels drawn per sample; 0 takes all C classes exactly.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     kind: Literal["categorical"] = "categorical"
     r0: float = 1.0
     samples: int = 0
 
     def __post_init__(self) -> None:
-        check_noise(self.r0)
+        super().__post_init__()
         if self.samples < 0:
             raise ValueError(f"samples is {self.samples}; give 0 for the exact form, or how many labels to draw")
 

@@ -1,16 +1,16 @@
 """Matched-pair cosine: an image and its class text should point the same way (KF-CLIP, arXiv 2511.01694)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Observation, check_noise
+from kngd_ray.observations._model import Noisy, Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(Noisy):
     """h = cos(image, text of its class) = l_y / s, target 1, one row per sample.
 
     Attributes:
@@ -18,17 +18,8 @@ class Cosine:
         r0: noise variance of a cosine.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     kind: Literal["cosine"] = "cosine"
     r0: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_noise(self.r0)
-
-    def draws(self, classes: int) -> int:
-        """None."""
-        return 0
 
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """One row per sample with V = e_y / s."""

@@ -6,16 +6,16 @@ linearised-Gaussian empirical-Fisher step of BONG (arXiv 2405.19681).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Observation, check_noise
+from kngd_ray.observations._model import Noisy, Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogLikelihood:
+class LogLikelihood(Noisy):
     """h = log p(y | x), innovation 1, R = r0, one row per sample.
 
     Attributes:
@@ -23,17 +23,8 @@ class LogLikelihood:
         r0: noise variance; 1 counts each sample once, larger values temper the likelihood.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     kind: Literal["log_likelihood"] = "log_likelihood"
     r0: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_noise(self.r0)
-
-    def draws(self, classes: int) -> int:
-        """None."""
-        return 0
 
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """One row per sample with V = e_y - p."""

@@ -1,16 +1,16 @@
 """True-class probability: softmax probability of the label, target 1, with its Bernoulli variance."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Observation, check_noise
+from kngd_ray.observations._model import Noisy, Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probability:
+class Probability(Noisy):
     """h = p_y, target 1, R = p_y (1 - p_y) + r, one row per sample.
 
     Attributes:
@@ -18,17 +18,8 @@ class Probability:
         r0: noise variance on top of the Bernoulli variance.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     kind: Literal["probability"] = "probability"
     r0: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_noise(self.r0)
-
-    def draws(self, classes: int) -> int:
-        """None."""
-        return 0
 
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """One row per sample with V = p_y (e_y - p)."""

@@ -14,7 +14,9 @@ from kngd_ray.training.batches import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """Figures of one step on the global batch, taken before the step: none has seen its own samples.
+    """Figures of one step on the global batch, taken before the step.
+
+    In the first pass over the shots they are prequential: no sample has been learned from when it is scored.
 
     Attributes:
         nll: mean negative log-likelihood, nats per sample.

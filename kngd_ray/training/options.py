@@ -1,7 +1,7 @@
 """Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
 from kngd_ray.filters import CovarianceFamily, Diagonal, Fixed, NoiseModel, ProcessModel, RandomWalk
@@ -16,8 +16,6 @@ class FilterOptions:
         covariance: covariance family.
         p0: prior variance of every weight around its initial value.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     covariance: CovarianceFamily = field(default_factory=Diagonal)
     p0: float = 0.03
@@ -36,8 +34,6 @@ class NoiseOptions:
         observation: how observation noise is estimated; it starts at each observation model's r0.
     """
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
     process: ProcessModel = field(default_factory=RandomWalk)
     observation: NoiseModel = field(default_factory=Fixed)
 
@@ -52,8 +48,6 @@ class OptimizerOptions:
         momentum: of SGD.
         schedule: learning rate over the run.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     lr: float = 3e-3
     weight_decay: float = 0.01

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import pi
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ class PosteriorOptions:
         temperature: tau; None chooses it by cross-validation over the training shots.
         folds: parts of that cross-validation, which also fits the temperature scaling; 0 turns both off.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     predict: Literal["draws", "linearised", "mean"] = "draws"
     draws: int = 32

@@ -1,7 +1,7 @@
 """CLIP-Adapter: a two-layer bottleneck mixed with the embedding (Gao et al., arXiv 2110.04544)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -18,8 +18,6 @@ class Bottleneck:
         width: hidden units.
         ratio: residual ratio, how much of the adapted embedding enters; 0 is zero-shot.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["bottleneck"] = "bottleneck"
     tower: Tower = "image"

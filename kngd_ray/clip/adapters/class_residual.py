@@ -1,7 +1,7 @@
 """A residual on each class's text embedding: a linear classifier that starts at the zero-shot one."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ class ClassResidual:
     Attributes:
         kind: the adapter's name.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["class_residual"] = "class_residual"
 

@@ -1,7 +1,7 @@
 """A residual matrix on the embedding, started at zero: the model begins as zero-shot."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ class Linear:
         kind: the adapter's name.
         tower: which embeddings are adapted; ``both`` has a matrix of its own for each.
     """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     kind: Literal["linear"] = "linear"
     tower: Tower = "image"

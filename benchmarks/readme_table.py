@@ -9,16 +9,15 @@ Markdown; figures and numbers with their environment go to ``--out``.
 
 import argparse
 import json
-import platform
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from kngd_ray.commands.display import Display
+from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
 
@@ -55,8 +54,7 @@ def main() -> None:
     print(markdown(rows))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(rows, options.out / f"few_shot_{name}.png")
-    environment = {"python": platform.python_version(), "machine": platform.machine()}
-    environment |= {package: version(package) for package in ("torch", "open_clip_torch", "kngd_ray")}
+    environment = json.loads(describe_environment())
     kept = {row: {key: value for key, value in report.items() if key != "run_id"} for row, report in rows.items()}
     (options.out / f"few_shot_{name}.json").write_text(
         json.dumps({"environment": environment, **kept}, indent=1) + "\n"

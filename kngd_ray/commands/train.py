@@ -14,9 +14,10 @@ from torch import Tensor
 from kngd_ray.clip import CLIPHead
 from kngd_ray.commands import run_folder
 from kngd_ray.commands.display import Display
+from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.summary import flat_metrics, over_seeds
-from kngd_ray.config import Config, TrainerConfig, baseline_config, flatten, load_config
+from kngd_ray.config import Config, TrainerConfig, baseline_config, flatten, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.storage import write_text
@@ -231,7 +232,8 @@ class _Records:
             for seed in config.seeds
         }
         for record in self._all():
-            write_text(record.artifacts / run_folder.CONFIG, (folder / run_folder.CONFIG).read_text())
+            write_text(record.artifacts / run_folder.CONFIG, to_yaml(config))
+            write_text(record.artifacts / "environment.json", describe_environment())
 
     def step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; a refused one only counts."""

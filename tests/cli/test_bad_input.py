@@ -184,11 +184,19 @@ def test_unknown_tracking_store(command) -> None:
 # Runs
 
 
+def test_a_resumed_run_keeps_its_settings(command, tmp_path: Path) -> None:
+    command.train("trainer.name=kept")
+    refused(command("train", "--resume", command.run("kept"), "epochs=9"), USAGE, "leave out 'epochs=9'")
+    (tmp_path / "mine.yaml").write_text("epochs: 9")
+    refused(command("train", tmp_path / "mine.yaml", "--resume", command.run("kept")), USAGE, "leave out", "mine.yaml")
+    assert command("train", "--resume", command.run("kept"), "trainer.checkpoint_every=1").code == 0
+
+
 def test_resume_of_an_unknown_run_names_the_nearest(command) -> None:
     command.train("trainer.name=monday", "epochs=1")
     outcome = command("train", "--resume", "mondy", f"trainer.storage_path={command.runs}")
     refused(outcome, FAILED, "there is no run mondy", "did you mean monday?")
-    refused(command("evaluate", "mondy", f"trainer.storage_path={command.runs}"), FAILED, "did you mean monday?")
+    refused(command("evaluate", "mondy", "--storage-path", command.runs), FAILED, "did you mean monday?")
     refused(command("sync", "mondy", "--storage-path", command.runs), FAILED, "did you mean monday?")
 
 

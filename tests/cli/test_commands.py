@@ -119,8 +119,7 @@ def test_evaluate_agrees_with_train(command) -> None:
     run = command.run("e")
     fit = run / "fits" / "kalman-seed0"
     (checkpoint,) = fit.glob("step-*")
-    storage = f"trainer.storage_path={command.runs}"
-    for target, settings in (("e", [storage]), (run, []), (fit, []), (checkpoint, [])):
+    for target, settings in (("e", ["--storage-path", command.runs]), (run, []), (fit, []), (checkpoint, [])):
         outcome = command("evaluate", target, *settings, "--json")
         assert outcome.code == 0, outcome.err
         report = outcome.json

@@ -4,10 +4,9 @@ The engine under :mod:`kngd_ray.config`; it knows nothing of what the settings m
 dataclass with a ``kind`` field, or a union of such; see :mod:`kngd_ray.config` for how it is written.
 """
 
-import difflib
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from kngd_ray.errors import UsageError
+from kngd_ray.errors import nearest as nearest  # for kngd_ray.config too
 
 
 @dataclass
@@ -263,14 +263,6 @@ def _literals(hint: Any) -> tuple[Any, ...]:
 
 def _named(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
-
-
-def nearest(name: str, valid: Sequence[str], path: str = "") -> str:
-    """'; did you mean x?' and the valid names, for the end of a message."""
-    prefix = f"{path}." if path else ""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    guess = f"; did you mean {prefix}{close[0]}?" if close else ""
-    return f"{guess} (valid: {', '.join(sorted(valid))})" if valid else guess
 
 
 def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

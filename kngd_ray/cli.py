@@ -129,7 +129,7 @@ def sync(
     storage_path: _Storage = "kngd_runs",
 ) -> None:
     """Send to MLflow what a run could not log while the server was away."""
-    from kngd_ray.commands.train import sync as send
+    from kngd_ray.commands.sync import sync as send
 
     send(run, storage_path, _display(False), uri=uri)
 

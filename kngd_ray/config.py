@@ -119,6 +119,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     forced: Mapping[str, Any] | None = None,
+    complete: bool = False,
 ) -> Config:
     """Build a configuration from its layers.
 
@@ -126,6 +127,7 @@ def load_config(
         file: YAML file, several of which the later win, or None.
         overrides: ``key=value`` strings, values in YAML.
         forced: a nested mapping above all other layers.
+        complete: the files hold all settings, those of their preset too, which is not read again.
 
     Returns:
         The validated configuration.
@@ -140,7 +142,7 @@ def load_config(
     for chosen in (*layers, dict(assignments), forced or {}):
         named |= {key: chosen[key] for key in ("method", "preset") if chosen.get(key) is not None}
     preset = named.get("preset", named.get("method", Config.method))
-    if "preset" in named or preset in presets():  # a misspelt method is reported as a method
+    if not complete and ("preset" in named or preset in presets()):  # a misspelt method is reported as a method
         layers.insert(0, read_preset(str(preset)))
     layers.insert(0, plain(Config()))
     try:

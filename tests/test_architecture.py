@@ -96,7 +96,7 @@ PUBLIC = {
         "SingleProcess",
         "split_evenly",
     ],
-    "kngd_ray.clip": ["CLIPHead", "ClipModel", "ModelConfig", "load_model"],
+    "kngd_ray.clip": ["CLIPHead", "ClipModel", "ModelConfig", "load_model", "resolve_templates"],
     "kngd_ray.clip.adapters": [
         "Adapter",
         "AdapterConfig",
@@ -126,6 +126,7 @@ PUBLIC = {
         "read_batches",
         "sample_shots",
         "select",
+        "select_tests",
     ],
     "kngd_ray.tracking": [
         "Publisher",

@@ -2,5 +2,6 @@
 
 from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, ModelConfig, load_model
+from kngd_ray.clip._prompts import resolve_templates
 
-__all__ = ["CLIPHead", "ClipModel", "ModelConfig", "load_model"]
+__all__ = ["CLIPHead", "ClipModel", "ModelConfig", "load_model", "resolve_templates"]

@@ -11,14 +11,13 @@ Everything a feature depends on is hashed into :attr:`ClipModel.fingerprint`, so
 cached on disk and never be taken for those of another model.
 """
 
-import difflib
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kngd_ray.clip._prompts import expand
-from kngd_ray.errors import ModelError
+from kngd_ray.errors import ModelError, closest
 
 EMBEDDED = "embedded"
 RANDOM = "random"
@@ -54,6 +53,12 @@ class ModelConfig:
     name: str = EMBEDDED
     pretrained: str | None = None
 
+    def absolute(self) -> "ModelConfig":
+        """The same model, for a process that works in another folder."""
+        if self.pretrained is None or Path(self.pretrained).suffix not in _CHECKPOINT_SUFFIXES:
+            return self
+        return replace(self, pretrained=str(Path(self.pretrained).expanduser().absolute()))
+
 
 class ClipModel:
     """A frozen image tower and text tower that share one embedding space of dimension d.
@@ -64,7 +69,6 @@ class ClipModel:
             transforms; the same on every device.
         embed_dim: d.
         logit_scale: Factor from cosines to logits (the inverse temperature).
-        image_size: (height, width) of the pictures that the image tower sees.
         device: Where the towers are; features always come back on the CPU.
     """
 
@@ -85,8 +89,6 @@ class ClipModel:
         self._transform = transform
         self._tokenizer = tokenizer
         self.logit_scale = float(self._network.logit_scale.exp())
-        size = self._network.visual.image_size
-        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, embed_dim={self.embed_dim}, fingerprint={self.fingerprint[:12]!r})"
@@ -357,9 +359,8 @@ def _fingerprint(network: torch.nn.Module, transform: object, architecture: dict
 
 
 def _nearest(word: str, words: Sequence[str], n: int = 3) -> str:
-    """The n words most like a word, case ignored, as a list for a sentence."""
-    spelling = {candidate.lower(): candidate for candidate in words}
-    return " or ".join(spelling[m] for m in difflib.get_close_matches(word.lower(), spelling, n=n, cutoff=0))
+    """The n words most like a word, as a list for a sentence."""
+    return " or ".join(closest(word, words, n, cutoff=0))
 
 
 def _first_line(error: Exception) -> str:

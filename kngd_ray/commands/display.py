@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -70,14 +71,18 @@ class Display:
         Yields:
             A function to call with a fit's name and the fields of a step record.
         """
-        with self._progress(TextColumn("{task.fields[figures]}")) as bar:
+        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar:
             last: dict[str, float] = {}
 
             def advance(fit: str, record: Mapping[str, Any]) -> None:
                 figures = _figures(record)
                 if bar is not None:
                     _advance(bar, fit, record["step"], record["steps"], figures)
-                elif record["step"] == record["steps"] or time.monotonic() - last.get(fit, 0.0) > _LINE_SECONDS:
+                elif (
+                    record["refused"]
+                    or record["step"] == record["steps"]
+                    or time.monotonic() - last.get(fit, 0.0) > _LINE_SECONDS
+                ):
                     last[fit] = time.monotonic()
                     self.say(f"{fit}: step {record['step']} of {record['steps']}, {figures}")
 
@@ -93,7 +98,7 @@ class Display:
         """
         domains = list(rows[0][1]["ood"])
         groups = ["ID", *(["OOD"] if domains else [])]
-        main = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        main = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         main.add_column("")
         for group in groups:
             for figure in ("accuracy %", "NLL", "ECE"):
@@ -101,16 +106,16 @@ class Display:
         for name, report in rows:
             sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
             main.add_row(
-                name, *(c for s in sets for c in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"])))
+                escape(name), *(c for s in sets for c in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"])))
             )
         self.out.print(main)
         if len(domains) > 2:  # the mean and at least two domains
             detail = Table(title="OOD accuracy % by domain", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             detail.add_column("")
             for domain in domains[1:]:
-                detail.add_column(domain, justify="right")
+                detail.add_column(escape(domain), justify="right")
             for name, report in rows:
-                detail.add_row(name, *(_cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
+                detail.add_row(escape(name), *(_cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
             self.out.print(detail)
         for note in notes:
             self.out.print(note, highlight=False, markup=False)
@@ -142,7 +147,7 @@ def _advance(bar: Progress, name: str, done: int, total: int, figures: str) -> N
 def _figures(record: Mapping[str, Any]) -> str:
     stats = record["stats"]
     if stats is None:
-        return "refused"
+        return f"refused: {record['refused']}"
     shown = [f"{name} {form.format(stats[key])}" for key, name, form in _SHOWN if stats.get(key) is not None]
     return ", ".join([*shown, f"{record['milliseconds']:.1f} ms/step"])
 

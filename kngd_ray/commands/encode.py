@@ -1,7 +1,6 @@
 """``kngd-ray encode``: the features of a whole data set, ahead of the runs that need them."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from kngd_ray.clip import load_model
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import encode as encode_pictures
-from kngd_ray.commands.train import open_ray
+from kngd_ray.commands.session import ray_for
 from kngd_ray.config import load_config
 from kngd_ray.data import FeatureCache, open_images
 
@@ -30,7 +29,7 @@ def encode(dataset: str, file: Path | None, overrides: Sequence[str], display: D
     config = load_config(file, overrides, forced={"data": {"path": dataset}})
     images = open_images(config.data)
     workers = config.trainer.num_workers
-    with open_ray(config.trainer) if workers else nullcontext():
+    with ray_for(config.trainer):
         model = load_model(config.model)
         cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
         everything = np.arange(len(images))

@@ -1,18 +1,20 @@
 """``kngd-ray evaluate``: all figures of a trained fit, on its own data or on other data of the same classes."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kngd_ray._layered import flat
 from kngd_ray.commands.display import Display
-from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.run_folder import CONFIG, find_fit
-from kngd_ray.commands.train import open_ray
-from kngd_ray.config import load_config
+from kngd_ray.commands.prepare import open_task, open_tests, prepare
+from kngd_ray.commands.run_folder import find_fit, read_config
+from kngd_ray.commands.session import ray_for
+from kngd_ray.config import parse_override, read_yaml
+from kngd_ray.data import EMBEDDED
+from kngd_ray.errors import UsageError
 from kngd_ray.tracking import reliability_diagram
 from kngd_ray.training.classifier import open_fit, read_calibration, restore_predictor
 from kngd_ray.training.evaluation import ID
@@ -40,11 +42,13 @@ def evaluate(
     """
     fit = find_fit(target, storage_path)
     checkpoint, fit_folder = open_fit(fit)
-    files = [fit_folder.parents[1] / CONFIG, *([file] if file is not None else [])]
-    config = replace(load_config(files, overrides), seeds=(checkpoint.manifest["seed"],))
-    task = open_task(config)
+    run = fit_folder.parents[1]
+    config = replace(read_config(run, overrides, file), seeds=(checkpoint.manifest["seed"],))
+    given = _given(file, overrides)
+    own = _same(config.data.path, read_config(run).data.path)
+    task = open_task(config) if own else open_tests(config, given)
     workers = config.trainer.num_workers
-    with open_ray(config.trainer) if workers else nullcontext(), display.pictures("encoding") as progress:
+    with ray_for(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, use_ray=workers > 0, progress=progress)
     check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
     calibration, posterior = read_calibration(fit_folder)
@@ -68,9 +72,36 @@ def evaluate(
         fit_folder.name,
     )
     display.table(
-        f"{fit_folder.parents[1].name}, {fit_folder.name}",
+        f"{run.name}, {fit_folder.name}",
         [(checkpoint.manifest["options"]["method"], report)],
         [],
     )
     display.say(f"reliability diagram: {picture}")
     return {"checkpoint": str(checkpoint.folder), **report}
+
+
+def _given(file: Path | None, overrides: Sequence[str]) -> set[str]:
+    """The dotted keys of the settings over a run's configuration.
+
+    Raises:
+        UsageError: a setting that would change nothing.
+    """
+    layers = [read_yaml(file) if file is not None else {}, dict(map(parse_override, overrides))]
+    given = [key for layer in layers for key, _ in flat(layer, "")]
+    for key in given:
+        if not key.startswith(("data.", "model.", "trainer.")):
+            raise UsageError(
+                f"evaluate takes the fit and its posterior from the run: leave out {key}, "
+                "only settings of data, model and trainer can change."
+            )
+    return set(given)
+
+
+def _same(path: str | tuple[str, ...], other: str | tuple[str, ...]) -> bool:
+    """Whether two data sets are the same files."""
+
+    def files(path: str | tuple[str, ...]) -> set[Path | str]:
+        names = [path] if isinstance(path, str) else path
+        return {name if name == EMBEDDED else Path(name).expanduser().resolve() for name in names}
+
+    return files(path) == files(other)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.commands.display import Display
@@ -55,8 +56,8 @@ def predict(target: str, images: Sequence[str], storage_path: str, display: Disp
     table = Table("image", "class", "probability", "logit std", "entropy (nats)")
     for row in rows:
         table.add_row(
-            row["image"],
-            row["class"],
+            escape(row["image"]),
+            escape(row["class"]),
             *(f"{row[key]:.3f}" for key in ("probability", "logit_std", "entropy")),
         )
     display.out.print(table)

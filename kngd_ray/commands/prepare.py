@@ -1,20 +1,31 @@
 """From a configuration to features: the data set, the CLIP model, the shots and the test sets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from kngd_ray.clip import ClipModel, load_model
+from kngd_ray.clip import ClipModel, load_model, resolve_templates
 from kngd_ray.config import Config
-from kngd_ray.data import FeatureCache, ImageSet, Split, encode_missing, fill_cache, open_images, select
+from kngd_ray.data import (
+    DataConfig,
+    FeatureCache,
+    ImageSet,
+    Split,
+    encode_missing,
+    fill_cache,
+    open_images,
+    select,
+    select_tests,
+)
 from kngd_ray.training.batches import Support
 from kngd_ray.training.classifier import identity_of
 from kngd_ray.training.evaluation import ID
 
 Progress = Callable[[int, int], None]
+Choose = Callable[[frozenset[int]], dict[int, Split]]
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,14 @@ class Task:
     Attributes:
         config: what is asked for.
         images: the data set's index.
-        splits: support set and test sets by seed.
+        choose: gives the support set and the test sets by seed, without the pictures that it is told.
+        splits: what it gives when all pictures can be used.
         model: the CLIP model.
     """
 
     config: Config
     images: ImageSet
+    choose: Choose
     splits: dict[int, Split]
     model: ClipModel
 
@@ -87,9 +100,42 @@ def open_task(config: Config) -> Task:
     Returns:
         The task.
     """
+    resolve_templates(config.data.templates)
     images = open_images(config.data)
-    splits = {seed: select(images, config.data, seed) for seed in config.seeds}
-    return Task(config, images, splits, load_model(config.model))
+    return _task(config, images, lambda bad: {seed: select(images, config.data, seed, bad) for seed in config.seeds})
+
+
+def open_tests(config: Config, given: Collection[str]) -> Task:
+    """Index data that a fit was not trained on, load the model.
+
+    Data that states no split is tested on as a whole. Domains of the fit's own data that this data does not
+    have are forgotten, unless they were given for it: then every picture is in distribution.
+
+    Args:
+        config: the fit's configuration, its data replaced.
+        given: dotted keys that were given for this data.
+
+    Returns:
+        The task, its support sets empty.
+    """
+    resolve_templates(config.data.templates)
+    images = open_images(config.data, test_fraction=1.0)
+    data = _known_domains(config.data, set(images.domains.tolist()), given)
+    return _task(config, images, lambda bad: dict.fromkeys(config.seeds, select_tests(images, data, bad)))
+
+
+def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) -> DataConfig:
+    """Leave out domains that are unknown, and were not given."""
+    if "data.train_domain" not in given and data.train_domain not in known:
+        data = replace(data, train_domain=None)
+    inherited = "data.ood_domains" not in given
+    if inherited and (data.train_domain is None or not known >= set(data.ood_domains or ())):
+        data = replace(data, ood_domains=None)
+    return data
+
+
+def _task(config: Config, images: ImageSet, choose: Choose) -> Task:
+    return Task(config, images, choose, choose(frozenset()), load_model(config.model))
 
 
 def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:
@@ -114,7 +160,7 @@ def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = No
         if not found - bad:
             break
         bad |= found
-        splits = {seed: select(images, config.data, seed, excluded=bad) for seed in config.seeds}
+        splits = task.choose(bad)
     return Prepared(config, model, images, class_embeddings, splits, cache, len(bad))
 
 

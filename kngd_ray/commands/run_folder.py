@@ -9,14 +9,17 @@
 import difflib
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 from kngd_ray.config import Config, load_config, to_yaml
-from kngd_ray.errors import CheckpointError, UsageError
+from kngd_ray.data import EMBEDDED
+from kngd_ray.errors import CheckpointError, StorageError, UsageError
 from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.tracking import resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
 
 CONFIG = "config.yaml"
@@ -39,18 +42,51 @@ def create(config: Config) -> Path:
 
     Raises:
         UsageError: a run of that name exists.
+        StorageError: the folder cannot be written.
     """
     assert config.trainer.name is not None
     folder = Path(config.trainer.storage_path).expanduser().resolve() / config.trainer.name
-    if (folder / CONFIG).exists():
-        raise UsageError(
-            f"the run {config.trainer.name} exists in {folder.parent}: continue it with "
-            f"--resume {config.trainer.name}, or give this one another trainer.name."
-        )
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, to_yaml(config))
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # created, not written: of two drivers with one name, one is told so
+            (folder / CONFIG).touch(mode=0o600, exist_ok=False)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileExistsError) and (folder / CONFIG).is_file():
+            raise UsageError(
+                f"the run {config.trainer.name} exists in {folder.parent}: continue it with "
+                f"--resume {config.trainer.name}, or give this one another trainer.name."
+            ) from error
+        raise
+    write_text(folder / CONFIG, to_yaml(_settled(config)))
+    (folder / CONFIG).chmod(0o600)  # a tracking uri may hold a password
     return folder
+
+
+def read_config(folder: Path, overrides: Sequence[str] = (), file: Path | None = None) -> Config:
+    """The configuration that a run keeps.
+
+    Args:
+        folder: of the run.
+        overrides: ``key=value`` settings over it.
+        file: configuration file over it, or None.
+
+    Returns:
+        The configuration.
+    """
+    return load_config([folder / CONFIG, *([file] if file is not None else [])], overrides, complete=True)
+
+
+def _settled(config: Config) -> Config:
+    """The same configuration from whatever folder it is read: paths made absolute."""
+    paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
+    absolute = [str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in paths]
+    data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
+    pretrained = config.model.pretrained
+    if pretrained is not None and Path(pretrained).expanduser().is_file():
+        pretrained = str(Path(pretrained).expanduser().resolve())
+    tracking = replace(config.tracking, uri=resolve_uri(config.tracking.uri))
+    return replace(config, data=data, model=replace(config.model, pretrained=pretrained), tracking=tracking)
 
 
 def existing(config: Config) -> Path:
@@ -107,7 +143,7 @@ def find_fit(target: str, storage_path: str) -> Path:
     if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
         return path
     run = find(target, storage_path)
-    config = load_config(run / CONFIG)
+    config = read_config(run)
     fit = run / "fits" / fit_name(config.method, config.seeds[0])
     if not fit.is_dir():
         raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")

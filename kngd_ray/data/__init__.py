@@ -21,7 +21,7 @@ from kngd_ray.data._encode import (
     read_batches,
 )
 from kngd_ray.data._images import ImageSet, open_images
-from kngd_ray.data._shots import Split, sample_shots, select
+from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "read_batches",
     "sample_shots",
     "select",
+    "select_tests",
 ]

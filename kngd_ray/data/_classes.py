@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kngd_ray.data._source import Ints, Rows, listing, nearest
+from kngd_ray.data._source import Ints, Rows, hint, listing
 from kngd_ray.errors import DataError
 
 
@@ -47,7 +47,7 @@ def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tu
     for name in chosen:
         if name not in ordered:
             raise DataError(
-                f"class {name!r} is not in the data set{nearest(name, ordered)}:"
+                f"class {name!r} is not in the data set{hint(name, ordered)}:"
                 f" data.classes must name some of {listing(ordered)}"
             )
     number = {name: n for n, name in enumerate(chosen)}

@@ -35,7 +35,8 @@ class DataConfig:
     the name of label 0, 1, 2 and so on. None: all classes of the data, in order of their labels."""
 
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts, each with one {} for the class name; their text embeddings are averaged."""
+    """Prompts, each with one {} for the class name, or the name of a set of them; their text embeddings
+    are averaged. :func:`kngd_ray.clip.resolve_templates` knows the sets and checks the prompts."""
 
     test_fraction: float = 0.3
     """Part of each class and domain held out for testing where the data states no split."""
@@ -59,9 +60,6 @@ class DataConfig:
             raise ValueError("classes names a class twice: name each once")
         if not self.templates:
             raise ValueError('templates is empty: give one or more, such as "a photo of a {}."')
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} must hold {{}} once, where the class name goes")
 
     @property
     def cache_root(self) -> Path:

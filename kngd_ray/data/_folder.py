@@ -3,7 +3,7 @@
 Three layouts are told apart by depth, and the two deeper ones by the names of the top folders:
 
     root/<class>/x.png                 one domain, no stated split
-    root/<train|test|val>/<class>/x.png    every top folder is a split; val counts as test
+    root/<train|test|val>/<class>/x.png    every top folder is a split; val and validation count as test
     root/<domain>/<class>/x.png            no top folder is a split
 
 Hidden files and files that are no pictures by their suffix are passed over. Nothing outside the

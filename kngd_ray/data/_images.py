@@ -78,11 +78,12 @@ class ImageSet:
             yield int(wanted[np.searchsorted(rows, row)]), data
 
 
-def open_images(config: DataConfig) -> ImageSet:
+def open_images(config: DataConfig, *, test_fraction: float | None = None) -> ImageSet:
     """Index a data set, reading every picture once for its hash.
 
     Args:
         config: its path, class list and test fraction.
+        test_fraction: part held out where the data states no split, 1 for all; None is the configuration's.
 
     Returns:
         Pictures of the selected classes, in the order of the files.
@@ -98,10 +99,11 @@ def open_images(config: DataConfig) -> ImageSet:
     labels, keys = labels[kept], np.array(rows.keys, "S64")[kept]
     domains = np.array(rows.domains, np.str_)[kept]
     splits = _stated_splits(rows)
+    fraction = config.test_fraction if test_fraction is None else test_fraction
     return ImageSet(
         labels=labels,
         domains=domains,
-        splits=hash_split(labels, domains, keys, config.test_fraction) if splits is None else splits[kept],
+        splits=hash_split(labels, domains, keys, fraction) if splits is None else splits[kept],
         keys=keys,
         class_names=class_names,
         rows=kept,
@@ -141,7 +143,8 @@ def _scan(path: str | tuple[str, ...]) -> Rows:
     """
     if path == EMBEDDED:
         return scan_parquet([Path(str(resources.files("kngd_ray"))) / "assets" / "emoji.parquet"])
-    paths = [Path(name).expanduser() for name in ([path] if isinstance(path, str) else path)]
+    # absolute: workers, which read the files too, run in folders of their own
+    paths = [Path(name).expanduser().absolute() for name in ([path] if isinstance(path, str) else path)]
     for each in paths:
         if not os.path.exists(each):  # Path.exists raises where it may not look
             raise DataError(missing_path(each))

@@ -4,10 +4,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._images import ImageSet
-from kngd_ray.data._source import Ints, listing, nearest
+from kngd_ray.data._source import Ints, hint, listing
 from kngd_ray.errors import DataError
 
 EMBEDDED_TRAIN_DOMAIN = "noto"
@@ -18,7 +19,7 @@ class Split:
     """Indices into an `ImageSet`; no picture of the support set, nor a copy of one, is in a test part.
 
     Attributes:
-        support (C * shots,): pictures to learn from, class by class.
+        support (C * shots,): pictures to learn from, class by class; none for a fit that is only tested.
         id_test (T,): in-distribution test pictures, ascending.
         ood: per domain, its test pictures (T_d,), ascending.
     """
@@ -80,18 +81,45 @@ def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection
 
     Returns:
         The support set from train rows of the trained domains, test rows of these, and test rows of
-        each domain tested out of distribution.
+        each domain tested out of distribution. A DataError tells of an unknown domain, one without
+        test pictures, and a class with too few shots.
+    """
+    trained, _ = _domains(images, config)
+    train = _usable(images, "train", excluded) & np.isin(images.domains, trained)
+    support = sample_shots(images.labels, np.flatnonzero(train), config.shots, seed, images.class_names)
+    return _with_tests(images, config, excluded, support)
+
+
+def select_tests(images: ImageSet, config: DataConfig, excluded: Collection[int] = frozenset()) -> Split:
+    """Choose the test parts of data that nothing is learnt from.
+
+    Args:
+        images: the data set; it needs no train rows.
+        config: domains.
+        excluded: indices of pictures that cannot be used.
+
+    Returns:
+        The parts that :func:`select` chooses, with an empty support set. A DataError tells of an
+        unknown domain, and of one without test pictures.
+    """
+    return _with_tests(images, config, excluded, np.empty(0, np.int64))
+
+
+def _usable(images: ImageSet, split: str, excluded: Collection[int]) -> npt.NDArray[np.bool_]:
+    """Return which pictures (N,) are of a split and not excluded."""
+    usable = images.splits == split
+    usable[list(excluded)] = False
+    return usable
+
+
+def _with_tests(images: ImageSet, config: DataConfig, excluded: Collection[int], support: Ints) -> Split:
+    """Add to a support set the test parts without copies of its pictures.
 
     Raises:
-        DataError: when a domain is unknown or has no test pictures, or a class has too few shots.
+        DataError: when a domain has no test pictures.
     """
     trained, ood = _domains(images, config)
-    usable = np.ones(len(images), bool)
-    usable[list(excluded)] = False
-    test = usable & (images.splits == "test")
-    train = usable & (images.splits == "train") & np.isin(images.domains, trained)
-    support = sample_shots(images.labels, np.flatnonzero(train), config.shots, seed, images.class_names)
-    test &= ~np.isin(images.keys, images.keys[support])
+    test = _usable(images, "test", excluded) & ~np.isin(images.keys, images.keys[support])
     id_test = np.flatnonzero(test & np.isin(images.domains, trained))
     parts = {domain: np.flatnonzero(test & (images.domains == domain)) for domain in ood}
     for names, part in [(trained, id_test), *(([domain], part) for domain, part in parts.items())]:
@@ -120,7 +148,7 @@ def _domains(images: ImageSet, config: DataConfig) -> tuple[list[str], list[str]
         for domain in domains:
             if domain not in known:
                 raise DataError(
-                    f"data.{field}: there is no domain {domain!r}{nearest(domain, known)}:"
+                    f"data.{field}: there is no domain {domain!r}{hint(domain, known)}:"
                     f" the data set has {listing(known)}"
                 )
     trained = [named] if named else [domain for domain in known if domain not in (config.ood_domains or ())]

@@ -3,18 +3,19 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kngd_ray.errors import closest
+
 Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 
 DEFAULT_DOMAIN = "all"
-SPLITS = {"train": "train", "test": "test", "val": "test"}
+SPLITS = {"train": "train", "test": "test", "val": "test", "validation": "test"}
 
 
 class Source(Protocol):
@@ -54,10 +55,9 @@ def content_key(data: bytes) -> bytes:
     return hashlib.sha256(data).hexdigest().encode()
 
 
-def nearest(name: str, options: Sequence[str]) -> str:
+def hint(name: str, options: Sequence[str]) -> str:
     """Return ` (the nearest name is 'x')` for the option nearest to `name`, or nothing."""
-    near = get_close_matches(name, options, n=1)
-    return f" (the nearest name is {near[0]!r})" if near else ""
+    return "".join(f" (the nearest name is {match!r})" for match in closest(name, options))
 
 
 def listing(names: Sequence[str], limit: int = 20) -> str:
@@ -75,4 +75,4 @@ def missing_path(path: Path) -> str:
         siblings = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         siblings = []
-    return f"no such file or folder: {path}{nearest(path.name, siblings)}: correct data.path"
+    return f"no such file or folder: {path}{hint(path.name, siblings)}: correct data.path"

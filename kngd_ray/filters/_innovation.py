@@ -6,7 +6,7 @@ from math import log, pi
 import torch
 from torch import Tensor
 
-from kngd_ray.errors import FilterError
+from kngd_ray.errors import FilterError, IndefiniteError
 
 _JITTER_STEPS = 6
 
@@ -55,7 +55,8 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
         The factored innovation.
 
     Raises:
-        FilterError: nu or S is not finite, or S stays indefinite under the largest jitter.
+        FilterError: nu or S is not finite.
+        IndefiniteError: S stays indefinite under the largest jitter.
     """
     if not bool(torch.isfinite(nu).all()):
         bad = int((~torch.isfinite(nu)).sum())
@@ -79,7 +80,7 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
         jitter = unit * 10.0**power
         L, info = torch.linalg.cholesky_ex(S + jitter * torch.eye(M, dtype=S.dtype, device=S.device))
     if int(info) != 0:
-        raise FilterError(
+        raise IndefiniteError(
             f"the innovation covariance S ({M} x {M}) is not positive definite, even with {jitter:.1e} added to its "
             "diagonal: raise the observation noise (observation.r0) or lower filter.p0."
         )

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 _FLOOR = 1e-8  # an R of zero would make S singular for duplicate observations
 
@@ -55,6 +56,9 @@ class Fixed:
 class Ema:
     """R <- beta R + (1 - beta) (nu nu^T + H P H^T), of which the diagonal is kept (LoKO, arXiv 2410.11551).
 
+    Of prior innovations this is an estimate from above, since E[nu nu^T] = H P H^T + R already: it tends
+    to R + 2 H P H^T, and to R as P contracts. Models without residuals keep their r0.
+
     Attributes:
         kind: the model's name.
         beta: memory of the moving average, in [0, 1).
@@ -76,7 +80,8 @@ class Ema:
     def update(self, r: Tensor, nu: Tensor, predicted: Tensor, base: Tensor, channel: Tensor) -> Tensor:
         """Moving average per channel; a channel without observations in this batch keeps its value."""
         energy = nu.square() + predicted - base
-        count = torch.zeros_like(r).index_add_(0, channel, torch.ones_like(energy))
-        total = torch.zeros_like(r).index_add_(0, channel, energy)
+        # sums by a product, not by scattered additions, whose order a GPU does not fix: ranks must agree bitwise
+        members = one_hot(channel, len(r)).to(energy)
+        count, total = members.sum(0), energy @ members
         average = self.beta * r + (1 - self.beta) * total / count.clamp_min(1)
         return torch.where(count > 0, average, r).clamp_min(_FLOOR)

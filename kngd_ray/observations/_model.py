@@ -8,7 +8,7 @@ is stays apart from how H is computed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class ObservationModel(Protocol):
         """Initial noise variance of each observation, on top of what the likelihood gives."""
         ...
 
+    @property
+    def residual(self) -> bool:
+        """Whether the innovation is a residual, whose spread tells of the noise, or a device of the algebra."""
+        ...
+
     def draws(self, classes: int) -> int:
         """How many uniform random numbers the model needs per sample."""
         ...
@@ -65,11 +70,14 @@ class ObservationModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Noisy:
-    """What the models share: a noise variance r0, and no need of random numbers.
+    """What the models share: a noise variance r0, innovations that are residuals, no need of random numbers.
 
     Attributes:
+        residual: whether the innovation is a residual.
         r0: initial noise variance of each observation.
     """
+
+    residual: ClassVar[bool] = True
 
     r0: float = 1.0
 

@@ -18,7 +18,7 @@ k + 1 rows per sample instead of C.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Categorical(Noisy):
         r0: noise variance; 1 counts each sample once, larger values temper the likelihood.
         samples: labels drawn per sample; 0 takes all C classes exactly.
     """
+
+    residual: ClassVar[bool] = (
+        False  # its noise is that of the likelihood: it is not estimated, and its NIS says little
+    )
 
     kind: Literal["categorical"] = "categorical"
     r0: float = 1.0

@@ -49,14 +49,13 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view_as(t) for (name, t), piece in zip(like.items(), pieces, strict=True)}
 
 
-def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor, chunk: int | None = None) -> Tensor:
+def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor) -> Tensor:
     """Rows ``V_ij J_i`` of H for every sample i and observation j.
 
     Args:
         head: maps (m, d) inputs to (m, C) outputs, samples independent of one another.
         inputs: (m, d) one batch.
         cotangent: (m, k, C) derivative of each observation with respect to the outputs.
-        chunk: how many samples advance at once; None is all. Bounds the memory of the backward pass.
 
     Returns:
         (m * k, n) rows, the k rows of a sample together.
@@ -75,5 +74,5 @@ def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor, chunk: int
         (rows,) = vmap(pull)(v)
         return rows
 
-    rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
+    rows = vmap(rows_of)(inputs, cotangent)
     return torch.cat([rows[name].reshape(m * k, -1) for name in parameters], 1)

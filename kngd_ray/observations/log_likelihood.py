@@ -6,7 +6,7 @@ linearised-Gaussian empirical-Fisher step of BONG (arXiv 2405.19681).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class LogLikelihood(Noisy):
         kind: the model's name.
         r0: noise variance; 1 counts each sample once, larger values temper the likelihood.
     """
+
+    residual: ClassVar[bool] = False  # its innovation is 1 by definition: it is not estimated, and its NIS says little
 
     kind: Literal["log_likelihood"] = "log_likelihood"
     r0: float = 1.0

@@ -1,6 +1,9 @@
 """Frozen features with Ray Data: read tasks near the files, a pool of encoders that load the model once."""
 
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,11 @@ import pyarrow as pa
 import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayError
 
-from kngd_ray.clip import ModelConfig, load_model
+from kngd_ray.clip import ClipModel, ModelConfig, load_model
 from kngd_ray.data import BadImage, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
+from kngd_ray.errors import KngdError
 
 _BATCH = 64
 # A core is shared by an encoder and the reading that feeds it; with whole cores for the encoders a
@@ -50,7 +55,12 @@ class _Encode:
     """An actor of the pool: decodes and encodes batches; errors travel as text beside empty features."""
 
     def __init__(self, model: ModelConfig, gpu: bool) -> None:
-        self._model = load_model(model, "cuda" if gpu else "cpu")
+        self._source = model, "cuda" if gpu else "cpu"
+
+    @cached_property
+    def _model(self) -> ClipModel:
+        """Loaded for the first batch: of what fails while an actor starts, Ray would pass on the text alone."""
+        return load_model(*self._source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         blobs = batch["image"].to_pylist()
@@ -83,6 +93,7 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
     Returns:
         The stream; batches arrive in any order. Ray must be up when it is used.
     """
+    model = model.absolute()
 
     def stream(todo: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], EncodedBatch]]:
         if not len(todo):
@@ -90,6 +101,8 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the caller shows its own
         context.issue_detectors_config.detectors = []  # it warns of memory that the imports of torch take
+        context.raise_original_map_exception = True  # ours are not wrapped in Ray's
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as errors, it raises as well
         encoded = ray.data.read_datasource(
             _Pictures(images, todo),
             override_num_blocks=_blocks_for(len(todo)),
@@ -104,11 +117,33 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
             num_cpus=_ENCODER_CPUS,
             num_gpus=1 if use_gpu else None,
         )
-        for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            if table.num_rows:
-                yield _unpacked(table, images)
+        with _one_sentence():
+            for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                if table.num_rows:
+                    yield _unpacked(table, images)
 
     return stream
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Raise our own errors as they were on the worker, without its traceback, and name what was done in others.
+
+    Raises:
+        KngdError: a worker failed, or died.
+    """
+    try:
+        yield
+    except RayError as error:
+        cause = getattr(error, "cause", error)
+        lines = str(cause).splitlines() or [type(cause).__name__]
+        reason = lines[0].rstrip(".")  # below it is Ray's advice to programmers, or its record of an actor
+        if isinstance(cause, KngdError):
+            raise type(cause)(reason) from error
+        raise KngdError(
+            f"encoding features with Ray failed ({reason}): correct that, "
+            "or set trainer.num_workers=0 to encode in this process"
+        ) from error
 
 
 def _unpacked(table: pa.Table, images: ImageSet) -> tuple[npt.NDArray[np.int64], EncodedBatch]:

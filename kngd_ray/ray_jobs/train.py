@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 
 from kngd_ray.config import TrainerConfig
-from kngd_ray.errors import FilterError, KngdError
+from kngd_ray.errors import KngdError
 from kngd_ray.sharding import Group, ProcessGroup, SingleProcess
 from kngd_ray.training.job import FitEvent, Job, run_fits
 
@@ -31,7 +31,6 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         on_event: told of steps, in this thread.
 
     Raises:
-        FilterError: a fit could not go on.
         KngdError: a worker failed more often than is allowed; what was finished is kept.
     """
     queue = Queue(actor_options={"num_cpus": 0})
@@ -52,15 +51,13 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
             failure_config=FailureConfig(max_failures=trainer.max_failures),
         ),
     )
-    failures: list[str] = []
     running = _Running(torch_trainer)
     while True:
-        last_look = not running.is_alive()
-        for event in _waiting(queue):
-            if event.error is not None:
-                failures.append(event.error)
+        ended = not running.is_alive()  # asked before the look: what an ended job has sent is there
+        events = _waiting(queue)
+        for event in events:
             on_event(event)
-        if last_look:
+        if ended and not events:
             break
     queue.shutdown(force=True)
     if isinstance(running.error, TrainingFailedError):
@@ -68,8 +65,6 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         raise reason from running.error
     if running.error is not None:
         raise running.error
-    if failures:
-        raise FilterError(failures[0])
 
 
 class _Running(Thread):
@@ -123,11 +118,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     group: Group = ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else SingleProcess()
 
     try:
-        run_fits(job, sender.send, group=group, device=get_device())
-    except FilterError as error:
-        # Every rank decides the same from the same numbers; trying again would end the same way.
-        if group.rank == 0:
-            sender.send(FitEvent("", error=str(error)))
+        # flushed before each checkpoint: a job that resumes from it does not send those steps again
+        run_fits(job, sender.send, group=group, device=get_device(), before_checkpoint=sender.flush)
     finally:
         sender.flush()
 

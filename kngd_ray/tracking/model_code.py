@@ -51,6 +51,7 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
             m rows: class, probability, uncertainty, logit_std, probabilities.
         """
         from kngd_ray.data import decode
+        from kngd_ray.training.predict import entropy
 
         del context, params
         rows: list[dict[str, Any]] = []
@@ -59,13 +60,13 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
             batch = [decode(data, f"row {start + n}") for n, data in enumerate(pictures[start : start + _BATCH])]
             found = self.classifier.predict(batch)
             p = found.probabilities.double()
-            entropy = -(p * p.clamp_min(1e-300).log()).sum(1)
+            uncertainty = entropy(p)
             top = p.argmax(1)
             for n, c in enumerate(top.tolist()):
                 rows.append({
                     "class": self.classifier.class_names[c],
                     "probability": float(p[n, c]),
-                    "uncertainty": float(entropy[n]),
+                    "uncertainty": float(uncertainty[n]),
                     "logit_std": float(found.logit_std[n, c]),
                     "probabilities": p[n].tolist(),
                 })

@@ -15,6 +15,7 @@ each piece, any number of ranks can load what any other number wrote. Nothing is
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def save(folder: Path, state: MethodState, description: Mapping[str, Any], group
         digests = []
         for name, tensors in mine.items():
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / name)
+            _to_disk(folder / name)
             digests.append(_digest(folder / name))
         sizes = [_files_of(rank, bool(state.pieces)) for rank in range(group.world_size)]
         device = next(iter(state.weights.values())).device  # nccl gathers only on its own device
@@ -158,6 +160,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
         raise CheckpointError(f"{path} is not what was written: the file was altered; use an earlier checkpoint.")
     return manifest
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file's bytes on the disk before a manifest vouches for them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _covariance_file(rank: int, world_size: int) -> str:

@@ -176,20 +176,26 @@ class Classifier:
 
 
 def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
-    """The newest checkpoint of a fit.
+    """The final checkpoint of a fit, or the one that is named.
 
     Args:
-        folder: of a fit, or of one of its checkpoints.
+        folder: of a finished fit, or of any checkpoint.
 
     Returns:
         The verified checkpoint and the folder of its fit.
 
     Raises:
-        CheckpointError: there is none that can be believed.
+        CheckpointError: there is none that can be believed, or the fit is not finished.
     """
     if (folder / MANIFEST).is_file():
         return load_checkpoint(folder), folder.parent
     found = latest(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint that can be believed.")
+    step, steps = found.manifest["step"], found.manifest["steps"]
+    if step < steps or not (folder / CALIBRATION).is_file():
+        raise CheckpointError(
+            f"{folder} is not finished (step {step} of {steps}): continue its run with --resume, or name "
+            f"the checkpoint {found.folder} itself."
+        )
     return found, folder

@@ -1,6 +1,5 @@
 """The one step loop: every method, on one process or many ranks, from the start or from a checkpoint."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -9,15 +8,13 @@ import torch
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.errors import FilterError
+from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import BatchSampler, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats
 from kngd_ray.training.options import FitOptions
-
-logger = logging.getLogger(__name__)
 
 _MAX_REFUSED = 10
 
@@ -55,12 +52,14 @@ class StepRecord:
         steps: steps of the whole fit.
         milliseconds: wall time of the step.
         stats: figures of the batch; None when the step was refused.
+        refused: why the step was refused, in one sentence; None when it was taken.
     """
 
     step: int
     steps: int
     milliseconds: float
     stats: StepStats | None
+    refused: str | None = None
 
 
 def build_head(task: FitTask, device: torch.device | str = "cpu") -> CLIPHead:
@@ -105,8 +104,8 @@ def fit(
 ) -> Method:
     """Run a fit to its end.
 
-    A step whose innovations or loss are not finite, or whose S cannot be factored, is refused: the
-    belief stays as it was, the fit goes on with the next batch.
+    A step whose innovations or loss are not finite is refused: the belief stays as it was, the fit goes
+    on with the next batch. An S that cannot be factored ends the fit: the next batch would meet the same P.
 
     Args:
         task: what to fit.
@@ -122,6 +121,7 @@ def fit(
 
     Raises:
         FilterError: ten steps in a row were refused, or all there are.
+        IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
     """
     group = group or SingleProcess()
     support = task.support.to(device)
@@ -135,19 +135,22 @@ def fit(
     for step in range(start, sampler.steps):
         began = perf_counter()
         stats: StepStats | None = None
+        reason: str | None = None
         try:
             stats = method.step(sampler.batch(step, group.rank, group.world_size))
             refused = 0
+        except IndefiniteError:
+            raise
         except FilterError as error:
             refused += 1
-            logger.warning("step %d: %s", step + 1, error)
+            reason = str(error)
             # a few-shot fit may have fewer steps than that; one that never moved has failed too
             if refused >= min(_MAX_REFUSED, sampler.steps):
                 raise FilterError(
                     f"{refused} steps in a row were refused, the last at step {step + 1}: {error}"
                 ) from error
         if on_step is not None:
-            on_step(StepRecord(step + 1, sampler.steps, 1e3 * (perf_counter() - began), stats))
+            on_step(StepRecord(step + 1, sampler.steps, 1e3 * (perf_counter() - began), stats, reason))
         done = step + 1
         if on_checkpoint is not None and checkpoint_every and done % checkpoint_every == 0 and done < sampler.steps:
             on_checkpoint(done, method)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kngd_ray.errors import FilterError
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.fit import FitTask, StepRecord
 from kngd_ray.training.resumable import run_fit
@@ -56,16 +57,19 @@ def run_fits(
     *,
     group: Group | None = None,
     device: torch.device | str = "cpu",
-    on_checkpoint: Callable[[str, int, Path], None] | None = None,
+    before_checkpoint: Callable[[], None] | None = None,
 ) -> None:
     """Run the fits of a job one after another; every rank calls this with the same job.
+
+    A fit that cannot go on is reported and the next one begins: every rank decides so from the same
+    numbers, and trying again would end the same way.
 
     Args:
         job: the fits.
         send: told of what happens, on rank 0.
         group: the ranks.
         device: where to compute.
-        on_checkpoint: told of (fit, step, folder) after each checkpoint, on every rank.
+        before_checkpoint: called before each checkpoint is written, on every rank.
     """
     group = group or SingleProcess()
     for name, task in job.fits.items():
@@ -74,17 +78,17 @@ def run_fits(
             if group.rank == 0:
                 send(FitEvent(name, record=asdict(record)))
 
-        def checkpointed(step: int, folder: Path, name: str = name) -> None:
-            if on_checkpoint is not None:
-                on_checkpoint(name, step, folder)
-
-        run_fit(
-            task,
-            job.folder / "fits" / name,
-            job.identity,
-            group,
-            device,
-            checkpoint_every=job.checkpoint_every,
-            on_step=on_step,
-            on_checkpoint=checkpointed,
-        )
+        try:
+            run_fit(
+                task,
+                job.folder / "fits" / name,
+                job.identity,
+                group,
+                device,
+                checkpoint_every=job.checkpoint_every,
+                on_step=on_step,
+                before_checkpoint=before_checkpoint,
+            )
+        except FilterError as error:
+            if group.rank == 0:
+                send(FitEvent(name, error=str(error)))

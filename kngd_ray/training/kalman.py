@@ -42,6 +42,7 @@ class KalmanNGD:
         self.belief = self.filter.init(mu, options.filter.p0)
         self._channels = options.noise.observation.channels(self._classes)
         self.noise = torch.cat([mu.new_full((self._channels,), model.r0) for model in options.observation])
+        self._estimated = torch.tensor([model.residual for model in options.observation]).to(mu.device)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch.
@@ -66,7 +67,8 @@ class KalmanNGD:
                 "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
                 "lower filter.p0 or raise observation.r0."
             )
-        self.belief, self.noise = outcome.belief, outcome.noise
+        estimated = self._estimated.repeat_interleave(self._channels)
+        self.belief, self.noise = outcome.belief, torch.where(estimated, outcome.noise, self.noise)
         self._write_mean()
         innovation = outcome.innovation
         return StepStats(

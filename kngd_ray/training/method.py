@@ -23,7 +23,8 @@ class StepStats:
         accuracy: share of samples classified right.
         innovation_rms: root mean square of nu; None where the method has no innovation.
         nis: nu^T S^-1 nu, expected value M.
-        nis_per_observation: nis / M; well above 1 says that the noise is underestimated.
+        nis_per_observation: nis / M; for observations that are residuals (cosine, probability), well above 1
+            says that the noise is underestimated. Others do not reach 1 by construction.
         log_evidence: log N(nu; 0, S), nats, summed over the M observations.
         jitter: what S needed on its diagonal to factor; normally 0.
     """

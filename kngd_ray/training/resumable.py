@@ -6,6 +6,7 @@ writes over what it resumed from::
     <folder>/step-00000020-3fa9c1/    see :mod:`~kngd_ray.training.checkpoint`
 """
 
+import hashlib
 import logging
 import re
 import shutil
@@ -37,7 +38,7 @@ def run_fit(
     *,
     checkpoint_every: int,
     on_step: Callable[[StepRecord], None] | None = None,
-    on_checkpoint: Callable[[int, Path], None] | None = None,
+    before_checkpoint: Callable[[], None] | None = None,
 ) -> Path:
     """Run a fit, or what is left of it, with checkpoints.
 
@@ -54,7 +55,7 @@ def run_fit(
         device: where to compute.
         checkpoint_every: steps between checkpoints; 0 is only at the end.
         on_step: told of every step.
-        on_checkpoint: told of every checkpoint, after its manifest is written.
+        before_checkpoint: called before each checkpoint is written.
 
     Returns:
         The folder of the final checkpoint.
@@ -64,6 +65,7 @@ def run_fit(
     """
     description = describe(task, identity)
     found = latest(folder)
+    _agree(found, group, device)
     final = task.sampler.steps
     if found is not None:
         check_same(found.manifest, description, found.folder)
@@ -72,13 +74,13 @@ def run_fit(
     written = [] if found is None else [found.folder]
 
     def write(step: int, method: Method) -> None:
+        if before_checkpoint is not None:
+            before_checkpoint()
         target = folder / f"step-{step:08d}-{_attempt(group, device)}"
         checkpoint.save(target, method.state(), {**description, "step": step, "steps": final}, group)
         written.append(target)
         if group.rank == 0:
             _prune(folder, keep=written[-_KEPT:] if step < final else [target])
-        if on_checkpoint is not None:
-            on_checkpoint(step, target)
 
     resume = None if found is None else (found.manifest["step"], found.state)
     fit(
@@ -104,7 +106,11 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
         Entries of the manifest, the same for the same task.
     """
     options: dict[str, Any] = _listed(asdict(task.options))
-    return {"seed": task.seed, "options": options, "shots": len(task.support), **_listed(dict(identity))}
+    sha = hashlib.sha256()
+    for tensor in (task.support.features, task.support.labels, task.class_embeddings):
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    shots = {"count": len(task.support), "sha256": sha.hexdigest()}
+    return {"seed": task.seed, "options": options, "shots": shots, **_listed(dict(identity))}
 
 
 def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], place: Path) -> None:
@@ -145,6 +151,21 @@ def latest(folder: Path) -> checkpoint.Checkpoint | None:
         except CheckpointError as error:
             logger.warning("passed over a checkpoint: %s", error)
     return None
+
+
+def _agree(found: checkpoint.Checkpoint | None, group: Group, device: torch.device | str) -> None:
+    """Refuse to go on from different checkpoints: a rank whose view of the folder lags would wait for ever.
+
+    Raises:
+        CheckpointError: the ranks do not see the same one.
+    """
+    step = -1 if found is None else found.manifest["step"]
+    steps = group.gather_rows(torch.tensor([[step]], device=device), [1] * group.world_size).flatten().tolist()
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the ranks see different newest checkpoints (steps {steps}, -1 is none): trainer.storage_path must be one "
+            "folder that all nodes share, and readable on each."
+        )
 
 
 def _attempt(group: Group, device: torch.device | str) -> str:

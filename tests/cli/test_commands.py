@@ -6,14 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from kngd_ray.config import load_config
+from kngd_ray.training.metrics import Scores
 
 FIGURES = {"accuracy", "nll", "ece", "brier"}
-REPORT = {"run_id", "method", "preset", "seeds", "steps", "seconds", "zero_shot", "id", "ood"}
+REPORT = {"run_id", "method", "preset", "seeds", "steps", "refused", "seconds", "zero_shot", "id", "ood"}
 
 
 def check_report(report: dict[str, Any], leaf: type | set[str]) -> None:
@@ -141,6 +143,31 @@ def test_evaluate_on_another_domain_by_setting_and_by_file(command) -> None:
     file = command.folder / "other.yaml"
     file.write_text("data: {train_domain: twemoji}")
     assert command("evaluate", command.run("e"), file, "--json").json == swapped
+
+
+def test_evaluate_on_data_to_test_on_alone(command) -> None:
+    """Data without a split is scored whole; domains that only the run's data has are forgotten."""
+    command.train("trainer.name=e")
+    pictures = pq.read_table(command.data)
+    cases = {
+        "unsplit": (pictures.drop_columns(["domain", "split"]), []),
+        "tests": (pictures.filter(pc.equal(pictures["split"], "test")), ["mean", "twemoji"]),
+    }
+    for name, (table, ood) in cases.items():
+        path = command.folder / f"{name}.parquet"
+        pq.write_table(table, path)
+        outcome = command("evaluate", command.run("e"), f"data.path={path}", "--json")
+        assert outcome.code == 0, outcome.err
+        assert list(outcome.json["ood"]) == ood
+    own = command("evaluate", command.run("e"), "--json").json
+    assert outcome.json == own, "the test rows, and no others, are what the run is evaluated on"
+    file = command.folder / "other.yaml"
+    file.write_text(f"data: {{path: {command.folder / 'unsplit.parquet'}}}")
+    scored = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scores, "of", lambda p, labels, of=Scores.of: scored.append(len(p)) or of(p, labels))
+        assert command("evaluate", command.run("e"), file).code == 0
+    assert set(scored) == {len(pictures)}
 
 
 def test_evaluate_in_the_folder_of_a_checkpoint(command, monkeypatch) -> None:

@@ -66,7 +66,7 @@ def error_of(name, pretrained=None):
 
 
 def test_the_embedded_model(mini):
-    assert (mini.name, mini.embed_dim, mini.image_size) == ("embedded", 256, (160, 160))
+    assert (mini.name, mini.embed_dim) == ("embedded", 256)
     assert mini.logit_scale == pytest.approx(18, abs=0.01)
     assert not mini._network.training
     assert not any(parameter.requires_grad for parameter in mini._network.parameters())
@@ -303,3 +303,10 @@ def test_assets_are_complete_and_readable_by_all():
     for file in files:
         assert (ASSETS / file).stat().st_mode & 0o444 == 0o444
     assert len(load_file(ASSETS / "mini_clip" / "open_clip_model.safetensors")) == 338
+
+
+def test_only_a_checkpoint_path_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ModelConfig(SMALL, "a/w.pt").absolute() == ModelConfig(SMALL, str(tmp_path / "a" / "w.pt"))
+    for pretrained in (None, "openai", "random", str(tmp_path / "w.pt")):
+        assert ModelConfig(SMALL, pretrained).absolute().pretrained == pretrained

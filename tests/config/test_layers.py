@@ -184,6 +184,7 @@ def test_lists_of_texts() -> None:
     assert load_config(None, ["data.path=[a, b]"]).data.path == ("a", "b")
     prompt = "a photo of a {}, a kind of pet."
     assert load_config(None, [f"data.templates='{prompt}'"]).data.templates == (prompt,)
+    assert load_config(None, ["data.templates=openai_imagenet"]).data.templates == ("openai_imagenet",)
 
 
 # There and back
@@ -268,7 +269,7 @@ def test_overrides_are_yaml() -> None:
                 "method": "kalman",
                 "epochs": 1,
                 "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
-                "observation": (Categorical(r0=1.0, samples=0),),
+                "observation": (Probability(r0=0.1),),
                 "covariance": Diagonal(rule="ekf"),
                 "r": Ema(beta=0.95, form="diagonal"),
             },

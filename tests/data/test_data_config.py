@@ -15,11 +15,10 @@ from kngd_ray.data import DataConfig
         ({"classes": ("cat",)}, "classes names 1: name two or more"),
         ({"classes": ("cat", "cat")}, "classes names a class twice"),
         ({"templates": ()}, "templates is empty"),
-        ({"templates": ("a photo.",)}, "template 'a photo.' must hold {} once"),
     ],
 )
 def test_values_out_of_range_are_refused(fields, sentence):
-    with pytest.raises(ValueError, match=sentence.replace("{}", r"\{\}")):
+    with pytest.raises(ValueError, match=sentence):
         DataConfig(**fields)
 
 

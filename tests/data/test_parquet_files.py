@@ -113,8 +113,8 @@ def test_configured_classes_select_and_order(write_parquet, png):
 
 
 def test_val_counts_as_test(write_parquet):
-    images = opened(write_parquet(label=["a", "b"], split=["train", "val"]))
-    assert images.splits.tolist() == ["train", "test"]
+    images = opened(write_parquet(label=["a", "b", "a"], split=["train", "val", "validation"]))
+    assert images.splits.tolist() == ["train", "test", "test"]
 
 
 def test_pictures_by_path_lie_beside_the_file(write_parquet, tmp_path, png):

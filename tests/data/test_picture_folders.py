@@ -24,9 +24,11 @@ def test_classes(write_folder, png):
 
 
 def test_splits(write_folder):
-    images = opened(write_folder("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "val/dog/3.png"))
-    assert images.splits.tolist() == ["test", "train", "train", "test"]
-    assert images.labels.tolist() == [0, 0, 1, 1]
+    images = opened(
+        write_folder("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "val/dog/3.png", "validation/cat/4.png")
+    )
+    assert images.splits.tolist() == ["test", "train", "train", "test", "test"]
+    assert images.labels.tolist() == [0, 0, 1, 1, 0]
     assert set(images.domains.tolist()) == {"all"}
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kngd_ray.data import DataConfig, open_images, sample_shots, select
+from kngd_ray.data import DataConfig, open_images, sample_shots, select, select_tests
 from kngd_ray.errors import DataError
 
 LABELS = np.array([1, 0] * 20)
@@ -119,3 +119,22 @@ def test_embedded_task():
     split = select(images, settings, 0)
     assert set(images.domains[split.support].tolist()) == {"noto"}
     assert (len(split.support), len(split.ood)) == (160, 5)
+
+
+def test_tests_need_no_train_rows(write_parquet):
+    path = write_parquet(label=["a", "b"] * 3, domain=["x"] * 4 + ["y"] * 2, split=["test"] * 6)
+    settings = config(path, train_domain="x")
+    images = open_images(settings)
+    with pytest.raises(DataError, match="0 pictures to train on"):
+        select(images, settings, seed=0)
+    split = select_tests(images, settings, excluded={1})
+    assert (split.support.tolist(), split.id_test.tolist()) == ([], [0, 2, 3])
+    assert {name: part.tolist() for name, part in split.ood.items()} == {"y": [4, 5]}
+    assert split.indices.tolist() == [0, 2, 3, 4, 5]
+
+
+def test_all_of_unsplit_data_can_be_held_out(write_parquet, pets):
+    unsplit = config(write_parquet(label=["a", "b"] * 5))
+    assert len(select_tests(open_images(unsplit, test_fraction=1.0), unsplit).id_test) == 10
+    stated = config(pets)
+    assert len(select_tests(open_images(stated, test_fraction=1.0), stated).id_test) == 12

@@ -1,14 +1,19 @@
 """Frozen features with Ray Data are those of this process."""
 
+from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.exceptions import ActorDiedError
 
 from kngd_ray.clip import ModelConfig, load_model
 from kngd_ray.data import BadImage, DataConfig, FeatureCache, encode_missing, fill_cache, open_images
+from kngd_ray.errors import DataError, KngdError, ModelError
 from kngd_ray.ray_jobs import ray_stream
 
 pytestmark = pytest.mark.ray
@@ -45,3 +50,50 @@ def test_bad_pictures_are_named_or_counted(ray_up: None, small_data: Path, tmp_p
         fill_cache(images, few, cache, stream)
     assert fill_cache(images, few, cache, stream, on_bad_image="skip") == frozenset({5})
     assert cache.missing(images.keys[few]) == {images.keys[5]}
+
+
+def failure(path: Path, model: ModelConfig, during: Callable[[], None] = lambda: None) -> KngdError:
+    """What encoding ends with; the file is read, then something happens to it."""
+    images = open_images(DataConfig(path=str(path)))
+    during()
+    with pytest.raises(KngdError) as error:
+        list(ray_stream(images, model, encoders=1)(np.arange(12)))
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    return error.value
+
+
+def test_errors_on_workers_are_ours_in_one_sentence(ray_up: None, small_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gone.parquet"
+    path.write_bytes(small_data.read_bytes())
+    gone = failure(path, ModelConfig(), path.unlink)
+    assert type(gone) is DataError
+    assert f"{path} cannot be read" in str(gone)
+    lost = failure(small_data, ModelConfig("ViT-B-32", str(tmp_path / "lost.pt")))
+    assert type(lost) is ModelError
+    assert "there is no checkpoint file" in str(lost)
+
+
+def test_a_worker_that_dies_is_named_with_the_way_out(
+    ray_up: None, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise ActorDiedError
+
+    monkeypatch.setattr(ray.data.Dataset, "iter_batches", die)
+    died = failure(small_data, ModelConfig())
+    assert str(died).startswith("encoding features with Ray failed (The actor died unexpectedly")
+    assert "trainer.num_workers=0" in str(died)
+
+
+def test_relative_paths_reach_workers_that_are_elsewhere(
+    ray_up: None, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = resources.files("kngd_ray") / "assets" / "mini_clip" / "open_clip_model.safetensors"
+    (tmp_path / "pictures.parquet").write_bytes(small_data.read_bytes())
+    (tmp_path / "weights.safetensors").write_bytes(weights.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    images = open_images(DataConfig(path="pictures.parquet"))
+    # another architecture: what is refused is the checkpoint's content, so it was found
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/weights.safetensors is not a checkpoint of RN50"):
+        list(ray_stream(images, ModelConfig("RN50", "weights.safetensors"), encoders=1)(np.arange(12)))

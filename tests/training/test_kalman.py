@@ -42,7 +42,8 @@ def test_a_step_is_the_composition_of_its_published_parts(family, observation, n
         prior = Belief(belief.mu, covariance.predict(belief.covariance, 1.0, 1e-3))
         HPH = (H * covariance.project(prior.covariance, H).mT).sum(1)
         belief, innovation = update(covariance, prior, H, nu, base + r[channel])
-        r = estimate.update(r, nu, HPH, base, channel)
+        residual = [model.residual for model in options.observation for _ in range(channels)]
+        r = torch.where(torch.tensor(residual), estimate.update(r, nu, HPH, base, channel), r)
         torch.nn.utils.vector_to_parameters(belief.mu, twin.parameters())
 
         stats = method.step(batch)

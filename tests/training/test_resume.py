@@ -72,14 +72,10 @@ def test_a_finished_fit_is_recognised(tmp_path):
     assert not seen
 
 
-def test_checkpoints_are_announced_after_they_can_be_read(tmp_path):
-    told = []
-
-    def on_checkpoint(step, folder):
-        told.append((step, checkpoint.load(folder).manifest["step"]))
-
-    run("ekf", tmp_path, on_checkpoint=on_checkpoint)
-    assert told == [(2, 2), (4, 4), (6, 6)]
+def test_a_checkpoint_is_announced_before_it_is_written(tmp_path):
+    there = []
+    run("ekf", tmp_path, before_checkpoint=lambda: there.append(steps_in(tmp_path)))
+    assert there == [[], [2], [2, 4]]
 
 
 def _flip(folder: Path) -> None:

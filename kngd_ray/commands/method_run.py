@@ -1,0 +1,168 @@
+"""One method of a run: its fits by seed, their evaluation, and the MLflow records that they leave."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kngd_ray.commands import run_folder
+from kngd_ray.commands.environment import describe_environment
+from kngd_ray.commands.prepare import Prepared
+from kngd_ray.commands.summary import flat_metrics, over_seeds
+from kngd_ray.config import Config, flatten, to_yaml
+from kngd_ray.errors import CheckpointError, FilterError
+from kngd_ray.storage import write_text
+from kngd_ray.tracking import Record, Status, learning_curve, redact, reliability_diagram
+from kngd_ray.training.calibration import Calibration, calibrate
+from kngd_ray.training.classifier import restore_predictor, save_calibration
+from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.fit import FitTask
+from kngd_ray.training.resumable import latest
+
+
+class MethodRun:
+    """A method's fits in a run.
+
+    Args:
+        config: the method's configuration.
+        prepared: features and model.
+        folder: of the run.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, folder: Path) -> None:
+        self.config = config
+        self._prepared = prepared
+        self._folder = folder
+        self.tasks = {
+            seed: FitTask(
+                config.fit_options,
+                seed,
+                prepared.support(seed),
+                prepared.class_embeddings,
+                prepared.model.logit_scale,
+            )
+            for seed in config.seeds
+        }
+        self.failures: dict[str, str] = {}
+        several = len(config.seeds) > 1
+        self._parent = self._record(self.name, config, None) if several else None
+        self._records = {
+            self.fit(seed): self._record(self.fit(seed), replace(config, seeds=(seed,)), self.name if several else None)
+            for seed in config.seeds
+        }
+        self.top_record = self.name if several else self.fit(config.seeds[0])
+
+    @property
+    def name(self) -> str:
+        """The method."""
+        return self.config.method
+
+    def fit(self, seed: int) -> str:
+        """What the fit of a seed is called."""
+        return run_folder.fit_name(self.name, seed)
+
+    def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
+        """Log a step; of a refused one, that it was refused.
+
+        Args:
+            fit: name of the fit.
+            record: fields of a ``StepRecord``.
+        """
+        stats = record["stats"] or {}
+        metrics = {f"train/{key}": value for key, value in stats.items() if value is not None}
+        metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
+        self._records[fit].log_step(record["step"], metrics)
+
+    def report(self, zero_shot: Mapping[int, dict[str, Any]]) -> dict[str, Any] | None:
+        """Evaluate the fits that ended well, log each, and combine them over seeds.
+
+        Args:
+            zero_shot: zero-shot figures by seed.
+
+        Returns:
+            The method's part of the report, its ``run_id`` still open; None when no fit ended well.
+        """
+        done = [seed for seed in self.tasks if self.fit(seed) not in self.failures]
+        if not done:
+            return None
+        reports = [self._evaluate(seed, zero_shot[seed]) for seed in done]
+        refused = sum(report.pop("refused") for report in reports)
+        seconds = sum(report.pop("seconds") for report in reports)
+        combined = over_seeds(reports)
+        if self._parent is not None:
+            self._parent.log_metrics(flat_metrics(combined))
+        return {
+            "run_id": None,
+            "method": self.name,
+            "preset": self.config.preset,
+            "seeds": done,
+            "steps": self.tasks[done[0]].sampler.steps,
+            "refused": refused,
+            "seconds": seconds,
+            "zero_shot": over_seeds([zero_shot[seed] for seed in done]),
+            **combined,
+        }
+
+    def finish(self, status: Status) -> None:
+        """Close the records; that of a fit which could not go on is a failure whatever the run is.
+
+        Args:
+            status: of the run.
+        """
+        for fit, record in self._records.items():
+            record.finish("FAILED" if fit in self.failures else status)
+        if self._parent is not None:
+            self._parent.finish("FAILED" if self.failures else status)
+
+    def _record(self, record_id: str, config: Config, parent: str | None) -> Record:
+        # what is logged may be read by more people than may use the tracking store's password
+        shown = replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
+        tags = {
+            "kngd_ray.run": self._folder.name,
+            "kngd_ray.method": self.name,
+            "kngd_ray.preset": str(config.preset),
+        }
+        name = f"{self._folder.name}/{record_id}"
+        record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
+        write_text(record.artifacts / run_folder.CONFIG, to_yaml(shown))
+        write_text(record.artifacts / "environment.json", describe_environment())
+        return record
+
+    def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
+        name, task = self.fit(seed), self.tasks[seed]
+        record, posterior = self._records[name], self.config.posterior
+        fit_folder = self._folder / "fits" / name
+        checkpoint = latest(fit_folder)
+        if checkpoint is None or checkpoint.manifest["step"] < task.sampler.steps:
+            raise CheckpointError(
+                f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
+            )
+        predictor = restore_predictor(checkpoint, task.class_embeddings, task.logit_scale, posterior)
+        try:
+            calibration = calibrate(task, posterior)
+        except FilterError:  # a fold has fewer shots than the fit that went well
+            calibration = Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0)
+        save_calibration(fit_folder, calibration, posterior)
+        tests = self._prepared.tests(seed)
+        evaluation = evaluate(predictor, tests, calibration)
+        report = evaluation.report()
+        steps = record.steps()
+        seconds = sum(step["time/step_ms"] for step in steps) / 1e3
+        refused = sum(int(step["train/refused"]) for step in steps)
+        record.log_metrics(
+            flat_metrics(report)
+            | flat_metrics(zero_shot, "zero_shot/")
+            | {
+                "calibration/tau": calibration.tau,
+                "calibration/temperature": calibration.scaling,
+                "time/fit_s": seconds,
+            }
+        )
+        figures = record.artifacts / "figures"
+        figures.mkdir(exist_ok=True)
+        curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
+        reliability_diagram(curves, figures / "reliability.png", name)
+        learning_curve(steps, figures / "learning_curve.png", name)
+        if self.config.tracking.log_model:
+            record.set_model(fit_folder, self._prepared.images.class_names)
+        return {**report, "refused": refused, "seconds": seconds}

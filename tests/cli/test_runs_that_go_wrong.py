@@ -1,0 +1,93 @@
+"""What is kept of a run in which something failed, and what a run folder may say to others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kngd_ray.errors import IndefiniteError
+from kngd_ray.training.kalman import KalmanNGD
+
+
+@pytest.fixture
+def seed_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = KalmanNGD.step
+
+    def failing(self: KalmanNGD, batch):
+        if self._seed == 1 and batch.step == 2:
+            raise IndefiniteError("S is not positive definite.")
+        return step(self, batch)
+
+    monkeypatch.setattr(KalmanNGD, "step", failing)
+
+
+def test_one_failed_seed_leaves_the_others(command, seed_one_fails) -> None:
+    outcome = command.train("seeds=0,1,2", "trainer.name=three", "baselines=adamw", "tracking.log_model=false")
+    assert outcome.code == 1
+    assert "kalman-seed1: S is not positive definite." in outcome.err
+    results = json.loads((command.run("three") / "results.json").read_text())
+    assert results["seeds"] == [0, 2]
+    assert results["baselines"][0]["seeds"] == [0, 1, 2]
+    assert set(results["id"]["accuracy"]) == {"mean", "low", "high"}
+    status = {
+        path.parent.name: json.loads(path.read_text())["status"]
+        for path in (command.run("three") / "records").glob("*/meta.json")
+    }
+    assert status["kalman-seed1"] == status["kalman"] == "FAILED"
+    assert status["kalman-seed0"] == status["adamw"] == status["adamw-seed1"] == "FINISHED"
+
+
+def test_a_run_whose_every_fit_failed_says_why(command, seed_one_fails) -> None:
+    outcome = command.train("seeds=1")
+    assert outcome.code == 1
+    assert outcome.out == ""
+    assert "kalman-seed1: S is not positive definite." in outcome.err
+
+
+def test_an_unfinished_fit_does_not_predict(command, monkeypatch) -> None:
+    command.train("trainer.name=cut", "trainer.checkpoint_every=2")
+    fit = command.run("cut") / "fits" / "kalman-seed0"
+    (fit / "calibration.json").unlink()
+    outcome = command("evaluate", command.run("cut"))
+    assert outcome.code == 1
+    assert "is not finished" in outcome.err
+    assert "--resume" in outcome.err
+
+
+def test_other_shots_are_not_resumed_from(command, tmp_path: Path) -> None:
+    command.train("trainer.name=shots", "data.shots=4")
+    config = command.run("shots") / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["train_domain"] = "twemoji"
+    config.write_text(yaml.safe_dump(settings))
+    outcome = command("train", "--resume", command.run("shots"))
+    assert outcome.code == 1
+    assert "belongs to another task: its shots is" in outcome.err
+
+
+def test_a_password_in_the_tracking_uri_is_not_logged(command) -> None:
+    uri = "http://bob:hunter2@127.0.0.1:9"
+    outcome = command(
+        "train",
+        *[s for s in command.settings("trainer.name=secret") if not s.startswith("tracking.")],
+        f"tracking.uri={uri}",
+    )
+    assert outcome.code == 0, outcome.err
+    folder = command.run("secret")
+    assert "hunter2" not in outcome.err
+    for path in (folder / "records").rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
+    assert (folder / "config.yaml").stat().st_mode & 0o077 == 0, "the run needs the password, others do not"
+
+
+def test_a_run_outlives_its_preset_file_and_its_folder(command, tmp_path: Path, monkeypatch) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("method: kalman\nepochs: 2\nfilter: {p0: 0.02}\n")
+    command.train(f"preset={preset}", "trainer.name=moved")
+    preset.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    outcome = command("evaluate", command.run("moved"), "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["id"]["accuracy"] > 0.2

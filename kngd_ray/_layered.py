@@ -14,8 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from kngd_ray.errors import UsageError
-from kngd_ray.errors import nearest as nearest  # for kngd_ray.config too
+from kngd_ray.errors import UsageError, nearest
 
 
 @dataclass

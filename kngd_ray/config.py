@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
-from kngd_ray._layered import Node, T, assign, build, flat, merge, nearest, plain
+from kngd_ray._layered import Node, T, assign, build, flat, merge, plain
 from kngd_ray.clip import ModelConfig
 from kngd_ray.data import DataConfig
-from kngd_ray.errors import UsageError
+from kngd_ray.errors import UsageError, nearest
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 

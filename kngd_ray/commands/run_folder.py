@@ -6,7 +6,6 @@
                       results.json        the final figures
 """
 
-import difflib
 import fcntl
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from uuid import uuid4
 
 from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
-from kngd_ray.errors import CheckpointError, StorageError, UsageError
+from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
@@ -82,11 +81,8 @@ def _settled(config: Config) -> Config:
     paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
     absolute = [str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in paths]
     data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
-    pretrained = config.model.pretrained
-    if pretrained is not None and Path(pretrained).expanduser().is_file():
-        pretrained = str(Path(pretrained).expanduser().resolve())
     tracking = replace(config.tracking, uri=resolve_uri(config.tracking.uri))
-    return replace(config, data=data, model=replace(config.model, pretrained=pretrained), tracking=tracking)
+    return replace(config, data=data, model=config.model.absolute(), tracking=tracking)
 
 
 def existing(config: Config) -> Path:
@@ -119,7 +115,7 @@ def find(name: str, storage_path: str) -> Path:
         if (folder / CONFIG).is_file():
             return folder.resolve()
     runs = sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
-    close = difflib.get_close_matches(name, runs, n=1)
+    close = closest(name, runs)
     guess = f"; did you mean {close[0]}?" if close else ""
     known = f" (runs there: {', '.join(runs[-8:])})" if runs else ""
     raise CheckpointError(f"there is no run {name} in {root}{guess}{known}.")

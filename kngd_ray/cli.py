@@ -127,11 +127,14 @@ def sync(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow tracking store than the run's.")] = None,
     storage_path: _Storage = "kngd_runs",
+    as_json: _Json = False,
 ) -> None:
     """Send to MLflow what a run could not log while the server was away."""
     from kngd_ray.commands.sync import sync as send
 
-    send(run, storage_path, _display(False), uri=uri)
+    result = send(run, storage_path, _display(as_json), uri=uri)
+    if as_json:
+        _print_json(result)
 
 
 def main() -> None:

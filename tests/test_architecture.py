@@ -147,7 +147,7 @@ COMMANDS = {
     "evaluate": ["target", "settings", "--storage-path", "--json"],
     "predict": ["target", "images", "--storage-path", "--json"],
     "encode": ["dataset", "settings", "--json"],
-    "sync": ["run", "--uri", "--storage-path"],
+    "sync": ["run", "--uri", "--storage-path", "--json"],
 }
 
 

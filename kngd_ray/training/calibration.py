@@ -7,13 +7,13 @@ temperature T of ``p^(1/T)`` for what tau leaves. The test split is never touche
 """
 
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
@@ -89,7 +89,7 @@ def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
     fold = fold_of(task.support.labels, folds)
     fits = [
         (
-            predictor_of(fit(replace(task, support=_kept(task.support, fold != f))), options),
+            predictor_of(fit(replace(task, support=task.support.subset(fold != f))), options),
             task.support.subset(fold == f),
         )
         for f in range(folds)
@@ -138,9 +138,6 @@ def scale(probabilities: Tensor, T: float) -> Tensor:
     return (probabilities.double().clamp_min(1e-12).log() / T).softmax(1)
 
 
-def _kept(support: Support, keep: Tensor) -> Support:
-    return support.subset(keep.nonzero().squeeze(1))
-
-
 def _nll(probabilities: Tensor, labels: Tensor) -> float:
-    return float(nll_loss(probabilities.double().clamp_min(1e-12).log(), labels))
+    nll = float(nll_loss(probabilities.double().clamp_min(1e-12).log(), labels))
+    return nll if isfinite(nll) else inf  # a NaN would win every comparison

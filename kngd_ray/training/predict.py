@@ -13,7 +13,7 @@ from kngd_ray.observations import jacobian_rows, trainable, unflatten
 from kngd_ray.training.batches import seeded
 
 _DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
-_ROW_BUDGET = 1 << 25  # entries of the Jacobian rows held at once, 128 MB in float32
+_ENTRIES = 1 << 25  # numbers of Jacobian rows or drawn logits held at once, 128 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,9 @@ class Predictor:
             variance = tau * self.logit_variance(features)
             # MacKay's probit moderation, applied to each logit (arXiv 2002.10118, eq. 8)
             return Prediction((logits / (1 + pi / 8 * variance).sqrt()).softmax(1), variance.sqrt())
-        drawn = torch.stack([self._logits_at(features, d, tau) for d in self._draw()])
-        return Prediction(drawn.softmax(2).mean(0), drawn.std(0, correction=0))
+        chunk = max(1, _ENTRIES // (self.options.draws * logits.shape[1]))
+        parts = [self._over_draws(x, tau) for x in features.split(chunk)]
+        return Prediction(torch.cat([p for p, _ in parts]), torch.cat([spread for _, spread in parts]))
 
     def logit_variance(self, features: Tensor) -> Tensor:
         """Linearised posterior variance diag(H P H^T) of the class logits.
@@ -110,7 +111,7 @@ class Predictor:
             return torch.zeros_like(logits)
         m, C = logits.shape
         n = len(self.belief.mu)
-        chunk = max(1, _ROW_BUDGET // (C * n))
+        chunk = max(1, _ENTRIES // (C * n))
         eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
         variances = []
         for x in features.split(chunk):
@@ -118,6 +119,11 @@ class Predictor:
             U = self.family.project(self.belief.covariance, H)
             variances.append((H.to(U.dtype) * U.mT).sum(1).view(len(x), C))
         return torch.cat(variances).to(logits.dtype) if m else torch.zeros_like(logits)
+
+    def _over_draws(self, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        """Mean probabilities and standard deviation of the logits over the draws."""
+        drawn = torch.stack([self._logits_at(features, deviation, tau) for deviation in self._draw()])
+        return drawn.softmax(2).mean(0), drawn.std(0, correction=0)
 
     def _draw(self) -> Tensor:
         """(draws, n) deviations from N(0, P), the same for every call so that samples are comparable."""

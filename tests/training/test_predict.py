@@ -52,9 +52,17 @@ def test_linearised_variance_in_closed_form(family, x):
 def test_linearised_variance_does_not_depend_on_chunks(adapter, x, monkeypatch):
     p = predictor("ekf", adapter)
     whole = p.logit_variance(x)
-    monkeypatch.setattr("kngd_ray.training.predict._ROW_BUDGET", 1)
+    monkeypatch.setattr("kngd_ray.training.predict._ENTRIES", 1)
     assert max_error(p.logit_variance(x), whole) < 1e-12
     assert p.logit_variance(x[:0]).shape == (0, CLASSES)
+
+
+def test_draws_do_not_depend_on_chunks(x, monkeypatch):
+    p = predictor(predict="draws")
+    whole = p.predict(x, 0.3)
+    monkeypatch.setattr("kngd_ray.training.predict._ENTRIES", 1)
+    assert max_error(p.predict(x, 0.3).probabilities, whole.probabilities) < 1e-12
+    assert max_error(p.predict(x, 0.3).logit_std, whole.logit_std) < 1e-12
 
 
 @pytest.mark.parametrize("predict", ["draws", "linearised", "mean"])

@@ -100,13 +100,19 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_pat
         run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
 
 
-def test_a_fit_that_cannot_go_on_ends_the_job_with_its_sentence(ray_up: None, tmp_path: Path) -> None:
+def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(ray_up: None, tmp_path: Path) -> None:
     task = long_task(20)
-    features = task.support.features.clone()
-    features[:] = torch.nan
+    features = torch.full_like(task.support.features, torch.nan)
     broken = FitTask(task.options, 0, Support(features, task.support.labels), task.class_embeddings, 18.0)
-    with pytest.raises(KngdError, match="10 steps in a row were refused"):
-        run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2), lambda event: None)
+    events: list[FitEvent] = []
+    fits = {"kalman-seed0": broken, "kalman-seed1": task}
+    run_job(Job(fits, IDENTITY, tmp_path), TrainerConfig(num_workers=2), events.append)
+    errors = {event.fit: event.error for event in events if event.error}
+    assert list(errors) == ["kalman-seed0"]
+    assert "10 steps in a row were refused" in str(errors["kalman-seed0"])
+    refused = [event.record["refused"] for event in events if event.fit == "kalman-seed0" and event.record]
+    assert all("are NaN or infinite" in reason for reason in refused)
+    assert len(final(tmp_path, "kalman-seed1")) > 0
 
 
 def test_more_workers_than_cores_are_refused(ray_up: None) -> None:

@@ -285,7 +285,7 @@ def plain(config: Any) -> dict[str, Any]:
 
     def listed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: listed(inner) for key, inner in value.items()}
+            return {key: listed(value[key]) for key in sorted(value, key=lambda key: key != "kind")}  # kind first
         return [listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
     plain: dict[str, Any] = listed(asdict(config))

@@ -71,7 +71,7 @@ def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> N
 
 
 def test_a_killed_worker_changes_nothing(ray_up: None, tmp_path: Path) -> None:
-    fits = {"kalman-seed0": long_task(100), "kalman-seed1": long_task(20)}
+    fits = {"kalman-seed0": long_task(200), "kalman-seed1": long_task(20)}
     killed: list[int] = []
 
     def kill(event: FitEvent) -> None:

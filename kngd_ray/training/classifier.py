@@ -21,7 +21,7 @@ from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
-from kngd_ray.training.resumable import latest
+from kngd_ray.training.resumable import SOURCE, latest
 
 CALIBRATION = "calibration.json"
 
@@ -41,7 +41,8 @@ def identity_of(
         JSON data.
     """
     return {
-        "model": {**asdict(config), "fingerprint": model.fingerprint, "embed_dim": model.embed_dim},
+        "model": {"fingerprint": model.fingerprint, "embed_dim": model.embed_dim},
+        SOURCE: asdict(config.absolute()),
         "class_names": list(class_names),
         "templates": list(templates),
     }
@@ -150,11 +151,11 @@ class Classifier:
         """
         checkpoint, fit_folder = open_fit(folder)
         manifest = checkpoint.manifest
-        named = manifest["model"]
-        clip = load_model(model or ModelConfig(named["name"], named["pretrained"]))
-        if clip.fingerprint != named["fingerprint"]:
+        trained_on = manifest["model"]["fingerprint"]
+        clip = load_model(model or parse(ModelConfig, manifest[SOURCE]))
+        if clip.fingerprint != trained_on:
             raise CheckpointError(
-                f"{folder} was trained on the features of another model: fingerprint {named['fingerprint'][:12]}, "
+                f"{folder} was trained on the features of another model: fingerprint {trained_on[:12]}, "
                 f"{clip.name} has {clip.fingerprint[:12]}; name the model it was trained with by model.name and "
                 "model.pretrained."
             )

@@ -25,6 +25,7 @@ from kngd_ray.training.method import Method
 
 logger = logging.getLogger(__name__)
 
+SOURCE = "source"  # of a description: where the model was loaded from, which may change; its fingerprint may not
 _KEPT = 2  # the newest, and one more in case the newest is found damaged
 _NAME = re.compile(r"step-(\d{8})-[0-9a-f]{6}")
 
@@ -125,7 +126,7 @@ def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], plac
         CheckpointError: an entry differs; names the first.
     """
     for key, expected in description.items():
-        if manifest.get(key) != expected:
+        if key != SOURCE and manifest.get(key) != expected:
             found, wanted = _differing(manifest.get(key), expected)
             raise CheckpointError(
                 f"{place} belongs to another task: its {key} is {found}, this one's is {wanted}; "

@@ -1,10 +1,13 @@
 """What is kept of a run in which something failed, and what a run folder may say to others."""
 
 import json
+import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import yaml
+from safetensors.torch import save_file
 
 from kngd_ray.errors import IndefiniteError
 from kngd_ray.training.kalman import KalmanNGD
@@ -91,3 +94,24 @@ def test_a_run_outlives_its_preset_file_and_its_folder(command, tmp_path: Path, 
     outcome = command("evaluate", command.run("moved"), "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["id"]["accuracy"] > 0.2
+
+
+def test_a_model_file_may_be_named_from_anywhere(command, tmp_path: Path, monkeypatch) -> None:
+    """Of a model its weights are what a checkpoint belongs to, not the path that they were named by."""
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "kngd-test-path.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(home / "kngd-test-path.json")
+    save_file(open_clip.create_model("kngd-test-path").state_dict(), home / "weights.safetensors")
+    monkeypatch.chdir(home)
+    trained = command.train("model.name=kngd-test-path", "model.pretrained=weights.safetensors", "trainer.name=paths")
+    assert trained.code == 0, trained.err
+    monkeypatch.chdir(elsewhere)
+    for again in (command("train", "--resume", command.run("paths")), command("evaluate", command.run("paths"))):
+        assert again.code == 0, again.err
+    shutil.move(home / "weights.safetensors", elsewhere / "moved.safetensors")
+    moved = command("evaluate", command.run("paths"), f"model.pretrained={elsewhere / 'moved.safetensors'}")
+    assert moved.code == 0, moved.err

@@ -1,5 +1,6 @@
 """A job of fits as one Ray Train job, its events sent to the driver."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     Raises:
         KngdError: a worker failed more often than is allowed; what was finished is kept.
     """
+    # Ray Data leaves the actors of an execution that failed to the garbage collector, and their cores would be missing
+    # to the workers of this job, which would wait for them without end.
+    gc.collect()
     queue = Queue(actor_options={"num_cpus": 0})
     torch_trainer = TorchTrainer(
         _train_loop,

@@ -1,5 +1,6 @@
 """Frozen features with Ray Data are those of this process."""
 
+import gc
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -9,12 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from helpers.cases import make_options, make_task
+from helpers.resuming import IDENTITY
 from ray.exceptions import ActorDiedError
 
 from kngd_ray.clip import ModelConfig, load_model
+from kngd_ray.config import TrainerConfig
 from kngd_ray.data import BadImage, DataConfig, FeatureCache, encode_missing, fill_cache, open_images
 from kngd_ray.errors import DataError, KngdError, ModelError
-from kngd_ray.ray_jobs import ray_stream
+from kngd_ray.ray_jobs import ray_stream, run_job
+from kngd_ray.training.job import Job
 
 pytestmark = pytest.mark.ray
 
@@ -72,6 +77,17 @@ def test_errors_on_workers_are_ours_in_one_sentence(ray_up: None, small_data: Pa
     lost = failure(small_data, ModelConfig("ViT-B-32", str(tmp_path / "lost.pt")))
     assert type(lost) is ModelError
     assert "there is no checkpoint file" in str(lost)
+
+
+@pytest.mark.timeout(180)
+def test_a_failed_encoding_keeps_no_cores_from_the_job_after_it(ray_up: None, small_data: Path, tmp_path: Path) -> None:
+    gc.disable()  # what is left behind stays until somebody sees to it
+    try:
+        failure(small_data, ModelConfig("ViT-B-32", str(tmp_path / "lost.pt")))
+        fits = {"kalman-seed0": make_task(make_options(epochs=1))}
+        run_job(Job(fits, IDENTITY, tmp_path / "run"), TrainerConfig(num_workers=2), lambda event: None)
+    finally:
+        gc.enable()
 
 
 def test_a_worker_that_dies_is_named_with_the_way_out(

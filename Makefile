@@ -26,6 +26,10 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python -m benchmarks.readme_table
+	$(BIN)/python -m benchmarks.step_cost --out benchmarks/results
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.step_cost --markdown
+	$(BIN)/python -m benchmarks.peers --markdown
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -85,6 +85,10 @@ class Config(FitOptions):
         preset: shipped preset or YAML file under the other settings; None is the one named as the method.
         seeds: one fit per seed, each on a support set of its own.
         baselines: methods fitted beside, from their own presets on the same data, seeds and adapter.
+        prior: run, fit or checkpoint whose posterior is the prior of this run; None starts at CLIP's own weights. Each
+            seed continues from the same seed of a run, or all from the only one. ``kalman`` starts at its mean and
+            covariance, which take the place of ``filter.p0``; a gradient method starts at the weights of its own fit
+            in that run, or at those of the run's method where it has none.
         data: data set and few-shot task.
         model: CLIP model.
         posterior: how the posterior enters predictions.
@@ -95,6 +99,7 @@ class Config(FitOptions):
     preset: str | None = None
     seeds: tuple[int, ...] = (0,)
     baselines: tuple[Literal["adamw", "sgd"], ...] = ()
+    prior: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
@@ -107,6 +112,8 @@ class Config(FitOptions):
             raise ValueError("seeds is empty; name at least one")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ and be 0 or more")
+        if self.prior is not None and not self.prior.strip():
+            raise ValueError("prior is empty; name a run, a fit's folder or a checkpoint's, or leave it out")
 
     @property
     def fit_options(self) -> FitOptions:
@@ -168,7 +175,7 @@ def baseline_config(config: Config, method: str) -> Config:
         The baseline's configuration.
     """
     shared = plain(config)
-    kept = ("seeds", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking")
+    kept = ("seeds", "prior", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking")
     return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
 
 

@@ -17,7 +17,11 @@ from kngd_ray.training.calibration import Calibration, calibrate
 from kngd_ray.training.classifier import restore_predictor, save_calibration
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask
+from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import latest
+
+# figures of a step that are about the ranks, not about the fit
+_METRICS = {"bytes_moved": "shard/bytes_per_step", "covariance_bytes": "shard/covariance_bytes"}
 
 
 class MethodRun:
@@ -25,11 +29,12 @@ class MethodRun:
 
     Args:
         config: the method's configuration.
+        priors: by seed, what each fit starts from; none where it starts at CLIP's own weights.
         prepared: features and model.
         folder: of the run.
     """
 
-    def __init__(self, config: Config, prepared: Prepared, folder: Path) -> None:
+    def __init__(self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, folder: Path) -> None:
         self.config = config
         self._prepared = prepared
         self._folder = folder
@@ -40,6 +45,7 @@ class MethodRun:
                 prepared.support(seed),
                 prepared.class_embeddings,
                 prepared.model.logit_scale,
+                priors.get(seed),
             )
             for seed in config.seeds
         }
@@ -69,7 +75,7 @@ class MethodRun:
             record: fields of a ``StepRecord``.
         """
         stats = record["stats"] or {}
-        metrics = {f"train/{key}": value for key, value in stats.items() if value is not None}
+        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in stats.items() if value is not None}
         metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
         self._records[fit].log_step(record["step"], metrics)
 

@@ -90,6 +90,11 @@ class Task:
     splits: dict[int, Split]
     model: ClipModel
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What weights trained on this belong to."""
+        return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
+
 
 def open_task(config: Config) -> Task:
     """Index the data set, draw the shots of every seed, load the model.

@@ -82,7 +82,8 @@ def _settled(config: Config) -> Config:
     absolute = [str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in paths]
     data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
     tracking = replace(config.tracking, uri=resolve_uri(config.tracking.uri))
-    return replace(config, data=data, model=config.model.absolute(), tracking=tracking)
+    prior = None if config.prior is None else str(locate(config.prior, config.trainer.storage_path))
+    return replace(config, prior=prior, data=data, model=config.model.absolute(), tracking=tracking)
 
 
 def existing(config: Config) -> Path:
@@ -121,6 +122,43 @@ def find(name: str, storage_path: str) -> Path:
     raise CheckpointError(f"there is no run {name} in {root}{guess}{known}.")
 
 
+def locate(target: str, storage_path: str) -> Path:
+    """The folder that a user means.
+
+    Args:
+        target: name or folder of a run, folder of a fit or of a checkpoint.
+        storage_path: where runs live.
+
+    Returns:
+        The folder of a run, a fit or a checkpoint.
+    """
+    path = Path(target).expanduser().resolve()
+    inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
+    if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
+        return path
+    return find(target, storage_path)
+
+
+def fit_of(run: Path, method: str, seed: int) -> Path:
+    """The folder of a fit in a run.
+
+    Args:
+        run: folder of the run.
+        method: of the fit.
+        seed: of the fit.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: it was not begun.
+    """
+    fit = run / "fits" / fit_name(method, seed)
+    if not fit.is_dir():
+        raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
+    return fit
+
+
 def find_fit(target: str, storage_path: str) -> Path:
     """The fit that a user means by a run, a fit's folder or a checkpoint's.
 
@@ -134,16 +172,11 @@ def find_fit(target: str, storage_path: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(target).expanduser().resolve()
-    inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
-    if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
-        return path
-    run = find(target, storage_path)
-    config = read_config(run)
-    fit = run / "fits" / fit_name(config.method, config.seeds[0])
-    if not fit.is_dir():
-        raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
-    return fit
+    place = locate(target, storage_path)
+    if not (place / CONFIG).is_file():
+        return place
+    config = read_config(place)
+    return fit_of(place, config.method, config.seeds[0])
 
 
 def fit_name(method: str, seed: int) -> str:

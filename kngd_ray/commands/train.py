@@ -14,6 +14,7 @@ from kngd_ray.commands import run_folder
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.method_run import MethodRun
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
+from kngd_ray.commands.priors import check_prior, find_priors
 from kngd_ray.commands.session import ray_for
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.data import EMBEDDED
@@ -71,7 +72,12 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
     if config.trainer.use_gpu and not config.trainer.num_workers and not torch.cuda.is_available():
         raise UsageError("trainer.use_gpu is true and this machine has no usable GPU: leave it out, or join a cluster.")
+    configs = [config, *(baseline_config(config, name) for name in config.baselines)]
+    priors = [find_priors(c) for c in configs]
     task = open_task(config)
+    for c, found in zip(configs, priors, strict=True):
+        for prior in found.values():
+            check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=config.trainer.num_workers > 0, progress=progress)
@@ -81,12 +87,13 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
         with _threads(max(1, int(config.trainer.cpus_per_worker))):
-            return _run(config, prepared, folder, display)
+            methods = [MethodRun(c, found, prepared, folder) for c, found in zip(configs, priors, strict=True)]
+            return _run(config, methods, prepared, folder, display)
 
 
-def _run(config: Config, prepared: Prepared, folder: Path, display: Display) -> dict[str, Any]:
-    configs = [config, *(baseline_config(config, name) for name in config.baselines)]
-    methods = [MethodRun(c, prepared, folder) for c in configs]
+def _run(
+    config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display
+) -> dict[str, Any]:
     publisher = None
     if config.tracking.enabled:
         publisher = Publisher(folder, config.tracking.uri, config.tracking.experiment, on_problem=display.say)
@@ -186,6 +193,8 @@ def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any
         f"{_data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, "
         f"{config.data.shots} shots per class"
     )
+    if config.prior is not None:
+        title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}; tau and temperatures were chosen on the training shots"])

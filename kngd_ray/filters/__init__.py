@@ -1,37 +1,66 @@
-"""Kalman filters as pure functions on tensors: covariance families, noise, process, evidence.
+"""Kalman filters as pure functions on tensors: covariance families, noise, process, gate, evidence.
 
-A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one line in
+A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one name in
 :data:`CovarianceFamily`; a new process or noise model likewise.
 """
 
-from kngd_ray.filters._family import Family
+from kngd_ray.filters._family import Covariance, Family, Work
 from kngd_ray.filters._innovation import Innovation, solve_innovation
-from kngd_ray.filters._update import Belief, update
+from kngd_ray.filters._update import Belief, innovation_covariance, update
+from kngd_ray.filters.block_diagonal import BlockDiagonal
 from kngd_ray.filters.dense import Dense
 from kngd_ray.filters.diagonal import Diagonal
-from kngd_ray.filters.noise import Ema, Fixed, ObservationNoise
-from kngd_ray.filters.process import Process, RandomWalk, Transition
+from kngd_ray.filters.gate import Gate, Inflate, Judged, NoGate, Skip
+from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows, scaled
+from kngd_ray.filters.kronecker import Kronecker
+from kngd_ray.filters.low_rank import DiagonalLowRank
+from kngd_ray.filters.noise import Categorical, Ema, Fixed, ObservationNoise, Seen, Whitening
+from kngd_ray.filters.process import Forgetting, OrnsteinUhlenbeck, Process, RandomWalk, Transition
 
 # The registries: configuration chooses among these by `kind`, and offers the fields of each as its options.
-CovarianceFamily = Dense | Diagonal
-ProcessModel = RandomWalk
-NoiseModel = Fixed | Ema
+CovarianceFamily = Dense | Diagonal | BlockDiagonal | DiagonalLowRank | Kronecker
+ProcessModel = RandomWalk | OrnsteinUhlenbeck | Forgetting
+NoiseModel = Fixed | Ema | Categorical
+GateModel = NoGate | Inflate | Skip
 
 __all__ = [
     "Belief",
+    "BlockDiagonal",
+    "Categorical",
+    "Covariance",
     "CovarianceFamily",
     "Dense",
     "Diagonal",
+    "DiagonalLowRank",
     "Ema",
+    "Factors",
     "Family",
     "Fixed",
+    "Forgetting",
+    "Gate",
+    "GateModel",
+    "Inflate",
     "Innovation",
+    "Jacobian",
+    "Judged",
+    "Kronecker",
+    "Layer",
+    "NoGate",
     "NoiseModel",
     "ObservationNoise",
+    "OrnsteinUhlenbeck",
+    "Part",
     "Process",
     "ProcessModel",
     "RandomWalk",
+    "Rows",
+    "Seen",
+    "Skip",
     "Transition",
+    "Whitening",
+    "Work",
+    "innovation_covariance",
+    "scaled",
     "solve_innovation",
     "update",
 ]

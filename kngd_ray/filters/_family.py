@@ -1,32 +1,41 @@
-"""What a covariance family is: pure functions on one contiguous slice of the covariance.
+"""What a covariance family is: pure functions on the part of the covariance that one rank holds.
 
-A family never knows about ranks. It works on the rows of the covariance that belong to a
-contiguous slice of ``n_r`` parameters and says, by :meth:`Family.cuts`, where the whole may be
-cut so that the slices do not need one another. One update is then three calls::
+A family never knows about ranks. It works on the parts of the layers that it is given, and says by
+:meth:`Family.grain` into which units a layer may be cut so that parts do not need one another.
+Observations arrive whitened, so that R = I. One update is then ::
 
-    U = family.project(P, H)                   (n_r, M)   the slice of P H^T
-    S = sum over slices of H U + R             (M, M)     innovation covariance
-    P = family.update(P, H, U, R, innovation)             posterior covariance
+    gram, work = family.gram(P, H, nu)          summed over the parts of all ranks
+    S = family.spread(gram, M) + I              (M, M)  innovation covariance H P H^T + I
+    step = family.gain(P, H, gram, work, S^-1 nu)       the slice of P H^T S^-1 nu
+    P = family.update(P, H, gram, work, innovation)     posterior covariance
 
-and the mean of the slice moves by ``U w``. :func:`kngd_ray.filters.update` composes them in one
-process, :class:`kngd_ray.sharding.ShardedFilter` over ranks.
+:func:`kngd_ray.filters.update` composes them in one process, :class:`kngd_ray.sharding.ShardedFilter`
+over ranks. A family whose layers are independent given S is a subclass of
+:class:`~kngd_ray.filters._layerwise.Layerwise` and speaks of one layer at a time.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
 from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters.jacobian import Jacobian, Layer, Part
+
+# P by layer, as the named tensors of its family. Where a layer may be cut, dimension 0 of each tensor runs over
+# the weights of the part, so that parts are joined and cut along it.
+Covariance = Mapping[str, Mapping[str, Tensor]]
+
+# What a family computed for the Gram matrix and wants to use again in the same update.
+Work = Mapping[str, Any]
 
 
 @runtime_checkable
 class Family(Protocol):
     """A covariance family; its options are the fields of the frozen dataclass that implements it.
 
-    The state is a tensor whose first dimension runs over the parameters of the slice: (n_r,) for a
-    diagonal, (n_r, n) for a dense covariance. Functions return new tensors and never write into
-    their arguments, so a refused step leaves the belief as it was.
+    Functions return new tensors and never write into their arguments, so a refused step leaves the
+    belief as it was.
     """
 
     @property
@@ -34,34 +43,51 @@ class Family(Protocol):
         """The family's name in configuration files."""
         ...
 
-    def cuts(self, n: int) -> Sequence[int]:
-        """Where n parameters may be cut: increasing positions from 0 to n."""
+    @property
+    def joint(self) -> bool:
+        """Whether all layers are one unit that cannot be cut."""
         ...
 
-    def init(self, n: int, p0: float, like: Tensor) -> Tensor:
-        """Prior covariance p0 I of a slice of n parameters, on the device of `like`."""
+    def grain(self, layer: Layer) -> int:
+        """Rows of the layer that must stay together; layer.o if it cannot be cut."""
         ...
 
-    def predict(self, P: Tensor, scale: float, q: float) -> Tensor:
-        """Time update: scale * P + q I."""
+    def cost(self, layer: Layer) -> int:
+        """Numbers that the covariance of the layer takes, by which the layers are spread over ranks."""
         ...
 
-    def project(self, P: Tensor, H: Tensor) -> Tensor:
-        """Cross-covariance P H^T: (n_r, M) from the (M, n_r) columns of H of this slice."""
+    def init(self, parts: Sequence[Part], p0: float, like: Tensor) -> Covariance:
+        """Prior covariance p0 I of the parts, on the device of `like`."""
         ...
 
-    def update(self, P: Tensor, H: Tensor, U: Tensor, R: Tensor, innovation: Innovation) -> Tensor:
-        """Posterior covariance of the slice from H (M, n_r), U (n_r, M) and the noise variances R (M,)."""
+    def predict(self, P: Covariance, scale: float, q: float, total: Callable[[Tensor], Tensor]) -> Covariance:
+        """Time update: scale * P + q I; `total` sums a tensor over the parts of all ranks."""
         ...
 
-    def sample(self, P: Tensor, draws: int, generator: Generator) -> Tensor:
-        """Zero-mean deviations from N(0, P): (draws, n_r)."""
+    def gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Work]:
+        """What :meth:`spread` needs the sum of, of the device and for the observations of nu (M,); and work kept."""
         ...
 
-    def diagonal(self, P: Tensor) -> Tensor:
-        """Marginal variances of the slice: (n_r,)."""
+    def spread(self, gram: Tensor, M: int) -> Tensor:
+        """H P H^T (M, M) from the sum of what :meth:`gram` gave."""
         ...
 
-    def log_det(self, P: Tensor) -> Tensor:
-        """Logarithm of the determinant of the slice's covariance: scalar."""
+    def gain(self, P: Covariance, H: Jacobian, gram: Tensor, work: Work, weights: Tensor) -> dict[str, Tensor]:
+        """The parts of P H^T w, each flat, for w = S^-1 nu (M,)."""
+        ...
+
+    def update(self, P: Covariance, H: Jacobian, gram: Tensor, work: Work, innovation: Innovation) -> Covariance:
+        """Posterior covariance of the parts."""
+        ...
+
+    def sample(self, P: Covariance, draws: int, generator: Generator) -> Tensor:
+        """Zero-mean deviations from N(0, P), P that of all layers: (draws, n)."""
+        ...
+
+    def diagonal(self, P: Covariance) -> Tensor:
+        """Marginal variances, P that of all layers: (n,)."""
+        ...
+
+    def log_det(self, P: Covariance) -> Tensor:
+        """Logarithm of the determinant, P that of all layers: scalar."""
         ...

@@ -1,7 +1,8 @@
 """The innovation of one update: Cholesky of S, the gain weights, evidence and NIS."""
 
 from dataclasses import dataclass
-from math import log, pi
+from functools import cached_property
+from math import isfinite, log, pi
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Innovation:
     nis: float
     jitter: float
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(M, M) S^-1."""
+        return torch.cholesky_inverse(self.cholesky)
+
     def whiten(self, U: Tensor) -> Tensor:
         """Solve ``X L^T = U``, so that ``X X^T = U S^-1 U^T``.
 
@@ -38,7 +44,7 @@ class Innovation:
         Returns:
             (n, M) whitened cross-covariance U L^-T.
         """
-        return torch.linalg.solve_triangular(self.cholesky.mT, U, upper=True, left=False)
+        return torch.linalg.solve_triangular(self.cholesky.mT.to(U.dtype), U, upper=True, left=False)
 
 
 def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
@@ -48,7 +54,7 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
     from the dtype's epsilon times the mean variance up to 1e5 times that.
 
     Args:
-        S: (M, M) symmetric innovation covariance H P H^T + R.
+        S: (M, M) symmetric innovation covariance H P H^T + I.
         nu: (M,) innovations y - h(mu).
 
     Returns:
@@ -57,6 +63,45 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
     Raises:
         FilterError: nu or S is not finite.
         IndefiniteError: S stays indefinite under the largest jitter.
+    """
+    # one look at both: a sum is finite only if its terms are, and is cheaper than a look at each
+    if not isfinite(float(nu.sum()) + float(S.sum())):
+        _refuse(S, nu)
+    jitter = 0.0
+    L, info = torch.linalg.cholesky_ex(S)
+    if int(info) != 0:
+        L, jitter = _jittered(S)
+    nu = nu.to(S.dtype)
+    weights = torch.cholesky_solve(nu.unsqueeze(1), L).squeeze(1)
+    nis, half_log_det = torch.stack([nu @ weights, L.diagonal().log().sum()]).tolist()
+    return Innovation(L, weights, -0.5 * (nis + nu.numel() * log(2.0 * pi)) - half_log_det, nis, jitter)
+
+
+def _jittered(S: Tensor) -> tuple[Tensor, float]:
+    """The Cholesky factor of S with the least jitter that lets it factor, and the jitter.
+
+    Raises:
+        IndefiniteError: none does.
+    """
+    M = len(S)
+    unit = torch.finfo(S.dtype).eps * max(float(S.diagonal().mean()), torch.finfo(S.dtype).tiny)
+    jitter = 0.0
+    for power in range(_JITTER_STEPS):
+        jitter = unit * 10.0**power
+        L, info = torch.linalg.cholesky_ex(S + jitter * torch.eye(M, dtype=S.dtype, device=S.device))
+        if int(info) == 0:
+            return L, jitter
+    raise IndefiniteError(
+        f"the innovation covariance S ({M} x {M}) is not positive definite, even with {jitter:.1e} added to its "
+        "diagonal: raise the observation noise (observation.r0) or lower filter.p0."
+    )
+
+
+def _refuse(S: Tensor, nu: Tensor) -> None:
+    """Say which of the two is not finite; sums of huge but finite numbers pass.
+
+    Raises:
+        FilterError: one is not.
     """
     if not bool(torch.isfinite(nu).all()):
         bad = int((~torch.isfinite(nu)).sum())
@@ -69,23 +114,3 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
             "the innovation covariance S is NaN or infinite: the step was refused and the belief kept; "
             "lower filter.p0 or the process noise."
         )
-    M = nu.numel()
-    scale = float(S.diagonal().mean()) if M else 0.0
-    unit = torch.finfo(S.dtype).eps * max(scale, torch.finfo(S.dtype).tiny)
-    jitter = 0.0
-    L, info = torch.linalg.cholesky_ex(S)
-    for power in range(_JITTER_STEPS):
-        if int(info) == 0:
-            break
-        jitter = unit * 10.0**power
-        L, info = torch.linalg.cholesky_ex(S + jitter * torch.eye(M, dtype=S.dtype, device=S.device))
-    if int(info) != 0:
-        raise IndefiniteError(
-            f"the innovation covariance S ({M} x {M}) is not positive definite, even with {jitter:.1e} added to its "
-            "diagonal: raise the observation noise (observation.r0) or lower filter.p0."
-        )
-    whitened = torch.linalg.solve_triangular(L, nu.unsqueeze(1).to(S.dtype), upper=False)
-    weights = torch.linalg.solve_triangular(L.mT, whitened, upper=True).squeeze(1)
-    nis = float(whitened.square().sum())
-    log_det = 2.0 * float(L.diagonal().log().sum())
-    return Innovation(L, weights, -0.5 * (nis + log_det + M * log(2.0 * pi)), nis, jitter)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kngd_ray.filters._family import Family
+from kngd_ray.filters._family import Covariance, Family
 from kngd_ray.filters._innovation import Innovation, solve_innovation
+from kngd_ray.filters.jacobian import Jacobian
 
 
 @dataclass(frozen=True)
@@ -14,29 +16,42 @@ class Belief:
 
     Attributes:
         mu: (n,) mean.
-        covariance: P in the state form of its family; the first dimension runs over the weights.
+        covariance: P in the form of its family.
     """
 
     mu: Tensor
-    covariance: Tensor
+    covariance: Covariance
 
 
-def update(family: Family, belief: Belief, H: Tensor, nu: Tensor, R: Tensor) -> tuple[Belief, Innovation]:
-    """Condition a belief on one batch of observations ``nu = y - h(mu)``.
+def update(family: Family, belief: Belief, H: Jacobian, nu: Tensor) -> tuple[Belief, Innovation]:
+    """Condition a belief on one batch of whitened observations ``nu = y - h(mu)``, R = I.
 
     Args:
         family: covariance family of the belief.
         belief: the predicted belief N(mu-, P-).
-        H: (M, n) Jacobian of h at mu-.
+        H: Jacobian of h at mu-, the layers in the order of mu.
         nu: (M,) innovations.
-        R: (M,) observation noise variances.
 
     Returns:
         The posterior belief, and the innovation with its evidence and NIS.
     """
-    U = family.project(belief.covariance, H)
-    S = H.to(U.dtype) @ U
-    S.diagonal().add_(R)
-    innovation = solve_innovation(S, nu)
-    mu = belief.mu + (U @ innovation.weights).to(belief.mu.dtype)
-    return Belief(mu, family.update(belief.covariance, H, U, R, innovation)), innovation
+    P = belief.covariance
+    gram, work = family.gram(P, H, nu)
+    innovation = solve_innovation(innovation_covariance(family.spread(gram, len(nu))), nu)
+    step = family.gain(P, H, gram, work, innovation.weights)
+    mu = belief.mu + torch.cat(list(step.values())).to(belief.mu.dtype)
+    return Belief(mu, family.update(P, H, gram, work, innovation)), innovation
+
+
+def innovation_covariance(predicted: Tensor) -> Tensor:
+    """S = H P H^T + I.
+
+    Args:
+        predicted: (M, M) H P H^T.
+
+    Returns:
+        (M, M) S.
+    """
+    S = predicted.clone()
+    S.diagonal().add_(1.0)
+    return S

@@ -2,66 +2,135 @@
 
 Update (Kalman 1960; Joseph's form is not needed at the condition numbers met here)::
 
-    U = P H^T      S = H U + R      P <- P - U S^-1 U^T
+    U = P H^T      S = H U + I      P <- P - U S^-1 U^T
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
+from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters.jacobian import Jacobian, Layer, Part
+
+ROUNDING = 64  # units of rounding that an update in floats is taken to lose
+_ALL = "all"  # its state is that of one layer, which all layers together are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """P as one symmetric (n, n) float64 matrix.
+    """P as one symmetric (n, n) float64 matrix over the layers in their order.
 
     All of it lives on one rank: its rows need one another at each update. 8 n^2 bytes, so heads of
     up to about 10,000 parameters.
     """
 
+    joint: ClassVar[bool] = True
+
     kind: Literal["dense"] = "dense"
 
-    def cuts(self, n: int) -> Sequence[int]:
-        """Indivisible: (0, n)."""
-        return (0, n)
+    def grain(self, layer: Layer) -> int:
+        """Indivisible."""
+        return layer.o
 
-    def init(self, n: int, p0: float, like: Tensor) -> Tensor:
-        """(n, n) prior p0 I."""
-        return p0 * torch.eye(n, dtype=torch.float64, device=like.device)
+    def cost(self, layer: Layer) -> int:
+        """In proportion to the layer's rows of P."""
+        return layer.size
 
-    def predict(self, P: Tensor, scale: float, q: float) -> Tensor:
+    def init(self, parts: Sequence[Part], p0: float, like: Tensor) -> Covariance:
+        """(n, n) prior p0 I, on the rank that has the layers."""
+        if not parts:
+            return {}
+        n = sum(part.size for part in parts)
+        return {_ALL: {"covariance": p0 * torch.eye(n, dtype=torch.float64, device=like.device)}}
+
+    def predict(self, P: Covariance, scale: float, q: float, total: Callable[[Tensor], Tensor]) -> Covariance:
         """(n, n) scale * P + q I."""
-        predicted = P * scale
+        if not P:
+            return P
+        predicted = _matrix(P) * scale
         predicted.diagonal().add_(q)
-        return predicted
+        return {_ALL: {"covariance": predicted}}
 
-    def project(self, P: Tensor, H: Tensor) -> Tensor:
-        """(n, M) P H^T in float64."""
-        return P @ H.to(P.dtype).mT
+    def gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Work]:
+        """(M, M) H P H^T in float64, and U = P H^T (n, M)."""
+        if not P:
+            return torch.zeros(len(nu), len(nu), dtype=torch.float64, device=nu.device), {}
+        rows = torch.cat([piece.rows().double() for piece in H.values()], 1)
+        U = _matrix(P) @ rows.mT
+        return rows @ U, {"U": U}
 
-    def update(self, P: Tensor, H: Tensor, U: Tensor, R: Tensor, innovation: Innovation) -> Tensor:
+    def spread(self, gram: Tensor, M: int) -> Tensor:
+        """The sum itself."""
+        return gram
+
+    def gain(self, P: Covariance, H: Jacobian, gram: Tensor, work: Work, weights: Tensor) -> dict[str, Tensor]:
+        """U w, cut into layers."""
+        if not P:
+            return {}
+        sizes = [piece.rows().shape[1] for piece in H.values()]
+        return dict(zip(H, (work["U"] @ weights.double()).split(sizes), strict=True))
+
+    def update(self, P: Covariance, H: Jacobian, gram: Tensor, work: Work, innovation: Innovation) -> Covariance:
         """(n, n) P - U S^-1 U^T, symmetric to the last bit."""
-        X = innovation.whiten(U.to(P.dtype))
-        posterior = P - X @ X.mT
-        return (posterior + posterior.mT) / 2
+        if not P:
+            return P
+        X = innovation.whiten(work["U"])
+        posterior = _matrix(P) - X @ X.mT
+        return {_ALL: {"covariance": (posterior + posterior.mT) / 2}}
 
-    def sample(self, P: Tensor, draws: int, generator: Generator) -> Tensor:
-        """(draws, n) z L^T with P = L L^T; variances that rounding left just below 0 count as 0."""
-        z = torch.randn(draws, len(P), dtype=P.dtype, generator=generator).to(P.device)
-        L, info = torch.linalg.cholesky_ex(P)
-        if int(info) != 0:
-            variances, axes = torch.linalg.eigh(P)
-            L = axes * variances.clamp_min(0).sqrt()
-        return z @ L.mT
+    def sample(self, P: Covariance, draws: int, generator: Generator) -> Tensor:
+        """(draws, n) z L^T with P = L L^T."""
+        matrix = _matrix(P)
+        z = torch.randn(draws, len(matrix), dtype=matrix.dtype, generator=generator).to(matrix.device)
+        return z @ root(matrix).mT
 
-    def diagonal(self, P: Tensor) -> Tensor:
+    def diagonal(self, P: Covariance) -> Tensor:
         """(n,) marginal variances."""
-        return P.diagonal()
+        return _matrix(P).diagonal()
 
-    def log_det(self, P: Tensor) -> Tensor:
+    def log_det(self, P: Covariance) -> Tensor:
         """Scalar log |P|."""
-        return torch.linalg.slogdet(P).logabsdet
+        return torch.linalg.slogdet(_matrix(P)).logabsdet
+
+
+def root(P: Tensor) -> Tensor:
+    """A square root of a covariance; variances that rounding left just below 0 count as 0.
+
+    Args:
+        P: (..., n, n) symmetric.
+
+    Returns:
+        (..., n, n) L with L L^T = P.
+    """
+    L, info = torch.linalg.cholesky_ex(P)
+    if not bool(info.any()):
+        return L
+    variances, axes = torch.linalg.eigh(P)
+    return axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
+
+
+def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:
+    """Give back to the variances what rounding may have taken from them, so that a covariance stays definite.
+
+    The entries of ``prior - X X^T`` carry rounding errors in proportion to the standard deviations of the prior,
+    which a direction that confident observations pin down does not outlast.
+
+    Args:
+        posterior: (..., n, n) covariance, changed in place.
+        prior: (..., n, n) the covariance from which it was computed.
+
+    Returns:
+        The posterior, with some units of rounding of what each variance lost added to it.
+    """
+    posterior.diagonal(dim1=-2, dim2=-1).lerp_(
+        prior.diagonal(dim1=-2, dim2=-1), ROUNDING * torch.finfo(prior.dtype).eps
+    )
+    return posterior
+
+
+def _matrix(P: Covariance) -> Tensor:
+    return P[_ALL]["covariance"]

@@ -1,33 +1,46 @@
-"""One variance per weight, with two ways to come back to a diagonal after an update.
+r"""One variance per weight, with two ways to come back to a diagonal after an update.
 
-Both move the mean with the full gain, ``mu + P H^T S^-1 nu`` with ``S = H P H^T + R``; they differ
+Both move the mean with the full gain, ``mu + P H^T S^-1 nu`` with ``S = H P H^T + I``; they differ
 in which diagonal stands for the posterior (Chang et al., arXiv 2305.19535):
 
 ``ekf`` (FD-EKF)
     the diagonal of the exact posterior covariance, the minimiser of KL(posterior || diagonal)::
 
-        P <- P - colsum((L^-1 H P)^2),   S = L L^T
+        P <- P - P^2 diag(H^T S^-1 H)
 
 ``vdekf`` (VD-EKF)
     the diagonal of the exact posterior precision, the minimiser of KL(diagonal || posterior)::
 
-        1/P <- 1/P + diag(H^T R^-1 H)
+        1/P <- 1/P + diag(H^T H)
 
     additive over the observations and positive by construction; it is never larger than ``ekf``'s.
+
+With factors, h_m = g_m (x) x_m, no row is formed. P (o, i) as a matrix, over pairs a, b of samples ::
+
+    S_ab             = (g_a * g_b)^T P (x_a * x_b)
+    diag(H^T S^-1 H) = sum_ab (S^-1)_ab (g_a * g_b) (x_a * x_b)^T
+
+each a product over the s(s+1)/2 different pairs: M^2 n multiply-adds in all, the floor of an exact update,
+and nothing of n numbers is written but the result. k observations of a sample share x, and cost no more.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters._layerwise import LayerState, Layerwise
+from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
+
+_VARIANCE = "variance"
+_PAIR_NUMBERS = 1 << 20  # numbers of pair products held at once, 4 MB in float32: about what a cache holds
+_FEW = 3  # observations per sample up to which sums over them are faster than products of matrices so small
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagonal:
+class Diagonal(Layerwise):
     """P as n variances, in the weights' dtype but never below float32.
 
     Attributes:
@@ -38,41 +51,180 @@ class Diagonal:
     kind: Literal["diagonal"] = "diagonal"
     rule: Literal["ekf", "vdekf"] = "ekf"
 
-    def cuts(self, n: int) -> Sequence[int]:
-        """Anywhere: variances do not need one another."""
-        return range(n + 1)
+    def grain(self, layer: Layer) -> int:
+        """One row: variances do not need one another, and whole rows keep factors."""
+        return 1
 
-    def init(self, n: int, p0: float, like: Tensor) -> Tensor:
-        """(n,) prior variances p0."""
+    def cost(self, layer: Layer) -> int:
+        """One number per weight."""
+        return layer.size
+
+    def init_layer(self, part: Part, p0: float, like: Tensor) -> LayerState:
+        """(size,) prior variances p0."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return torch.full((n,), p0, dtype=dtype, device=like.device)
+        return {_VARIANCE: torch.full((part.size,), p0, dtype=dtype, device=like.device)}
 
-    def predict(self, P: Tensor, scale: float, q: float) -> Tensor:
-        """(n,) scale * P + q."""
-        return P * scale + q
+    def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
+        """(size,) scale * P + q."""
+        return {_VARIANCE: P[_VARIANCE] * scale + q}
 
-    def project(self, P: Tensor, H: Tensor) -> Tensor:
-        """(n, M) P H^T."""
-        return P.unsqueeze(1) * H.mT.to(P.dtype)
+    def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
+        """(M, M) H P H^T."""
+        variance = P[_VARIANCE]
+        if isinstance(H, Factors) and pairs_pay(H):
+            pairs = _Pairs(H, variance.dtype)
+            return _gram_of_pairs(variance, pairs), pairs
+        rows = H.rows().to(variance.dtype)
+        return (rows * variance) @ rows.mT, None
 
-    def update(self, P: Tensor, H: Tensor, U: Tensor, R: Tensor, innovation: Innovation) -> Tensor:
-        """(n,) posterior variances, kept positive against rounding in ``ekf``."""
+    def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
+        """(size,) P H^T w."""
+        return P[_VARIANCE] * H.combine(weights)
+
+    def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
+        """(size,) posterior variances, kept positive against rounding in ``ekf``."""
+        variance = P[_VARIANCE]
         if self.rule == "vdekf":
-            return 1.0 / (1.0 / P + H.to(P.dtype).square().mT @ (1.0 / R.to(P.dtype)))
-        shrinkage = innovation.whiten(U).square().sum(1)
-        # Exact arithmetic keeps P - shrinkage > 0; in float32 a weight seen by many confident
+            return {_VARIANCE: 1.0 / (1.0 / variance + column_energies(H).to(variance.dtype))}
+        if isinstance(work, _Pairs):
+            information = _information_of_pairs(work, innovation.inverse.to(variance.dtype))
+        else:
+            information = innovation.whiten(H.rows().to(variance.dtype).mT).square().sum(1)
+        # Exact arithmetic keeps the posterior above 0; in float32 a weight seen by many confident
         # observations can round to zero and would never move again.
-        return torch.maximum(P - shrinkage, P * torch.finfo(P.dtype).eps)
+        lost = information.mul_(variance).clamp_max_(1.0 - torch.finfo(variance.dtype).eps)
+        return {_VARIANCE: torch.addcmul(variance, lost, variance, value=-1.0)}
 
-    def sample(self, P: Tensor, draws: int, generator: Generator) -> Tensor:
-        """(draws, n) z sqrt(P)."""
-        z = torch.randn(draws, len(P), dtype=P.dtype, generator=generator).to(P.device)
-        return z * P.sqrt()
+    def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
+        """(draws, size) z sqrt(P)."""
+        variance = P[_VARIANCE]
+        z = torch.randn(draws, len(variance), dtype=variance.dtype, generator=generator).to(variance.device)
+        return z * variance.sqrt()
 
-    def diagonal(self, P: Tensor) -> Tensor:
-        """(n,) P itself."""
-        return P
+    def diagonal_layer(self, P: LayerState) -> Tensor:
+        """(size,) P itself."""
+        return P[_VARIANCE]
 
-    def log_det(self, P: Tensor) -> Tensor:
-        """Scalar sum of log variances."""
-        return P.log().sum()
+    def log_det_layer(self, P: LayerState) -> Tensor:
+        """Sum of log variances."""
+        return P[_VARIANCE].log().sum()
+
+
+def column_energies(H: Factors | Rows) -> Tensor:
+    """diag(H^T H).
+
+    Args:
+        H: a layer's Jacobian.
+
+    Returns:
+        (size,) sums of squares of the columns.
+    """
+    if isinstance(H, Factors) and H.single:
+        g, x = H.g[:, :, 0].square().sum(1), H.x[:, 0].square()
+        return (g.mT @ x).reshape(-1)
+    return H.rows().square().sum(0)
+
+
+def pairs_pay(H: Factors) -> bool:
+    """Whether pairs of factors are less work than rows.
+
+    Both take M^2 n multiply-adds where k = 1; what differs is what is written and read again: (o + i)
+    numbers for each pair of samples against about three passes over the n numbers of each row.
+
+    Args:
+        H: a layer's factors.
+
+    Returns:
+        The cheaper form; always rows where a row is not one outer product.
+    """
+    s, k, _, o = H.g.shape
+    i = H.x.shape[-1]
+    return H.single and (s + 1) / 2 * (o * min(k, 4) + i) <= 3 * k * o * i
+
+
+class _Pairs:
+    """Products of the factors of all pairs (a, a + d) of samples, d = 0 ... s/2 around the circle.
+
+    Together these are all pairs, each once; those with d = s/2 twice. A run of samples a is taken at a time,
+    so that the products fit the budget; a single run is kept from the Gram matrix to the update.
+    """
+
+    def __init__(self, H: Factors, dtype: torch.dtype) -> None:
+        s, k, _, o = H.g.shape
+        self.s, self.k, self.reach = s, k, s // 2 + 1
+        self.g, self.x = H.g[:, :, 0].to(dtype), H.x[:, 0].to(dtype)
+        self._windows = [_window(self.g, self.reach), _window(self.x, self.reach)]
+        self.run = max(1, min(s, _PAIR_NUMBERS // (self.reach * (k * o + H.x.shape[-1]))))
+        start = torch.arange(s, device=H.device).unsqueeze(1)
+        self.a, self.b = start.expand(s, self.reach), (start + torch.arange(self.reach, device=H.device)) % s
+        self._kept: tuple[Tensor, Tensor | None] | None = None
+
+    def runs(self) -> list[slice]:
+        """The samples a of each run."""
+        return [slice(start, min(start + self.run, self.s)) for start in range(0, self.s, self.run)]
+
+    def products(self, a: slice) -> tuple[Tensor, Tensor | None]:
+        """x_a * x_b (pairs, i) of a run, and g_a * g_b (pairs, o) where k = 1."""
+        if self._kept is not None:
+            return self._kept
+        x = (self.x[a].unsqueeze(1) * self._windows[1][a]).flatten(0, 1)
+        g = (self.g[a] * self._windows[0][a, :, 0]).flatten(0, 1) if self.k == 1 else None
+        if self.run == self.s:
+            self._kept = x, g
+        return x, g
+
+    def against(self, a: slice, spread: Tensor) -> Tensor:
+        """(pairs, k, k) sums over o of g_a * g_b * spread, for spread (pairs, o) and each two observations."""
+        spread, g, other = spread.unflatten(0, (-1, self.reach)), self.g[a].unsqueeze(1), self._windows[0][a]
+        if self.k > _FEW:
+            return ((g * spread.unsqueeze(2)) @ other.mT).flatten(0, 1)
+        rows = [spread * g[:, :, j] for j in range(self.k)]
+        return torch.stack([(row.unsqueeze(2) * other).sum(3) for row in rows], 2).flatten(0, 1)
+
+    def mixed(self, a: slice, weights: Tensor) -> Tensor:
+        """(pairs, o) sums over each two observations of weights (pairs, k, k) times g_a * g_b."""
+        weights, g, other = weights.unflatten(0, (-1, self.reach)), self.g[a].unsqueeze(1), self._windows[0][a]
+        if self.k > _FEW:
+            return ((weights @ other) * g).sum(2).flatten(0, 1)
+        columns = [(weights[..., j].unsqueeze(3) * g).sum(2) * other[:, :, j] for j in range(self.k)]
+        return torch.stack(columns).sum(0).flatten(0, 1)
+
+
+def _window(values: Tensor, reach: int) -> Tensor:
+    """(s, reach, ...) views of values (s, ...): for each sample itself and those after it, around the circle."""
+    return torch.cat([values, values[: reach - 1]]).unfold(0, reach, 1).movedim(-1, 1)
+
+
+def _gram_of_pairs(variance: Tensor, pairs: _Pairs) -> Tensor:
+    """H P H^T (M, M)."""
+    s, k, o = pairs.s, pairs.k, pairs.g.shape[2]
+    P = variance.view(o, -1)
+    shares = []
+    for a in pairs.runs():
+        x, g = pairs.products(a)
+        if g is None:
+            shares.append(pairs.against(a, x @ P.mT))
+        elif o < P.shape[1]:  # the longer side is summed in the product
+            shares.append((x @ P.mT).mul_(g).sum(1))
+        else:
+            shares.append((g @ P).mul_(x).sum(1))
+    share = torch.cat(shares).view(s, pairs.reach, k, k)
+    gram = variance.new_empty(s, s, k, k)
+    gram[pairs.b, pairs.a] = share.mT
+    gram[pairs.a, pairs.b] = share
+    return gram.transpose(1, 2).reshape(s * k, s * k)
+
+
+def _information_of_pairs(pairs: _Pairs, inverse: Tensor) -> Tensor:
+    """diag(H^T S^-1 H) (size,)."""
+    s, k = pairs.s, pairs.k
+    weights = inverse.view(s, k, s, k).transpose(1, 2)[pairs.a, pairs.b]
+    weights[:, 1 : (s + 1) // 2] *= 2.0  # such a pair stands for (a, b) and (b, a)
+    total: Tensor | None = None
+    for a in pairs.runs():
+        x, g = pairs.products(a)
+        share = weights[a].flatten(0, 1)
+        left = pairs.mixed(a, share) if g is None else g * share[:, 0]
+        total = left.mT @ x if total is None else total.addmm_(left.mT, x)
+    assert total is not None
+    return total.reshape(-1)

@@ -8,6 +8,7 @@ from kngd_ray.observations._model import Observation, ObservationModel, stack
 from kngd_ray.observations.categorical import Categorical
 from kngd_ray.observations.cosine import Cosine
 from kngd_ray.observations.jacobian import flatten, jacobian_rows, trainable, unflatten
+from kngd_ray.observations.linearise import Linearisation, Linearizer
 from kngd_ray.observations.log_likelihood import LogLikelihood
 from kngd_ray.observations.probability import Probability
 
@@ -17,6 +18,8 @@ Model = Cosine | Probability | LogLikelihood | Categorical
 __all__ = [
     "Categorical",
     "Cosine",
+    "Linearisation",
+    "Linearizer",
     "LogLikelihood",
     "Model",
     "Observation",

@@ -6,12 +6,14 @@ model is a function of logits alone, one vector-Jacobian product per row does th
 is stays apart from how H is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+_MARGIN = 1e-6  # of a probability from 0 and 1, where odds are counted
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,21 @@ class Observation:
         cotangent: (m, k, C) V, the derivative of h with respect to the logits.
         base_noise: (m, k) noise variance known from the likelihood.
         channel: (m, k) int64 class that each observation is about, for noise kept per class.
+        judged: computes, for a gate that asks, of a model without residuals (m, k, 2): the residual of unit noise that
+            is judged in the place of each observation, and the factor from its row to that of the residual, 0
+            where there is none.
     """
 
     innovation: Tensor
     cotangent: Tensor
     base_noise: Tensor
     channel: Tensor
+    judged: Callable[[], Tensor] | None = None
+
+    @property
+    def judged_form(self) -> Tensor:
+        """(m, k, 2) the same, zeros for residuals, which are judged as they are."""
+        return self.innovation.new_zeros(*self.innovation.shape, 2) if self.judged is None else self.judged()
 
 
 class ObservationModel(Protocol):
@@ -47,6 +58,15 @@ class ObservationModel(Protocol):
     @property
     def residual(self) -> bool:
         """Whether the innovation is a residual, whose spread tells of the noise, or a device of the algebra."""
+        ...
+
+    @property
+    def likelihood(self) -> float | None:
+        """Variance that the likelihood gives a row on top of its base noise; None where there is no likelihood."""
+        ...
+
+    def rows(self, classes: int) -> int:
+        """Observations per sample."""
         ...
 
     def draws(self, classes: int) -> int:
@@ -70,14 +90,16 @@ class ObservationModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Noisy:
-    """What the models share: a noise variance r0, innovations that are residuals, no need of random numbers.
+    """What the models share: a noise variance r0, one residual per sample, no need of random numbers.
 
     Attributes:
         residual: whether the innovation is a residual.
+        likelihood: variance that the likelihood gives a row on top of its base noise.
         r0: initial noise variance of each observation.
     """
 
     residual: ClassVar[bool] = True
+    likelihood: ClassVar[float | None] = None
 
     r0: float = 1.0
 
@@ -85,13 +107,32 @@ class Noisy:
         if not self.r0 > 0:
             raise ValueError(f"r0 is {self.r0}; an observation noise variance must be above 0")
 
+    def rows(self, classes: int) -> int:
+        """One."""
+        return 1
+
     def draws(self, classes: int) -> int:
         """None."""
         return 0
 
 
+def label_odds(p: Tensor) -> Tensor:
+    """Odds p / (1 - p) of the label, finite and above 0.
+
+    As a Bernoulli variable the label has the residual 1 - p with noise p (1 - p), which is odds^-1/2 in units of it.
+
+    Args:
+        p: probability of the label.
+
+    Returns:
+        The odds, within 1e-6 and 1e6.
+    """
+    p = p.clamp(_MARGIN, 1.0 - _MARGIN)
+    return p / (1.0 - p)
+
+
 def stack(observations: Sequence[Observation], channels: int) -> Observation:
-    """Put the rows of several models side by side, each with channels of its own.
+    """Put the rows of several models side by side, each with channels of its own; what a gate judges is left out.
 
     Args:
         observations: what each model saw of the same m samples.

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Noisy, Observation
+from kngd_ray.observations._model import Noisy, Observation, label_odds
 
 _MIN_P = 1e-12
 
@@ -41,6 +41,7 @@ class Categorical(Noisy):
     residual: ClassVar[bool] = (
         False  # its noise is that of the likelihood: it is not estimated, and its NIS says little
     )
+    likelihood: ClassVar[float | None] = 1.0
 
     kind: Literal["categorical"] = "categorical"
     r0: float = 1.0
@@ -51,6 +52,10 @@ class Categorical(Noisy):
         if self.samples < 0:
             raise ValueError(f"samples is {self.samples}; give 0 for the exact form, or how many labels to draw")
 
+    def rows(self, classes: int) -> int:
+        """All classes, or the true one and those sampled."""
+        return self.samples + 1 if self.samples else classes
+
     def draws(self, classes: int) -> int:
         """One per sampled label."""
         return self.samples
@@ -59,14 +64,24 @@ class Categorical(Noisy):
         """C rows per sample, or 1 + samples."""
         target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
         p = logits.softmax(1).clamp_min(_MIN_P)
+        p_true = (p * target).sum(1, keepdim=True)
+
+        def judged() -> Tensor:
+            # the label's probability, whose row is p_y^1/2 times that of the true class, with noise
+            # p_y (1 - p_y): in units of it, (1 + odds)^1/2 times
+            odds = label_odds(p_true)
+            label = torch.stack([odds.rsqrt(), (1.0 + odds).sqrt()], 2)
+            if self.samples == 0:
+                return label * target.unsqueeze(2)
+            return torch.cat([label, label.new_zeros(len(label), self.samples, 2)], 1)
+
         eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         if self.samples == 0:
             root = p.sqrt()
             nu = (target - p) / root
             cotangent = root.unsqueeze(2) * (eye.unsqueeze(0) - p.unsqueeze(1))
             channel = torch.arange(logits.shape[1], device=logits.device).expand_as(nu)
-            return Observation(nu, cotangent, torch.zeros_like(nu), channel)
-        p_true = (p * target).sum(1, keepdim=True)
+            return Observation(nu, cotangent, torch.zeros_like(nu), channel, judged)
         others = (p * (1 - target)).cumsum(1)
         total = others[:, -1:]
         # A product rounded up to the total would fall off the end, and onto the true class if that is the last.
@@ -81,4 +96,5 @@ class Categorical(Noisy):
             torch.cat([rows_true, rows_drawn], 1),
             torch.zeros_like(nu),
             torch.cat([labels.unsqueeze(1), drawn], 1),
+            judged,
         )

@@ -4,11 +4,13 @@ A row of H is the gradient of one observed scalar with respect to all trainable 
 flattened in the order of ``named_parameters()``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+
+_NUMBERS = 1 << 24  # numbers of rows that one chunk of samples forms at once, 64 MB in float32
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -49,21 +51,24 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view_as(t) for (name, t), piece in zip(like.items(), pieces, strict=True)}
 
 
-def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor) -> Tensor:
-    """Rows ``V_ij J_i`` of H for every sample i and observation j.
+def jacobian_rows(
+    head: nn.Module, inputs: Tensor, cotangent: Tensor, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Rows ``V_ij J_i`` of H for every sample i and observation j, a chunk of samples at a time.
 
     Args:
-        head: maps (m, d) inputs to (m, C) outputs, samples independent of one another.
-        inputs: (m, d) one batch.
+        head: maps (m, ...) inputs to (m, C) outputs, samples independent of one another.
+        inputs: (m, ...) one batch.
         cotangent: (m, k, C) derivative of each observation with respect to the outputs.
+        names: trainable parameters whose columns are wanted; None is all.
 
     Returns:
-        (m * k, n) rows, the k rows of a sample together.
+        (m * k, size) rows by parameter, the k rows of a sample together.
     """
-    parameters = {name: p.detach() for name, p in trainable(head).items()}
+    parameters = {name: p.detach() for name, p in trainable(head).items() if names is None or name in names}
     m, k, _ = cotangent.shape
     if m == 0:
-        return inputs.new_zeros(0, sum(p.numel() for p in parameters.values()))
+        return {name: inputs.new_zeros(0, p.numel()) for name, p in parameters.items()}
 
     def rows_of(x: Tensor, v: Tensor) -> dict[str, Tensor]:
         def outputs(theta: dict[str, Tensor]) -> Tensor:
@@ -74,5 +79,7 @@ def jacobian_rows(head: nn.Module, inputs: Tensor, cotangent: Tensor) -> Tensor:
         (rows,) = vmap(pull)(v)
         return rows
 
-    rows = vmap(rows_of)(inputs, cotangent)
-    return torch.cat([rows[name].reshape(m * k, -1) for name in parameters], 1)
+    chunk = max(1, _NUMBERS // (k * sum(p.numel() for p in parameters.values())))
+    with torch.no_grad():  # of the parameters that are not wanted
+        rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
+    return {name: rows[name].reshape(m * k, -1) for name in parameters}

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kngd_ray.observations._model import Noisy, Observation
+from kngd_ray.observations._model import Noisy, Observation, label_odds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class LogLikelihood(Noisy):
     """
 
     residual: ClassVar[bool] = False  # its innovation is 1 by definition: it is not estimated, and its NIS says little
+    likelihood: ClassVar[float | None] = 1.0
 
     kind: Literal["log_likelihood"] = "log_likelihood"
     r0: float = 1.0
@@ -31,8 +32,14 @@ class LogLikelihood(Noisy):
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """One row per sample with V = e_y - p."""
         target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
-        nu = torch.ones_like(logits[:, :1])
-        # A non-finite logit must reach the innovation, where the filter refuses the step.
-        nu = torch.where(logits.isfinite().all(1, keepdim=True), nu, torch.nan)
-        cotangent = (target - logits.softmax(1)).unsqueeze(1)
-        return Observation(nu, cotangent, torch.zeros_like(nu), labels.unsqueeze(1))
+        # 1, but a non-finite logit must reach the innovation, where the filter refuses the step
+        nu = 1.0 + 0.0 * logits.sum(1, keepdim=True)
+        p = logits.softmax(1)
+        cotangent = (target - p).unsqueeze(1)
+
+        def judged() -> Tensor:
+            # the label's probability, whose row is p times this one, with noise p (1 - p)
+            odds = label_odds((p * target).sum(1, keepdim=True))
+            return torch.stack([odds.rsqrt(), odds.sqrt()], 2)
+
+        return Observation(nu, cotangent, torch.zeros_like(nu), labels.unsqueeze(1), judged)

@@ -1,7 +1,7 @@
 """True-class probability: softmax probability of the label, target 1, with its Bernoulli variance."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Probability(Noisy):
         kind: the model's name.
         r0: noise variance on top of the Bernoulli variance.
     """
+
+    likelihood: ClassVar[float | None] = 0.0
 
     kind: Literal["probability"] = "probability"
     r0: float = 0.1

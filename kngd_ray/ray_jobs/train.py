@@ -129,14 +129,25 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 
 def _explained(error: TrainingFailedError) -> KngdError:
-    """One sentence with the rank that failed and its reason."""
-    failed: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    for rank, cause in failed.items():
-        inner = getattr(cause, "cause", None) or cause
-        if isinstance(inner, KngdError):
-            return inner
-        return KngdError(f"worker {rank} failed: {_last_line(inner)}; the run can be continued with --resume.")
+    """One sentence with the rank that failed by its own fault and its reason."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    failed = {rank: getattr(cause, "cause", None) or cause for rank, cause in failures.items()}
+    for rank, cause in sorted(failed.items(), key=lambda item: _lost_another(item[1])):
+        if isinstance(cause, KngdError):
+            return type(cause)(f"worker {rank} failed: {cause}")
+        if getattr(cause, "health_check_failure", None) is not None:
+            reason = "its process died or stopped answering (out of memory, killed, or its node is gone)"
+        elif _lost_another(cause):
+            reason = f"it lost the connection to another worker, which must have died ({_last_line(cause)})"
+        else:
+            reason = _last_line(cause)
+        return KngdError(f"worker {rank} failed: {reason}; the run can be continued with --resume.")
     return KngdError(f"the Ray Train job failed: {_last_line(error)}; the run can be continued with --resume.")
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether an error is what a collective says, often first, on a rank whose peer has gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _last_line(error: BaseException) -> str:

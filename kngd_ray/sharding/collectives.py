@@ -9,10 +9,17 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """A set of ranks that advance together."""
+    """A set of ranks that advance together.
+
+    Attributes:
+        rank: this rank.
+        world_size: number of ranks.
+        bytes_moved: bytes that this rank has received from others; for a sum, those of a ring.
+    """
 
     rank: int
     world_size: int
+    bytes_moved: int
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, bitwise the same on every rank."""
@@ -22,16 +29,15 @@ class Group(Protocol):
         """Concatenate the ranks' tensors along dimension 0; rank r brings sizes[r] rows."""
         ...
 
-    def exchange_columns(self, rows: Tensor, row_sizes: Sequence[int], column_sizes: Sequence[int]) -> Tensor:
-        """Give each rank its columns of everybody's rows.
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int]) -> list[Tensor]:
+        """Give each rank its own message.
 
         Args:
-            rows: (row_sizes[rank], sum(column_sizes)) local rows.
-            row_sizes: rows of each rank.
-            column_sizes: columns that each rank is to receive.
+            outgoing: a flat message for each rank, of one dtype.
+            incoming: numbers that each rank sends to this one.
 
         Returns:
-            (sum(row_sizes), column_sizes[rank]) own columns of all rows, in rank order.
+            The flat messages from each rank.
         """
         ...
 
@@ -41,6 +47,7 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    bytes_moved = 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -50,9 +57,9 @@ class SingleProcess:
         """The tensor itself."""
         return local
 
-    def exchange_columns(self, rows: Tensor, row_sizes: Sequence[int], column_sizes: Sequence[int]) -> Tensor:
-        """The rows themselves."""
-        return rows
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int]) -> list[Tensor]:
+        """The message itself."""
+        return list(outgoing)
 
 
 class ProcessGroup:
@@ -66,11 +73,13 @@ class ProcessGroup:
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.bytes_moved = 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """One all_reduce."""
         total = tensor.clone(memory_format=torch.contiguous_format)  # all_reduce writes into its argument
         dist.all_reduce(total, group=self._group)
+        self.bytes_moved += 2 * total.nbytes * (self.world_size - 1) // self.world_size
         return total
 
     def gather_rows(self, local: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -80,18 +89,19 @@ class ProcessGroup:
         padded[: len(local)] = local
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded, group=self._group)
+        self.bytes_moved += padded.nbytes * (self.world_size - 1)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
-    def exchange_columns(self, rows: Tensor, row_sizes: Sequence[int], column_sizes: Sequence[int]) -> Tensor:
-        """One all_to_all of uneven pieces."""
-        own_columns = column_sizes[self.rank]
-        outgoing = torch.cat([piece.reshape(-1) for piece in rows.split(list(column_sizes), 1)])
-        incoming = rows.new_empty(sum(row_sizes) * own_columns)
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int]) -> list[Tensor]:
+        """One all_to_all of uneven messages."""
+        sent = torch.cat(list(outgoing))
+        received = sent.new_empty(sum(incoming))
         dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=[size * own_columns for size in row_sizes],
-            input_split_sizes=[len(rows) * size for size in column_sizes],
+            received,
+            sent,
+            output_split_sizes=list(incoming),
+            input_split_sizes=[len(message) for message in outgoing],
             group=self._group,
         )
-        return incoming.view(sum(row_sizes), own_columns)
+        self.bytes_moved += (len(received) - incoming[self.rank]) * received.element_size()
+        return list(received.split(list(incoming)))

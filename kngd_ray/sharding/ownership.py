@@ -1,4 +1,4 @@
-r"""Who owns which slice of the covariance.
+r"""Who owns which part of the covariance.
 
 The n weights are one vector, parameters in registration order. Rank r holds all of theta and the
 covariance of its own contiguous slice, cut where the covariance family allows::
@@ -9,18 +9,22 @@ covariance of its own contiguous slice, cut where the covariance family allows::
              rank 0        rank 1         rank 2
     bounds  0             b1             b2                  n
 
-    step    local rows  H_local (m_r, n)     cut by columns at the bounds
-            exchange    all_to_all           every rank now has H_r (M, n_r), its columns for all M rows
-            S           = sum_r H_r P_r H_r^T + R      one all_reduce of (M, M)
-            theta_r     += P_r H_r^T S^-1 nu           one all_gather of the slices
+    step    factors         g (m, o), x (m, i) of each layer, of the local m samples
+            exchange        all_to_all        every rank now has, of all M, the factors of its own rows of each layer
+                                              (or the rows themselves, where those are fewer bytes)
+            S               = sum_r H_r P_r H_r^T + I         one all_reduce of (M, M)
+            theta_r         += P_r H_r^T S^-1 nu              one all_gather of the slices
+            P_r             from its own factors and S        nothing moves
 
 The same picture holds for samples: the global batch is cut into contiguous runs, so that rows
 gathered in rank order are in the order of the global batch, whatever the number of ranks.
 """
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from kngd_ray.filters import Family, Layer, Part
 
 
 def split_evenly(total: int, world_size: int) -> list[int]:
@@ -39,34 +43,36 @@ def split_evenly(total: int, world_size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Contiguous slices of n weights over ranks.
+    """Contiguous slices of the layers' weights over ranks.
 
     Attributes:
+        layers: all layers, in the order of theta.
         bounds: world_size + 1 increasing positions from 0 to n; rank r owns [bounds[r], bounds[r+1]).
     """
 
+    layers: tuple[Layer, ...]
     bounds: tuple[int, ...]
 
     @classmethod
-    def balanced(cls, cuts: Sequence[int], world_size: int) -> "Ownership":
-        """Slices as equal as the allowed cuts permit; a rank may own nothing.
+    def balanced(cls, family: Family, layers: Sequence[Layer], world_size: int) -> "Ownership":
+        """Slices whose covariances cost as equally as the family's units permit; a rank may own nothing.
 
         Args:
-            cuts: where the covariance family may be cut, increasing from 0 to n.
+            family: says what a layer costs and into which units it may be cut.
+            layers: all layers, in the order of theta.
             world_size: number of ranks.
 
         Returns:
             The ownership whose bounds are the allowed cuts nearest to equal shares.
         """
-        n = cuts[-1]
+        n = sum(layer.size for layer in layers)
+        total = sum(family.cost(layer) for layer in layers)
         bounds = [0]
         for rank in range(1, world_size):
-            ideal = n * rank / world_size
-            at = min(bisect_left(cuts, ideal), len(cuts) - 1)
-            before = cuts[max(at - 1, 0)]
-            nearest = before if ideal - before < cuts[at] - ideal else cuts[at]
-            bounds.append(max(nearest, bounds[-1]))
-        return cls((*bounds, n))
+            share = total * rank / world_size
+            cut = (0 if share < total / 2 else n) if family.joint else _nearest_cut(family, layers, share)
+            bounds.append(max(cut, bounds[-1]))
+        return cls(tuple(layers), (*bounds, n))
 
     @property
     def world_size(self) -> int:
@@ -82,21 +88,31 @@ class Ownership:
         """The weights of a rank, as a slice of the flat vector."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
-    def pieces(self, rank: int, parameters: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        """Which part of which named parameter a rank owns.
+    @cached_property
+    def parts(self) -> list[list[Part]]:
+        """For each rank, the parts of layers that it owns, in the order of theta."""
+        return [self._parts(*self.bounds[rank : rank + 2]) for rank in range(self.world_size)]
 
-        Args:
-            rank: the rank.
-            parameters: number of weights of each parameter, in flat order.
-
-        Returns:
-            (start, stop) within each parameter that the rank owns a part of, in flat order.
-        """
-        low, high = self.bounds[rank], self.bounds[rank + 1]
-        owned, offset = {}, 0
-        for name, size in parameters.items():
-            start, stop = max(low - offset, 0), min(high - offset, size)
+    def _parts(self, low: int, high: int) -> list[Part]:
+        owned, offset = [], 0
+        for layer in self.layers:
+            start, stop = max(low - offset, 0), min(high - offset, layer.size)
             if start < stop:
-                owned[name] = (start, stop)
-            offset += size
+                owned.append(Part(layer, start // layer.i, stop // layer.i))
+            offset += layer.size
         return owned
+
+
+def _nearest_cut(family: Family, layers: Sequence[Layer], share: float) -> int:
+    """The allowed position whose cost on its left is nearest to the share."""
+    position, cost = 0, 0.0
+    for layer in layers:
+        whole = family.cost(layer)
+        if cost + whole >= share:
+            grain = family.grain(layer)
+            wanted = (share - cost) / whole * layer.o
+            left = int(wanted // grain) * grain
+            right = min(left + grain, layer.o)
+            return position + (right if right - wanted < wanted - left else left) * layer.i  # ties go left
+        position, cost = position + layer.size, cost + whole
+    return position

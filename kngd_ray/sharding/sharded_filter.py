@@ -1,37 +1,54 @@
 """The Kalman update with its covariance sharded over ranks: the same filter, placed.
 
-:func:`kngd_ray.filters.update` with the four communications of the picture in
+:func:`kngd_ray.filters.update` with the communications of the picture in
 :mod:`~kngd_ray.sharding.ownership` in between. What is replicated (S, its Cholesky factor, the
-weights w, the noise state, theta) is bitwise the same on every rank, because every rank computes
-it from the same gathered numbers.
+weights w, theta) is bitwise the same on every rank, because every rank computes it from the same
+gathered numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kngd_ray.filters import Belief, Family, Innovation, ObservationNoise, Transition, solve_innovation
+from kngd_ray.filters import (
+    Belief,
+    Covariance,
+    Family,
+    Gate,
+    Innovation,
+    Jacobian,
+    Judged,
+    Layer,
+    NoGate,
+    Transition,
+    innovation_covariance,
+    scaled,
+    solve_innovation,
+)
 from kngd_ray.sharding.collectives import Group
+from kngd_ray.sharding.exchange import exchange
 from kngd_ray.sharding.ownership import Ownership
 
 
 @dataclass(frozen=True)
-class LocalRows:
-    """What one rank observed of its part of the global batch.
+class Observed:
+    """The whitened observations of a global batch, as one rank has them.
 
     Attributes:
-        H: (m, n) Jacobian rows.
-        nu: (m,) innovations.
-        base_noise: (m,) noise variances known from the likelihood.
-        channel: (m,) int64 channel of the noise model.
+        jacobian: H of the local samples, every layer.
+        nu: (M,) innovations of the global batch, in rank order.
+        judged: the global batch as a gate sees it; None where there is no gate.
+        samples: number of samples on each rank.
+        k: observations per sample.
     """
 
-    H: Tensor
+    jacobian: Jacobian
     nu: Tensor
-    base_noise: Tensor
-    channel: Tensor
+    judged: Judged | None
+    samples: Sequence[int]
+    k: int
 
 
 @dataclass(frozen=True)
@@ -39,16 +56,31 @@ class ShardedUpdate:
     """Outcome of one sharded update.
 
     Attributes:
-        belief: mean (n,) of all weights, covariance of the own slice.
-        noise: (channels,) noise state after the update.
-        innovation: factored innovation of the global batch.
-        nu: (M,) innovations of the global batch in rank order.
+        belief: mean (n,) of all weights, covariance of the own parts.
+        log_evidence: log N(nu; 0, S) in nats, as if nothing were gated.
+        nis: nu^T S^-1 nu, as if nothing were gated.
+        jitter: the largest that S needed; normally 0.
+        predicted: (s, k, k) H P H^T of each sample.
+        weight: (M,) what the gate left of each observation: 1 all of it, 0 nothing.
     """
 
     belief: Belief
-    noise: Tensor
+    log_evidence: float
+    nis: float
+    jitter: float
+    predicted: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Conditioned:
+    """The own parts after some of the batch."""
+
+    covariance: Covariance
+    step: Mapping[str, Tensor]
     innovation: Innovation
-    nu: Tensor
+    predicted: Tensor
+    weight: Tensor
 
 
 class ShardedFilter:
@@ -56,60 +88,139 @@ class ShardedFilter:
 
     Args:
         family: the covariance family.
-        noise_model: how observation noise is estimated.
-        n: number of weights.
+        layers: all layers, in the order of theta.
         group: the ranks.
+        gate: what is done about outlying observations.
+        serial: samples conditioned on at once; 0 is the whole batch.
     """
 
-    def __init__(self, family: Family, noise_model: ObservationNoise, n: int, group: Group) -> None:
+    def __init__(
+        self, family: Family, layers: Sequence[Layer], group: Group, gate: Gate | None = None, serial: int = 0
+    ) -> None:
         self.family = family
-        self.noise_model = noise_model
         self.group = group
-        self.ownership = Ownership.balanced(family.cuts(n), group.world_size)
+        self.gate = gate or NoGate()
+        self.serial = serial
+        self.ownership = Ownership.balanced(family, layers, group.world_size)
         self._own = self.ownership.slice(group.rank)
 
     def init(self, mu: Tensor, p0: float) -> Belief:
-        """The prior N(mu, p0 I), of which this rank holds its slice of P."""
-        return Belief(mu, self.family.init(self._own.stop - self._own.start, p0, mu))
+        """The prior N(mu, p0 I), of which this rank holds its parts of P."""
+        return Belief(mu, self.family.init(self.ownership.parts[self.group.rank], p0, mu))
 
-    def predict(self, belief: Belief, transition: Transition) -> Belief:
-        """Time update of the covariance slice under a process model with F = 1."""
-        return Belief(belief.mu, self.family.predict(belief.covariance, transition.scale, transition.q))
+    def own(self, covariance: Covariance) -> Covariance:
+        """The own parts of a covariance of all layers.
 
-    def update(self, belief: Belief, noise: Tensor, rows: LocalRows, row_sizes: Sequence[int]) -> ShardedUpdate:
-        """Condition on the observations of all ranks.
+        Args:
+            covariance: P of all layers, or of one that stands for all.
+
+        Returns:
+            The tensors of the own parts, contiguous.
+        """
+        parts = self.ownership.parts[self.group.rank]
+        if self.family.joint:
+            return covariance if parts else {}
+        return {
+            part.layer.name: {
+                key: value if part.whole else value[part.flat].contiguous()
+                for key, value in covariance[part.layer.name].items()
+            }
+            for part in parts
+        }
+
+    def predict(self, belief: Belief, transition: Transition, anchor: Tensor) -> Belief:
+        """Time update.
+
+        Args:
+            belief: mean of all weights, covariance of the own parts.
+            transition: of the process model.
+            anchor: (n,) mu_0, where the mean is pulled to.
+
+        Returns:
+            The predicted belief.
+        """
+        mu = belief.mu if transition.decay == 1.0 else anchor.lerp(belief.mu, transition.decay)
+        return Belief(mu, self.family.predict(belief.covariance, transition.scale, transition.q, self.group.sum))
+
+    def update(self, belief: Belief, observed: Observed) -> ShardedUpdate:
+        """Condition on the observations of all ranks, `serial` samples at a time.
+
+        By the chain rule of probability this is conditioning on all at once, up to what the family gives up
+        each time that it comes back to its form.
 
         Args:
             belief: predicted belief.
-            noise: (channels,) noise state.
-            rows: what this rank observed; may be empty.
-            row_sizes: number of observations on each rank, M in all.
+            observed: what was observed.
 
         Returns:
-            The posterior, the new noise state and the innovation.
+            The posterior and the innovation.
 
         Raises:
             FilterError: non-finite innovations or an indefinite S, on every rank alike; the
                 arguments are left as they were.
         """
-        group, family = self.group, self.family
-        # One gather for three small vectors; float64 holds channel numbers and float32 exactly.
-        packed = torch.stack([rows.nu.double(), rows.base_noise.double(), rows.channel.double()], 1)
-        nu, base, channel = group.gather_rows(packed, row_sizes).unbind(1)
-        channel = channel.long()
+        k, total = observed.k, sum(observed.samples)
+        H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k)
+        done: list[_Conditioned] = []
+        covariance, moved = belief.covariance, None
+        for start in range(0, total, self.serial or total):
+            stop = min(start + (self.serial or total), total)
+            some = H if stop - start == total else {name: piece.take(start, stop, k) for name, piece in H.items()}
+            rows = slice(start * k, stop * k)
+            nu, judged = observed.nu[rows], observed.judged and observed.judged.take(rows)
+            if moved is not None:
+                shift = self._shift(some, moved, nu)
+                nu, judged = nu - shift, judged and judged.shifted(shift)
+            done.append(self._condition(covariance, some, nu, judged, k))
+            covariance, step = done[-1].covariance, done[-1].step
+            moved = step if moved is None else {name: moved[name] + step[name] for name in step}
+        return ShardedUpdate(
+            Belief(self._moved(belief.mu, moved or {}), covariance),
+            sum(part.innovation.log_evidence for part in done),
+            sum(part.innovation.nis for part in done),
+            max(part.innovation.jitter for part in done),
+            torch.cat([part.predicted for part in done]),
+            torch.cat([part.weight for part in done]),
+        )
 
-        H = group.exchange_columns(rows.H, row_sizes, self.ownership.sizes)
-        U = family.project(belief.covariance, H)
-        gram = group.sum(H.to(U.dtype) @ U)
-        nu, base = nu.to(gram.dtype), base.to(gram.dtype)
-        R = base + noise.to(gram.dtype)[channel]
-        predicted = gram.diagonal().clone()
-        S = gram
-        S.diagonal().add_(R)
-        innovation = solve_innovation(S, nu)
+    def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, k: int) -> _Conditioned:
+        """Condition the own parts on observations, all at once."""
+        family, M = self.family, len(nu)
+        share, work = family.gram(P, H, nu)
+        gram = self.group.sum(share)
+        predicted = family.spread(gram, M)
+        innovation = first = solve_innovation(innovation_covariance(predicted), nu)
+        weight = None if judged is None else self.gate.weights(predicted, judged, k)
+        if weight is not None:
+            H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
+            share, work = family.gram(P, H, nu)
+            gram = self.group.sum(share)
+            innovation = solve_innovation(innovation_covariance(family.spread(gram, M)), nu)
+        step = family.gain(P, H, gram, work, innovation.weights)
+        posterior = family.update(P, H, gram, work, innovation)
+        blocks = predicted.view(M // k, k, M // k, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return _Conditioned(posterior, step, first, blocks, torch.ones_like(nu) if weight is None else weight)
 
-        step = (U @ innovation.weights).to(belief.mu.dtype)
-        mu = group.gather_rows(belief.mu[self._own] + step, self.ownership.sizes)
-        covariance = family.update(belief.covariance, H, U, R, innovation)
-        new_noise = self.noise_model.update(noise.to(gram.dtype), nu, predicted, base, channel)
-        return ShardedUpdate(Belief(mu, covariance), new_noise.to(noise.dtype), innovation, nu)
+    def _shift(self, H: Jacobian, moved: Mapping[str, Tensor], nu: Tensor) -> Tensor:
+        """H (mu - mu-) (M,) of a mean that earlier observations have moved."""
+        own = [H[name].times(step).to(nu.dtype) for name, step in moved.items()]
+        return self.group.sum(torch.stack(own).sum(0) if own else torch.zeros_like(nu))
+
+    def _moved(self, mu: Tensor, step: Mapping[str, Tensor]) -> Tensor:
+        """The mean after the own parts of all ranks have moved."""
+        flat = torch.cat([part.to(mu.dtype) for part in step.values()]) if step else mu.new_zeros(0)
+        if self.group.world_size == 1:
+            return mu + flat
+        return self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+
+
+def covariance_bytes(covariance: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Memory that a covariance takes.
+
+    Args:
+        covariance: P by layer.
+
+    Returns:
+        Bytes.
+    """
+    return sum(tensor.nbytes for state in covariance.values() for tensor in state.values())

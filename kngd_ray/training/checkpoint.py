@@ -32,11 +32,15 @@ from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.training.method import MethodState
 
 FORMAT = "kngd_ray.checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
 _STATE = "state.safetensors"
 _CHECKSUM = "manifest_sha256"
+
+
+class VersionError(CheckpointError):
+    """A checkpoint of another version of the format: it is sound, but not for this kngd_ray."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,14 @@ def load(folder: Path) -> Checkpoint:
     try:
         weights = load_file(folder / _WEIGHTS)
         replicated = load_file(folder / _STATE)
-        parts: dict[str, list[Tensor]] = {name: [] for name in weights}
+        parts: dict[str, list[Tensor]] = {}
         for rank in range(len(manifest["pieces"])):
             piece = load_file(folder / _covariance_file(rank, len(manifest["pieces"])))
-            for name in manifest["pieces"][rank]:
-                parts[name].append(piece[name])
-    except (SafetensorError, KeyError) as error:
+            for name, tensor in piece.items():
+                parts.setdefault(name, []).append(tensor)
+    except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); use an earlier checkpoint.") from error
-    covariance = {name: torch.cat(pieces) for name, pieces in parts.items() if pieces}
+    covariance = {name: torch.cat(pieces) for name, pieces in parts.items()}
     return Checkpoint(folder, manifest, MethodState(weights, replicated, covariance))
 
 
@@ -142,6 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no valid manifest of this format.
+        VersionError: it is of another version.
     """
     path = folder / MANIFEST
     try:
@@ -153,7 +158,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of {FORMAT}.")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(
+        raise VersionError(
             f"{path} has format version {manifest.get('version')}, this kngd_ray reads {VERSION}: "
             "use the version of kngd_ray that wrote it."
         )

@@ -13,12 +13,12 @@ from torch import Tensor
 from kngd_ray.clip import CLIPHead, ClipModel, ModelConfig, load_model
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
-from kngd_ray.filters import Belief
-from kngd_ray.observations import flatten, trainable
+from kngd_ray.observations import trainable
 from kngd_ray.storage import write_text
 from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
 from kngd_ray.training.resumable import SOURCE, latest
@@ -79,8 +79,9 @@ def restore_predictor(
             p.copy_(checkpoint.state.weights[name])
     if options.method != "kalman":
         return Predictor(head, None, None, posterior)
-    covariance = torch.cat([checkpoint.state.covariance[name] for name in parameters])
-    return Predictor(head, options.filter.covariance, Belief(flatten(parameters), covariance), posterior)
+    method = KalmanNGD(head, options)
+    method.load(checkpoint.state)
+    return Predictor(head, method.family, method.belief, posterior)
 
 
 def save_calibration(folder: Path, calibration: Calibration, posterior: PosteriorOptions) -> None:

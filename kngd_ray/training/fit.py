@@ -1,7 +1,7 @@
 """The one step loop: every method, on one process or many ranks, from the start or from a checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError, IndefiniteError
+from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import BatchSampler, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats
 from kngd_ray.training.options import FitOptions
+from kngd_ray.training.prior import Prior
 
 _MAX_REFUSED = 10
 
@@ -29,6 +31,7 @@ class FitTask:
         support: the training shots.
         class_embeddings: (C, d) unit text embeddings of the classes.
         logit_scale: factor from cosines to logits.
+        prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
     """
 
     options: FitOptions
@@ -36,6 +39,7 @@ class FitTask:
     support: Support
     class_embeddings: Tensor
     logit_scale: float
+    prior: Prior | None = None
 
     @property
     def sampler(self) -> BatchSampler:
@@ -92,6 +96,30 @@ def build_method(task: FitTask, head: CLIPHead, group: Group) -> Method:
     return GradientDescent(head, task.options, task.sampler.steps, group)
 
 
+def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Method:
+    """The optimiser of a task before its first step: at its prior.
+
+    Args:
+        task: the fit.
+        group: the ranks.
+        device: where to compute.
+
+    Returns:
+        The optimiser with its head.
+    """
+    head = build_head(task, device)
+    if task.prior is None:
+        return build_method(task, head, group)
+    prior = task.prior.load()
+    with torch.no_grad():
+        for name, p in trainable(head).items():
+            p.copy_(prior.weights[name])
+    # Built on these weights: they are the mu_0 that an Ornstein-Uhlenbeck process returns to.
+    method = build_method(task, head, group)
+    method.load(replace(prior, replicated=method.state().replicated))
+    return method
+
+
 def fit(
     task: FitTask,
     *,
@@ -126,7 +154,7 @@ def fit(
     group = group or SingleProcess()
     support = task.support.to(device)
     sampler = BatchSampler(support, task.options.batch_size, task.options.epochs, task.seed)
-    method = build_method(task, build_head(task, device), group)
+    method = begin(task, group, device)
     start = 0
     if resume is not None:
         start, state = resume

@@ -1,18 +1,22 @@
 """The Kalman filter as an optimiser of a head's trainable weights."""
 
+from collections.abc import Mapping
+from math import isfinite
+
 import torch
 from torch import Tensor, nn
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief
-from kngd_ray.observations import flatten, jacobian_rows, stack, trainable, unflatten
-from kngd_ray.sharding import Group, LocalRows, ShardedFilter, SingleProcess
-from kngd_ray.training.batches import Batch, seeded
+from kngd_ray.observations import flatten, trainable, unflatten
+from kngd_ray.sharding import Group, ShardedFilter, SingleProcess, covariance_bytes
+from kngd_ray.training.batches import Batch
 from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.training.observing import Observer
 from kngd_ray.training.options import FitOptions
 
-_DRAWS = 1  # stream of the observation models' random numbers, apart from the sampler's
+_KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
 class KalmanNGD:
@@ -30,22 +34,19 @@ class KalmanNGD:
 
     def __init__(self, head: CLIPHead, options: FitOptions, seed: int = 0, group: Group | None = None) -> None:
         self.head: nn.Module = head
-        self._logit_scale = head.logit_scale
-        self._classes = len(head.class_embeddings)
         self._options = options
-        self._seed = seed
         self.group = group or SingleProcess()
         self._parameters = trainable(head)
-        self.family = options.filter.covariance
-        mu = flatten(self._parameters)
-        self.filter = ShardedFilter(self.family, options.noise.observation, len(mu), self.group)
-        self.belief = self.filter.init(mu, options.filter.p0)
-        self._channels = options.noise.observation.channels(self._classes)
-        self.noise = torch.cat([mu.new_full((self._channels,), model.r0) for model in options.observation])
-        self._estimated = torch.tensor([model.residual for model in options.observation]).to(mu.device)
+        self._observer = Observer(head, options, seed, self.group)
+        prior = options.filter
+        self.family = prior.covariance
+        self._anchor = flatten(self._parameters)
+        self.filter = ShardedFilter(self.family, self._observer.layers, self.group, prior.gate, prior.serial)
+        self.belief = self.filter.init(self._anchor, prior.p0)
+        self.noise = self._observer.initial_noise(self._anchor)
 
     def step(self, batch: Batch) -> StepStats:
-        """Predict, then condition on one batch.
+        """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
 
         Args:
             batch: this rank's part of the global batch.
@@ -56,70 +57,83 @@ class KalmanNGD:
         Raises:
             FilterError: the step was refused; belief, noise and head are as before.
         """
-        with torch.no_grad():
-            logits = self.head(batch.features)
-        rows, k = self._observe(logits, batch)
-        transition = self._options.noise.process.transition(batch.step, self._options.filter.p0)
-        predicted = self.filter.predict(self.belief, transition)
-        outcome = self.filter.update(predicted, self.noise, rows, [size * k for size in batch.sizes])
-        if not bool(torch.isfinite(outcome.belief.mu).all()):
-            raise FilterError(
-                "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
-                "lower filter.p0 or raise observation.r0."
-            )
-        estimated = self._estimated.repeat_interleave(self._channels)
-        self.belief, self.noise = outcome.belief, torch.where(estimated, outcome.noise, self.noise)
-        self._write_mean()
-        innovation = outcome.innovation
+        moved = self.group.bytes_moved
+        options = self._options
+        transition = options.noise.process.transition(batch.step, options.filter.p0)
+        before, predicted = self.belief.mu, self.filter.predict(self.belief, transition, self._anchor)
+        try:
+            if predicted.mu is not before:
+                self._write(predicted.mu)
+            first = seen = self._observer.observe(batch, self.noise)
+            outcome = first_outcome = self.filter.update(predicted, seen.observed)
+            for _ in range(options.filter.iterations - 1):
+                self._write(outcome.belief.mu)
+                seen = self._observer.observe(batch, self.noise, displaced=predicted.mu - outcome.belief.mu)
+                outcome = self.filter.update(predicted, seen.observed)
+            if not isfinite(float(outcome.belief.mu.sum())):
+                raise FilterError(
+                    "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
+                    "lower filter.p0 or raise observation.r0."
+                )
+        except FilterError:
+            self._write(before)
+            raise
+        self.noise = self._observer.learned(self.noise, first, first_outcome)
+        self.belief = outcome.belief
+        self._write(outcome.belief.mu)
+        rms, gated = torch.stack([first.nu.square().mean().sqrt(), (first_outcome.weight < 1).sum()]).tolist()
         return StepStats(
-            **batch_scores(logits, batch, self.group),
-            innovation_rms=float(outcome.nu.square().mean().sqrt()),
-            nis=innovation.nis,
-            nis_per_observation=innovation.nis / len(outcome.nu),
-            log_evidence=innovation.log_evidence,
-            jitter=innovation.jitter,
+            **batch_scores(first.logits, batch, self.group),
+            innovation_rms=rms,
+            nis=first_outcome.nis,
+            nis_per_observation=first_outcome.nis / first.nu.numel(),
+            log_evidence=first_outcome.log_evidence - first.whitening.log_volume,
+            jitter=first_outcome.jitter,
+            gated=int(gated),
+            bytes_moved=self.group.bytes_moved - moved,
+            covariance_bytes=covariance_bytes(self.belief.covariance),
         )
 
     def state(self) -> MethodState:
-        """Mean, noise and the own slice of the covariance, under global parameter names."""
-        sizes = {name: p.numel() for name, p in self._parameters.items()}
-        pieces = self.filter.ownership.pieces(self.group.rank, sizes)
-        parts = self.belief.covariance.split([stop - start for start, stop in pieces.values()])
+        """Mean, noise and the own parts of the covariance, under global parameter names."""
+        owned = self.filter.ownership.parts
         return MethodState(
             weights={name: p.detach().clone() for name, p in self._parameters.items()},
             replicated={"noise": self.noise},
-            covariance=dict(zip(pieces, parts, strict=True)) if pieces else {},
-            pieces=[self.filter.ownership.pieces(rank, sizes) for rank in range(self.group.world_size)],
+            covariance={
+                f"{name}{_KEY}{key}": tensor
+                for name, state in self.belief.covariance.items()
+                for key, tensor in state.items()
+            },
+            pieces=[{part.layer.name: (part.flat.start, part.flat.stop) for part in parts} for parts in owned],
         )
 
     def load(self, state: MethodState) -> None:
-        """Continue from a state; its covariance holds every parameter in full, on whatever ranks it was written."""
+        """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(state.weights[name])
         self.noise = state.replicated["noise"].to(self.noise)
-        own = self.filter.ownership.slice(self.group.rank)
-        P = self.belief.covariance
-        if own.stop > own.start:
-            full = torch.cat([state.covariance[name] for name in self._parameters])
-            P = full[own].to(P)
-        self.belief = Belief(flatten(self._parameters), P)
+        self.belief = Belief(flatten(self._parameters), self.filter.own(nested(state.covariance, self._anchor)))
 
-    def _observe(self, logits: Tensor, batch: Batch) -> tuple[LocalRows, int]:
-        observations = []
-        for number, model in enumerate(self._options.observation):
-            # Drawn for the global batch and cut, so that the ranks together see what one process would.
-            shape = (batch.total, model.draws(self._classes))
-            generator = seeded(self._seed, batch.step, _DRAWS, number)
-            uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[batch.own]
-            uniforms = uniforms.to(logits)
-            observations.append(model.observe(logits, batch.labels, self._logit_scale, uniforms))
-        seen = stack(observations, self._channels)
-        H = jacobian_rows(self.head, batch.features, seen.cotangent)
-        k = seen.cotangent.shape[1]
-        return LocalRows(H, seen.innovation.flatten(), seen.base_noise.flatten(), seen.channel.flatten()), k
-
-    def _write_mean(self) -> None:
+    def _write(self, mu: Tensor) -> None:
         with torch.no_grad():
-            for name, value in unflatten(self.belief.mu, self._parameters).items():
+            for name, value in unflatten(mu, self._parameters).items():
                 self._parameters[name].copy_(value)
+
+
+def nested(covariance: Mapping[str, Tensor], like: Tensor) -> dict[str, dict[str, Tensor]]:
+    """A covariance as families have it from its flat names in a checkpoint.
+
+    Args:
+        covariance: tensors by layer and key.
+        like: of the device that they are to be on.
+
+    Returns:
+        Tensors by layer, then by key.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in covariance.items():
+        layer, _, key = name.rpartition(_KEY)
+        found.setdefault(layer, {})[key] = tensor.to(like.device)
+    return found

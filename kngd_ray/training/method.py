@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class StepStats:
             says that the noise is underestimated. Others do not reach 1 by construction.
         log_evidence: log N(nu; 0, S), nats, summed over the M observations.
         jitter: what S needed on its diagonal to factor; normally 0.
+        gated: observations that the gate weighed down or left out.
+        bytes_moved: bytes that this rank received from others.
+        covariance_bytes: bytes of the covariance that this rank holds.
     """
 
     nll: float
@@ -36,6 +39,9 @@ class StepStats:
     nis_per_observation: float | None = None
     log_evidence: float | None = None
     jitter: float | None = None
+    gated: int | None = None
+    bytes_moved: int | None = None
+    covariance_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class MethodState:
     Attributes:
         weights: trainable weights by name, replicated.
         replicated: the method's own tensors that every rank has alike.
-        covariance: by parameter, the piece of this rank's own; when loaded, the whole.
+        covariance: by layer and key, the piece of this rank's own; when loaded, the whole.
         pieces: (start, stop) of the flattened parameter that each rank's pieces cover.
     """
 
@@ -73,7 +79,14 @@ class Method(Protocol):
         ...
 
 
-def batch_scores(logits: Tensor, batch: Batch, group: Group) -> dict[str, float]:
+class BatchScores(TypedDict):
+    """What every method reports of a batch."""
+
+    nll: float
+    accuracy: float
+
+
+def batch_scores(logits: Tensor, batch: Batch, group: Group) -> BatchScores:
     """Mean NLL and accuracy of a global batch.
 
     Args:
@@ -89,4 +102,4 @@ def batch_scores(logits: Tensor, batch: Batch, group: Group) -> dict[str, float]
         (logits.detach().argmax(1) == batch.labels).sum().double(),
     ])
     nll, correct = (group.sum(sums) / batch.total).tolist()
-    return {"nll": nll, "accuracy": correct}
+    return BatchScores(nll=nll, accuracy=correct)

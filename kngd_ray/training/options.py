@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
-from kngd_ray.filters import CovarianceFamily, Diagonal, Fixed, NoiseModel, ProcessModel, RandomWalk
+from kngd_ray.filters import (
+    CovarianceFamily,
+    Diagonal,
+    Fixed,
+    GateModel,
+    NoGate,
+    NoiseModel,
+    ProcessModel,
+    RandomWalk,
+)
 from kngd_ray.observations import Cosine, LogLikelihood, Model
 
 
@@ -15,14 +24,27 @@ class FilterOptions:
     Attributes:
         covariance: covariance family.
         p0: prior variance of every weight around its initial value.
+        gate: what is done about observations that the belief finds too surprising.
+        serial: samples conditioned on at once within a batch; 0 is all of them. The work of the exact diagonal and of
+            the block-diagonal form grows with the square of it, so a large batch is cheaper in small runs.
+        iterations: linearisations per step; above 1 the batch is linearised again at the new mean (iterated EKF).
     """
 
     covariance: CovarianceFamily = field(default_factory=Diagonal)
-    p0: float = 0.03
+    p0: float = 0.1
+    gate: GateModel = field(default_factory=NoGate)
+    serial: int = 0
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         if not self.p0 > 0:
             raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
+        if self.serial < 0:
+            raise ValueError(
+                f"serial is {self.serial}; give the samples conditioned on at once, or 0 for all of a batch"
+            )
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; a step linearises at least once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +54,14 @@ class NoiseOptions:
     Attributes:
         process: how the belief moves between steps.
         observation: how observation noise is estimated; it starts at each observation model's r0.
+        tempering: ``passes`` multiplies R by the number of passes over the shots, so that all passes together
+            count each shot once: on linear observations the posterior is then that of a single pass.
+            ``none`` counts a shot again each time that it is seen, and the posterior is too narrow by so much.
     """
 
     process: ProcessModel = field(default_factory=RandomWalk)
     observation: NoiseModel = field(default_factory=Fixed)
+    tempering: Literal["passes", "none"] = "passes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kngd_ray.filters import Belief, Family
-from kngd_ray.observations import jacobian_rows, trainable, unflatten
+from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 
 _DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
-_ENTRIES = 1 << 25  # numbers of Jacobian rows or drawn logits held at once, 128 MB in float32
+_ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
+_ROWS = 64  # of the Jacobian at once: all pairs of them are computed, and only the diagonal is wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +108,17 @@ class Predictor:
         """
         with torch.no_grad():
             logits: Tensor = self.head(features)
-        if self.belief is None or self.family is None:
+        if self.belief is None or self.family is None or not len(features):
             return torch.zeros_like(logits)
-        m, C = logits.shape
-        n = len(self.belief.mu)
-        chunk = max(1, _ENTRIES // (C * n))
+        C = logits.shape[1]
         eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
+        linearizer = Linearizer(self.head, features[:1])
         variances = []
-        for x in features.split(chunk):
-            H = jacobian_rows(self.head, x, eye.expand(len(x), C, C))
-            U = self.family.project(self.belief.covariance, H)
-            variances.append((H.to(U.dtype) * U.mT).sum(1).view(len(x), C))
-        return torch.cat(variances).to(logits.dtype) if m else torch.zeros_like(logits)
+        for x in features.split(max(1, _ROWS // C)):
+            H = linearizer.run(x).jacobian(eye.expand(len(x), C, C))
+            share, _ = self.family.gram(self.belief.covariance, H, logits.new_zeros(len(x) * C))
+            variances.append(self.family.spread(share, len(x) * C).diagonal().view(len(x), C))
+        return torch.cat(variances).to(logits.dtype)
 
     def _over_draws(self, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """Mean probabilities and standard deviation of the logits over the draws."""

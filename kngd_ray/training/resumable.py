@@ -111,7 +111,8 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
     for tensor in (task.support.features, task.support.labels, task.class_embeddings):
         sha.update(tensor.cpu().contiguous().numpy().tobytes())
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
-    return {"seed": task.seed, "options": options, "shots": shots, **_listed(dict(identity))}
+    prior = None if task.prior is None else task.prior.sha256
+    return {"seed": task.seed, "options": options, "shots": shots, "prior": prior, **_listed(dict(identity))}
 
 
 def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], place: Path) -> None:
@@ -142,6 +143,9 @@ def latest(folder: Path) -> checkpoint.Checkpoint | None:
 
     Returns:
         The checkpoint, or None if there is none.
+
+    Raises:
+        VersionError: the newest was written by another version of kngd_ray.
     """
     names = (
         sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
@@ -149,6 +153,8 @@ def latest(folder: Path) -> checkpoint.Checkpoint | None:
     for name in names:
         try:
             return checkpoint.load(folder / name)
+        except checkpoint.VersionError:
+            raise  # it is not damaged: a run that began again would delete it
         except CheckpointError as error:
             logger.warning("passed over a checkpoint: %s", error)
     return None

@@ -307,6 +307,11 @@ def test_every_preset_loads_and_is_tested() -> None:
         assert set(read_preset(name)) <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
 
 
+def test_a_baseline_continues_from_the_same_prior() -> None:
+    assert load_config().prior is None
+    assert baseline_config(load_config(None, ["prior=first"]), "adamw").prior == "first"
+
+
 def test_a_baseline_differs_in_its_method_alone() -> None:
     settings = ["preset=kf_clip", "adapter.width=8", "seeds=1,2", "data.shots=2", "batch_size=5", "epochs=3"]
     config = load_config(None, [*settings, "trainer.num_workers=0", "posterior.folds=2", "baselines=adamw,sgd"])

@@ -1,4 +1,6 @@
-"""The matrix of cases that the tests share: adapters, observation models, families, noise, tiny data."""
+"""The matrix of cases that the tests share: adapters, observation models, families, noise, gates, tiny data."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -6,7 +8,28 @@ from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.clip.adapters import AnyAdapter, Bottleneck, ClassResidual, Linear
-from kngd_ray.filters import CovarianceFamily, Dense, Diagonal, Ema, Fixed, NoiseModel, RandomWalk
+from kngd_ray.filters import (
+    BlockDiagonal,
+    CovarianceFamily,
+    Dense,
+    Diagonal,
+    DiagonalLowRank,
+    Ema,
+    Fixed,
+    Forgetting,
+    GateModel,
+    Inflate,
+    Kronecker,
+    NoGate,
+    NoiseModel,
+    OrnsteinUhlenbeck,
+    ProcessModel,
+    RandomWalk,
+    Skip,
+)
+from kngd_ray.filters import (
+    Categorical as LikelihoodNoise,
+)
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
@@ -44,13 +67,32 @@ FAMILIES: dict[str, CovarianceFamily] = {
     "dense": Dense(),
     "ekf": Diagonal(rule="ekf"),
     "vdekf": Diagonal(rule="vdekf"),
+    "block_diagonal": BlockDiagonal(size=5),
+    "diagonal_low_rank": DiagonalLowRank(rank=3),
+    "kronecker": Kronecker(),
 }
 
 NOISES: dict[str, NoiseModel] = {
     "fixed": Fixed(),
     "ema-scalar": Ema(beta=0.8),
     "ema-diagonal": Ema(beta=0.8, form="diagonal"),
+    "ema-full": Ema(beta=0.8, form="full"),
+    "categorical": LikelihoodNoise(),
 }
+
+PROCESSES: dict[str, ProcessModel] = {
+    "random_walk": RandomWalk(q=1e-3),
+    "ornstein_uhlenbeck": OrnsteinUhlenbeck(gamma=0.9),
+    "forgetting": Forgetting(factor=0.9, rate=0.95),
+}
+
+GATES: dict[str, GateModel] = {
+    "off": NoGate(),
+    "inflate": Inflate(quantile=0.7),
+    "skip": Skip(quantile=0.7),
+}
+
+TEMPERING: tuple[Literal["passes", "none"], ...] = ("passes", "none")
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -84,6 +126,10 @@ def make_options(
     observation: str = "log_likelihood+cosine",
     adapter: str = "class_residual",
     noise: str = "fixed",
+    process: str = "random_walk",
+    gate: str = "off",
+    iterations: int = 1,
+    tempering: Literal["passes", "none"] = "passes",
     **changes: object,
 ) -> FitOptions:
     """Options by the names of this module; anything else by keyword."""
@@ -92,8 +138,8 @@ def make_options(
         "batch_size": 7,
         "adapter": ADAPTERS[adapter],
         "observation": OBSERVATIONS[observation],
-        "filter": FilterOptions(covariance=FAMILIES[family], p0=0.05),
-        "noise": NoiseOptions(process=RandomWalk(q=1e-3), observation=NOISES[noise]),
+        "filter": FilterOptions(covariance=FAMILIES[family], p0=0.05, gate=GATES[gate], iterations=iterations),
+        "noise": NoiseOptions(process=PROCESSES[process], observation=NOISES[noise], tempering=tempering),
     }
     return FitOptions(**(settings | changes))  # type: ignore[arg-type]
 

@@ -1,16 +1,29 @@
 """What every rank runs for the sharding tests: all cases in one group, because starting one costs most."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import count
 from typing import Any, Literal
 
 import torch
-from helpers.cases import ADAPTERS, FAMILIES, NOISES, OBSERVATIONS, make_head, make_options, make_support
+from helpers.cases import (
+    ADAPTERS,
+    FAMILIES,
+    GATES,
+    NOISES,
+    OBSERVATIONS,
+    PROCESSES,
+    TEMPERING,
+    make_head,
+    make_options,
+    make_support,
+    rng,
+)
+from helpers.compare import covariance_of
 from torch import Tensor, nn
 
 from kngd_ray.errors import FilterError
-from kngd_ray.sharding import Group
+from kngd_ray.filters import Factors, Jacobian, Layer, Rows
+from kngd_ray.sharding import Group, Ownership, exchange
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
@@ -20,36 +33,39 @@ SHOTS = 15  # with a batch of 7: batches of 7, 7 and 1, so that ranks go without
 Outcome = dict[str, Any]
 
 
-def _cases() -> dict[str, dict[str, str]]:
-    """Every family with every observation list (in both dtypes) and with every adapter (in float64)."""
-    turn, cases = count(), {}
-    adapters, noises = list(ADAPTERS), list(NOISES)
+def _cases() -> dict[str, dict[str, Any]]:
+    """Every family with every adapter and every observation list in float64, a third of them in float32 too.
 
-    def add(dtypes: tuple[str, ...], **names: str) -> None:
-        for dtype in dtypes:
-            cases["/".join((dtype, *names.values()))] = {"dtype": dtype, **names}
-
-    for observation in OBSERVATIONS:
-        for family in FAMILIES:
-            i = next(turn)
-            add(
-                ("float64", "float32"),
-                family=family,
-                observation=observation,
-                adapter=adapters[4 * i % len(adapters)],  # 4 and 9 have no common divisor: each takes its turn
-                noise=noises[(i // 3 + i) % len(noises)],
-            )
-    for family in FAMILIES:
-        for adapter in ADAPTERS:
-            add(("float64",), family=family, observation="categorical-sampled", adapter=adapter, noise="ema-diagonal")
+    Noise, process, gate, tempering and iterations take turns.
+    """
+    cases = {}
+    for f, family in enumerate(FAMILIES):
+        for i, adapter in enumerate(ADAPTERS):
+            names = {
+                "family": family,
+                "adapter": adapter,
+                "observation": _turn(OBSERVATIONS, i + f),
+                "noise": _turn(NOISES, i + 2 * f),
+                "process": _turn(PROCESSES, i + i // 3 + f),
+                "gate": _turn(GATES, i + f),
+                "tempering": _turn(TEMPERING, i // 2 + f),
+                "iterations": _turn((1, 2), i + f),
+            }
+            for dtype in ("float64", "float32") if i % 3 == f % 3 else ("float64",):
+                cases["/".join((dtype, *map(str, names.values())))] = {"dtype": dtype, **names}
     return cases
+
+
+def _turn(names: Iterable[Any], i: int) -> Any:
+    among = list(names)
+    return among[i % len(among)]
 
 
 KALMAN_CASES = _cases()
 
 
-def run_kalman(group: Group, dtype: str, **names: str) -> Outcome:
-    """Six steps of one case, the last batch of each epoch smaller than the number of ranks."""
+def run_kalman(group: Group, dtype: str, **names: Any) -> Outcome:
+    """Four steps of one case, the third batch smaller than the number of ranks."""
     options, torch_dtype = make_options(**names), getattr(torch, dtype)
     method = KalmanNGD(make_head(options.adapter, torch_dtype), options, seed=3, group=group)
     return _follow(method, BatchSampler(make_support(SHOTS, torch_dtype), 7, 2, seed=5))
@@ -93,6 +109,19 @@ def run_refused(group: Group, family: str) -> Outcome:
     }
 
 
+def run_cost(group: Group, family: str) -> Outcome:
+    """What a step says that it cost."""
+    options = make_options(family, adapter="bottleneck+linear+class_residual")
+    method = KalmanNGD(make_head(options.adapter), options, group=group)
+    moved = group.bytes_moved
+    stats = method.step(BatchSampler(make_support(SHOTS), 7, 2, seed=5).batch(0, group.rank, group.world_size))
+    return {
+        "held": stats.covariance_bytes,
+        "moved": stats.bytes_moved,
+        "scores": group.bytes_moved - moved - (stats.bytes_moved or 0),
+    }
+
+
 def run_gradient(group: Group, method: str, schedule: Literal["constant", "cosine"]) -> Outcome:
     """AdamW or SGD under DDP, one step refused on the way."""
     optimizer = OptimizerOptions(lr=0.02, schedule=schedule)
@@ -121,31 +150,103 @@ def run_collectives(group: Group) -> Outcome:
     W, r = group.world_size, group.rank
     vector = torch.arange(4, dtype=torch.float64) + r
     rows = [rank % 3 for rank in range(W)]  # 0, 1, 2: rank 0 brings nothing
-    columns = [2 * (W - 1 - rank) for rank in range(W)]  # the last rank receives nothing
     start = sum(rows[:r])
-    matrix = torch.arange(sum(rows) * sum(columns), dtype=torch.float64).view(sum(rows), sum(columns))
+    matrix = torch.arange(2.0 * sum(rows), dtype=torch.float64).view(sum(rows), 2)
     local = matrix[start : start + rows[r]].clone()
-    kept = vector.clone(), local.clone()
+    # rank a sends a + b numbers to rank b: rank 0 keeps nothing for itself
+    messages = [torch.full((r + other,), 10.0 * r + other, dtype=torch.float64) for other in range(W)]
+    kept = vector.clone(), local.clone(), [message.clone() for message in messages]
     outcome = {
         "sum": group.sum(vector),
         "gathered": group.gather_rows(local, rows),
         "integers": group.gather_rows(torch.full((rows[r],), 2**40 + r), rows),
         "nothing": group.gather_rows(torch.zeros(0, 3), [0] * W),
-        "exchanged": group.exchange_columns(local, rows, columns),
-        "no_rows": group.exchange_columns(local[:0], [0] * W, columns),
+        "exchanged": group.exchange(messages, [other + r for other in range(W)]),
+        "no_numbers": group.exchange([torch.zeros(0)] * W, [0] * W),
     }
-    outcome["untouched"] = torch.equal(vector, kept[0]) and torch.equal(local, kept[1])
+    untouched = zip((vector, local, *messages), (*kept[:2], *kept[2]), strict=True)
+    outcome["untouched"] = all(torch.equal(after, before) for after, before in untouched)
     return outcome
+
+
+# o, i, tokens (None: no factors) and whether samples have an x of their own
+FORMS: dict[str, tuple[int, int, int | None, bool]] = {
+    "one-token": (7, 5, 1, True),
+    "rows-are-fewer": (5, 2, 4, True),  # four tokens of 7 numbers, a row of 10
+    "tokens": (12, 20, 3, True),
+    "shared": (6, 8, 2, False),
+    "shared-rows-are-fewer": (4, 3, 9, False),
+    "bias": (6, 1, None, True),
+}
+
+
+def exchange_case(k: int, samples: int, layers: list[str], dtype: torch.dtype) -> tuple[list[Layer], Jacobian]:
+    """The Jacobian of all samples, every layer in its form."""
+    found, H = [], {}
+    for name in layers:
+        o, i, tokens, own_x = FORMS[name]
+        found.append(Layer(name, o, i, factored=tokens is not None))
+        generator = rng(o + i)
+        if tokens is None:
+            H[name] = Rows(torch.randn(samples * k, o, generator=generator, dtype=dtype))
+        else:
+            g = torch.randn(samples, k, tokens, o, generator=generator, dtype=dtype)
+            shape = (samples, tokens, i) if own_x else (tokens, i)
+            H[name] = Factors(g, torch.randn(shape, generator=generator, dtype=dtype))
+    return found, H
+
+
+def exchange_samples(world_size: int) -> list[int]:
+    """How many samples each rank brings; the second brings none."""
+    return [3, 0, 2, 1][:world_size]
+
+
+def run_exchange(group: Group, family: str, k: int, dtype: torch.dtype, layers: list[str]) -> Outcome:
+    """What arrives of a Jacobian, as rows and by its form, and the bytes that it took."""
+    sizes = exchange_samples(group.world_size)
+    start = sum(sizes[: group.rank])
+    stop = start + sizes[group.rank]
+    specs, H = exchange_case(k, sum(sizes), layers, dtype)
+    local: Jacobian = {
+        name: Rows(piece.values[k * start : k * stop])
+        if isinstance(piece, Rows)
+        else Factors(piece.g[start:stop], piece.x[start:stop] if piece.own_x else piece.x)
+        for name, piece in H.items()
+    }
+    moved = group.bytes_moved
+    ownership = Ownership.balanced(FAMILIES[family], specs, group.world_size)
+    arrived = exchange(group, ownership, local, sizes, k)
+    return {
+        "bytes": group.bytes_moved - moved,
+        "rows": {name: piece.rows() for name, piece in arrived.items()},
+        "factors": [name for name, piece in arrived.items() if isinstance(piece, Factors)],
+    }
+
+
+# each layer alone, so that its bytes are its own; all in one message; and a family that leaves ranks without parts
+EXCHANGES: dict[str, dict[str, Any]] = {
+    f"{family}/{'+'.join(layers)}/k={k}/{str(dtype).removeprefix('torch.')}": {
+        "family": family,
+        "k": k,
+        "dtype": dtype,
+        "layers": layers,
+    }
+    for family, layers in (*(("ekf", [name]) for name in FORMS), ("ekf", list(FORMS)), ("dense", list(FORMS)))
+    for k, dtype in ((1, torch.float64), (3, torch.float32))
+}
 
 
 def run_everything(group: Group) -> dict[str, Outcome]:
     """All cases by name."""
     work: dict[str, Callable[[Group], Outcome]] = {"collectives": run_collectives}
+    for case, settings in EXCHANGES.items():
+        work[f"exchange/{case}"] = partial(run_exchange, **settings)
     for case, names in KALMAN_CASES.items():
         work[case] = partial(run_kalman, **names)
     for family in FAMILIES:
         work[f"frozen/{family}"] = partial(run_frozen, family=family)
         work[f"refused/{family}"] = partial(run_refused, family=family)
+        work[f"cost/{family}"] = partial(run_cost, family=family)
     work["adamw"] = partial(run_gradient, method="adamw", schedule="constant")
     work["sgd"] = partial(run_gradient, method="sgd", schedule="cosine")
     outcomes = {}
@@ -160,14 +261,14 @@ def run_everything(group: Group) -> dict[str, Outcome]:
 
 def _follow(method: KalmanNGD, sampler: BatchSampler) -> Outcome:
     group, evidence, nis, scores = method.group, [], [], []
-    for step in range(sampler.steps):
+    for step in range(4):  # batches of 7, 7, 1 and 7
         stats = method.step(sampler.batch(step, group.rank, group.world_size))
         evidence.append(stats.log_evidence)
         nis.append(stats.nis)
-        scores.append([stats.nll, stats.accuracy, stats.innovation_rms, stats.jitter])
+        scores.append([stats.nll, stats.accuracy, stats.innovation_rms, stats.jitter, stats.gated])
     return {
         "mu": method.belief.mu,
-        "covariance": _assembled(method),
+        "covariance": covariance_of(method),
         "noise": method.noise,
         "log_evidence": torch.tensor(evidence, dtype=torch.float64),
         "nis": torch.tensor(nis, dtype=torch.float64),
@@ -175,15 +276,11 @@ def _follow(method: KalmanNGD, sampler: BatchSampler) -> Outcome:
     }
 
 
-def _assembled(method: KalmanNGD) -> Tensor:
-    """The whole covariance, on every rank."""
-    own = method.belief.covariance
-    if own.dim() == 2 and not len(own):
-        own = own.new_zeros(0, len(method.belief.mu))  # a rank without rows of the dense covariance
-    return method.group.gather_rows(own, method.filter.ownership.sizes)
-
-
 def _snapshot(method: KalmanNGD) -> dict[str, Tensor]:
     weights = {name: p.detach().clone() for name, p in method.head.named_parameters()}
-    belief = method.belief
-    return {"mu": belief.mu.clone(), "P": belief.covariance.clone(), "noise": method.noise.clone(), **weights}
+    P = {
+        f"P/{name}/{key}": value.clone()
+        for name, state in method.belief.covariance.items()
+        for key, value in state.items()
+    }
+    return {"mu": method.belief.mu.clone(), "noise": method.noise.clone(), **P, **weights}

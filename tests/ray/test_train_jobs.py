@@ -1,20 +1,26 @@
 """Fits as Ray Train jobs: equal to one process, and bitwise unmoved by the death of a worker."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from helpers import failing
 from helpers.cases import make_options, make_task
 from helpers.compare import max_error
+from helpers.failing import FailsOnOneRank
 from helpers.resuming import IDENTITY, everything_in
+from ray import cloudpickle
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from kngd_ray.config import TrainerConfig
-from kngd_ray.errors import KngdError
+from kngd_ray.errors import KngdError, StorageError
 from kngd_ray.filters import Ema, RandomWalk
 from kngd_ray.observations import Categorical
 from kngd_ray.ray_jobs import ray_session, run_job
+from kngd_ray.ray_jobs.train import _explained
 from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job, run_fits
@@ -98,6 +104,60 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_pat
     )
     with pytest.raises(KngdError, match=r"^worker [01] failed: .*--resume\.$"):
         run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
+
+
+@pytest.mark.parametrize(("reason", "rank"), [("ValueError", 1), ("StorageError", 0), ("death", 1)])
+def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: Path, reason: str, rank: int) -> None:
+    """In the middle of a fit, while the other rank waits for it in a collective."""
+    task = long_task(200)
+    support = FailsOnOneRank(task.support.features, task.support.labels, rank=rank, reason=reason)
+    broken = FitTask(task.options, 0, support, task.class_embeddings, 18.0)
+    steps: list[int] = []
+    heard = [time.monotonic()]
+
+    def on_event(event: FitEvent) -> None:
+        heard.append(time.monotonic())
+        if event.record is not None:
+            steps.append(event.record["step"])
+
+    cloudpickle.register_pickle_by_value(failing)  # workers do not import the tests
+    try:
+        with pytest.raises(KngdError) as error:
+            run_job(
+                Job({"kalman-seed0": broken}, IDENTITY, tmp_path),
+                TrainerConfig(num_workers=2, max_failures=0),
+                on_event,
+            )
+    finally:
+        cloudpickle.unregister_pickle_by_value(failing)
+    assert time.monotonic() - heard[-1] < 30  # since the step before; starting the workers is not counted
+    assert str(error.value).startswith(f"worker {rank} failed: ")
+    assert ("its process died" if reason == "death" else "a distinctive reason") in str(error.value)
+    assert type(error.value) is (StorageError if reason == "StorageError" else KngdError)
+    assert "\n" not in str(error.value)
+    assert steps == list(range(1, len(steps) + 1))
+
+
+GLOO = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [::1]:4\nHint"
+)
+
+
+@pytest.mark.parametrize(
+    ("failures", "says"),
+    [
+        ({0: GLOO, 1: ValueError("a reason.")}, "worker 1 failed: a reason; the run can be continued with --resume."),
+        ({0: GLOO, 2: StorageError("No space.")}, "worker 2 failed: No space."),
+        ({0: torch.distributed.DistBackendError("NCCL"), 1: KeyError("x")}, "worker 1 failed: 'x'; the run can"),
+        ({0: GLOO}, "worker 0 failed: it lost the connection to another worker, which must have died (Hint)"),
+        ({0: RuntimeError("one"), 1: RuntimeError("two")}, "worker 0 failed: one"),
+        ({}, "the Ray Train job failed: all of it"),
+    ],
+)
+def test_a_rank_that_lost_its_peer_is_not_to_blame(failures: dict[int, Exception], says: str) -> None:
+    found = _explained(WorkerGroupError("all of it", failures))
+    assert str(found).startswith(says)
+    assert "\n" not in str(found)
 
 
 def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(ray_up: None, tmp_path: Path) -> None:

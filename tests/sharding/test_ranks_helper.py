@@ -2,12 +2,18 @@
 
 import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import make_options, make_task
+from helpers.failing import FailsOnOneRank
 from helpers.ranks import RankError, run_ranks
+from helpers.resuming import IDENTITY
 
 from kngd_ray.sharding import Group
+from kngd_ray.training.job import Job, run_fits
 
 
 def add_ranks(group: Group, offset: int) -> float:
@@ -53,3 +59,20 @@ def test_a_rank_that_dies_is_named():
 def test_a_rank_that_hangs_is_shown_with_its_stack():
     with pytest.raises(RankError, match=r"did not finish in 2 s(?s:.*)stay_away_on_rank_zero"):
         run_ranks(2, stay_away_on_rank_zero, timeout=2)
+
+
+def fit_that_fails_on_rank_one(group: Group, folder: Path, reason: str) -> None:
+    task = make_task(make_options())
+    support = FailsOnOneRank(task.support.features, task.support.labels, rank=1, reason=reason)
+    run_fits(Job({"fit": replace(task, support=support)}, IDENTITY, folder), lambda event: None, group=group)
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [("ValueError", r"rank 1 failed(?s:.*)a distinctive reason"), ("death", "rank 1 died without a word, exit code 7")],
+)
+def test_a_rank_that_fails_in_the_middle_of_a_fit_is_named_within_seconds(reason, says, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(RankError, match=says):
+        run_ranks(3, fit_that_fails_on_rank_one, tmp_path, reason)
+    assert time.monotonic() - began < 30

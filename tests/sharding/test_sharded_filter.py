@@ -5,9 +5,9 @@ import torch
 from helpers.cases import FAMILIES
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
-from helpers.sharded import KALMAN_CASES, run_everything
+from helpers.sharded import EXCHANGES, FORMS, KALMAN_CASES, exchange_case, exchange_samples, run_everything
 
-from kngd_ray.sharding import SingleProcess
+from kngd_ray.sharding import Ownership, SingleProcess
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 REPLICATED = ("mu", "noise", "log_evidence", "nis", "scores")
@@ -18,9 +18,9 @@ def alone() -> dict:
     return run_everything(SingleProcess())
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids="W={}".format)
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="W={}".format)
 def ranks(request) -> list[dict]:
-    return run_ranks(request.param, run_everything, timeout=120)
+    return run_ranks(request.param, run_everything, timeout=300)
 
 
 @pytest.mark.parametrize("case", KALMAN_CASES)
@@ -62,6 +62,14 @@ def test_a_refused_step_is_refused_everywhere_and_changes_nothing(ranks, alone, 
         assert max_error(found["noise"], expected["noise"]) < 1e-10
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_says_what_it_cost_each_rank(ranks, alone, family):
+    costs = [rank[f"cost/{family}"] for rank in ranks]
+    assert sum(cost["held"] for cost in costs) == alone[f"cost/{family}"]["held"]
+    assert all((cost["moved"] > 0) == (len(ranks) > 1) for cost in costs)
+    assert all(cost["scores"] == 0 for cost in costs)
+
+
 @pytest.mark.parametrize("method", ["adamw", "sgd"])
 def test_gradient_descent_under_ddp_equals_one_process(ranks, alone, method):
     expected = alone[method]
@@ -77,16 +85,47 @@ def test_gradient_descent_under_ddp_equals_one_process(ranks, alone, method):
 def test_collectives(ranks):
     W = len(ranks)
     rows = [r % 3 for r in range(W)]
-    columns = [2 * (W - 1 - r) for r in range(W)]
-    whole = torch.arange(sum(rows) * sum(columns), dtype=torch.float64).view(sum(rows), sum(columns))
+    whole = torch.arange(2.0 * sum(rows), dtype=torch.float64).view(sum(rows), 2)
     owner = torch.arange(W).repeat_interleave(torch.tensor(rows))
-    pieces = whole.split(columns, 1)
     for r, rank in enumerate(ranks):
         found = rank["collectives"]
         assert torch.equal(found["sum"], W * torch.arange(4.0).double() + sum(range(W)))
         assert torch.equal(found["gathered"], whole)
         assert torch.equal(found["integers"], 2**40 + owner)
         assert found["nothing"].shape == (0, 3)
-        assert torch.equal(found["exchanged"], pieces[r])
-        assert found["no_rows"].shape == (0, columns[r])
+        assert [message.tolist() for message in found["exchanged"]] == [
+            [10.0 * other + r] * (other + r) for other in range(W)
+        ]
+        assert [len(message) for message in found["no_numbers"]] == [0] * W
         assert found["untouched"]
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_what_arrives_are_the_columns_of_the_whole_jacobian(ranks, case):
+    """And in as few bytes as factors or rows would take, the fewer of both for each part."""
+    settings = EXCHANGES[case]
+    k, dtype, samples = settings["k"], settings["dtype"], exchange_samples(len(ranks))
+    layers, H = exchange_case(k, sum(samples), settings["layers"], dtype)
+    ownership = Ownership.balanced(FAMILIES[settings["family"]], layers, len(ranks))
+    for r, rank in enumerate(ranks):
+        found, numbers, factored = rank[f"exchange/{case}"], 0, []
+        assert list(found["rows"]) == [part.layer.name for part in ownership.parts[r]]
+        for part in ownership.parts[r]:
+            _, i, tokens, own_x = FORMS[part.layer.name]
+            assert max_error(found["rows"][part.layer.name], H[part.layer.name].rows()[:, part.flat]) < 1e-6
+            assert found["rows"][part.layer.name].dtype == dtype
+            as_rows = k * part.o * i
+            as_factors = as_rows if tokens is None else tokens * (k * part.o + i * own_x)
+            numbers += min(as_rows, as_factors)
+            if tokens is not None and (as_factors < as_rows or len(ranks) == 1):
+                factored.append(part.layer.name)
+        assert found["factors"] == factored
+        assert found["bytes"] == numbers * (sum(samples) - samples[r]) * dtype.itemsize
+
+
+def test_the_forms_of_an_exchange_are_all_met(ranks):
+    """Otherwise the test above would compare less than it says."""
+    factored = {name for case in EXCHANGES for rank in ranks for name in rank[f"exchange/{case}"]["factors"]}
+    assert {"one-token", "tokens", "shared"} <= factored
+    if len(ranks) > 1:
+        assert not {"rows-are-fewer", "shared-rows-are-fewer", "bias"} & factored

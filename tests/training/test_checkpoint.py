@@ -130,6 +130,16 @@ def test_a_newer_version_says_so(copy):
     assert f"format version {checkpoint.VERSION + 1}" in one_sentence(copy)
 
 
+def test_an_older_version_says_so(copy):
+    """Version 1 had one tensor of covariance per parameter: it is not guessed what they would mean now."""
+    assert checkpoint.VERSION == 2
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    message = one_sentence(copy)
+    assert "format version 1, this kngd_ray reads 2" in message
+    assert "use the version of kngd_ray that wrote it" in message
+
+
 def test_a_torn_write_leaves_no_manifest(tmp_path, monkeypatch):
     """The manifest comes last: a run that dies while writing leaves nothing that looks like a checkpoint."""
 

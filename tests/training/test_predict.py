@@ -4,25 +4,34 @@ import math
 
 import pytest
 import torch
-from helpers.cases import ADAPTERS, CLASSES, DIM, FAMILIES, LOGIT_SCALE, make_head, make_support, rng
-from helpers.compare import max_error
+from helpers.cases import ADAPTERS, CLASSES, DIM, FAMILIES, LOGIT_SCALE, make_head, make_support
+from helpers.compare import covariance_of, max_error
 
-from kngd_ray.filters import Belief, Dense
-from kngd_ray.observations import flatten, trainable
+from kngd_ray.observations import Cosine, flatten, trainable
+from kngd_ray.training.batches import Batch
+from kngd_ray.training.calibration import predictor_of
+from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
 DRAWS = 4000
 
 
+def fitted(family: str = "dense", adapter: str = "class_residual", dtype: torch.dtype = torch.float64) -> KalmanNGD:
+    """A belief after two steps, its variances far from equal."""
+    options = FitOptions(
+        adapter=ADAPTERS[adapter],
+        observation=(Cosine(r0=0.01),),
+        filter=FilterOptions(covariance=FAMILIES[family], p0=0.01),
+    )
+    method, support = KalmanNGD(make_head(options.adapter, dtype), options), make_support(8, dtype)
+    for step in range(2):
+        method.step(Batch(support.features, support.labels, [8], 0, step))
+    return method
+
+
 def predictor(family: str = "dense", adapter: str = "class_residual", **options) -> Predictor:
-    head = make_head(ADAPTERS[adapter])
-    mu = flatten(trainable(head))
-    n, g = len(mu), rng(5)
-    P = 0.01 * (0.1 + torch.rand(n, generator=g, dtype=torch.float64))
-    if family == "dense":
-        A = torch.randn(n, n, generator=g, dtype=torch.float64)
-        P = 0.01 * A @ A.mT / n + P.diag()
-    return Predictor(head, FAMILIES[family], Belief(mu, P), PosteriorOptions(**options))
+    return predictor_of(fitted(family, adapter), PosteriorOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,7 @@ def x() -> torch.Tensor:
     return make_support(5).features
 
 
-@pytest.mark.parametrize("family", ["dense", "ekf"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 def test_linearised_variance_is_the_variance_of_draws_on_a_linear_head(family, tau, x):
     spread = predictor(family, draws=DRAWS).predict(x, tau).logit_std.square()
@@ -38,21 +47,22 @@ def test_linearised_variance_is_the_variance_of_draws_on_a_linear_head(family, t
     assert float((spread / linearised - 1).abs().max()) < 5 * (2 / DRAWS) ** 0.5
 
 
-@pytest.mark.parametrize("family", ["dense", "ekf"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_linearised_variance_in_closed_form(family, x):
     """Logit c of a class residual is s z^T delta_c: its variance is s^2 z^T P_cc z."""
-    p = predictor(family)
-    P = p.belief.covariance if family == "dense" else p.belief.covariance.diag()
+    method = fitted(family)
+    P = covariance_of(method)
     blocks = torch.stack([P[c * DIM : (c + 1) * DIM, c * DIM : (c + 1) * DIM] for c in range(CLASSES)])
     expected = LOGIT_SCALE**2 * torch.einsum("md,cde,me->mc", x, blocks, x)
-    assert max_error(p.logit_variance(x), expected) < 1e-12
+    found = predictor_of(method, PosteriorOptions()).logit_variance(x)
+    assert max_error(found, expected) < 1e-11
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_linearised_variance_does_not_depend_on_chunks(adapter, x, monkeypatch):
     p = predictor("ekf", adapter)
     whole = p.logit_variance(x)
-    monkeypatch.setattr("kngd_ray.training.predict._ENTRIES", 1)
+    monkeypatch.setattr("kngd_ray.training.predict._ROWS", 1)
     assert max_error(p.logit_variance(x), whole) < 1e-12
     assert p.logit_variance(x[:0]).shape == (0, CLASSES)
 
@@ -81,9 +91,10 @@ def test_prediction_is_continuous_in_the_temperature(predict, x):
 
 def test_draws_average_the_softmax(x):
     """Against quadrature that knows nothing of draws: the logits of a linear head are exactly Gaussian."""
-    p = predictor("dense", draws=DRAWS)
+    method = fitted()
+    p = predictor_of(method, PosteriorOptions(draws=DRAWS))
     found = p.predict(x, 1.0)
-    theta = torch.distributions.MultivariateNormal(p.belief.mu, p.belief.covariance)
+    theta = torch.distributions.MultivariateNormal(p.belief.mu, covariance_of(method))
     torch.manual_seed(0)
     delta = theta.sample((20_000,)).view(-1, CLASSES, DIM)
     residual = p.head.adapters[0].delta.weight.detach()
@@ -145,9 +156,9 @@ def test_options_out_of_range_are_refused(options, says):
         PosteriorOptions(**options)
 
 
-def test_dense_head_in_float32_predicts_in_float32(x):
-    head = make_head(ADAPTERS["class_residual"], torch.float32)
-    mu = flatten(trainable(head))
-    p = Predictor(head, Dense(), Belief(mu, Dense().init(len(mu), 0.01, mu)), PosteriorOptions(predict="linearised"))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("predict", ["draws", "linearised"])
+def test_a_head_in_float32_predicts_in_float32(family, predict, x):
+    p = predictor_of(fitted(family, dtype=torch.float32), PosteriorOptions(predict=predict))
     found = p.predict(x.float(), 1.0)
     assert found.probabilities.dtype == found.logit_std.dtype == torch.float32

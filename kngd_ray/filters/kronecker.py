@@ -1,0 +1,223 @@
+r"""One Kronecker product B (x) A per weight matrix: covariance between rows times covariance between columns.
+
+For a weight W (o, i) of a linear layer ``cov(W_ab, W_cd) = B_ac A_bd``, o^2 + i^2 numbers for o i weights that
+are all correlated. No filter in the literature does this; it is the covariance counterpart of K-FAC, whose
+factors B and A are here propagated by Bayes' rule instead of averaged. Layers without factors (biases,
+scales) have one variance per weight, as in :mod:`~kngd_ray.filters.diagonal`.
+
+With one token per sample h_m = g_m (x) x_m; G and X are the g_m and x_m as rows, * is elementwise ::
+
+    P h_m = B g_m (x) A x_m      K = G B G^T      N = X A X^T
+    H P H^T = K * N              P H^T w = (G B)^T diag(w) (X A)
+
+so that nothing of o i numbers is formed but the mean step. The posterior Sigma = P - P H^T S^-1 H P is not a
+Kronecker product. The nearest one in KL(Sigma || B' (x) A') satisfies (set its derivatives to zero) ::
+
+    B' = 1/i Tr_A[Sigma (I (x) A'^-1)]            A' = 1/o Tr_B[Sigma (B'^-1 (x) I)]
+
+Each half is the exact minimiser given the other factor. One sweep starts from the prior's A. Of P the first
+trace leaves i B, of P h_m h_n^T P it leaves (x_m^T A x_n) B g_m g_n^T B, hence ::
+
+    E  = (S^-1 * N) / i
+    B' = B - (G B)^T E (G B)
+
+Of P the second trace leaves tr(B B'^-1) A, of P h_m h_n^T P it leaves K'_mn A x_m x_n^T A with
+K' = G B B'^-1 B G^T. By Woodbury B B'^-1 B = B + B G^T (E^-1 - K)^-1 G B, so that ::
+
+    K' = K + K (E^-1 - K)^-1 K = (I - K E)^-1 K        tr(B B'^-1) = o + tr(E K')
+    A' = [(o + tr(E K')) A - (X A)^T (S^-1 * K') (X A)] / o
+
+Sigma, and with it B' and A', is positive definite. The second half makes tr(A^-1 A') = i: A keeps its scale,
+B carries that of P, and the two need no balancing against the range of floats.
+
+T tokens, h_m = sum_t g_mt (x) x_mt, are T terms for one term above: K and N are then over pairs of tokens, S^-1
+is repeated over the tokens, and H P H^T is the sum of K * N over the tokens of a pair. The k observations of a
+sample, or all samples, may share x: X A and N are computed once and repeated. This takes (M T)^2 numbers. Where
+M matrices h_m of o i numbers are fewer, they are formed: with Y_a = sum_m (L^-1)_am B h_m, S = L L^T ::
+
+    B' = B - 1/i sum_a Y_a A Y_a^T        A' = [tr(B B'^-1) A - sum_a (Y_a A)^T B'^-1 (Y_a A)] / o
+
+Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
+
+    a = tr(A) / i      B' = scale B + (q / a) I      A' = (scale tr(B) A + q o I) / (scale tr(B) + q o / a)
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters._layerwise import LayerState, Layerwise
+from kngd_ray.filters.dense import ROUNDING, root, rounded_up
+from kngd_ray.filters.diagonal import Diagonal
+from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
+
+_PLAIN = Diagonal()  # of layers without factors
+
+
+class _Tokens(NamedTuple):
+    """G B (M T, o), X A (tokens, i), K (M T, M T), and N, which broadcasts over (s, k, T, s, k, T)."""
+
+    GB: Tensor
+    XA: Tensor
+    K: Tensor
+    N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(Layerwise):
+    """P as B (o, o) and A (i, i) for each weight matrix, in the weights' dtype but never below float32.
+
+    Attributes:
+        kind: the family's name.
+    """
+
+    kind: Literal["kronecker"] = "kronecker"
+
+    def grain(self, layer: Layer) -> int:
+        """All rows of a weight matrix, which B couples; one of anything else."""
+        return layer.o if layer.factored else _PLAIN.grain(layer)
+
+    def cost(self, layer: Layer) -> int:
+        """The numbers of B and A."""
+        return layer.o**2 + layer.i**2 if layer.factored else _PLAIN.cost(layer)
+
+    def init_layer(self, part: Part, p0: float, like: Tensor) -> LayerState:
+        """B = p0 I, A = I."""
+        if not part.layer.factored:
+            return _PLAIN.init_layer(part, p0, like)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        B, A = (torch.eye(n, dtype=dtype, device=like.device) for n in (part.layer.o, part.layer.i))
+        return {"B": p0 * B, "A": A}
+
+    def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
+        """The product with the partial traces of scale * P + q I."""
+        if "B" not in P:
+            return _PLAIN.predict_layer(P, scale, q)
+        B, A = scale * P["B"], P["A"]
+        if q > 0:
+            trace, mean = B.diagonal().sum(), A.diagonal().mean()
+            total = trace + q * len(B) / mean
+            A = A * (trace / total)
+            A.diagonal().add_(q * len(B) / total)
+            B.diagonal().add_(q / mean)
+        return {"B": B, "A": A}
+
+    def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
+        """(M, M) sums of K * N over tokens, and the factors of it; or the matrices B h_m (M, o, i)."""
+        if "B" not in P:
+            return _PLAIN.gram_layer(P, H)
+        B, A = P["B"], P["A"]
+        if not isinstance(H, Factors) or not tokens_pay(H):
+            h = H.rows().to(B.dtype)
+            Bh = B @ h.view(H.count, len(B), len(A))
+            return h @ (Bh @ A).flatten(1).mT, Bh
+        s, k, T, o = H.g.shape
+        G, X = H.g.to(B.dtype).reshape(s * k * T, o), H.x.to(B.dtype).reshape(-1, len(A))
+        GB, XA = G @ B, X @ A
+        K, N = GB @ G.mT, XA @ X.mT
+        tokens = (s if H.own_x else 1, 1, T)
+        N = N.reshape(tokens + tokens)
+        pairs = K.reshape(s, k, T, s, k, T) * N
+        share = pairs.sum((2, 5)) if T > 1 else pairs
+        return share.reshape(s * k, s * k), _Tokens(GB, XA, K, N)
+
+    def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
+        """(size,) P H^T w."""
+        if "B" not in P:
+            return _PLAIN.gain_layer(P, H, work, weights)
+        if isinstance(work, _Tokens):
+            assert isinstance(H, Factors)
+            return Factors(work.GB.reshape(H.g.shape), work.XA.reshape(H.x.shape)).combine(weights)
+        return (torch.tensordot(weights.to(work.dtype), work, 1) @ P["A"]).reshape(-1)
+
+    def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
+        """One sweep from the prior's factors to the nearest product."""
+        if "B" not in P:
+            return _PLAIN.update_layer(P, H, work, innovation)
+        if isinstance(work, _Tokens):
+            assert isinstance(H, Factors)
+            return _sweep_of_tokens(P["B"], P["A"], H, work, innovation.cholesky)
+        return _sweep_of_matrices(P["B"], P["A"], work, innovation.cholesky)
+
+    def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
+        """(draws, size) L_B Z L_A^T."""
+        if "B" not in P:
+            return _PLAIN.sample_layer(P, draws, generator)
+        B, A = P["B"], P["A"]
+        Z = torch.randn(draws, len(B), len(A), dtype=B.dtype, generator=generator).to(B.device)
+        return (root(B) @ Z @ root(A).mT).flatten(1)
+
+    def diagonal_layer(self, P: LayerState) -> Tensor:
+        """(size,) products of the variances of rows and columns."""
+        if "B" not in P:
+            return _PLAIN.diagonal_layer(P)
+        return torch.outer(P["B"].diagonal(), P["A"].diagonal()).reshape(-1)
+
+    def log_det_layer(self, P: LayerState) -> Tensor:
+        """I log |B| + o log |A|."""
+        if "B" not in P:
+            return _PLAIN.log_det_layer(P)
+        B, A = P["B"], P["A"]
+        return len(A) * torch.linalg.slogdet(B).logabsdet + len(B) * torch.linalg.slogdet(A).logabsdet
+
+
+def tokens_pay(H: Factors) -> bool:
+    """Whether pairs of tokens are fewer numbers, and less work, than one matrix per observation.
+
+    Args:
+        H: a layer's factors.
+
+    Returns:
+        (M T)^2 <= M o i; always so for one token and fewer observations than weights.
+    """
+    T, o = H.g.shape[2:]
+    return H.count * T**2 <= o * H.x.shape[-1]
+
+
+def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, cholesky: Tensor) -> LayerState:
+    s, k, T, _ = H.g.shape
+    o, i, tokens = len(B), len(A), len(work.XA)
+    # What is as small as S is computed in float64: K S^-1 loses the square of the signal-to-noise ratio.
+    K, N = work.K.double(), work.N.double()
+    inverse = torch.cholesky_inverse(cholesky.double()).view(s, k, 1, s, k, 1)
+    iE = (inverse * N).expand(s, k, T, s, k, T).reshape(K.shape)
+    L = root(iE)
+    LK = L.mT @ K
+    half = _root_of_rest(LK @ L, 1.0 / i, B.dtype)  # I - L^T K L / i has the eigenvalues of B^-1 B' other than 1
+    W = torch.linalg.solve_triangular(half, LK, upper=False)
+    K_new = torch.addmm(K, W.mT, W, alpha=1.0 / i)
+    trace = o + float((iE * K_new).sum()) / i
+    F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
+    # As U^T U and V^T V, what is subtracted is symmetric to the last bit, and B and A stay so: no later update
+    # would take an antisymmetric part away.
+    U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
+    B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
+    A_new = torch.addmm(A, V.mT, V, beta=trace / o, alpha=-1.0 / o)
+    return {"B": rounded_up(B_new, B), "A": rounded_up(A_new, A)}
+
+
+def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> LayerState:
+    o, i = len(B), len(A)
+    Y = torch.linalg.solve_triangular(cholesky.to(B.dtype), Bh.flatten(1), upper=False).view_as(Bh)
+    YA = (Y @ A).transpose(0, 1).reshape(o, -1)  # (o, M i): the sum over matrices and columns is one product
+    B_new = torch.addmm(B, YA, Y.transpose(0, 1).reshape(o, -1).mT, alpha=-1.0 / i)
+    B_new = rounded_up((B_new + B_new.mT) / 2, B)
+    solved = torch.linalg.solve(B_new, torch.cat([B, YA], 1))
+    trace = float(solved[:, :o].diagonal().sum())
+    A_new = torch.addmm(A, YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), beta=trace / o, alpha=-1.0 / o)
+    return {"B": B_new, "A": rounded_up((A_new + A_new.mT) / 2, A)}
+
+
+def _root_of_rest(Q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Cholesky factor of I - scale Q, Q from numbers of a dtype, whose rounding may have made it a little too large."""
+    lost = ROUNDING * torch.finfo(dtype).eps
+    J = Q * (scale * (lost - 1.0))
+    J.diagonal().add_(1.0)
+    half, info = torch.linalg.cholesky_ex(J)
+    if int(info) == 0:
+        return half
+    values, axes = torch.linalg.eigh(J)
+    return torch.linalg.cholesky((axes * values.clamp_min(lost)) @ axes.mT)

@@ -1,0 +1,142 @@
+"""What a batch says about the weights: observation models and noise, from a forward pass to whitened rows of H."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kngd_ray.clip import CLIPHead
+from kngd_ray.filters import Judged, NoGate, Seen, Whitening
+from kngd_ray.observations import Linearizer, Observation, stack
+from kngd_ray.sharding import Group, Observed, ShardedUpdate
+from kngd_ray.training.batches import Batch, seeded
+from kngd_ray.training.options import FitOptions
+
+_DRAWS = 1  # stream of the observation models' random numbers, apart from the sampler's
+
+
+@dataclass(frozen=True)
+class BatchSeen:
+    """A global batch as observed at one value of the weights.
+
+    Attributes:
+        logits: (m, C) of the local samples.
+        observed: what the filter conditions on.
+        whitening: of all s samples, in rank order.
+        nu: (s, k) innovations before whitening.
+        base: (s, k) noise variances known from the likelihood.
+        channel: (s, k) channels of the noise.
+    """
+
+    logits: Tensor
+    observed: Observed
+    whitening: Whitening
+    nu: Tensor
+    base: Tensor
+    channel: Tensor
+
+
+class Observer:
+    """Observes batches by the models that the options name.
+
+    Args:
+        head: maps (m, d) features to (m, C) logits.
+        options: observation models and noise.
+        seed: of the random numbers that sampling observation models use.
+        group: the ranks that observe together.
+    """
+
+    def __init__(self, head: CLIPHead, options: FitOptions, seed: int, group: Group) -> None:
+        self._models = options.observation
+        self._noise_model = options.noise.observation
+        self._logit_scale = head.logit_scale
+        self._classes = len(head.class_embeddings)
+        self._seed = seed
+        self._group = group
+        self._linearizer = Linearizer(head, head.class_embeddings[:1])
+        self.layers = self._linearizer.layers
+        self._rows = [model.rows(self._classes) for model in self._models]
+        residual = [model.residual for model, k in zip(self._models, self._rows, strict=True) for _ in range(k)]
+        self._residual = torch.tensor(residual, device=head.class_embeddings.device)
+        self._gated = not isinstance(options.filter.gate, NoGate)
+        # Each of E passes over the same shots counts 1/E: together they are as much evidence as the shots are.
+        self._passes = max(options.epochs, 1) if options.noise.tempering == "passes" else 1
+
+    def initial_noise(self, like: Tensor) -> Tensor:
+        """The noise state before the first step, of the dtype and device of `like`."""
+        likelihood = [float("nan") if model.likelihood is None else model.likelihood for model in self._models]
+        r0 = like.new_tensor([model.r0 for model in self._models])
+        return self._noise_model.init(r0, like.new_tensor(likelihood), self._rows, self._classes)
+
+    def observe(self, batch: Batch, noise: Tensor, displaced: Tensor | None = None) -> BatchSeen:
+        """Observe a batch at the head's weights.
+
+        Args:
+            batch: this rank's part of the global batch.
+            noise: the noise state.
+            displaced: (n,) mu- less the weights, where these are not the predicted mean: the innovations are then
+                those of the linear model at mu-.
+
+        Returns:
+            What was seen.
+        """
+        passed = self._linearizer.run(batch.features)
+        observations = [
+            model.observe(passed.logits, batch.labels, self._logit_scale, self._uniforms(number, batch, passed.logits))
+            for number, model in enumerate(self._models)
+        ]
+        local = stack(observations, self._noise_model.channels(self._classes))
+        nu, base, channel, *form = self._gather(local, observations, batch)
+        channel = channel.long()
+        R = self._noise_model.covariance(noise, base, channel) * self._passes
+        whitening = Whitening(R)
+        own = whitening if self._group.world_size == 1 else Whitening(R[batch.own])
+        H = passed.jacobian(own.rows(local.cotangent))
+        whitened = whitening.innovations(nu)
+        judged = self._judged(whitened, R, *form) if self._gated else None
+        whitened = whitened.flatten()
+        if displaced is not None:
+            pieces = displaced.split([layer.size for layer in self.layers])
+            shift = torch.stack([H[x.name].times(v) for x, v in zip(self.layers, pieces, strict=True)]).sum(0)
+            shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
+            whitened, judged = whitened - shift, judged and judged.shifted(shift)
+        observed = Observed(H, whitened, judged, batch.sizes, nu.shape[1])
+        return BatchSeen(passed.logits, observed, whitening, nu, base, channel)
+
+    def learned(self, noise: Tensor, seen: BatchSeen, outcome: ShardedUpdate) -> Tensor:
+        """The noise state after an update: estimated from residuals, less those that were gated."""
+        if not self._noise_model.learns:
+            return noise
+        kept = (outcome.weight >= 1).view(seen.nu.shape) & self._residual
+        predicted = seen.whitening.restored(outcome.predicted.to(seen.nu.dtype))
+        batch = Seen(seen.nu, predicted, seen.base, seen.channel, kept.to(seen.nu))
+        return self._noise_model.update(noise, batch).to(noise.dtype)
+
+    def _uniforms(self, number: int, batch: Batch, like: Tensor) -> Tensor:
+        """Random numbers of a model, drawn for the global batch and cut: the ranks see what one process would."""
+        draws = self._models[number].draws(self._classes)
+        if draws == 0:
+            return like.new_empty(len(batch.labels), 0)
+        generator = seeded(self._seed, batch.step, _DRAWS, number)
+        return torch.rand((batch.total, draws), generator=generator, dtype=torch.float64)[batch.own].to(like)
+
+    def _gather(self, local: Observation, observations: list[Observation], batch: Batch) -> list[Tensor]:
+        """Innovations, base noise, channels, and for a gate the two judged forms: (s, k) each, of all samples."""
+        columns = [local.innovation, local.base_noise, local.channel]
+        if self._gated:
+            columns += torch.cat([o.judged_form for o in observations], 1).unbind(2)
+        if self._group.world_size == 1:
+            return columns
+        # One gather for a few small matrices; float64 holds channel numbers and float32 exactly.
+        packed = torch.stack([column.double() for column in columns], 2)
+        gathered = self._group.gather_rows(packed, batch.sizes).unbind(2)
+        return [column.to(mine.dtype) for column, mine in zip(gathered, columns, strict=True)]
+
+    def _judged(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> Judged:
+        """Residuals as they are, less the tempering of their noise; in the place of the others nu and factor (s, k)."""
+        tempering = self._passes**0.5
+        deviation = (R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)).double().sqrt()
+        return Judged(
+            torch.where(self._residual, tempering * whitened.double(), nu).flatten(),
+            torch.where(self._residual, tempering, factor * deviation).flatten(),
+        )

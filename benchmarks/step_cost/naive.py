@@ -9,6 +9,7 @@ from kngd_ray.observations import Model, flatten, jacobian_rows, trainable, unfl
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.training.options import FilterOptions
 
 
 class NaiveRows:
@@ -21,7 +22,7 @@ class NaiveRows:
 
     def __init__(self, head: CLIPHead, observation: Sequence[Model]) -> None:
         self.head = head
-        self.P = torch.full_like(flatten(trainable(head)), 0.03)
+        self.P = torch.full_like(flatten(trainable(head)), FilterOptions().p0)
         self._observation = observation
 
     def step(self, batch: Batch) -> StepStats:

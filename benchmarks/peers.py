@@ -212,7 +212,7 @@ def main() -> None:
     data = [f"seeds={options.seeds}", f"data.path={options.data}", f"data.shots={options.shots}"]
     data.append(f"data.train_domain={options.domain or 'null'}")
     found = {
-        "environment": environment(),
+        "environment": environment(),  # before the methods run
         "task": {"data": name, "domain": options.domain, "shots": options.shots, "seeds": options.seeds},
         "methods": {method: _measured(method, data) for method in METHODS},
     }

@@ -45,14 +45,14 @@ def main() -> None:
     if options.markdown:
         fill("step_cost", markdown(json.loads((_RESULTS / "step_cost.json").read_text())))
         return
-    lines = []
+    before, lines = environment(), []
     for line in measured(options.quick):
         lines.append(line)
         if options.json:
             print(json.dumps(line), flush=True)
         else:
             print(f"{line['case']}: {line['method']}", file=sys.stderr, flush=True)
-    found = {"environment": environment(), "lines": lines}
+    found = {"environment": before, "lines": lines}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "step_cost.json").write_text(json.dumps(found, indent=1) + "\n")

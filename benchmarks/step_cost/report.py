@@ -7,18 +7,20 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from kngd_ray.commands.environment import describe_environment
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads and date."""
+    """Versions, processor, threads, load and date; to be asked before measuring, whose own load would be in it."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return json.loads(describe_environment()) | {
         "cpu": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
+        "load": round(psutil.getloadavg()[0], 2),
         "date": date.today().isoformat(),
     }
 
@@ -34,7 +36,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     """
     e, lines = found["environment"], found["lines"]
     gpus = f", {', '.join(e['gpus'])}" if e["gpus"] else ""
-    blocks = [f"{e['cpu']}, {e['cores']} cores{gpus}, torch {e['packages']['torch']}, {e['date']}."]
+    blocks = [
+        f"{e['cpu']}, {e['cores']} cores{gpus}, torch {e['packages']['torch']}, {e['date']}, load {e['load']} before."
+    ]
     one = [line for line in lines if line["part"] == "main"]
     keys = dict.fromkeys((line["case"], line["device"]) for line in one)
     blocks += [_steps([x for x in one if (x["case"], x["device"]) == key]) for key in keys]

@@ -32,8 +32,8 @@ class Innovation:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(M, M) S^-1."""
-        return torch.cholesky_inverse(self.cholesky)
+        """(M, M) S^-1 in float64: M is small, and what is made of it loses digits."""
+        return torch.cholesky_inverse(self.cholesky.double())
 
     def whiten(self, U: Tensor) -> Tensor:
         """Solve ``X L^T = U``, so that ``X X^T = U S^-1 U^T``.

@@ -84,7 +84,10 @@ class BlockDiagonal(Layerwise):
     def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
         """(size, b) posterior inside each block, symmetric to the last bit."""
         blocks = _blocks(P)
-        X = torch.linalg.solve_triangular(innovation.cholesky.to(work.dtype), work, upper=False)
+        count, M, b = work.shape
+        columns = work.transpose(0, 1).reshape(M, count * b)  # one system, not one for each block
+        X = torch.linalg.solve_triangular(innovation.cholesky.to(work.dtype), columns, upper=False)
+        X = X.view(M, count, b).transpose(0, 1)
         posterior = torch.baddbmm(blocks, X.mT, X, alpha=-1.0)
         posterior = rounded_up((posterior + posterior.mT) / 2, blocks)
         return {_COVARIANCE: _by_weight(posterior, P)}

@@ -139,7 +139,7 @@ class Kronecker(Layerwise):
             return _PLAIN.update_layer(P, H, work, innovation)
         if isinstance(work, _Tokens):
             assert isinstance(H, Factors)
-            return _sweep_of_tokens(P["B"], P["A"], H, work, innovation.cholesky)
+            return _sweep_of_tokens(P["B"], P["A"], H, work, innovation.inverse)
         return _sweep_of_matrices(P["B"], P["A"], work, innovation.cholesky)
 
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
@@ -177,12 +177,12 @@ def tokens_pay(H: Factors) -> bool:
     return H.count * T**2 <= o * H.x.shape[-1]
 
 
-def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, cholesky: Tensor) -> LayerState:
+def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: Tensor) -> LayerState:
     s, k, T, _ = H.g.shape
     o, i, tokens = len(B), len(A), len(work.XA)
     # What is as small as S is computed in float64: K S^-1 loses the square of the signal-to-noise ratio.
     K, N = work.K.double(), work.N.double()
-    inverse = torch.cholesky_inverse(cholesky.double()).view(s, k, 1, s, k, 1)
+    inverse = inverse.view(s, k, 1, s, k, 1)
     iE = (inverse * N).expand(s, k, T, s, k, T).reshape(K.shape)
     L = root(iE)
     LK = L.mT @ K

@@ -141,6 +141,9 @@ def stack(observations: Sequence[Observation], channels: int) -> Observation:
     Returns:
         One observation with the sum of the models' k, its channels numbered through all models.
     """
+    if len(observations) == 1:
+        (only,) = observations
+        return Observation(only.innovation, only.cotangent, only.base_noise, only.channel % channels)
     return Observation(
         torch.cat([o.innovation for o in observations], 1),
         torch.cat([o.cotangent for o in observations], 1),

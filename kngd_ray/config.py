@@ -87,8 +87,8 @@ class Config(FitOptions):
         baselines: methods fitted beside, from their own presets on the same data, seeds and adapter.
         prior: run, fit or checkpoint whose posterior is the prior of this run; None starts at CLIP's own weights. Each
             seed continues from the same seed of a run, or all from the only one. ``kalman`` starts at its mean and
-            covariance, which take the place of ``filter.p0``; a gradient method starts at the weights of its own fit
-            in that run, or at those of the run's method where it has none.
+            covariance, and ``filter.p0`` only says how wide ``ornstein_uhlenbeck`` lets it relax; a gradient method
+            starts at the weights of its own fit in that run, or at those of the run's method where it has none.
         data: data set and few-shot task.
         model: CLIP model.
         posterior: how the posterior enters predictions.

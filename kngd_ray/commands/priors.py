@@ -89,7 +89,7 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
     about = ("adapter", "filter.covariance") if options.method == "kalman" else ("adapter",)
     before, after = flatten(earlier), flatten(options)
     for key in before | after:
-        if key.startswith(about) and before.get(key) != after.get(key):
+        if any(key == name or key.startswith(f"{name}.") for name in about) and before.get(key) != after.get(key):
             return f"was trained with {key}={before.get(key)}, this run has {after.get(key)}"
     return None
 

@@ -73,7 +73,9 @@ class Layerwise(ABC):
         """Sum of the layers' H P H^T."""
         done = {name: self.gram_layer(state, H[name]) for name, state in P.items()}
         shares = [share for share, _ in done.values()]
-        gram = shares[0] if shares else nu.new_zeros(len(nu), len(nu))
+        if not shares:
+            return nu.new_zeros(len(nu), len(nu), dtype=torch.promote_types(nu.dtype, torch.float32)), {}
+        gram = shares[0]
         for share in shares[1:]:
             gram = gram + share
         return gram, {name: work for name, (_, work) in done.items()}

@@ -1,4 +1,4 @@
-"""One Kalman update in one process: the composition that the sharded filter must equal."""
+"""One Kalman update in one process: the reference that the sharded filter is tested against."""
 
 from dataclasses import dataclass
 
@@ -43,15 +43,16 @@ def update(family: Family, belief: Belief, H: Jacobian, nu: Tensor) -> tuple[Bel
     return Belief(mu, family.update(P, H, gram, work, innovation)), innovation
 
 
-def innovation_covariance(predicted: Tensor) -> Tensor:
-    """S = H P H^T + I.
+def innovation_covariance(predicted: Tensor, noise: float = 1.0) -> Tensor:
+    """S = H P H^T + noise I.
 
     Args:
         predicted: (M, M) H P H^T.
+        noise: variance of the whitened observations.
 
     Returns:
         (M, M) S.
     """
     S = predicted.clone()
-    S.diagonal().add_(1.0)
+    S.diagonal().add_(noise)
     return S

@@ -35,9 +35,8 @@ from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 
 _VARIANCE = "variance"
-_PAIR_NUMBERS = (
-    1 << 18
-)  # numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory
+# Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
+_PAIR_NUMBERS = 1 << 18
 _FEW = 3  # observations per sample up to which sums over them are faster than products of matrices so small
 
 
@@ -141,7 +140,7 @@ def pairs_pay(H: Factors) -> bool:
     """
     s, k, _, o = H.g.shape
     i = H.x.shape[-1]
-    return H.single and (s + 1) / 2 * (o * min(k, 4) + i) <= 3 * k * o * i
+    return H.single and (s + 1) / 2 * (k * o + i) <= 3 * k * o * i
 
 
 class _Pairs:

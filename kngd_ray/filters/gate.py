@@ -84,7 +84,7 @@ class NoGate:
         kind: the gate's name.
     """
 
-    kind: Literal["off"] = "off"
+    kind: Literal["none"] = "none"
 
     def weights(self, predicted: Tensor, judged: Judged, k: int) -> Tensor | None:
         """None."""

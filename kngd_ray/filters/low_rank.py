@@ -86,7 +86,7 @@ class DiagonalLowRank:
         if q > 0:
             shares = [(W.mT @ (W / (scale + q * lam).unsqueeze(1))).double() for lam, W in map(_parts, P.values())]
             C = C.to(shares[0].device) if shares else C
-            C = C + q * total(sum(shares, torch.zeros_like(C)))
+            C = C + q * total(sum(shares, torch.zeros_like(C))).to(C.device)
         half = torch.linalg.cholesky(C / scale)
 
         def predicted(lam: Tensor, W: Tensor) -> LayerState:
@@ -99,9 +99,10 @@ class DiagonalLowRank:
     def gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Work]:
         """(2, M + r, M + r) G0 and G1."""
         size = len(nu) + self.rank
-        gram = nu.new_zeros(2, size, size, dtype=torch.promote_types(nu.dtype, torch.float32))
+        # float64: Woodbury's differences cancel where observations are many times more certain than the prior
+        gram = nu.new_zeros(2, size, size, dtype=torch.float64)
         for name, state in P.items():
-            A = _stacked(state, H[name])
+            A = _stacked(state, H[name]).double()
             gram = gram + torch.stack([(A / state["precision"]) @ A.mT, A @ A.mT])
         return gram, {}
 

@@ -14,6 +14,7 @@ The filter sees observations *whitened* by R, ``L^-1 nu`` and ``L^-1 H`` with R 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -221,6 +222,6 @@ class Whitening:
             return 0.5 * float(self.R.log().sum())
         return float(self._root.diagonal(dim1=1, dim2=2).log().sum())
 
-    @property
+    @cached_property
     def _root(self) -> Tensor:
         return torch.linalg.cholesky(self.R)

@@ -38,9 +38,8 @@ class Categorical(Noisy):
         samples: labels drawn per sample; 0 takes all C classes exactly.
     """
 
-    residual: ClassVar[bool] = (
-        False  # its noise is that of the likelihood: it is not estimated, and its NIS says little
-    )
+    # its noise is that of the likelihood: it is not estimated, and its NIS says little
+    residual: ClassVar[bool] = False
     likelihood: ClassVar[float | None] = 1.0
 
     kind: Literal["categorical"] = "categorical"

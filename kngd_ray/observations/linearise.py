@@ -12,7 +12,8 @@ its call, is tried on one sample, and has rows where the factors do not reproduc
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,7 @@ from kngd_ray.filters import Factors, Jacobian, Layer, Rows
 from kngd_ray.observations.jacobian import jacobian_rows, trainable
 
 _TOLERANCE = 1e-3  # of a gradient's norm, between two ways to compute it in float32
+_SHAKEN = 0.01  # standard deviation that weights which are all alike are moved by
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Linearizer:
 
     Args:
         head: maps (m, ...) inputs to (m, C) outputs, samples independent of one another.
-        example: (1, ...) an input, on which it is found out which layers have factors.
+        example: (1 or more, ...) inputs, on which it is found out which layers have factors.
     """
 
     def __init__(self, head: nn.Module, example: Tensor) -> None:
@@ -78,7 +80,8 @@ class Linearizer:
         self._modules = {name: modules for name, modules in _linear_weights(head).items() if name in parameters}
         self._biases: dict[str, str] = {}
         self._others: set[str] = set()
-        self._shared = _shared_inputs(self.run(example)._tape, self.run(torch.cat([example, example]))._tape)
+        one = example[:1]
+        self._shared = _shared_inputs(self.run(one)._tape, self.run(torch.cat([one, one]))._tape)
         self._keep(self._shared)
         self._biases = _biases(head, self._modules, parameters)
         self._keep(self._reproduced(example, {x: parameters[x] for x in (*self._modules, *self._biases)}))
@@ -121,15 +124,20 @@ class Linearizer:
         """The parameters whose gradient the tape gives."""
         if not parameters:
             return set()
-        passed = self.run(example)
-        classes = passed.logits.shape[1]
-        # neither zero nor opposite weights, between which a use of a parameter could cancel
-        v = torch.linspace(1, 2, classes, dtype=passed.logits.dtype, device=example.device)
-        expected = torch.autograd.grad(
-            passed.outputs, list(parameters.values()), v.unsqueeze(0), retain_graph=True, materialize_grads=True
-        )
-        found = self._taped(passed, v.view(1, 1, classes))
-        one = torch.ones(1, device=example.device)
+        with _shaken(self.head):
+            passed = self.run(example)
+            classes = passed.logits.shape[1]
+            # neither zero nor opposite weights, between which a use of a parameter could cancel
+            v = torch.linspace(1, 2, classes, dtype=passed.logits.dtype, device=example.device)
+            expected = torch.autograd.grad(
+                passed.outputs,
+                list(parameters.values()),
+                v.expand_as(passed.logits),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            found = self._taped(passed, v.expand(len(example), 1, classes))
+        one = torch.ones(len(example), device=example.device)
         return {
             name
             for (name, p), gradient in zip(parameters.items(), expected, strict=True)
@@ -160,6 +168,23 @@ class Linearizer:
             shared = self._shared[name]
             pieces[name].append(Factors(next(g_shared if shared else g_own), _tokens(call.x.detach(), shared)))
         return {name: _joined(parts) for name, parts in pieces.items()}
+
+
+@contextmanager
+def _shaken(head: nn.Module) -> Iterator[None]:
+    """Move all weights at random for a while: behind a layer that starts at zero, any gradient would look right."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [(p, p.detach().clone()) for p in trainable(head).values()]
+    with torch.no_grad():
+        for p, value in kept:
+            spread = 0.1 * float(value.std(correction=0)) + _SHAKEN
+            p.add_(spread * torch.randn(value.shape, generator=generator).to(value))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in kept:
+                p.copy_(value)
 
 
 def _record(

@@ -42,6 +42,7 @@ class Observed:
         judged: the global batch as a gate sees it; None where there is no gate.
         samples: number of samples on each rank.
         k: observations per sample.
+        noise: their own noise variance in units of the one that they are weighed by: below 1 where R is tempered.
     """
 
     jacobian: Jacobian
@@ -49,6 +50,7 @@ class Observed:
     judged: Judged | None
     samples: Sequence[int]
     k: int
+    noise: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class ShardedUpdate:
 
     Attributes:
         belief: mean (n,) of all weights, covariance of the own parts.
-        log_evidence: log N(nu; 0, S) in nats, as if nothing were gated.
-        nis: nu^T S^-1 nu, as if nothing were gated.
+        log_evidence: log N(nu; 0, H P H^T + noise I) in nats, as if nothing were gated or tempered.
+        nis: nu^T S^-1 nu of the same S.
         jitter: the largest that S needed; normally 0.
         predicted: (s, k, k) H P H^T of each sample.
         weight: (M,) what the gate left of each observation: 1 all of it, 0 nothing.
@@ -140,7 +142,11 @@ class ShardedFilter:
             The predicted belief.
         """
         mu = belief.mu if transition.decay == 1.0 else anchor.lerp(belief.mu, transition.decay)
-        return Belief(mu, self.family.predict(belief.covariance, transition.scale, transition.q, self.group.sum))
+
+        def total(share: Tensor) -> Tensor:
+            return self.group.sum(share.to(mu.device))  # a rank without parts has none to tell the device by
+
+        return Belief(mu, self.family.predict(belief.covariance, transition.scale, transition.q, total))
 
     def update(self, belief: Belief, observed: Observed) -> ShardedUpdate:
         """Condition on the observations of all ranks, `serial` samples at a time.
@@ -171,7 +177,7 @@ class ShardedFilter:
             if moved is not None:
                 shift = self._shift(some, moved, nu)
                 nu, judged = nu - shift, judged and judged.shifted(shift)
-            done.append(self._condition(covariance, some, nu, judged, k))
+            done.append(self._condition(covariance, some, nu, judged, observed))
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
@@ -183,13 +189,15 @@ class ShardedFilter:
             torch.cat([part.weight for part in done]),
         )
 
-    def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, k: int) -> _Conditioned:
-        """Condition the own parts on observations, all at once."""
-        family, M = self.family, len(nu)
+    def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, of: Observed) -> _Conditioned:
+        """Condition the own parts on some observations of a batch, all at once."""
+        family, M, k = self.family, len(nu), of.k
         share, work = family.gram(P, H, nu)
         gram = self.group.sum(share)
         predicted = family.spread(gram, M)
         innovation = first = solve_innovation(innovation_covariance(predicted), nu)
+        if of.noise != 1.0:
+            first = solve_innovation(innovation_covariance(predicted, of.noise), nu)
         weight = None if judged is None else self.gate.weights(predicted, judged, k)
         if weight is not None:
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)

@@ -35,6 +35,7 @@ class KalmanNGD:
     def __init__(self, head: CLIPHead, options: FitOptions, seed: int = 0, group: Group | None = None) -> None:
         self.head: nn.Module = head
         self._options = options
+        self.seed = seed
         self.group = group or SingleProcess()
         self._parameters = trainable(head)
         self._observer = Observer(head, options, seed, self.group)
@@ -60,8 +61,9 @@ class KalmanNGD:
         moved = self.group.bytes_moved
         options = self._options
         transition = options.noise.process.transition(batch.step, options.filter.p0)
-        before, predicted = self.belief.mu, self.filter.predict(self.belief, transition, self._anchor)
+        before = self.belief.mu
         try:
+            predicted = self.filter.predict(self.belief, transition, self._anchor)
             if predicted.mu is not before:
                 self._write(predicted.mu)
             first = seen = self._observer.observe(batch, self.noise)
@@ -75,11 +77,18 @@ class KalmanNGD:
                     "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
                     "lower filter.p0 or raise observation.r0."
                 )
-        except FilterError:
+            noise = self._observer.learned(self.noise, first, first_outcome)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            self._write(before)
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise FilterError(
+                f"a matrix of the filter could not be factored ({reason}): the step was refused and the belief kept; "
+                "look for non-finite features, or lower filter.p0."
+            ) from error
+        except BaseException:
             self._write(before)
             raise
-        self.noise = self._observer.learned(self.noise, first, first_outcome)
-        self.belief = outcome.belief
+        self.noise, self.belief = noise, outcome.belief
         self._write(outcome.belief.mu)
         rms, gated = torch.stack([first.nu.square().mean().sqrt(), (first_outcome.weight < 1).sum()]).tolist()
         return StepStats(

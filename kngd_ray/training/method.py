@@ -25,7 +25,7 @@ class StepStats:
         nis: nu^T S^-1 nu, expected value M.
         nis_per_observation: nis / M; for observations that are residuals (cosine, probability), well above 1
             says that the noise is underestimated. Others do not reach 1 by construction.
-        log_evidence: log N(nu; 0, S), nats, summed over the M observations.
+        log_evidence: log N(nu; 0, S), nats, summed over the M observations; S holds their own noise, not the tempered.
         jitter: what S needed on its diagonal to factor; normally 0.
         gated: observations that the gate weighed down or left out.
         bytes_moved: bytes that this rank received from others.

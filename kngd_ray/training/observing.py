@@ -12,6 +12,7 @@ from kngd_ray.sharding import Group, Observed, ShardedUpdate
 from kngd_ray.training.batches import Batch, seeded
 from kngd_ray.training.options import FitOptions
 
+_EXAMPLES = 8  # inputs to find out on how the head is linearised
 _DRAWS = 1  # stream of the observation models' random numbers, apart from the sampler's
 
 
@@ -53,7 +54,7 @@ class Observer:
         self._classes = len(head.class_embeddings)
         self._seed = seed
         self._group = group
-        self._linearizer = Linearizer(head, head.class_embeddings[:1])
+        self._linearizer = Linearizer(head, head.class_embeddings[:_EXAMPLES])
         self.layers = self._linearizer.layers
         self._rows = [model.rows(self._classes) for model in self._models]
         residual = [model.residual for model, k in zip(self._models, self._rows, strict=True) for _ in range(k)]
@@ -100,7 +101,7 @@ class Observer:
             shift = torch.stack([H[x.name].times(v) for x, v in zip(self.layers, pieces, strict=True)]).sum(0)
             shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
             whitened, judged = whitened - shift, judged and judged.shifted(shift)
-        observed = Observed(H, whitened, judged, batch.sizes, nu.shape[1])
+        observed = Observed(H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes)
         return BatchSeen(passed.logits, observed, whitening, nu, base, channel)
 
     def learned(self, noise: Tensor, seen: BatchSeen, outcome: ShardedUpdate) -> Tensor:

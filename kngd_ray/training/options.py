@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
+from kngd_ray.filters import Categorical as LikelihoodNoise
 from kngd_ray.filters import (
     CovarianceFamily,
     Diagonal,
@@ -25,7 +26,8 @@ class FilterOptions:
         covariance: covariance family.
         p0: prior variance of every weight around its initial value.
         gate: what is done about observations that the belief finds too surprising.
-        serial: samples conditioned on at once within a batch; 0 is all of them. The work of the exact diagonal and of
+        serial: samples conditioned on at once within a batch, each run knowing those before it (so does the gate);
+            0 is all of them. The work of the exact diagonal and of
             the block-diagonal form grows with the square of it, so a large batch is cheaper in small runs.
         iterations: linearisations per step; above 1 the batch is linearised again at the new mean (iterated EKF).
     """
@@ -123,4 +125,10 @@ class FitOptions:
         if not self.observation:
             raise ValueError(
                 "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
+            )
+        unlikely = all(model.likelihood is None for model in self.observation)
+        if isinstance(self.noise.observation, LikelihoodNoise) and unlikely:
+            raise ValueError(
+                "noise.observation is categorical, but no observation has a likelihood to take its noise from; "
+                "observe probability, log_likelihood or categorical, or take fixed or ema noise"
             )

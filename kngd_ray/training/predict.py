@@ -74,6 +74,7 @@ class Predictor:
         self.belief = belief
         self.options = options
         self._deviations: Tensor | None = None
+        self._linearizer: Linearizer | None = None
 
     def predict(self, features: Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
@@ -112,10 +113,11 @@ class Predictor:
             return torch.zeros_like(logits)
         C = logits.shape[1]
         eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
-        linearizer = Linearizer(self.head, features[:1])
+        if self._linearizer is None:
+            self._linearizer = Linearizer(self.head, features[:1])
         variances = []
         for x in features.split(max(1, _ROWS // C)):
-            H = linearizer.run(x).jacobian(eye.expand(len(x), C, C))
+            H = self._linearizer.run(x).jacobian(eye.expand(len(x), C, C))
             share, _ = self.family.gram(self.belief.covariance, H, logits.new_zeros(len(x) * C))
             variances.append(self.family.spread(share, len(x) * C).diagonal().view(len(x), C))
         return torch.cat(variances).to(logits.dtype)

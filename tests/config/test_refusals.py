@@ -202,3 +202,13 @@ def test_nothing_but_a_usage_error(tmp_path, seed: int) -> None:
         again = tmp_path / "again.yaml"
         again.write_text(to_yaml(config))
         assert load_config(again) == config
+
+
+def test_noise_of_a_likelihood_needs_one() -> None:
+    with pytest.raises(UsageError, match="no observation has a likelihood to take its noise from"):
+        load_config(overrides=["observation=cosine", "noise.observation=categorical"])
+    assert load_config(overrides=["observation=probability", "noise.observation=categorical"])
+
+
+def test_the_gate_is_closed_by_a_word_that_yaml_leaves_alone() -> None:
+    assert load_config(overrides=["filter.gate=skip", "filter.gate=none"]).filter.gate.kind == "none"

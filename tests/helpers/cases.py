@@ -129,6 +129,7 @@ def make_options(
     process: str = "random_walk",
     gate: str = "off",
     iterations: int = 1,
+    serial: int = 0,
     tempering: Literal["passes", "none"] = "passes",
     **changes: object,
 ) -> FitOptions:
@@ -138,7 +139,9 @@ def make_options(
         "batch_size": 7,
         "adapter": ADAPTERS[adapter],
         "observation": OBSERVATIONS[observation],
-        "filter": FilterOptions(covariance=FAMILIES[family], p0=0.05, gate=GATES[gate], iterations=iterations),
+        "filter": FilterOptions(
+            covariance=FAMILIES[family], p0=0.05, gate=GATES[gate], iterations=iterations, serial=serial
+        ),
         "noise": NoiseOptions(process=PROCESSES[process], observation=NOISES[noise], tempering=tempering),
     }
     return FitOptions(**(settings | changes))  # type: ignore[arg-type]

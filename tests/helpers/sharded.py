@@ -36,7 +36,7 @@ Outcome = dict[str, Any]
 def _cases() -> dict[str, dict[str, Any]]:
     """Every family with every adapter and every observation list in float64, a third of them in float32 too.
 
-    Noise, process, gate, tempering and iterations take turns.
+    Noise, process, gate, tempering, iterations and serial take turns.
     """
     cases = {}
     for f, family in enumerate(FAMILIES):
@@ -50,7 +50,10 @@ def _cases() -> dict[str, dict[str, Any]]:
                 "gate": _turn(GATES, i + f),
                 "tempering": _turn(TEMPERING, i // 2 + f),
                 "iterations": _turn((1, 2), i + f),
+                "serial": _turn((0, 3, 0), i + i // 3),
             }
+            if names["observation"] == "cosine" and names["noise"] == "categorical":
+                names["noise"] = "ema-full"  # a cosine has no likelihood to take its noise from
             for dtype in ("float64", "float32") if i % 3 == f % 3 else ("float64",):
                 cases["/".join((dtype, *map(str, names.values())))] = {"dtype": dtype, **names}
     return cases

@@ -148,6 +148,17 @@ class FunctionalInAllClasses(Functional):
         return self.lin(x) + linear(x, self.lin.weight).sin().sum(1, keepdim=True)
 
 
+class BehindZeros(Functional):
+    """Both called and used outside, in front of a layer that starts at zero: at first its gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(C, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x))
+
+
 class OnlyFunctional(Functional):
     """Never called."""
 
@@ -267,6 +278,7 @@ HEADS: dict[type[nn.Module], tuple[tuple[int, ...], set[str]]] = {
     Functional: ((D,), set()),
     FunctionalBias: ((D,), {"lin.weight"}),
     FunctionalInAllClasses: ((D,), set()),
+    BehindZeros: ((D,), {"last.weight"}),
     OnlyFunctional: ((D,), set()),
     ByKeyword: ((D,), {"lin.weight"}),
     SampleBySample: ((D,), set()),
@@ -380,6 +392,14 @@ def test_rows_do_not_depend_on_chunks(kind, numbers, monkeypatch):
     chunked = jacobian_rows(head, inputs, cotangent)
     assert list(whole) == list(chunked) == list(trainable(head))
     assert all(max_error(chunked[name], rows) < 1e-13 for name, rows in whole.items())
+
+
+def test_layers_are_judged_where_their_gradients_are_not_zero():
+    head = build(BehindZeros)
+    before = nn.init.zeros_(head.last.weight).clone()
+    linearizer = Linearizer(head, torch.ones(1, D, dtype=torch.float64))
+    assert [layer.name for layer in linearizer.layers if layer.factored] == ["last.weight"]
+    assert torch.equal(head.last.weight, before)
 
 
 def test_rows_of_some_parameters():

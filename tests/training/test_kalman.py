@@ -40,8 +40,11 @@ def tensors(method: KalmanNGD) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("observation", OBSERVATIONS)
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(
+    ("noise", "observation"),
+    # a cosine has no likelihood to take its noise from
+    [(noise, seen) for noise in NOISES for seen in OBSERVATIONS if (noise, seen) != ("categorical", "cosine")],
+)
 def test_a_step_is_the_composition_of_its_published_parts(family, observation, noise):
     """Observe, stack, predict, whiten by one Cholesky factor, condition, estimate the noise: by hand, from rows."""
     turn = list(NOISES).index(noise) + list(OBSERVATIONS).index(observation)
@@ -82,7 +85,7 @@ def test_a_step_is_the_composition_of_its_published_parts(family, observation, n
         plain = jacobian_rows(twin, batch.features, observed.cotangent)
         H = {name: Rows(torch.linalg.solve(L, rows)) for name, rows in plain.items()}
         HPH = covariance.spread(covariance.gram(prior.covariance, H, nu)[0], s * k)
-        belief, innovation = update(covariance, prior, H, torch.linalg.solve(L, nu))
+        belief, _ = update(covariance, prior, H, torch.linalg.solve(L, nu))
         blocks = (L @ HPH @ L.mT).view(s, k, s, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         residual = [model.residual for model, many in zip(models, rows_of, strict=True) for _ in range(many)]
         counts = torch.tensor(residual).double().expand(s, k)
@@ -93,11 +96,13 @@ def test_a_step_is_the_composition_of_its_published_parts(family, observation, n
         oracle.belief = belief
         assert max_error(covariance_of(method), covariance_of(oracle)) < 1e-10
         assert max_error(method.noise, r) < 1e-10
-        S = L @ (HPH + torch.eye(s * k).double()) @ L.mT
+        # what is reported holds the observations' own noise, however it is tempered
+        S = L @ (HPH + torch.eye(s * k).double() / passes) @ L.mT
         evidence = torch.distributions.MultivariateNormal(torch.zeros_like(nu), S).log_prob(nu)
+        nis = float(nu @ torch.linalg.solve(S, nu))
         assert max_error(stats.log_evidence, evidence) < 1e-9
-        assert max_error(stats.nis, innovation.nis) < 1e-10
-        assert stats.nis_per_observation == pytest.approx(innovation.nis / (s * k))
+        assert max_error(stats.nis, nis) < 1e-9
+        assert stats.nis_per_observation == pytest.approx(nis / (s * k))
         assert stats.innovation_rms == pytest.approx(float(nu.square().mean().sqrt()))
         assert stats.gated == 0
 

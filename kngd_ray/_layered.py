@@ -191,6 +191,15 @@ def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
     if not isinstance(kind, str) or kind not in choices:
         given = "nothing" if kind is None else repr(kind)
         raise UsageError(f"{path} is {given}{nearest(kind if isinstance(kind, str) else '', list(choices))}.")
+    known = [f.name for f in fields(choices[kind])]
+    for key, inner in node.items():
+        others = [other for other, cls in choices.items() if key in [f.name for f in fields(cls)]]
+        # an option that a lower layer set for the kind that this one replaced is dropped below, without a word
+        stale = isinstance(node.get("kind"), Leaf) and _newest(inner) < _newest(node["kind"])
+        if key not in known and others and not stale:
+            raise UsageError(
+                f"{path}.{key} is an option of {path}={' or '.join(others)}, and {path} is {kind}: set that as well."
+            )
     return build(choices[kind], node, path)
 
 

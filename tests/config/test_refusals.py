@@ -95,7 +95,7 @@ def refusal(*settings: str, file: Path | None = None) -> str:
         # lists
         ("adapter.5.width=3", ["adapter.5.width", "1 elements", "from 0"]),
         ("observation.r0=3", ["observation.r0", "2 elements"]),
-        ("adapter={width: 3}", ["unknown key 'adapter.0.width'"]),
+        ("adapter={width: 3}", ["adapter.0.width is an option of adapter.0=bottleneck", "adapter.0 is class_residual"]),
         # malformed
         ("shots", ["'shots' is neither"]),
         ("=3", ["'=3' is neither"]),
@@ -212,3 +212,16 @@ def test_noise_of_a_likelihood_needs_one() -> None:
 
 def test_the_gate_is_closed_by_a_word_that_yaml_leaves_alone() -> None:
     assert load_config(overrides=["filter.gate=skip", "filter.gate=none"]).filter.gate.kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("filter.gate.quantile=0.9", "filter.gate.quantile is an option of filter.gate=inflate or skip"),
+        ("noise.process.gamma=0.9", "noise.process.gamma is an option of noise.process=ornstein_uhlenbeck"),
+        ("filter.covariance.rank=4", "filter.covariance.rank is an option of filter.covariance=diagonal_low_rank"),
+    ],
+)
+def test_an_option_of_another_choice_names_it(setting: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(sentence)}.*set that as well"):
+        load_config(overrides=[setting])

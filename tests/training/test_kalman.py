@@ -335,3 +335,18 @@ def test_a_mislabelled_shot_is_gated_and_counted(gate):
         moved[kind] = float((method.belief.mu - before).norm())
         assert (stats.gated == 0) == (kind == "off")
     assert moved[gate] < 0.7 * moved["off"]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_with_a_nan_is_refused_whatever_has_to_be_factored(family, noise):
+    options = make_options(family, "probability", noise=noise, iterations=2)
+    method = KalmanNGD(make_head(options.adapter), options)
+    sampler = BatchSampler(make_support(15), 7, 1, seed=0)
+    method.step(sampler.batch(0))
+    before = [tensor.clone() for tensor in tensors(method)]
+    batch = sampler.batch(1)
+    batch.features[2] = torch.nan
+    with pytest.raises(FilterError, match="the step was refused and the belief kept"):
+        method.step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(method), strict=True))

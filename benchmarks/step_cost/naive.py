@@ -44,9 +44,13 @@ class NaiveRows:
         return StepStats(**batch_scores(logits, batch, SingleProcess()), covariance_bytes=self.P.nbytes)
 
     def state(self) -> MethodState:
-        """Not kept: this method is only timed."""
-        raise NotImplementedError
+        """Weights and variances."""
+        weights = {name: p.detach().clone() for name, p in trainable(self.head).items()}
+        return MethodState(weights, replicated={"P": self.P})
 
     def load(self, state: MethodState) -> None:
-        """Not kept either."""
-        raise NotImplementedError
+        """Continue from a state."""
+        with torch.no_grad():
+            for name, p in trainable(self.head).items():
+                p.copy_(state.weights[name])
+        self.P = state.replicated["P"]

@@ -35,7 +35,8 @@ class CLIPHead(nn.Module):
         self.register_buffer("class_embeddings", class_embeddings, persistent=False)
         shape = HeadShape(class_embeddings.shape[1], class_embeddings.shape[0])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # not torch.manual_seed: of lazy CUDA it would queue a record for each of a search's thousands of heads
+            torch.default_generator.manual_seed(seed)
             self.adapters = nn.ModuleList([config.build(shape) for config in adapters])
 
     def forward(self, features: Tensor) -> Tensor:

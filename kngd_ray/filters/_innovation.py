@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, log, pi
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kngd_ray.errors import FilterError, IndefiniteError
+from kngd_ray.filters.unchecked import checked, cholesky
 
 _JITTER_STEPS = 6
 
@@ -19,8 +21,8 @@ class Innovation:
     Attributes:
         cholesky: (M, M) lower factor L of S = L L^T, in S's dtype.
         weights: (M,) w = S^-1 nu; the mean moves by P H^T w.
-        log_evidence: log N(nu; 0, S) in nats, summed over the M observations.
-        nis: normalised innovation squared nu^T S^-1 nu, expected value M.
+        log_evidence: log N(nu; 0, S) in nats, summed over the M observations; unchecked, a float64 scalar tensor.
+        nis: normalised innovation squared nu^T S^-1 nu, expected value M; unchecked, likewise.
         jitter: what had to be added to the diagonal of S before it would factor; normally 0.
     """
 
@@ -65,16 +67,21 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
         IndefiniteError: S stays indefinite under the largest jitter.
     """
     # one look at both: a sum is finite only if its terms are, and is cheaper than a look at each
-    if not isfinite(float(nu.sum()) + float(S.sum())):
+    if checked() and not isfinite(float(nu.sum()) + float(S.sum())):
         _refuse(S, nu)
-    jitter = 0.0
-    L, info = torch.linalg.cholesky_ex(S)
-    if int(info) != 0:
+    L, jitter = cholesky(S), 0.0
+    if L is None:
         L, jitter = _jittered(S)
     nu = nu.to(S.dtype)
     weights = torch.cholesky_solve(nu.unsqueeze(1), L).squeeze(1)
-    nis, half_log_det = torch.stack([nu @ weights, L.diagonal().log().sum()]).tolist()
+    figures = torch.stack([nu @ weights, L.diagonal().log().sum()]).double()
+    nis, half_log_det = figures.tolist() if checked() else _as_floats(figures)
     return Innovation(L, weights, -0.5 * (nis + nu.numel() * log(2.0 * pi)) - half_log_det, nis, jitter)
+
+
+def _as_floats(figures: Tensor) -> Any:
+    """Numbers that stay tensors, for many trials at once: arithmetic on them is that on floats."""
+    return figures.unbind()
 
 
 def _jittered(S: Tensor) -> tuple[Tensor, float]:

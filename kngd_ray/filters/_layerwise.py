@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows
+from kngd_ray.filters.unchecked import checked
 
 LayerState = Mapping[str, Tensor]
 
@@ -65,7 +66,7 @@ class Layerwise(ABC):
 
     def predict(self, P: Covariance, scale: float, q: float, total: Callable[[Tensor], Tensor]) -> Covariance:
         """Time update of each part."""
-        if scale == 1.0 and q == 0.0:
+        if checked() and scale == 1.0 and q == 0.0:
             return P
         return {name: self.predict_layer(state, scale, q) for name, state in P.items()}
 

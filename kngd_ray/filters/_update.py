@@ -1,5 +1,6 @@
 """One Kalman update in one process: the reference that the sharded filter is tested against."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from kngd_ray.filters._family import Covariance, Family
 from kngd_ray.filters._innovation import Innovation, solve_innovation
 from kngd_ray.filters.jacobian import Jacobian
+
+_ROWS = 64  # at once: all pairs of them are computed, and only the diagonal is wanted
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,33 @@ def innovation_covariance(predicted: Tensor, noise: float = 1.0) -> Tensor:
     S = predicted.clone()
     S.diagonal().add_(noise)
     return S
+
+
+def variances(
+    family: Family,
+    P: Covariance,
+    H: Jacobian,
+    like: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda share: share,
+) -> Tensor:
+    """diag(H P H^T), what a belief makes the variance of each row, some samples at a time.
+
+    Args:
+        family: covariance family of the belief.
+        P: its covariance, or the parts that a rank holds.
+        H: Jacobian, of the same parts.
+        like: (s, k) of the dtype and device of the result: s samples, k rows of each.
+        total: sums what the parts of all ranks give.
+
+    Returns:
+        (s, k) variances.
+    """
+    s, k = like.shape
+    chunk = max(1, _ROWS // k)
+    found = []
+    for start in range(0, s, chunk):
+        stop = min(start + chunk, s)
+        rows = (stop - start) * k
+        share, _ = family.gram(P, {name: piece.take(start, stop, k) for name, piece in H.items()}, like.new_zeros(rows))
+        found.append(family.spread(total(share), rows).diagonal().view(-1, k))
+    return torch.cat(found).to(like.dtype) if found else like

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters.jacobian import Jacobian, Layer, Part
+from kngd_ray.filters.unchecked import checked, cholesky
 
 ROUNDING = 64  # units of rounding that an update in floats is taken to lose
 _ALL = "all"  # its state is that of one layer, which all layers together are
@@ -104,10 +105,14 @@ def root(P: Tensor) -> Tensor:
         P: (..., n, n) symmetric.
 
     Returns:
-        (..., n, n) L with L L^T = P.
+        (..., n, n) L with L L^T = P; unchecked, of P with units of rounding on its diagonal.
     """
-    L, info = torch.linalg.cholesky_ex(P)
-    if not bool(info.any()):
+    if not checked():  # what is singular in one trial of many would cost all of them an eigendecomposition
+        number = torch.finfo(P.dtype)
+        lost = (ROUNDING * number.eps * P.diagonal(dim1=-2, dim2=-1).amax(-1)).clamp_min(number.tiny)
+        P = P + lost[..., None, None] * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    L = cholesky(P)
+    if L is not None:
         return L
     variances, axes = torch.linalg.eigh(P)
     return axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
@@ -126,9 +131,8 @@ def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:
     Returns:
         The posterior, with some units of rounding of what each variance lost added to it.
     """
-    posterior.diagonal(dim1=-2, dim2=-1).lerp_(
-        prior.diagonal(dim1=-2, dim2=-1), ROUNDING * torch.finfo(prior.dtype).eps
-    )
+    variances = posterior.diagonal(dim1=-2, dim2=-1)
+    variances.add_(prior.diagonal(dim1=-2, dim2=-1) - variances, alpha=ROUNDING * torch.finfo(prior.dtype).eps)
     return posterior
 
 

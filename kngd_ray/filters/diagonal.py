@@ -25,6 +25,7 @@ and nothing of n numbers is written but the result. k observations of a sample s
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -72,6 +73,9 @@ class Diagonal(Layerwise):
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """(M, M) H P H^T."""
         variance = P[_VARIANCE]
+        if isinstance(H, Factors) and slices_pay(H):
+            slices = _Slices.of(H, variance.dtype)
+            return slices.gram(variance), slices
         if isinstance(H, Factors) and pairs_pay(H):
             pairs = _Pairs(H, variance.dtype)
             return _gram_of_pairs(variance, pairs), pairs
@@ -87,7 +91,9 @@ class Diagonal(Layerwise):
         variance = P[_VARIANCE]
         if self.rule == "vdekf":
             return {_VARIANCE: 1.0 / (1.0 / variance + column_energies(H).to(variance.dtype))}
-        if isinstance(work, _Pairs):
+        if isinstance(work, _Slices):
+            information = work.information(innovation.inverse.to(variance.dtype))
+        elif isinstance(work, _Pairs):
             information = _information_of_pairs(work, innovation.inverse.to(variance.dtype))
         else:
             information = innovation.whiten(H.rows().to(variance.dtype).mT).square().sum(1)
@@ -141,6 +147,56 @@ def pairs_pay(H: Factors) -> bool:
     s, k, _, o = H.g.shape
     i = H.x.shape[-1]
     return H.single and (s + 1) / 2 * (k * o + i) <= 3 * k * o * i
+
+
+def slices_pay(H: Factors) -> bool:
+    """Whether a weight of few rows is less work row by row than by pairs of samples, and fits the budget.
+
+    Args:
+        H: a layer's factors.
+
+    Returns:
+        The form of fewer numbers.
+    """
+    s, k, _, o = H.g.shape
+    i = H.x.shape[-1]
+    numbers = s * o * (i + s * k**2)
+    return H.single and numbers <= min(_PAIR_NUMBERS, s * (s + 1) // 2 * (k * o + i))
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A Jacobian by the rows c of the weight: the samples' x, which they share, and the g of each.
+
+    ::
+
+        S_aj,bl            = sum_c g_caj (x_a^T P_c x_b) g_cbl
+        diag(H^T S^-1 H)_c = diag(X^T W_c X)      W_c,ab = sum_jl g_caj (S^-1)_aj,bl g_cbl
+    """
+
+    g: Tensor  # (o, k, s)
+    x: Tensor  # (s, i)
+
+    @classmethod
+    def of(cls, H: Factors, dtype: torch.dtype) -> "_Slices":
+        return cls(H.g[:, :, 0].permute(2, 1, 0).to(dtype), H.x[:, 0].to(dtype))
+
+    def gram(self, variance: Tensor) -> Tensor:
+        """H P H^T (M, M)."""
+        (o, k, s), i = self.g.shape, self.x.shape[1]
+        xPx = (self.x * variance.view(o, 1, i)).view(o * s, i) @ self.x.mT
+        return (self._pairs * xPx.view(o, 1, 1, s, s)).sum(0).permute(2, 0, 3, 1).reshape(s * k, s * k)
+
+    def information(self, inverse: Tensor) -> Tensor:
+        """diag(H^T S^-1 H) (size,)."""
+        (o, k, s), i = self.g.shape, self.x.shape[1]
+        W = (self._pairs * inverse.view(s, k, s, k).permute(1, 3, 0, 2)).sum((1, 2))
+        return ((W.view(o * s, s) @ self.x).view(o, s, i) * self.x).sum(1).view(-1)
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        """(o, k, k, s, s) g_caj g_cbl."""
+        return self.g[:, :, None, :, None] * self.g[:, None, :, None, :]
 
 
 class _Pairs:
@@ -226,6 +282,6 @@ def _information_of_pairs(pairs: _Pairs, inverse: Tensor) -> Tensor:
         x, g = pairs.products(a)
         share = weights[a].flatten(0, 1)
         left = pairs.mixed(a, share) if g is None else g * share[:, 0]
-        total = left.mT @ x if total is None else total.addmm_(left.mT, x)
+        total = left.mT @ x if total is None else torch.addmm(total, left.mT, x)
     assert total is not None
     return total.reshape(-1)

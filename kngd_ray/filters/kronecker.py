@@ -53,6 +53,7 @@ from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up
 from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
+from kngd_ray.filters.unchecked import checked, cholesky
 
 _PLAIN = Diagonal()  # of layers without factors
 
@@ -97,7 +98,7 @@ class Kronecker(Layerwise):
         if "B" not in P:
             return _PLAIN.predict_layer(P, scale, q)
         B, A = scale * P["B"], P["A"]
-        if q > 0:
+        if not checked() or q > 0:
             trace, mean = B.diagonal().sum(), A.diagonal().mean()
             total = trace + q * len(B) / mean
             A = A * (trace / total)
@@ -189,13 +190,13 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     half = _root_of_rest(LK @ L, 1.0 / i, B.dtype)  # I - L^T K L / i has the eigenvalues of B^-1 B' other than 1
     W = torch.linalg.solve_triangular(half, LK, upper=False)
     K_new = torch.addmm(K, W.mT, W, alpha=1.0 / i)
-    trace = o + float((iE * K_new).sum()) / i
+    trace = o + (iE * K_new).sum() / i
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
     # As U^T U and V^T V, what is subtracted is symmetric to the last bit, and B and A stay so: no later update
     # would take an antisymmetric part away.
     U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
     B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
-    A_new = torch.addmm(A, V.mT, V, beta=trace / o, alpha=-1.0 / o)
+    A_new = torch.addmm(A * (trace / o).to(A.dtype), V.mT, V, alpha=-1.0 / o)
     return {"B": rounded_up(B_new, B), "A": rounded_up(A_new, A)}
 
 
@@ -206,8 +207,8 @@ def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> La
     B_new = torch.addmm(B, YA, Y.transpose(0, 1).reshape(o, -1).mT, alpha=-1.0 / i)
     B_new = rounded_up((B_new + B_new.mT) / 2, B)
     solved = torch.linalg.solve(B_new, torch.cat([B, YA], 1))
-    trace = float(solved[:, :o].diagonal().sum())
-    A_new = torch.addmm(A, YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), beta=trace / o, alpha=-1.0 / o)
+    trace = solved[:, :o].diagonal().sum()
+    A_new = torch.addmm(A * (trace / o), YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), alpha=-1.0 / o)
     return {"B": B_new, "A": rounded_up((A_new + A_new.mT) / 2, A)}
 
 
@@ -216,8 +217,8 @@ def _root_of_rest(Q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     lost = ROUNDING * torch.finfo(dtype).eps
     J = Q * (scale * (lost - 1.0))
     J.diagonal().add_(1.0)
-    half, info = torch.linalg.cholesky_ex(J)
-    if int(info) == 0:
+    half = cholesky(J)
+    if half is not None:
         return half
     values, axes = torch.linalg.eigh(J)
     return torch.linalg.cholesky((axes * values.clamp_min(lost)) @ axes.mT)

@@ -216,11 +216,11 @@ class Whitening:
         return self._root @ gram @ self._root.mT
 
     @property
-    def log_volume(self) -> float:
-        """Sum of log |L|, by which the log-density of whitened innovations exceeds that of the innovations."""
+    def log_volume(self) -> Tensor:
+        """Scalar sum of log |L|, by which the log-density of whitened innovations exceeds that of the innovations."""
         if self.R.dim() == 2:
-            return 0.5 * float(self.R.log().sum())
-        return float(self._root.diagonal(dim1=1, dim2=2).log().sum())
+            return 0.5 * self.R.log().sum()
+        return self._root.diagonal(dim1=1, dim2=2).log().sum()
 
     @cached_property
     def _root(self) -> Tensor:

@@ -52,7 +52,11 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def jacobian_rows(
-    head: nn.Module, inputs: Tensor, cotangent: Tensor, names: Collection[str] | None = None
+    head: nn.Module,
+    inputs: Tensor,
+    cotangent: Tensor,
+    names: Collection[str] | None = None,
+    theta: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Rows ``V_ij J_i`` of H for every sample i and observation j, a chunk of samples at a time.
 
@@ -61,18 +65,20 @@ def jacobian_rows(
         inputs: (m, ...) one batch.
         cotangent: (m, k, C) derivative of each observation with respect to the outputs.
         names: trainable parameters whose columns are wanted; None is all.
+        theta: trainable weights by name, at which the rows are taken; None is the head's own.
 
     Returns:
         (m * k, size) rows by parameter, the k rows of a sample together.
     """
-    parameters = {name: p.detach() for name, p in trainable(head).items() if names is None or name in names}
+    weights = theta or {name: p.detach() for name, p in trainable(head).items()}
+    parameters = {name: p for name, p in weights.items() if names is None or name in names}
     m, k, _ = cotangent.shape
     if m == 0:
         return {name: inputs.new_zeros(0, p.numel()) for name, p in parameters.items()}
 
     def rows_of(x: Tensor, v: Tensor) -> dict[str, Tensor]:
         def outputs(theta: dict[str, Tensor]) -> Tensor:
-            out: Tensor = functional_call(head, theta, (x.unsqueeze(0),))
+            out: Tensor = functional_call(head, {**weights, **theta}, (x.unsqueeze(0),))
             return out.squeeze(0)
 
         pull = vjp(outputs, parameters)[1]

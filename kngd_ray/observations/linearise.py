@@ -12,13 +12,15 @@ its call, is tried on one sample, and has rows where the factors do not reproduc
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
 
 from kngd_ray.filters import Factors, Jacobian, Layer, Rows
 from kngd_ray.observations.jacobian import jacobian_rows, trainable
@@ -37,6 +39,9 @@ class _Call:
 
 Tape = Mapping[str, Sequence[_Call]]
 
+# From (q, m, C) cotangents of the logits the derivatives (q, ...) with respect to the outputs of calls, in their order.
+Pull = Callable[[Tensor], Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Linearisation:
@@ -46,12 +51,16 @@ class Linearisation:
         logits: (m, C) outputs at the current weights, detached.
         outputs: the same in the graph.
         inputs: (m, ...) what went in.
+        theta: weights by name that stood in for the head's own; None for these.
     """
 
     logits: Tensor
     outputs: Tensor
     inputs: Tensor
+    theta: Mapping[str, Tensor] | None
     _tape: Tape
+    _own: Pull  # to the calls whose input is each sample's own
+    _shared: Pull  # to those whose input all samples share
     _owner: "Linearizer"
 
     def jacobian(self, cotangent: Tensor) -> Jacobian:
@@ -78,6 +87,7 @@ class Linearizer:
         self.head = head
         parameters = trainable(head)
         self._modules = {name: modules for name, modules in _linear_weights(head).items() if name in parameters}
+        self._shared: dict[str, bool] = {}
         self._biases: dict[str, str] = {}
         self._others: set[str] = set()
         one = example[:1]
@@ -102,19 +112,59 @@ class Linearizer:
         Returns:
             The outputs, and the way to their Jacobian.
         """
+        with torch.enable_grad(), self._taping() as tape:
+            outputs: Tensor = self.head(inputs)
+        own, theirs = ([call.out for _, call in self._calls(tape, shared)] for shared in (False, True))
+        pulls = partial(_pulled, outputs, own, bool(theirs)), partial(_pulled, outputs, theirs, False)
+        return Linearisation(outputs.detach(), outputs, inputs, None, tape, *pulls, self)
+
+    def run_at(self, theta: Mapping[str, Tensor], inputs: Tensor) -> Linearisation:
+        """One forward pass at other weights than the head's, as a function that ``torch.func`` may transform.
+
+        Args:
+            theta: trainable weights by name.
+            inputs: (m, ...) one batch.
+
+        Returns:
+            The outputs, and the way to their Jacobian.
+        """
+
+        def outputs(nudges: Mapping[str, Sequence[Tensor]]) -> Tensor:
+            with self._taping(nudges):
+                logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
+            return logits
+
+        with self._taping() as tape:
+            logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
+
+        def pull_to(shared: bool) -> Pull:
+            nudges: dict[str, list[Tensor]] = defaultdict(list)
+            for name, call in self._calls(tape, shared):
+                nudges[name].append(torch.zeros_like(call.out))
+            return partial(_pulled_by, vjp(outputs, dict(nudges))[1]) if nudges else lambda _: []
+
+        return Linearisation(logits, logits, inputs, theta, tape, pull_to(shared=False), pull_to(shared=True), self)
+
+    @contextmanager
+    def _taping(self, nudges: Mapping[str, Sequence[Tensor]] = MappingProxyType({})) -> Iterator[Tape]:
+        """Record the calls of linear layers, and add nudges to the outputs of those that have some."""
         tape: dict[str, list[_Call]] = defaultdict(list)
         handles = [
-            module.register_forward_hook(partial(_record, tape[name]), with_kwargs=True)
+            module.register_forward_hook(partial(_record, tape[name], nudges.get(name, ())), with_kwargs=True)
             for name, modules in self._modules.items()
             for module in modules
         ]
         try:
-            with torch.enable_grad():
-                outputs: Tensor = self.head(inputs)
+            yield tape
         finally:
             for handle in handles:
                 handle.remove()
-        return Linearisation(outputs.detach(), outputs, inputs, tape, self)
+
+    def _calls(self, tape: Tape, shared: bool) -> list[tuple[str, _Call]]:
+        """The calls whose input all samples share, or of which each has its own; before it is known, all are own."""
+        return [
+            (name, call) for name, calls in tape.items() if self._shared.get(name, False) == shared for call in calls
+        ]
 
     def _keep(self, names: Collection[str]) -> None:
         self._modules = {name: modules for name, modules in self._modules.items() if name in names}
@@ -147,7 +197,7 @@ class Linearizer:
     def _jacobian(self, passed: Linearisation, cotangent: Tensor) -> Jacobian:
         found = self._taped(passed, cotangent)
         if self._others:
-            rows = jacobian_rows(self.head, passed.inputs, cotangent, self._others)
+            rows = jacobian_rows(self.head, passed.inputs, cotangent, self._others, passed.theta)
             found.update({name: Rows(values) for name, values in rows.items()})
         return {layer.name: found[layer.name] for layer in self.layers}
 
@@ -158,15 +208,13 @@ class Linearizer:
         return {**factors, **biases}
 
     def _factors(self, passed: Linearisation, cotangent: Tensor) -> dict[str, Factors]:
-        calls = [(name, call) for name, tape in passed._tape.items() for call in tape]
-        outputs, own = passed.outputs, [call.out for name, call in calls if not self._shared[name]]
-        theirs = [call.out for name, call in calls if self._shared[name]]
-        g_own = iter(_derivatives(outputs, own, cotangent, more=bool(theirs)))
-        g_shared = iter(_derivatives_of_each(outputs, theirs, cotangent))
         pieces: dict[str, list[Factors]] = defaultdict(list)
-        for name, call in calls:
-            shared = self._shared[name]
-            pieces[name].append(Factors(next(g_shared if shared else g_own), _tokens(call.x.detach(), shared)))
+        for shared in (False, True):
+            calls = self._calls(passed._tape, shared)
+            if calls:
+                derive, pull = (_derivatives_of_each, passed._shared) if shared else (_derivatives, passed._own)
+                for (name, call), g in zip(calls, derive(pull, cotangent), strict=True):
+                    pieces[name].append(Factors(g, _tokens(call.x.detach(), shared)))
         return {name: _joined(parts) for name, parts in pieces.items()}
 
 
@@ -188,9 +236,16 @@ def _shaken(head: nn.Module) -> Iterator[None]:
 
 
 def _record(
-    tape: list[_Call], module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    tape: list[_Call],
+    nudges: Sequence[Tensor],
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
 ) -> Tensor:
     tape.append(_Call(args[0] if args else kwargs["input"], output))
+    if nudges:
+        return output + nudges[len(tape) - 1]
     return output.clone()  # a ReLU in place would overwrite the tensor that g is the derivative with respect to
 
 
@@ -248,31 +303,34 @@ def _tokens(tensor: Tensor, shared: bool) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
 
 
-def _derivatives(outputs: Tensor, of: Sequence[Tensor], cotangent: Tensor, more: bool) -> list[Tensor]:
-    """(m, k, T, o) for each tensor (m, ..., o): samples are independent, so that one pass serves them all."""
-    if not of:
-        return []
-    if cotangent.shape[1] == 1:
-        found = torch.autograd.grad(outputs, of, cotangent[:, 0], retain_graph=more, materialize_grads=True)
-        return [_tokens(g, shared=False).unsqueeze(1) for g in found]
-    found = torch.autograd.grad(
-        outputs, of, cotangent.transpose(0, 1), retain_graph=more, materialize_grads=True, is_grads_batched=True
-    )
-    batched = [g.expand(cotangent.shape[1], *t.shape) for g, t in zip(found, of, strict=True)]  # not so where unused
-    return [_tokens(g.flatten(0, 1), shared=False).unflatten(0, g.shape[:2]).transpose(0, 1) for g in batched]
+def _pulled(outputs: Tensor, of: Sequence[Tensor], more: bool, cotangents: Tensor) -> list[Tensor]:
+    """A :data:`Pull` through the graph of outputs (m, C), which is kept if there are more."""
+    if not len(cotangents):
+        return [t.new_zeros(0, *t.shape) for t in of]
+    grad = partial(torch.autograd.grad, outputs, of, retain_graph=more, materialize_grads=True)
+    if len(cotangents) == 1:
+        return [g.unsqueeze(0) for g in grad(cotangents[0])]
+    found = grad(cotangents, is_grads_batched=True)
+    return [g.expand(len(cotangents), *t.shape) for g, t in zip(found, of, strict=True)]  # not batched where unused
 
 
-def _derivatives_of_each(outputs: Tensor, of: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
-    """(m, k, T, o) for each tensor (..., o) that all samples share: a pass for each sample and observation."""
-    m, k, classes = cotangent.shape
-    if not of:
-        return []
-    if m == 0:
-        return [t.new_zeros(0, k, t[..., 0].numel(), t.shape[-1]) for t in of]
-    each = torch.zeros(m, k, m, classes, dtype=cotangent.dtype, device=cotangent.device)
-    each[torch.arange(m), :, torch.arange(m)] = cotangent
-    found = torch.autograd.grad(outputs, of, each.flatten(0, 1), materialize_grads=True, is_grads_batched=True)
-    return [g.expand(m * k, *t.shape).reshape(m, k, -1, t.shape[-1]) for g, t in zip(found, of, strict=True)]
+def _pulled_by(pull: Callable[[Tensor], tuple[Mapping[str, Sequence[Tensor]]]], cotangents: Tensor) -> list[Tensor]:
+    """A :data:`Pull` from what ``torch.func.vjp`` gave."""
+    (found,) = vmap(pull)(cotangents)
+    return [g for calls in found.values() for g in calls]
+
+
+def _derivatives(pull: Pull, cotangent: Tensor) -> list[Tensor]:
+    """(m, k, T, o) for calls on (m, ..., o): samples are independent, so that one pass serves them all."""
+    found = pull(cotangent.transpose(0, 1))
+    return [_tokens(g.flatten(0, 1), shared=False).unflatten(0, g.shape[:2]).transpose(0, 1) for g in found]
+
+
+def _derivatives_of_each(pull: Pull, cotangent: Tensor) -> list[Tensor]:
+    """(m, k, T, o) for calls on (..., o) that all samples share: a pass for each sample and observation."""
+    m, k, _ = cotangent.shape
+    each = cotangent.permute(1, 2, 0).diag_embed().permute(2, 0, 3, 1)  # (m, k, m, C), zero but for the sample's own
+    return [g.flatten(1, -2).unflatten(0, (m, k)) for g in pull(each.flatten(0, 1))]
 
 
 def _joined(pieces: Sequence[Factors]) -> Factors:

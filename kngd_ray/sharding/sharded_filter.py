@@ -26,6 +26,7 @@ from kngd_ray.filters import (
     innovation_covariance,
     scaled,
     solve_innovation,
+    variances,
 )
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.exchange import exchange
@@ -188,6 +189,22 @@ class ShardedFilter:
             torch.cat([part.predicted for part in done]),
             torch.cat([part.weight for part in done]),
         )
+
+    def variances(self, belief: Belief, H: Jacobian, samples: Sequence[int], like: Tensor) -> Tensor:
+        """diag(H P H^T) of the rows of all ranks.
+
+        Args:
+            belief: mean of all weights, covariance of the own parts.
+            H: of the local samples, every layer.
+            samples: number of samples on each rank.
+            like: (m, k) local, of the dtype and device of the result.
+
+        Returns:
+            (s, k) variances of all samples, in rank order.
+        """
+        s, k = sum(samples), like.shape[1]
+        own = exchange(self.group, self.ownership, H, samples, k)
+        return variances(self.family, belief.covariance, own, like.new_empty(s, k), self.group.sum)
 
     def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, of: Observed) -> _Conditioned:
         """Condition the own parts on some observations of a batch, all at once."""

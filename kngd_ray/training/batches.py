@@ -43,6 +43,7 @@ class Batch:
         sizes: samples of the global batch on each rank.
         rank: whose run this is.
         step: number of the step, from 0.
+        scored: whether its labels are to be predicted before they are learned from; see ``BatchSampler``.
     """
 
     features: Tensor
@@ -50,6 +51,7 @@ class Batch:
     sizes: Sequence[int]
     rank: int
     step: int
+    scored: bool = False
 
     @property
     def total(self) -> int:
@@ -71,20 +73,23 @@ class BatchSampler:
         batch_size: global batch size; the last batch of an epoch may be smaller.
         epochs: passes over the shots.
         seed: of the shuffles; each epoch has its own.
+        prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
+            another order, in which every batch but the first is met by a fit that has learned all those before it.
     """
 
-    def __init__(self, support: Support, batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(self, support: Support, batch_size: int, epochs: int, seed: int, *, prequential: bool = False) -> None:
         self._support = support
         self._batch_size = batch_size
         self._seed = seed
         self.steps_per_epoch = -(-len(support) // batch_size)
         self.steps = self.steps_per_epoch * epochs
+        self._repeats = epochs if prequential else 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The part of step `step` (from 0) that rank `rank` of `world_size` sees."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = (0, step // self._repeats) if self._repeats else divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = (
                 epoch,
@@ -94,7 +99,7 @@ class BatchSampler:
         sizes = split_evenly(len(chosen), world_size)
         local = chosen.split(sizes)[rank].to(self._support.labels.device)
         part = self._support.subset(local)
-        return Batch(part.features, part.labels, sizes, rank, step)
+        return Batch(part.features, part.labels, sizes, rank, step, bool(self._repeats) and step % self._repeats == 0)
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -6,6 +6,7 @@ the held-out predictions choose the posterior temperature tau on a grid (least N
 temperature T of ``p^(1/T)`` for what tau leaves. The test split is never touched.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
@@ -14,12 +15,12 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
-from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.predict import TAU_GRID, PosteriorOptions, Predictor
 
-TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 _MAX_LOG_T = 3.0
 
 
@@ -30,12 +31,14 @@ class Calibration:
     Attributes:
         tau: posterior temperature.
         scaling: T of the temperature scaling p^(1/T).
-        held_out_nll: NLL of the held-out shots at tau, nats per sample; None if tau was given.
+        held_out_nll: NLL of the held-out shots at tau, nats per sample; None without folds.
+        held_out_accuracy: share of the held-out shots classified right at tau; None without folds.
     """
 
     tau: float
     scaling: float
     held_out_nll: float | None = None
+    held_out_accuracy: float | None = None
 
 
 def predictor_of(method: Method, options: PosteriorOptions) -> Predictor:
@@ -72,6 +75,22 @@ def fold_of(labels: Tensor, folds: int) -> Tensor:
     return fold
 
 
+def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Support]]:
+    """The fits of a cross-validation over the shots.
+
+    Args:
+        task: the fit.
+        folds: number of folds; the shots are cut into as many at most as there are.
+
+    Returns:
+        For each fold the fit on the others, and the fold.
+    """
+    folds = min(folds, len(task.support))
+    fold = fold_of(task.support.labels, folds)
+    support = task.support
+    return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
+
+
 def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
     """Choose tau and fit the scaling temperature by cross-validation over the shots.
 
@@ -82,29 +101,34 @@ def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
     Returns:
         The choice. Without folds, tau is the given temperature or 1, and nothing is scaled.
     """
-    given = options.temperature
-    folds = min(options.folds, len(task.support))
-    if folds < 2:
-        return Calibration(1.0 if given is None else given, 1.0)
-    fold = fold_of(task.support.labels, folds)
-    fits = [
-        (
-            predictor_of(fit(replace(task, support=task.support.subset(fold != f))), options),
-            task.support.subset(fold == f),
-        )
-        for f in range(folds)
-    ]
+    if min(options.folds, len(task.support)) < 2:
+        return Calibration(1.0 if options.temperature is None else options.temperature, 1.0)
+    return calibration_of([(fit(part), held) for part, held in held_out_tasks(task, options.folds)], options)
+
+
+def calibration_of(fits: Sequence[tuple[Method, Support]], options: PosteriorOptions) -> Calibration:
+    """Choose tau and fit the scaling temperature on shots that fits have not seen.
+
+    Args:
+        fits: fits of one task on parts of its shots, each with the shots held out from it.
+        options: posterior options; a given temperature is kept as tau.
+
+    Returns:
+        The choice, and how well it predicts them.
+    """
+    predictors = [(predictor_of(method, options), held) for method, held in fits]
     labels = torch.cat([held.labels for _, held in fits])
 
     def held_out(tau: float) -> Tensor:
-        return torch.cat([p.predict(held.features, tau).probabilities for p, held in fits])
+        return torch.cat([p.predict(held.features, tau).probabilities for p, held in predictors])
 
-    uses_posterior = task.options.method == "kalman" and options.predict != "mean"
+    given = options.temperature
+    uses_posterior = isinstance(fits[0][0], KalmanNGD) and options.predict != "mean"
     grid = (given,) if given is not None else (TAU_GRID if uses_posterior else (0.0,))
     predicted = {tau: held_out(tau) for tau in grid}
     tau = min(grid, key=lambda t: _nll(predicted[t], labels))
-    nll = _nll(predicted[tau], labels)
-    return Calibration(tau, fit_temperature(predicted[tau], labels), nll)
+    right = (predicted[tau].argmax(1) == labels).double().mean()
+    return Calibration(tau, fit_temperature(predicted[tau], labels), _nll(predicted[tau], labels), float(right))
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:

@@ -11,7 +11,7 @@ from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
-from kngd_ray.training.batches import BatchSampler, Support
+from kngd_ray.training.batches import Batch, BatchSampler, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats
@@ -32,6 +32,7 @@ class FitTask:
         class_embeddings: (C, d) unit text embeddings of the classes.
         logit_scale: factor from cosines to logits.
         prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
+        prequential: take the batches in the order in which each can be predicted before it is learned from.
     """
 
     options: FitOptions
@@ -40,11 +41,17 @@ class FitTask:
     class_embeddings: Tensor
     logit_scale: float
     prior: Prior | None = None
+    prequential: bool = False
 
     @property
     def sampler(self) -> BatchSampler:
         """The batches of this fit."""
-        return BatchSampler(self.support, self.options.batch_size, self.options.epochs, self.seed)
+        options = self.options
+        return BatchSampler(self.support, options.batch_size, options.epochs, self.seed, prequential=self.prequential)
+
+    def to(self, device: torch.device | str) -> "FitTask":
+        """The same fit with its shots on another device."""
+        return replace(self, support=self.support.to(device))
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,51 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     return method
 
 
+class Refusals:
+    """How often a fit may go on without a step that was refused.
+
+    Args:
+        steps: of the whole fit.
+    """
+
+    def __init__(self, steps: int) -> None:
+        # a few-shot fit may have fewer steps than that; one that never moved has failed too
+        self._most = min(_MAX_REFUSED, steps)
+        self._in_a_row = 0
+
+    def attempt(self, method: Method, batch: Batch) -> tuple[StepStats | None, str | None]:
+        """Take a step.
+
+        Args:
+            method: the optimiser.
+            batch: its batch.
+
+        Returns:
+            The figures of the step, or why it was refused.
+
+        Raises:
+            FilterError: too many were refused in a row.
+            IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
+        """
+        try:
+            stats = method.step(batch)
+        except IndefiniteError:
+            raise
+        except FilterError as error:
+            self._in_a_row += 1
+            if self._in_a_row >= self._most:
+                raise FilterError(
+                    f"{self._in_a_row} steps in a row were refused, the last at step {batch.step + 1}: {error}"
+                ) from error
+            return None, str(error)
+        self.taken()
+        return stats, None
+
+    def taken(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+
 def fit(
     task: FitTask,
     *,
@@ -152,31 +204,16 @@ def fit(
         IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
     """
     group = group or SingleProcess()
-    support = task.support.to(device)
-    sampler = BatchSampler(support, task.options.batch_size, task.options.epochs, task.seed)
+    sampler = task.to(device).sampler
     method = begin(task, group, device)
     start = 0
     if resume is not None:
         start, state = resume
         method.load(state)
-    refused = 0
+    refusals = Refusals(sampler.steps)
     for step in range(start, sampler.steps):
         began = perf_counter()
-        stats: StepStats | None = None
-        reason: str | None = None
-        try:
-            stats = method.step(sampler.batch(step, group.rank, group.world_size))
-            refused = 0
-        except IndefiniteError:
-            raise
-        except FilterError as error:
-            refused += 1
-            reason = str(error)
-            # a few-shot fit may have fewer steps than that; one that never moved has failed too
-            if refused >= min(_MAX_REFUSED, sampler.steps):
-                raise FilterError(
-                    f"{refused} steps in a row were refused, the last at step {step + 1}: {error}"
-                ) from error
+        stats, reason = refusals.attempt(method, sampler.batch(step, group.rank, group.world_size))
         if on_step is not None:
             on_step(StepRecord(step + 1, sampler.steps, 1e3 * (perf_counter() - began), stats, reason))
         done = step + 1

@@ -66,7 +66,7 @@ class GradientDescent:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        return StepStats(**scores)
+        return StepStats(**scores, log_predictive=(-scores["nll"] * batch.total,) if batch.scored else None)
 
     def state(self) -> MethodState:
         """Weights and the optimiser's moments by parameter name."""

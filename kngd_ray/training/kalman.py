@@ -1,6 +1,7 @@
 """The Kalman filter as an optimiser of a head's trainable weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
@@ -9,14 +10,40 @@ from torch import Tensor, nn
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief
-from kngd_ray.observations import flatten, trainable, unflatten
-from kngd_ray.sharding import Group, ShardedFilter, SingleProcess, covariance_bytes
+from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
+from kngd_ray.sharding import Group, ShardedFilter, ShardedUpdate, SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.method import MethodState, StepStats, batch_scores
-from kngd_ray.training.observing import Observer
+from kngd_ray.training.observing import BatchSeen, Observer
 from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import TAU_GRID, moderated
 
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """What one batch made of a predicted belief.
+
+    Attributes:
+        belief: the posterior.
+        seen: the batch as observed at the predicted mean.
+        outcome: the update there; the posterior's own, unless the batch was linearised more than once.
+    """
+
+    belief: Belief
+    seen: BatchSeen
+    outcome: ShardedUpdate
+
+    @property
+    def innovation_rms(self) -> Tensor:
+        """Root mean square of nu, a scalar."""
+        return self.seen.nu.square().mean().sqrt()
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Log N(nu; 0, S) of the innovations as they were before whitening, a scalar."""
+        return self.outcome.log_evidence - self.seen.whitening.log_volume.double()
 
 
 class KalmanNGD:
@@ -37,14 +64,14 @@ class KalmanNGD:
         self._options = options
         self.seed = seed
         self.group = group or SingleProcess()
-        self._parameters = trainable(head)
-        self._observer = Observer(head, options, seed, self.group)
+        self.parameters = trainable(head)
+        self.observer = Observer(head, options, seed, self.group)
         prior = options.filter
         self.family = prior.covariance
-        self._anchor = flatten(self._parameters)
-        self.filter = ShardedFilter(self.family, self._observer.layers, self.group, prior.gate, prior.serial)
+        self._anchor = flatten(self.parameters)
+        self.filter = ShardedFilter(self.family, self.observer.layers, self.group, prior.gate, prior.serial)
         self.belief = self.filter.init(self._anchor, prior.p0)
-        self.noise = self._observer.initial_noise(self._anchor)
+        self.noise = self.observer.initial_noise(self._anchor)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -64,20 +91,18 @@ class KalmanNGD:
         before = self.belief.mu
         try:
             predicted = self.filter.predict(self.belief, transition, self._anchor)
-            if predicted.mu is not before:
+            scores: tuple[float, ...] | None = None
+            if batch.scored:
                 self._write(predicted.mu)
-            first = seen = self._observer.observe(batch, self.noise)
-            outcome = first_outcome = self.filter.update(predicted, seen.observed)
-            for _ in range(options.filter.iterations - 1):
-                self._write(outcome.belief.mu)
-                seen = self._observer.observe(batch, self.noise, displaced=predicted.mu - outcome.belief.mu)
-                outcome = self.filter.update(predicted, seen.observed)
-            if not isfinite(float(outcome.belief.mu.sum())):
+                passed = self.observer.linearizer.run(batch.features)
+                scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
+            done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
+            if not isfinite(float(done.belief.mu.sum())):
                 raise FilterError(
                     "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
                     "lower filter.p0 or raise observation.r0."
                 )
-            noise = self._observer.learned(self.noise, first, first_outcome)
+            noise = self.observer.learned(self.noise, done.seen, done.outcome)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             self._write(before)
             reason = str(error).splitlines()[0].rstrip(".")
@@ -88,26 +113,67 @@ class KalmanNGD:
         except BaseException:
             self._write(before)
             raise
-        self.noise, self.belief = noise, outcome.belief
-        self._write(outcome.belief.mu)
-        rms, gated = torch.stack([first.nu.square().mean().sqrt(), (first_outcome.weight < 1).sum()]).tolist()
+        self.go_on(done.belief, noise)
+        rms, gated = torch.stack([done.innovation_rms, (done.outcome.weight < 1).sum()]).tolist()
         return StepStats(
-            **batch_scores(first.logits, batch, self.group),
+            **batch_scores(done.seen.logits, batch, self.group),
             innovation_rms=rms,
-            nis=first_outcome.nis,
-            nis_per_observation=first_outcome.nis / first.nu.numel(),
-            log_evidence=first_outcome.log_evidence - first.whitening.log_volume,
-            jitter=first_outcome.jitter,
+            nis=done.outcome.nis,
+            nis_per_observation=done.outcome.nis / done.seen.nu.numel(),
+            log_evidence=float(done.log_evidence),
+            jitter=done.outcome.jitter,
             gated=int(gated),
             bytes_moved=self.group.bytes_moved - moved,
             covariance_bytes=covariance_bytes(self.belief.covariance),
+            log_predictive=scores,
         )
+
+    def log_predictive(self, predicted: Belief, passed: Linearisation, batch: Batch) -> Tensor:
+        """Log-probability of a batch's labels under a belief, softened by its variance: a function of tensors.
+
+        Args:
+            predicted: the belief before the batch.
+            passed: the forward pass of the local samples at its mean.
+            batch: this rank's part of the global batch.
+
+        Returns:
+            (T,) sums over the global batch in nats, float64, at each tau of ``TAU_GRID``.
+        """
+        logits = passed.logits.detach()
+        C = logits.shape[1]
+        H = passed.jacobian(torch.eye(C, dtype=logits.dtype, device=logits.device).expand(len(logits), C, C))
+        variance = self.filter.variances(predicted, H, batch.sizes, logits)[batch.own]
+        label = batch.labels.unsqueeze(1)
+        found = [moderated(logits, tau * variance).log_softmax(1).gather(1, label).double().sum() for tau in TAU_GRID]
+        return self.group.sum(torch.stack(found))
+
+    def condition(self, predicted: Belief, observe: Callable[[Tensor, Tensor | None], BatchSeen]) -> Conditioned:
+        """Condition on a batch, relinearised at its own result as often as is asked for: a function of tensors.
+
+        Args:
+            predicted: the belief before.
+            observe: the batch at weights (n,), and what the predicted mean has more; None where they are it.
+
+        Returns:
+            The belief after it, and what was seen.
+        """
+        first = observe(predicted.mu, None)
+        outcome = first_outcome = self.filter.update(predicted, first.observed)
+        for _ in range(self._options.filter.iterations - 1):
+            seen = observe(outcome.belief.mu, predicted.mu - outcome.belief.mu)
+            outcome = self.filter.update(predicted, seen.observed)
+        return Conditioned(outcome.belief, first, first_outcome)
+
+    def go_on(self, belief: Belief, noise: Tensor) -> None:
+        """Continue from a belief and a noise state, as this rank holds them."""
+        self.belief, self.noise = belief, noise
+        self._write(belief.mu)
 
     def state(self) -> MethodState:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
         owned = self.filter.ownership.parts
         return MethodState(
-            weights={name: p.detach().clone() for name, p in self._parameters.items()},
+            weights={name: p.detach().clone() for name, p in self.parameters.items()},
             replicated={"noise": self.noise},
             covariance={
                 f"{name}{_KEY}{key}": tensor
@@ -120,15 +186,20 @@ class KalmanNGD:
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
         with torch.no_grad():
-            for name, p in self._parameters.items():
+            for name, p in self.parameters.items():
                 p.copy_(state.weights[name])
         self.noise = state.replicated["noise"].to(self.noise)
-        self.belief = Belief(flatten(self._parameters), self.filter.own(nested(state.covariance, self._anchor)))
+        self.belief = Belief(flatten(self.parameters), self.filter.own(nested(state.covariance, self._anchor)))
+
+    def _observe(self, batch: Batch, mu: Tensor, displaced: Tensor | None) -> BatchSeen:
+        if mu is not self.belief.mu:
+            self._write(mu)
+        return self.observer.observe(batch, self.noise, displaced)
 
     def _write(self, mu: Tensor) -> None:
         with torch.no_grad():
-            for name, value in unflatten(mu, self._parameters).items():
-                self._parameters[name].copy_(value)
+            for name, value in unflatten(mu, self.parameters).items():
+                self.parameters[name].copy_(value)
 
 
 def nested(covariance: Mapping[str, Tensor], like: Tensor) -> dict[str, dict[str, Tensor]]:

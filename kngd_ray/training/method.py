@@ -30,6 +30,8 @@ class StepStats:
         gated: observations that the gate weighed down or left out.
         bytes_moved: bytes that this rank received from others.
         covariance_bytes: bytes of the covariance that this rank holds.
+        log_predictive: of a batch that is scored, the log-probability of its labels under the belief before the step,
+            nats, summed over samples, at each tau of ``TAU_GRID``; at tau = 0 alone where there is no belief.
     """
 
     nll: float
@@ -42,6 +44,7 @@ class StepStats:
     gated: int | None = None
     bytes_moved: int | None = None
     covariance_bytes: int | None = None
+    log_predictive: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """What a batch says about the weights: observation models and noise, from a forward pass to whitened rows of H."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.filters import Judged, NoGate, Seen, Whitening
-from kngd_ray.observations import Linearizer, Observation, stack
+from kngd_ray.filters import Judged, NoGate, NoiseModel, Seen, Whitening
+from kngd_ray.observations import Linearisation, Linearizer, Observation, stack
 from kngd_ray.sharding import Group, Observed, ShardedUpdate
 from kngd_ray.training.batches import Batch, seeded
 from kngd_ray.training.options import FitOptions
@@ -49,15 +50,16 @@ class Observer:
 
     def __init__(self, head: CLIPHead, options: FitOptions, seed: int, group: Group) -> None:
         self._models = options.observation
-        self._noise_model = options.noise.observation
+        self.noise_model = options.noise.observation
         self._logit_scale = head.logit_scale
         self._classes = len(head.class_embeddings)
         self._seed = seed
         self._group = group
-        self._linearizer = Linearizer(head, head.class_embeddings[:_EXAMPLES])
-        self.layers = self._linearizer.layers
+        self.linearizer = Linearizer(head, head.class_embeddings[:_EXAMPLES])
+        self.layers = self.linearizer.layers
         self._rows = [model.rows(self._classes) for model in self._models]
         residual = [model.residual for model, k in zip(self._models, self._rows, strict=True) for _ in range(k)]
+        self.per_sample = sum(self._rows)
         self._residual = torch.tensor(residual, device=head.class_embeddings.device)
         self._gated = not isinstance(options.filter.gate, NoGate)
         # Each of E passes over the same shots counts 1/E: together they are as much evidence as the shots are.
@@ -67,7 +69,7 @@ class Observer:
         """The noise state before the first step, of the dtype and device of `like`."""
         likelihood = [float("nan") if model.likelihood is None else model.likelihood for model in self._models]
         r0 = like.new_tensor([model.r0 for model in self._models])
-        return self._noise_model.init(r0, like.new_tensor(likelihood), self._rows, self._classes)
+        return self.noise_model.init(r0, like.new_tensor(likelihood), self._rows, self._classes)
 
     def observe(self, batch: Batch, noise: Tensor, displaced: Tensor | None = None) -> BatchSeen:
         """Observe a batch at the head's weights.
@@ -81,15 +83,36 @@ class Observer:
         Returns:
             What was seen.
         """
-        passed = self._linearizer.run(batch.features)
+        return self.look(self.linearizer.run(batch.features), batch, self.uniforms(batch), noise, displaced)
+
+    def look(
+        self,
+        passed: Linearisation,
+        batch: Batch,
+        uniforms: Sequence[Tensor],
+        noise: Tensor,
+        displaced: Tensor | None = None,
+    ) -> BatchSeen:
+        """Observe a batch where it was linearised: a function of tensors.
+
+        Args:
+            passed: the forward pass of the batch.
+            batch: this rank's part of the global batch.
+            uniforms: random numbers of each model, of :meth:`uniforms`.
+            noise: the noise state.
+            displaced: as in :meth:`observe`.
+
+        Returns:
+            What was seen.
+        """
         observations = [
-            model.observe(passed.logits, batch.labels, self._logit_scale, self._uniforms(number, batch, passed.logits))
-            for number, model in enumerate(self._models)
+            model.observe(passed.logits, batch.labels, self._logit_scale, u)
+            for model, u in zip(self._models, uniforms, strict=True)
         ]
-        local = stack(observations, self._noise_model.channels(self._classes))
+        local = stack(observations, self.noise_model.channels(self._classes))
         nu, base, channel, *form = self._gather(local, observations, batch)
         channel = channel.long()
-        R = self._noise_model.covariance(noise, base, channel) * self._passes
+        R = self.noise_model.covariance(noise, base, channel) * self._passes
         whitening = Whitening(R)
         own = whitening if self._group.world_size == 1 else Whitening(R[batch.own])
         H = passed.jacobian(own.rows(local.cotangent))
@@ -104,22 +127,45 @@ class Observer:
         observed = Observed(H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes)
         return BatchSeen(passed.logits, observed, whitening, nu, base, channel)
 
-    def learned(self, noise: Tensor, seen: BatchSeen, outcome: ShardedUpdate) -> Tensor:
-        """The noise state after an update: estimated from residuals, less those that were gated."""
-        if not self._noise_model.learns:
+    def learned(
+        self, noise: Tensor, seen: BatchSeen, outcome: ShardedUpdate, model: NoiseModel | None = None
+    ) -> Tensor:
+        """The noise state after an update: estimated from residuals, less those that were gated.
+
+        Args:
+            noise: the noise state before.
+            seen: what was seen.
+            outcome: the update.
+            model: how it is estimated; None is as the options say.
+
+        Returns:
+            The noise state.
+        """
+        if not self.noise_model.learns:
             return noise
         kept = (outcome.weight >= 1).view(seen.nu.shape) & self._residual
         predicted = seen.whitening.restored(outcome.predicted.to(seen.nu.dtype))
         batch = Seen(seen.nu, predicted, seen.base, seen.channel, kept.to(seen.nu))
-        return self._noise_model.update(noise, batch).to(noise.dtype)
+        return (model or self.noise_model).update(noise, batch).to(noise.dtype)
 
-    def _uniforms(self, number: int, batch: Batch, like: Tensor) -> Tensor:
-        """Random numbers of a model, drawn for the global batch and cut: the ranks see what one process would."""
+    def uniforms(self, batch: Batch) -> list[Tensor]:
+        """Random numbers of each model, drawn for the global batch and cut: the ranks see what one process would.
+
+        Args:
+            batch: this rank's part of the global batch.
+
+        Returns:
+            For each model (m, draws) numbers in [0, 1), of the features' dtype and device.
+        """
+        return [self._uniforms(number, batch) for number in range(len(self._models))]
+
+    def _uniforms(self, number: int, batch: Batch) -> Tensor:
         draws = self._models[number].draws(self._classes)
         if draws == 0:
-            return like.new_empty(len(batch.labels), 0)
+            return batch.features.new_empty(len(batch.labels), 0)
         generator = seeded(self._seed, batch.step, _DRAWS, number)
-        return torch.rand((batch.total, draws), generator=generator, dtype=torch.float64)[batch.own].to(like)
+        drawn = torch.rand((batch.total, draws), generator=generator, dtype=torch.float64)
+        return drawn[batch.own].to(batch.features)
 
     def _gather(self, local: Observation, observations: list[Observation], batch: Batch) -> list[Tensor]:
         """Innovations, base noise, channels, and for a gate the two judged forms: (s, k) each, of all samples."""

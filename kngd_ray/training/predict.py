@@ -6,15 +6,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
-from kngd_ray.filters import Belief, Family
+from kngd_ray.filters import Belief, Family, variances
 from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 
 _DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
 _ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
-_ROWS = 64  # of the Jacobian at once: all pairs of them are computed, and only the diagonal is wanted
+_EMBEDDED = 1 << 20  # numbers of adapted embeddings computed at once: more does not fit the caches
+_LINEARISED = 64  # samples at once
+TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of which a posterior temperature is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,7 @@ class Predictor:
             return Prediction(logits.softmax(1), torch.zeros_like(logits))
         if self.options.predict == "linearised":
             variance = tau * self.logit_variance(features)
-            # MacKay's probit moderation, applied to each logit (arXiv 2002.10118, eq. 8)
-            return Prediction((logits / (1 + pi / 8 * variance).sqrt()).softmax(1), variance.sqrt())
+            return Prediction(moderated(logits, variance).softmax(1), variance.sqrt())
         chunk = max(1, _ENTRIES // (self.options.draws * logits.shape[1]))
         parts = [self._over_draws(x, tau) for x in features.split(chunk)]
         return Prediction(torch.cat([p for p, _ in parts]), torch.cat([spread for _, spread in parts]))
@@ -115,16 +116,23 @@ class Predictor:
         eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
         if self._linearizer is None:
             self._linearizer = Linearizer(self.head, features[:1])
-        variances = []
-        for x in features.split(max(1, _ROWS // C)):
+        found = []
+        for x, like in zip(features.split(_LINEARISED), logits.split(_LINEARISED), strict=True):
             H = self._linearizer.run(x).jacobian(eye.expand(len(x), C, C))
-            share, _ = self.family.gram(self.belief.covariance, H, logits.new_zeros(len(x) * C))
-            variances.append(self.family.spread(share, len(x) * C).diagonal().view(len(x), C))
-        return torch.cat(variances).to(logits.dtype)
+            found.append(variances(self.family, self.belief.covariance, H, like))
+        return torch.cat(found)
 
     def _over_draws(self, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """Mean probabilities and standard deviation of the logits over the draws."""
-        drawn = torch.stack([self._logits_at(features, deviation, tau) for deviation in self._draw()])
+        assert self.belief is not None
+        mu, parameters = self.belief.mu, trainable(self.head)
+
+        def logits_at(deviation: Tensor) -> Tensor:
+            logits: Tensor = functional_call(self.head, unflatten(mu + tau**0.5 * deviation, parameters), (features,))
+            return logits
+
+        with torch.no_grad():
+            drawn = vmap(logits_at, chunk_size=max(1, _EMBEDDED // max(1, features.numel())))(self._draw())
         return drawn.softmax(2).mean(0), drawn.std(0, correction=0)
 
     def _draw(self) -> Tensor:
@@ -136,12 +144,18 @@ class Predictor:
             self._deviations = deviations.to(self.belief.mu)
         return self._deviations
 
-    def _logits_at(self, features: Tensor, deviation: Tensor, tau: float) -> Tensor:
-        assert self.belief is not None
-        theta = unflatten(self.belief.mu + tau**0.5 * deviation, trainable(self.head))
-        with torch.no_grad():
-            logits: Tensor = functional_call(self.head, theta, (features,))
-        return logits
+
+def moderated(logits: Tensor, variance: Tensor) -> Tensor:
+    """Logits whose softmax is about the mean of that of uncertain ones: MacKay's probit moderation of each.
+
+    Args:
+        logits: (m, C) means.
+        variance: (m, C) variances.
+
+    Returns:
+        (m, C) logits (arXiv 2002.10118, eq. 8).
+    """
+    return logits / (1 + pi / 8 * variance).sqrt()
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
         sha.update(tensor.cpu().contiguous().numpy().tobytes())
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
     prior = None if task.prior is None else task.prior.sha256
-    return {"seed": task.seed, "options": options, "shots": shots, "prior": prior, **_listed(dict(identity))}
+    order = {"order": "prequential"} if task.prequential else {}
+    return {"seed": task.seed, "options": options, "shots": shots, "prior": prior, **order, **_listed(dict(identity))}
 
 
 def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], place: Path) -> None:

@@ -1,6 +1,7 @@
 """What every rank runs for the sharding tests: all cases in one group, because starting one costs most."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.options import OptimizerOptions
+from kngd_ray.training.predict import TAU_GRID
 
 SHOTS = 15  # with a batch of 7: batches of 7, 7 and 1, so that ranks go without samples
 Outcome = dict[str, Any]
@@ -263,9 +265,10 @@ def run_everything(group: Group) -> dict[str, Outcome]:
 
 
 def _follow(method: KalmanNGD, sampler: BatchSampler) -> Outcome:
-    group, evidence, nis, scores = method.group, [], [], []
+    group, evidence, nis, scores, predictive = method.group, [], [], [], []
     for step in range(4):  # batches of 7, 7, 1 and 7
-        stats = method.step(sampler.batch(step, group.rank, group.world_size))
+        stats = method.step(replace(sampler.batch(step, group.rank, group.world_size), scored=step > 1))
+        predictive.append(stats.log_predictive or [0.0] * len(TAU_GRID))
         evidence.append(stats.log_evidence)
         nis.append(stats.nis)
         scores.append([stats.nll, stats.accuracy, stats.innovation_rms, stats.jitter, stats.gated])
@@ -276,6 +279,7 @@ def _follow(method: KalmanNGD, sampler: BatchSampler) -> Outcome:
         "log_evidence": torch.tensor(evidence, dtype=torch.float64),
         "nis": torch.tensor(nis, dtype=torch.float64),
         "scores": torch.tensor(scores, dtype=torch.float64),
+        "log_predictive": torch.tensor(predictive, dtype=torch.float64),
     }
 
 

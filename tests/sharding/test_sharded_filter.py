@@ -10,7 +10,7 @@ from helpers.sharded import EXCHANGES, FORMS, KALMAN_CASES, exchange_case, excha
 from kngd_ray.sharding import Ownership, SingleProcess
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-REPLICATED = ("mu", "noise", "log_evidence", "nis", "scores")
+REPLICATED = ("mu", "noise", "log_evidence", "nis", "scores", "log_predictive")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""Filter functions under ``torch.func.vmap``, which cannot branch on numbers: nothing is looked at until all is done.
+
+What goes wrong rarely (a matrix that does not factor, numbers that are not finite) is looked for where it may happen,
+and dealt with there. A transform that advances many trials together has no answer to such a question. Within
+:func:`unchecked` it is not asked: what cannot be computed is NaN, and the caller, who sees the trials side by side
+again, does those that are not finite once more, alone and checked.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_CHECKED = ContextVar("checked", default=True)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """A stretch of code in which failures are NaN."""
+    token = _CHECKED.set(False)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def checked() -> bool:
+    """Whether numbers may be looked at."""
+    return _CHECKED.get()
+
+
+def cholesky(P: Tensor) -> Tensor | None:
+    """The Cholesky factor of symmetric matrices.
+
+    Args:
+        P: (..., n, n) symmetric.
+
+    Returns:
+        (..., n, n) lower factor; None if one of the matrices is not positive definite. Unchecked, the factor of such a
+        matrix is NaN instead.
+    """
+    L, info = torch.linalg.cholesky_ex(P)
+    if not checked():
+        return torch.where((info == 0)[..., None, None], L, torch.nan)
+    return None if bool(info.any()) else L

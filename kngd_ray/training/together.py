@@ -1,0 +1,325 @@
+"""Many small fits that advance together: one step of all of them is one step on tensors with a trial axis.
+
+A search of noise priors runs hundreds of fits that differ in numbers (variances, noise, memory), seed and shots alone,
+each dominated by the cost of calling operations on tensors so small. Here the functions that a step is made of are
+transformed by ``torch.func.vmap``, so that the mathematics stays written once, in those of a fit alone ::
+
+    mu (n,)      P of its family      r           one fit
+    mu (B, n)    P (B, ...)           r (B, ...)  B fits
+
+What depends on the numbers themselves cannot be decided inside. A trial whose step did not end in finite numbers (a
+batch to be refused, an S that needs jitter) does this step once more, alone, by the ordinary code and its rules.
+"""
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite, nan
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.functional import cross_entropy
+
+from kngd_ray.errors import FilterError
+from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition
+from kngd_ray.filters.unchecked import unchecked
+from kngd_ray.observations import unflatten
+from kngd_ray.sharding import SingleProcess, covariance_bytes
+from kngd_ray.training.batches import Batch
+from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
+from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.method import StepStats
+from kngd_ray.training.observing import BatchSeen
+from kngd_ray.training.options import OptimizerOptions
+
+_STILL = Transition(1.0, 1.0, 0.0)
+_MU, _NOISE = ("mu",), ("noise",)
+
+# What a step changes: mu, r, and P by layer and key. Of one trial, or with a trial axis in front.
+_State = dict[tuple[str, ...], Tensor]
+
+
+@dataclass(frozen=True)
+class Together:
+    """One of several fits that advanced together.
+
+    Attributes:
+        method: the trained filter, as :func:`~kngd_ray.training.fit.fit` gives it.
+        records: its steps; their time is the fit's share of that of all.
+    """
+
+    method: KalmanNGD
+    records: Sequence[StepRecord]
+
+
+class _Given(NamedTuple):
+    """What a step is given, with a trial axis in front."""
+
+    anchor: Tensor
+    transition: Tensor  # F, F^2 / lambda, q
+    beta: Tensor
+    features: Tensor
+    labels: Tensor
+    uniforms: list[Tensor]
+
+
+class _Figures(NamedTuple):
+    """What a step tells in numbers; `sound` is finite where all that it computed is."""
+
+    log_predictive: tuple[float, ...] | None
+    nll: float
+    accuracy: float
+    innovation_rms: float
+    nis: float
+    log_evidence: float
+    sound: float
+
+
+class _Trial:
+    """One fit on its way. Its method is up to date when it steps alone, and at the end."""
+
+    def __init__(self, task: FitTask, device: torch.device | str) -> None:
+        self.options = task.options
+        self.sampler = task.to(device).sampler
+        method = begin(task, SingleProcess(), device)
+        assert isinstance(method, KalmanNGD)
+        self.method = method
+        self.anchor = method.belief.mu  # mu_0: a fit begins there, from a prior too
+        self.records: list[StepRecord] = []
+        self.refusals = Refusals(self.sampler.steps)
+        self.error: FilterError | None = None
+
+    @property
+    def state(self) -> _State:
+        """As the method has it."""
+        return _state(self.method.belief, self.method.noise)
+
+    @state.setter
+    def state(self, state: _State) -> None:
+        self.method.go_on(_belief(state), state[_NOISE])
+
+    def alone(self, batch: Batch) -> tuple[StepStats | None, str | None]:
+        """A step by the ordinary code: its figures, or why it was refused. It may end the fit."""
+        try:
+            return self.refusals.attempt(self.method, batch)
+        except FilterError as error:
+            self.error = error
+        return None, None
+
+
+def shape_of(task: FitTask) -> Hashable | None:
+    """What fits must have in common to advance together.
+
+    They may differ in numbers (``filter.p0``, ``observation.*.r0``, ``noise.observation.beta``), in the process model
+    and its numbers, in seed, in prior, and in shots of the same count.
+
+    Args:
+        task: a fit.
+
+    Returns:
+        The same for fits that :func:`fit_together` takes together; None where a fit can only run alone: gradient
+        descent is a step of the autograd engine, and a gate visits observations one by one.
+    """
+    options = task.options
+    if options.method != "kalman" or not isinstance(options.filter.gate, NoGate):
+        return None
+    noise = options.noise.observation
+    alike = replace(
+        options,
+        observation=tuple(replace(model, r0=1.0) for model in options.observation),
+        filter=replace(options.filter, p0=1.0),
+        noise=replace(
+            options.noise,
+            process=RandomWalk(),  # of any kind, it is three numbers a step
+            observation=replace(noise, beta=0.0) if isinstance(noise, Ema) else noise,
+        ),
+        optimizer=OptimizerOptions(),
+    )
+    features, classes = task.support.features, task.class_embeddings.cpu().contiguous()
+    same_classes = hashlib.sha256(classes.numpy().tobytes()).digest()
+    return alike, features.shape, features.dtype, classes.shape, same_classes, task.logit_scale, task.prequential
+
+
+def fit_together(
+    tasks: Sequence[FitTask],
+    *,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[Sequence[StepRecord | None]], None] | None = None,
+) -> list[Together | FilterError]:
+    """Run several fits of one shape to their ends, all a step at a time.
+
+    Each is what :func:`~kngd_ray.training.fit.fit` makes of its task in one process, up to rounding.
+
+    Args:
+        tasks: fits with the same :func:`shape_of`, not None.
+        device: where to compute.
+        on_step: told of every step, a record for each task; None for a fit that has ended.
+
+    Returns:
+        For each task the fit, or the error that ended it.
+
+    Raises:
+        ValueError: the tasks are of different shapes, or of one that runs alone.
+    """
+    shapes = {shape_of(task) for task in tasks}
+    if len(shapes) > 1 or None in shapes:
+        raise ValueError("these fits cannot advance together: shape_of must give the same for all, and not None")
+    trials = alive = [_Trial(task, device) for task in tasks]
+    states = [trial.state for trial in trials]
+    state = {key: torch.stack([other[key] for other in states]) for key in (states[0] if states else ())}
+    for step in range(trials[0].sampler.steps if trials else 0):
+        began = perf_counter()
+        state, outcomes = _stepped(alive, state, step)
+        milliseconds = 1e3 * (perf_counter() - began) / len(alive)
+        for trial, (stats, reason) in zip(alive, outcomes, strict=True):
+            if trial.error is None:
+                trial.records.append(StepRecord(step + 1, trial.sampler.steps, milliseconds, stats, reason))
+        if on_step is not None:
+            on_step([trial.records[-1] if trial.error is None else None for trial in trials])
+        going = [b for b, trial in enumerate(alive) if trial.error is None]
+        if len(going) < len(alive):
+            alive = [alive[b] for b in going]
+            state = {key: tensor[going] for key, tensor in state.items()}
+        if not alive:
+            break
+    for b, trial in enumerate(alive):
+        trial.state = _of(state, b)
+    return [trial.error or Together(trial.method, trial.records) for trial in trials]
+
+
+def _stepped(
+    trials: Sequence[_Trial], state: _State, step: int
+) -> tuple[_State, list[tuple[StepStats | None, str | None]]]:
+    """One step of all trials: what becomes of them, and of each the figures or why it was refused."""
+    batches = [trial.sampler.batch(step) for trial in trials]
+    after, rows = _tried(trials, state, batches) or (
+        {key: tensor.clone() for key, tensor in state.items()},
+        [None] * len(trials),
+    )
+    M = batches[0].total * trials[0].method.observer.per_sample
+    outcomes: list[tuple[StepStats | None, str | None]] = []
+    for b, (trial, figures) in enumerate(zip(trials, rows, strict=True)):
+        if figures is not None and isfinite(figures.sound):
+            trial.refusals.taken()
+            outcomes.append((_stats(trial, figures, M), None))
+            continue
+        trial.state = _of(state, b)
+        outcomes.append(trial.alone(batches[b]))
+        for key, tensor in trial.state.items():
+            after[key][b] = tensor
+    return after, outcomes
+
+
+def _tried(
+    trials: Sequence[_Trial], state: _State, batches: Sequence[Batch]
+) -> tuple[_State, Sequence[_Figures | None]] | None:
+    """One step of all trials at once; None where an operation refused, of one of them, and does not say of which."""
+    leader, first = trials[0].method, batches[0]
+    transitions = [trial.options.noise.process.transition(first.step, trial.options.filter.p0) for trial in trials]
+    noises = [trial.options.noise.observation for trial in trials]
+    uniforms = [trial.method.observer.uniforms(batch) for trial, batch in zip(trials, batches, strict=True)]
+    given = _Given(
+        anchor=torch.stack([trial.anchor for trial in trials]),
+        transition=state[_MU].new_tensor(transitions),
+        beta=state[_NOISE].new_tensor([noise.beta if isinstance(noise, Ema) else nan for noise in noises]),
+        features=torch.stack([batch.features for batch in batches]),
+        labels=torch.stack([batch.labels for batch in batches]),
+        uniforms=[torch.stack(of_model) for of_model in zip(*uniforms, strict=True)],
+    )
+    still = all(transition == _STILL for transition in transitions)
+    try:
+        with torch.no_grad(), unchecked():
+            after, numbers, scores = vmap(partial(_advance, leader, first, still))(state, given)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    return after, [_Figures(tuple(s) or None, *row) for s, row in zip(scores.tolist(), numbers.tolist(), strict=True)]
+
+
+def _advance(
+    leader: KalmanNGD, like: Batch, still: bool, state: _State, given: _Given
+) -> tuple[_State, Tensor, Tensor]:
+    """One step of one trial, as a function of tensors: the state after it, its :class:`_Figures` but one, and that one.
+
+    Args:
+        leader: any of the trials' methods, for what all have in common.
+        like: any of the trials' batches, of which all have size and number.
+        still: whether no trial's belief moves between steps.
+        state: the trial's, before the step.
+        given: the trial's batch and numbers.
+    """
+    belief, r = _belief(state), state[_NOISE]
+    observer, (decay, scale, q) = leader.observer, given.transition
+    if not still:
+        # scale and q are tensors here, on which the families compute as on numbers
+        P = leader.family.predict(belief.covariance, scale, q, lambda share: share)
+        belief = Belief(given.anchor.lerp(belief.mu, decay), P)
+    batch = replace(like, features=given.features, labels=given.labels)
+
+    def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
+        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters), batch.features)
+        return observer.look(passed, batch, given.uniforms, r, displaced)
+
+    scores = belief.mu.new_zeros(0)
+    if batch.scored:
+        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters), batch.features)
+        scores = leader.log_predictive(belief, passed, batch)
+    done = leader.condition(belief, observe)
+    noise = observer.learned(r, done.seen, done.outcome, _with_beta(observer.noise_model, given.beta))
+    after = _state(done.belief, noise)
+    logits = done.seen.logits
+    numbers = [
+        cross_entropy(logits, batch.labels),
+        (logits.argmax(1) == batch.labels).double().mean(),
+        done.innovation_rms,
+        torch.as_tensor(done.outcome.nis),
+        done.log_evidence,
+    ]
+    sound = torch.stack([tensor.sum().double() for tensor in (*after.values(), *numbers[3:])]).sum()
+    return after, torch.stack([number.double() for number in (*numbers, sound)]), scores
+
+
+def _with_beta(model: NoiseModel, beta: Tensor) -> NoiseModel:
+    """A model whose memory is a tensor, which its validation could not look at."""
+    if isinstance(model, Ema):
+        model = copy(model)
+        object.__setattr__(model, "beta", beta)
+    return model
+
+
+def _stats(trial: _Trial, figures: _Figures, observations: int) -> StepStats:
+    return StepStats(
+        nll=figures.nll,
+        accuracy=figures.accuracy,
+        innovation_rms=figures.innovation_rms,
+        nis=figures.nis,
+        nis_per_observation=figures.nis / observations,
+        log_evidence=figures.log_evidence,
+        jitter=0.0,
+        gated=0,
+        bytes_moved=0,
+        covariance_bytes=covariance_bytes(trial.method.belief.covariance),
+        log_predictive=figures.log_predictive,
+    )
+
+
+def _state(belief: Belief, noise: Tensor) -> _State:
+    P: _State = {(name, key): tensor for name, layer in belief.covariance.items() for key, tensor in layer.items()}
+    return {_MU: belief.mu, _NOISE: noise, **P}
+
+
+def _belief(state: _State) -> Belief:
+    P: dict[str, dict[str, Tensor]] = {}
+    for (name, *key), tensor in state.items():
+        if key:
+            P.setdefault(name, {})[key[0]] = tensor
+    return Belief(state[_MU], P)
+
+
+def _of(state: _State, b: int) -> _State:
+    """The state of one trial, in memory of its own."""
+    return {key: tensor[b].clone() for key, tensor in state.items()}

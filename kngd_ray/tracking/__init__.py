@@ -16,14 +16,17 @@ from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
 from kngd_ray.tracking._record import Record, Status
+from kngd_ray.tracking._runs import LoggedRun, read_runs
 from kngd_ray.tracking._uri import redact, resolve_uri
 
 __all__ = [
+    "LoggedRun",
     "Publisher",
     "Record",
     "Status",
     "learning_curve",
     "publish",
+    "read_runs",
     "redact",
     "reliability_diagram",
     "resolve_uri",

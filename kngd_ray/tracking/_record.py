@@ -170,18 +170,34 @@ class Record:
         path = self.folder / METRICS
         write_json(path, (read_json(path) or {}) | {key: _strict(value) for key, value in metrics.items()})
 
-    def set_model(self, folder_of_fit: Path, class_names: Sequence[str] = ()) -> None:
+    def set_tag(self, key: str, value: object) -> None:
+        """Note a tag.
+
+        Args:
+            key: its name.
+            value: what it says.
+        """
+        self._meta["tags"][key] = str(value)
+        write_json(self.folder / META, self._meta)
+
+    def set_model(
+        self, folder_of_fit: Path, class_names: Sequence[str] = (), registered_model: str | None = None
+    ) -> None:
         """Name the finished fit that is logged as this run's model.
 
         Args:
             folder_of_fit: its checkpoint and calibration; copied when it is published.
             class_names: the classes in order, noted in the model's metadata.
+            registered_model: name in the registry under which it becomes the champion; None registers nothing.
         """
         run_folder = self.folder.parents[1].resolve()
         fit = folder_of_fit.resolve()
         inside = fit.is_relative_to(run_folder)  # then the run folder can move to another machine
         place = fit.relative_to(run_folder) if inside else fit
-        write_json(self.folder / MODEL, {"folder": str(place), "class_names": list(class_names)})
+        model: dict[str, Any] = {"folder": str(place), "class_names": list(class_names)}
+        if registered_model is not None:
+            model["registered_model"] = registered_model
+        write_json(self.folder / MODEL, model)
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Say how the run ended, after all else is written.

@@ -153,6 +153,8 @@ class Sender:
                 client.log_model_artifacts(state["id"], str(path))
             client.finalize_logged_model(state["id"], "READY")
             client.log_outputs(run, [LoggedModelOutput(state["id"], step=0)])
+        if "registered_model" in wanted:
+            self._server.register(wanted["registered_model"], state["id"], run)
         metrics = read_json(self._folder / METRICS) or {}
         self._send_points(run, _points(metrics, _mtime_ms(self._folder / METRICS), 0), state["id"])
         self._keep(model={**state, "ready": wanted})

@@ -72,6 +72,34 @@ class Server:
             created: str = run.info.run_id
             return created
 
+    def register(self, name: str, model_id: str, run_id: str) -> None:
+        """Make a logged model the newest version of a registered one, and its champion.
+
+        Args:
+            name: of the registered model, created if need be.
+            model_id: of the logged model.
+            run_id: of the run that it is of.
+
+        Raises:
+            TrackingError: the store does not answer or refuses.
+        """  # noqa: DOC501
+        from mlflow.exceptions import MlflowException
+
+        with self.refusals():
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # an attempt that was cut short may have made the version already
+            made = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.model_id == model_id]
+            version = (
+                made[0]
+                if made
+                else self.client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
+            )
+            self.client.set_registered_model_alias(name, "champion", version.version)
+
     def stage(self, run_id: str) -> str | None:
         """Where a run is in its life: ``active``, ``deleted``, or None if the store has never heard of it."""  # noqa: DOC501
         from mlflow.exceptions import MlflowException

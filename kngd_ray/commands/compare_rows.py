@@ -1,0 +1,301 @@
+"""From MLflow runs to the rows of a comparison: what belongs to which method, what can be compared, what it is called.
+
+A row is one method of one run: its parent run and a child per seed, or one run alone. Rows are put in one group
+when they were scored on the same thing. CLIP's own zero-shot figures tell: every run logs them, and they agree on a
+seed only if model, prompts, shots and test pictures do. Runs without a common seed have their settings for it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kngd_ray.data import EMBEDDED
+from kngd_ray.errors import UsageError, closest
+from kngd_ray.tracking import LoggedRun
+
+ZERO_SHOT = "zero-shot"
+_PREFIX = "zero_shot/"
+_SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
+_NAMED = 8  # runs that a message lists at most
+_WHERE = ("trainer.", "tracking.", "data.", "model.")  # settings that say where a run ran, or what its group is
+_IDENTITY = {"method", "preset", "seeds", "baselines"}
+_NOT_TASK = {"data.cache_dir", "data.on_bad_image"}
+
+
+@dataclass
+class Row:
+    """One method of one run.
+
+    Attributes:
+        id: MLflow's id of the run; empty for CLIP as it is.
+        run: its name in MLflow.
+        method: the optimiser, or ``zero-shot``.
+        preset: the preset that it started from.
+        params: settings.
+        seeds: metrics by seed, of the fits that came to their end.
+        unfinished: fits that did not, by their status.
+        name: what tells it from the other rows.
+    """
+
+    id: str
+    run: str
+    method: str
+    preset: str
+    params: Mapping[str, str]
+    seeds: dict[int, Mapping[str, float]]
+    unfinished: Counter[str] = field(default_factory=Counter)
+    name: str = ""
+
+    def values(self, metric: str) -> dict[int, float]:
+        """A metric by seed, where it was logged."""
+        return {seed: metrics[metric] for seed, metrics in sorted(self.seeds.items()) if metric in metrics}
+
+    @property
+    def task(self) -> dict[str, str]:
+        """Settings that decide what a run is scored on."""
+        task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
+        if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
+            task["data.train_domain"] = "noto"  # which None stands for there
+        return task
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an experiment holds.
+
+    Attributes:
+        rows: methods with at least one finished fit; of a search, its finished trials.
+        search: the search that the rows are trials of, if they are.
+        left_out: why runs are no part of the rows, and how many.
+    """
+
+    rows: list[Row]
+    search: LoggedRun | None
+    left_out: Counter[str]
+
+
+def find_rows(runs: Sequence[LoggedRun], parent: str | None) -> Found:
+    """Sort an experiment's runs into rows.
+
+    Args:
+        runs: all of them, the oldest first.
+        parent: id or name of an MLflow run, or name of a run of ``kngd-ray train``: only what belongs to it. None is
+            every method, without searches.
+
+    Returns:
+        The rows, the oldest first.
+
+    Raises:
+        UsageError: there is no such parent.
+    """
+    chosen = set(by_name(runs, parent)) if parent is not None else None
+    searches = {run.id: run for run in runs if _kind(run) == "search"}
+    for id in chosen or ():
+        if id in searches:
+            return _trials(runs, searches[id])
+    owners = {run.id: run for run in runs if _owns(run)}
+    rows: dict[str, Row] = {}
+    left_out: Counter[str] = Counter()
+    children: dict[str, list[LoggedRun]] = {}
+    for run in runs:
+        if not _owns(run):
+            children.setdefault(str(run.parent), []).append(run)
+    for id in dict.fromkeys([*owners, *children]):
+        owner = owners.get(id)
+        kind = _kind(owner) if owner else "fit"
+        fits = children.get(id, [])
+        wanted = chosen is None or id in chosen or any(fit.id in chosen for fit in fits)
+        if kind in {"search", "trial"}:
+            left_out["trials of searches"] += wanted and kind == "trial"
+        elif not wanted:
+            continue
+        elif "kngd_ray.method" not in (owner or fits[0]).tags:
+            left_out["runs that are not kngd-ray's"] += 1 + len(fits)
+        else:
+            row = _row(owner, fits or [owner or fits[0]])
+            left_out.update({f"unfinished fits ({status})": n for status, n in row.unfinished.items()})
+            if row.seeds:
+                rows[id] = row
+    return Found(list(rows.values()), None, +left_out)
+
+
+def by_name(runs: Sequence[LoggedRun], name: str) -> list[str]:
+    """Ids of the runs that a person means: by id, by MLflow's name, or by the name of the run that logged them.
+
+    Args:
+        runs: all of them.
+        name: what was given.
+
+    Returns:
+        One or more ids.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    by_id = [run.id for run in runs if run.id == name]
+    by_own = [run.id for run in runs if run.name == name]
+    found = by_id or by_own or [run.id for run in runs if run.tags.get("kngd_ray.run") == name]
+    if found:
+        return found
+    tops = [run for run in runs if _owns(run) and _kind(run) != "trial"]
+    known = sorted({str(run.tags.get("kngd_ray.run", run.name)) for run in tops} | {run.name for run in tops})
+    raise UsageError(f"there is no run {name!r} in the experiment{hint(name, known)}.")
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is not there: the nearest, and the first few that are."""
+    guess = "".join(f"; did you mean {match}?" for match in closest(name, known))
+    more = ", ..." if len(known) > _NAMED else ""
+    return f"{guess} (there: {', '.join(known[:_NAMED])}{more})" if known else guess
+
+
+def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
+    """Put together what was scored on the same thing, see above.
+
+    Args:
+        rows: the oldest first.
+
+    Returns:
+        The groups, each with CLIP as it is as its first row where it was logged.
+    """
+    groups: list[list[Row]] = []
+    for row in rows:
+        home = next((group for group in groups if all(_comparable(row, other) for other in group)), None)
+        if home is None:
+            groups.append([row])
+        else:
+            home.append(row)
+    for group in groups:
+        zero_shot: dict[int, Mapping[str, float]] = {}
+        for row in group:
+            zero_shot |= {seed: figures for seed in row.seeds if (figures := _zero_shot(row, seed))}
+        if zero_shot:
+            group.insert(0, Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot))
+    return groups
+
+
+def name_rows(rows: Sequence[Row]) -> list[str]:
+    """Give every row of a group a name of its own: method, preset, and the settings in which it differs.
+
+    Args:
+        rows: a group; their ``name`` is set.
+
+    Returns:
+        Per method and preset, the settings that a name leaves out because most of its rows have them.
+    """
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        preset = "" if row.preset in {row.method, "None"} else f" {Path(row.preset).stem}"
+        families.setdefault(f"{row.method}{preset}", []).append(row)
+    unsaid = []
+    for family, members in families.items():
+        usual = {key: Counter(row.params.get(key) for row in members).most_common(1)[0][0] for key in varied(members)}
+        for row in members:
+            row.name = " ".join([family, *settings(row, [key for key in usual if row.params.get(key) != usual[key]])])
+        everywhere = [key for key in usual if all(key in row.params for row in members)]
+        said = [f"{key}={_short(key, str(usual[key]))}" for key in everywhere]
+        if said:
+            unsaid.append(f"{family}: {', '.join(said)}, where the name says nothing else")
+    for attribute in ("run", "id"):
+        often = Counter(row.name for row in rows)
+        for row in rows:
+            if often[row.name] > 1 and row.id:
+                row.name = f"{row.name} ({getattr(row, attribute)})"
+    return unsaid
+
+
+def varied(rows: Sequence[Row]) -> list[str]:
+    """Settings of methods that are not the same in all rows, in the order of the configuration."""
+    keys = dict.fromkeys(key for row in rows for key in row.params)
+    return [
+        key
+        for key in keys
+        if key not in _IDENTITY and not key.startswith(_WHERE) and len({row.params.get(key) for row in rows}) > 1
+    ]
+
+
+def settings(row: Row, keys: Sequence[str]) -> list[str]:
+    """Some settings of a row as ``key=value``, without those that it does not have."""
+    return [f"{key}={_short(key, row.params[key])}" for key in keys if key in row.params]
+
+
+def _kind(run: LoggedRun) -> str:
+    """``search``, ``trial``, ``method`` or ``fit``; runs of earlier versions do not say."""
+    said = run.tags.get("kngd_ray.kind")
+    return said or ("method" if run.parent is None else "fit")
+
+
+def _owns(run: LoggedRun) -> bool:
+    return _kind(run) != "fit" or run.parent is None
+
+
+def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
+    first = owner or fits[0]  # of a parent that was deleted, its children speak
+    seeds: dict[int, Mapping[str, float]] = {}
+    unfinished: Counter[str] = Counter()
+    for fit in fits:
+        seed = fit.params.get("seeds", "")
+        if fit.status != "FINISHED":
+            unfinished[fit.status.lower()] += 1
+        elif not seed.isdigit():
+            unfinished["without a seed"] += 1
+        else:
+            seeds[int(seed)] = fit.metrics
+    tags = first.tags
+    name = first.name if owner else first.name.rpartition("-seed")[0] or first.name
+    return Row(
+        first.id, name, tags["kngd_ray.method"], tags.get("kngd_ray.preset", "None"), first.params, seeds, unfinished
+    )
+
+
+def _trials(runs: Sequence[LoggedRun], search: LoggedRun) -> Found:
+    """The finished trials of a search as rows of one pretended seed: there is nothing to pair them by."""
+    left_out: Counter[str] = Counter()
+    rows = []
+    for run in runs:
+        if run.parent != search.id or _kind(run) not in {"trial", "fit"}:
+            continue
+        seeds: dict[int, Mapping[str, float]] = {0: run.metrics}
+        if run.status == "FINISHED":
+            rows.append(Row(run.id, run.name, run.tags.get("kngd_ray.method", ""), "", run.params, seeds))
+        else:
+            left_out[f"unfinished trials ({run.status.lower()})"] += 1
+    keys = varied(rows)
+    for row in rows:
+        row.name = " ".join([row.run.rpartition("/")[2], *settings(row, keys)])
+    return Found(rows, search, left_out)
+
+
+def _comparable(row: Row, other: Row) -> bool:
+    common = row.seeds.keys() & other.seeds.keys()
+    figures = [(_zero_shot(row, seed), _zero_shot(other, seed)) for seed in common]
+    known = [(a, b) for a, b in figures if a and b]
+    shots = row.params.get("data.shots") == other.params.get("data.shots")
+    if not known:
+        return row.task == other.task
+    return shots and all(
+        a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k))
+        for a, b in known
+    )
+
+
+def _exact(metric: str) -> bool:
+    """Whether rounding cannot make a figure jump, as it does to one that counts pictures or bins."""
+    return metric.endswith(("nll", "brier"))
+
+
+def _zero_shot(row: Row, seed: int) -> dict[str, float]:
+    metrics = row.seeds[seed]
+    return {name.removeprefix(_PREFIX): value for name, value in metrics.items() if name.startswith(_PREFIX)}
+
+
+def _short(key: str, value: str) -> str:
+    """A setting's value in a name: of a path its end, of a drawn number four digits."""
+    if key == "prior":
+        return Path(value).name
+    try:
+        return f"{float(value):.4g}" if len(value) > 7 else value
+    except ValueError:
+        return value

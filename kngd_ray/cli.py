@@ -33,6 +33,14 @@ _Settings = Annotated[
         show_default=False,
     ),
 ]
+_SearchSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SEARCH.yaml | KEY=VALUE",
+        help="A search file, then settings over it: search.num_samples=60 data.shots=16",
+        show_default=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
 _Storage = Annotated[str, typer.Option(help="Where runs live.")]
 _Target = Annotated[
@@ -82,6 +90,38 @@ def train(
 
 
 @app.command()
+def tune(
+    settings: _SearchSettings = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="SEARCH", help="Continue a search, or help the process that runs it.")
+    ] = None,
+    as_json: _Json = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole search and stop.")] = False,
+) -> None:
+    """Search for priors with Ray Tune and Optuna, then fit and test the best once."""
+    from kngd_ray.commands.search_file import load_search, resumed_search, search_yaml
+    from kngd_ray.config import to_yaml
+
+    file, overrides = _split(settings)
+    if resume is not None:
+        if file is not None:
+            raise UsageError(f"a continued search keeps its settings: leave out {file}.")
+        search = resumed_search(resume, overrides)
+    elif file is None:
+        raise UsageError("name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH.")
+    else:
+        search = load_search(file, overrides)
+    if print_config:
+        typer.echo(to_yaml(search.config) + search_yaml(search), nl=False)
+        return
+    from kngd_ray.commands.tune import tune as run
+
+    result = run(search, _display(as_json), resume=resume is not None)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def evaluate(
     target: _Target, settings: _Settings = None, storage_path: _Storage = "kngd_runs", as_json: _Json = False
 ) -> None:
@@ -123,6 +163,34 @@ def encode(
 
 
 @app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an MLflow experiment.")],
+    parent: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Only what belongs to this run; of a search, its trials.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Column, repeatable: ood/mean/brier.", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN|METHOD", help="What differences are from: adamw, else zero-shot.")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking store: that of train's default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The page: compare-EXPERIMENT.html.", show_default=False)
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """MLflow runs side by side: paired by seed, with intervals, a Pareto front, and one HTML page."""
+    from kngd_ray.commands.compare import compare as run
+
+    result = run(
+        experiment, _display(as_json), parent=parent, metrics=metric or [], baseline=baseline, uri=uri, out=out
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def sync(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow tracking store than the run's.")] = None,
@@ -141,6 +209,7 @@ def main() -> None:
     """Entry point of ``kngd-ray``: 0 is done, 1 failed, 2 wrong usage, 130 interrupted."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
     try:
         app()
     except KngdError as error:
@@ -148,7 +217,10 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         code = getattr(end, "code", _INTERRUPTED)
         if code == _INTERRUPTED:  # which typer makes of Ctrl-C
-            _fail("interrupted; what was finished is kept, a training run can be continued with --resume.", code)
+            _fail(
+                "interrupted; what was finished is kept, a training run or a search can be continued with --resume.",
+                code,
+            )
         sys.exit(code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

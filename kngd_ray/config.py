@@ -10,8 +10,9 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
 * A list with one element can be addressed without its index: ``adapter.width=32``.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -69,12 +70,21 @@ class TrackingConfig:
         uri: tracking store; a database file in this folder by default.
         experiment: MLflow experiment.
         log_model: log a pyfunc model that predicts from picture bytes.
+        registered_model: name in the model registry under which the model of the first seed becomes a new version,
+            with the alias ``champion``; None registers nothing, but for the winner of a search.
     """
 
     enabled: bool = True
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "kngd_ray"
     log_model: bool = True
+    registered_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.registered_model is not None and not re.fullmatch(r"[^/:.%\"'\s][^/:%\"']*", self.registered_model):
+            raise ValueError(
+                f"registered_model is {self.registered_model!r}; a name there has no slashes, colons or quotes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +132,7 @@ class Config(FitOptions):
 
 
 def load_config(
-    file: Path | Sequence[Path] | None = None,
+    file: Path | Mapping[str, Any] | Sequence[Path] | None = None,
     overrides: Sequence[str] = (),
     *,
     forced: Mapping[str, Any] | None = None,
@@ -131,7 +141,7 @@ def load_config(
     """Build a configuration from its layers.
 
     Args:
-        file: YAML file, several of which the later win, or None.
+        file: YAML file, several of which the later win, the content of one, or None.
         overrides: ``key=value`` strings, values in YAML.
         forced: a nested mapping above all other layers.
         complete: the files hold all settings, those of their preset too, which is not read again.
@@ -142,8 +152,8 @@ def load_config(
     Raises:
         UsageError: unknown key, ill-typed or out-of-range value, malformed override, missing file or preset.
     """
-    files = [file] if isinstance(file, Path) else file or []
-    layers: list[Mapping[str, Any]] = [read_yaml(path) for path in files]
+    given = [file] if isinstance(file, (Path, Mapping)) else file or []
+    layers = [read_yaml(source) if isinstance(source, Path) else source for source in given]
     assignments = [parse_override(text) for text in overrides]
     named: dict[str, Any] = {}
     for chosen in (*layers, dict(assignments), forced or {}):
@@ -174,9 +184,28 @@ def baseline_config(config: Config, method: str) -> Config:
     Returns:
         The baseline's configuration.
     """
-    shared = plain(config)
+    shared = plain(replace(config, tracking=replace(config.tracking, registered_model=None)))
     kept = ("seeds", "prior", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking")
     return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
+
+
+def override(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A configuration with some settings changed, as overrides on the command line would.
+
+    Args:
+        config: the configuration.
+        settings: values by dotted key, the later over the earlier.
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        UsageError: unknown key, ill-typed or out-of-range value.
+    """
+    tree: Node = merge({}, plain(config), 0)
+    for number, (path, value) in enumerate(settings.items(), start=1):
+        tree = assign(tree, path.split("."), value, number, path)
+    return build(Config, tree, "")
 
 
 def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
@@ -263,16 +292,16 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UsageError(f"the value of {key} is not valid YAML: {value!r}; quote it.") from error
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that :func:`load_config` reads back.
+def to_yaml(config: Any) -> str:
+    """Settings as YAML; a whole configuration's are what :func:`load_config` reads back.
 
     Args:
-        config: the configuration.
+        config: a dataclass of the tree, or plain data.
 
     Returns:
         YAML text.
     """
-    return yaml.safe_dump(plain(config), sort_keys=False)
+    return yaml.safe_dump(plain(config) if is_dataclass(config) else config, sort_keys=False)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -88,6 +88,54 @@ class Display:
 
             yield advance
 
+    @contextmanager
+    def trials(
+        self, total: int
+    ) -> Iterator[Callable[[int, int, Mapping[str, float], Mapping[str, float], str | None], None]]:
+        """Progress of a search.
+
+        Args:
+            total: trials of the search.
+
+        Yields:
+            A function to call with trials done, number of the latest, its objectives, the best so far, why it failed.
+        """
+        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar:
+            last = [0.0]
+
+            def advance(
+                done: int, number: int, objective: Mapping[str, float], best: Mapping[str, float], reason: str | None
+            ) -> None:
+                figures = f"best {_objectives(best)}" if best else ""
+                if bar is not None:
+                    _advance(bar, "trials", done, total, figures)
+                if reason is not None:
+                    self.say(f"trial {number} failed: {reason}")
+                elif bar is None and (done == total or time.monotonic() - last[0] > _LINE_SECONDS):
+                    last[0] = time.monotonic()
+                    shown = _objectives(objective) or "stopped"
+                    self.say(f"trial {number}: {shown}; {done} of {total} done, {figures}")
+
+            yield advance
+
+    def search(self, report: Mapping[str, Any]) -> None:
+        """What a search came to: its trials, and the settings of the best.
+
+        Args:
+            report: name, trials, trials_per_minute and best.
+        """
+        counts = ", ".join(f"{number} {state}" for state, number in report["trials"].items())
+        best = report["best"]
+        self.out.print(
+            f"search {report['name']}: {counts}; {report['trials_per_minute']:g} trials a minute", markup=False
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(f"best: trial {best['trial']}")
+        table.add_column(escape(_objectives(best["objective"])), justify="right")
+        for key, value in best["params"].items():
+            table.add_row(escape(key), escape(f"{value:.4g}" if isinstance(value, float) else str(value)))
+        self.out.print(table)
+
     def table(self, title: str, rows: list[tuple[str, Mapping[str, Any]]], notes: list[str]) -> None:
         """Results side by side: accuracy, NLL and ECE in distribution and out of it, accuracy by domain.
 
@@ -150,6 +198,10 @@ def _figures(record: Mapping[str, Any]) -> str:
         return f"refused: {record['refused']}"
     shown = [f"{name} {form.format(stats[key])}" for key, name, form in _SHOWN if stats.get(key) is not None]
     return ", ".join([*shown, f"{record['milliseconds']:.1f} ms/step"])
+
+
+def _objectives(objective: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in objective.items())
 
 
 def _cell(figure: float | Mapping[str, float], factor: float = 1) -> str:

@@ -12,7 +12,7 @@ from kngd_ray.commands.summary import flat_metrics, over_seeds
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
-from kngd_ray.tracking import Record, Status, learning_curve, redact, reliability_diagram
+from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration, calibrate
 from kngd_ray.training.classifier import restore_predictor, save_calibration
 from kngd_ray.training.evaluation import evaluate
@@ -121,10 +121,10 @@ class MethodRun:
             self._parent.finish("FAILED" if self.failures else status)
 
     def _record(self, record_id: str, config: Config, parent: str | None) -> Record:
-        # what is logged may be read by more people than may use the tracking store's password
-        shown = replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
+        shown = run_folder.shown(config)
         tags = {
             "kngd_ray.run": self._folder.name,
+            "kngd_ray.kind": "fit" if parent is not None else "method",
             "kngd_ray.method": self.name,
             "kngd_ray.preset": str(config.preset),
         }
@@ -170,5 +170,7 @@ class MethodRun:
         reliability_diagram(curves, figures / "reliability.png", name)
         learning_curve(steps, figures / "learning_curve.png", name)
         if self.config.tracking.log_model:
-            record.set_model(fit_folder, self._prepared.images.class_names)
+            first = seed == self.config.seeds[0]
+            registered = self.config.tracking.registered_model if first else None
+            record.set_model(fit_folder, self._prepared.images.class_names, registered)
         return {**report, "refused": refused, "seconds": seconds}

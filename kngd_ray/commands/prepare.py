@@ -110,6 +110,25 @@ def open_task(config: Config) -> Task:
     return _task(config, images, lambda bad: {seed: select(images, config.data, seed, bad) for seed in config.seeds})
 
 
+def open_shots(config: Config) -> Task:
+    """Index the data set, draw the shots of every seed, load the model; test pictures are not looked at.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The task, its test sets empty.
+    """
+    resolve_templates(config.data.templates)
+    images = open_images(config.data)
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        return {seed: replace(split, id_test=split.id_test[:0], ood={}) for seed, split in splits.items()}
+
+    return _task(config, images, choose)
+
+
 def open_tests(config: Config, given: Collection[str]) -> Task:
     """Index data that a fit was not trained on, load the model.
 

@@ -4,9 +4,11 @@
                       fits/<fit>/         checkpoints and calibration of each fit
                       records/            what is logged, see :mod:`kngd_ray.tracking`
                       results.json        the final figures
+                      search.yaml         of a search: its options and space
 """
 
 import fcntl
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +20,12 @@ from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
 from kngd_ray.storage import storage_errors, write_text
-from kngd_ray.tracking import resolve_uri
+from kngd_ray.tracking import redact, resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
 
 CONFIG = "config.yaml"
 RESULTS = "results.json"
+SEARCH = "search.yaml"
 
 
 def new_name(method: str) -> str:
@@ -86,6 +89,11 @@ def _settled(config: Config) -> Config:
     return replace(config, prior=prior, data=data, model=config.model.absolute(), tracking=tracking)
 
 
+def shown(config: Config) -> Config:
+    """A configuration as it is logged, where more people may read it than may use the tracking store's password."""
+    return replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
+
+
 def existing(config: Config) -> Path:
     """The folder of a run that is continued.
 
@@ -126,7 +134,8 @@ def locate(target: str, storage_path: str) -> Path:
     """The folder that a user means.
 
     Args:
-        target: name or folder of a run, folder of a fit or of a checkpoint.
+        target: name or folder of a run, or of a search, which stands for its winner's run; folder of a fit or of a
+            checkpoint.
         storage_path: where runs live.
 
     Returns:
@@ -136,7 +145,25 @@ def locate(target: str, storage_path: str) -> Path:
     inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
     if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
         return path
-    return find(target, storage_path)
+    return _winner(find(target, storage_path))
+
+
+def _winner(folder: Path) -> Path:
+    """The run of a search's winner, or the run itself.
+
+    Raises:
+        CheckpointError: a search that has fitted none.
+    """
+    if not (folder / SEARCH).is_file():
+        return folder
+    results = folder / RESULTS
+    run = json.loads(results.read_text())["run"] if results.is_file() else None
+    if run is None:
+        raise CheckpointError(
+            f"{folder.name} is a search that has not fitted its winner: continue it with kngd-ray tune --resume "
+            f"{folder.name}, or fit its champion.yaml with kngd-ray train."
+        )
+    return find(run, str(folder.parent))
 
 
 def fit_of(run: Path, method: str, seed: int) -> Path:
@@ -184,6 +211,10 @@ def fit_name(method: str, seed: int) -> str:
     return f"{method}-seed{seed}"
 
 
+class DrivenElsewhereError(UsageError):
+    """Another process drives the run."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run against a second driver until done; the lock goes with the process.
@@ -195,7 +226,7 @@ def locked(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UsageError: another process drives the run.
+        DrivenElsewhereError: another process drives the run.
     """
     with storage_errors(folder):
         file = (folder / ".lock").open("w")
@@ -203,7 +234,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(
+            raise DrivenElsewhereError(
                 f"the run {folder.name} is being driven by another process: wait for it or stop it."
             ) from error
         yield

@@ -5,13 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 from kngd_ray.config import TrainerConfig
 
 
-def ray_for(trainer: TrainerConfig) -> AbstractContextManager[None]:
+def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractContextManager[None]:
     """A Ray session that holds the trainer's workers at once; nothing when there are none.
 
     Ray is imported only if it is needed: that alone takes seconds.
 
     Args:
         trainer: workers, resources and the cluster's address.
+        dashboard: start it, on loopback, with an instance on this machine.
 
     Returns:
         A context manager.
@@ -21,4 +22,4 @@ def ray_for(trainer: TrainerConfig) -> AbstractContextManager[None]:
         return nullcontext()
     from kngd_ray.ray_jobs import ray_session
 
-    return ray_session(trainer.address, cpus=n * trainer.cpus_per_worker, gpus=n * trainer.use_gpu)
+    return ray_session(trainer.address, cpus=n * trainer.cpus_per_worker, gpus=n * trainer.use_gpu, dashboard=dashboard)

@@ -40,12 +40,14 @@ def resumed_config(name: str, overrides: Sequence[str]) -> Config:
         The run's configuration.
 
     Raises:
-        UsageError: a setting that would make it another run.
+        UsageError: a setting that would make it another run, or a search.
     """
     fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
     if fixed:
         raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
     folder = run_folder.find(name, load_config(overrides=overrides).trainer.storage_path)
+    if (folder / run_folder.SEARCH).is_file():
+        raise UsageError(f"{folder.name} is a search: continue it with kngd-ray tune --resume {folder.name}.")
     config = run_folder.read_config(folder, overrides)
     return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
 
@@ -86,7 +88,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
-        with _threads(max(1, int(config.trainer.cpus_per_worker))):
+        with compute_threads(config.trainer.cpus_per_worker):
             methods = [MethodRun(c, found, prepared, folder) for c, found in zip(configs, priors, strict=True)]
             return _run(config, methods, prepared, folder, display)
 
@@ -175,10 +177,17 @@ def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str,
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Compute here with as many threads as a worker has: the same sums, and none that spin on a busy machine."""
+def compute_threads(cpus: float) -> Iterator[None]:
+    """Compute here with as many threads as a worker has: the same sums, and none that spin on a busy machine.
+
+    Args:
+        cpus: CPU cores that a worker reserves.
+
+    Yields:
+        Nothing.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(max(1, int(cpus)))
     try:
         yield
     finally:
@@ -190,7 +199,7 @@ def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any
     shots = prepared.splits[config.seeds[0]].support
     trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
     title = (
-        f"{_data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, "
+        f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, "
         f"{config.data.shots} shots per class"
     )
     if config.prior is not None:
@@ -200,7 +209,8 @@ def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any
     display.table(title, rows, [f"seeds {seeds}; {spread}; tau and temperatures were chosen on the training shots"])
 
 
-def _data_name(config: Config) -> str:
+def data_name(config: Config) -> str:
+    """What a data set is called where its path would be too long."""
     if config.data.path == EMBEDDED:
         return "emoji"
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path

@@ -27,13 +27,16 @@ _KNOCK_SECONDS = 5.0
 
 
 @contextmanager
-def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) -> Iterator[None]:
+def ray_session(
+    address: str | None, *, cpus: float = 0.0, gpus: float = 0.0, dashboard: bool = False
+) -> Iterator[None]:
     """Make Ray available; an instance that was already up is used and left up.
 
     Args:
         address: cluster to join; None joins $RAY_ADDRESS or starts an instance on this machine.
         cpus: CPU cores that the work needs at once.
         gpus: GPUs that the work needs at once.
+        dashboard: start it, on loopback, with an instance of our own.
 
     Yields:
         Nothing.
@@ -51,7 +54,8 @@ def ray_session(address: str | None, *, cpus: float = 0.0, gpus: float = 0.0) ->
         try:
             if joins:
                 _knock(joins)
-            where_ray = {"address": joins} if joins else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            here = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
+            where_ray = {"address": joins} if joins else here
             with _silent_stderr():
                 ray.init(**where_ray, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:

@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from uuid import uuid4
@@ -16,9 +17,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 
 from kngd_ray.config import TrainerConfig
-from kngd_ray.errors import KngdError
+from kngd_ray.errors import FilterError, KngdError
+from kngd_ray.search import Fitted, fitted_from
 from kngd_ray.sharding import Group, ProcessGroup, SingleProcess
+from kngd_ray.training.fit import FitTask, StepRecord
 from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.method import StepStats
 
 _FLUSH_SECONDS = 0.2
 
@@ -69,6 +73,40 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         raise reason from running.error
     if running.error is not None:
         raise running.error
+
+
+def job_fitter(trainer: TrainerConfig, folder: Path) -> Callable[[Sequence[FitTask]], list[Fitted | FilterError]]:
+    """A way to run the fits of a search's trial: all of them as one Ray Train job.
+
+    Args:
+        trainer: workers and resources.
+        folder: for their checkpoints, on storage that all nodes share.
+
+    Returns:
+        A function of fits that gives for each the fit, or the error that ended it.
+    """
+
+    def fitter(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
+        fits = {f"fit-{number:04d}": task for number, task in enumerate(tasks)}
+        errors: dict[str, FilterError] = {}
+        records: dict[str, dict[int, StepRecord]] = {name: {} for name in fits}
+
+        def on_event(event: FitEvent) -> None:
+            if event.error is not None:
+                errors[event.fit] = FilterError(event.error)
+            if event.record is not None:  # a job that was started again sends some steps twice
+                stats = event.record["stats"]
+                record = StepRecord(**{**event.record, "stats": None if stats is None else StepStats(**stats)})
+                records[event.fit][record.step] = record
+
+        job = Job(fits, {}, folder / uuid4().hex[:8])
+        run_job(job, trainer, on_event)
+        return [
+            errors.get(name) or fitted_from(task, job.folder / "fits" / name, list(records[name].values()))
+            for name, task in fits.items()
+        ]
+
+    return fitter
 
 
 class _Running(Thread):

@@ -1,0 +1,147 @@
+"""What a trial is judged by: fits on the training shots of several support sets, and what they say of held-out labels.
+
+Nothing here has seen a test picture: a :class:`Workload` holds training shots only.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from kngd_ray.config import Config, override
+from kngd_ray.errors import FilterError, UsageError
+from kngd_ray.search.fitting import Fitted, evidence
+from kngd_ray.search.options import SearchOptions
+from kngd_ray.search.space import Value
+from kngd_ray.training.batches import Support
+from kngd_ray.training.calibration import calibration_of, held_out_tasks
+from kngd_ray.training.fit import FitTask
+
+_BATCHES = 4  # at least, of those that evidence is taken from; the later half of them counts
+
+Settings = Mapping[str, Value]
+Fitter = Callable[[Sequence[FitTask]], list[Fitted | FilterError]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What trials work on, the same for all.
+
+    Attributes:
+        config: the configuration that settings are changed in.
+        search: objectives and support sets.
+        shots: training shots by seed of the support set.
+        class_embeddings: (C, d) unit text embeddings of the classes.
+        logit_scale: factor from cosines to logits.
+    """
+
+    config: Config
+    search: SearchOptions
+    shots: Mapping[int, Support]
+    class_embeddings: Tensor
+    logit_scale: float
+
+    def task(self, config: Config, seed: int) -> FitTask:
+        """The fit of a configuration on a support set."""
+        return FitTask(config.fit_options, seed, self.shots[seed], self.class_embeddings, self.logit_scale)
+
+
+@dataclass
+class Judged:
+    """What is known of a trial.
+
+    Attributes:
+        scores: each objective by name, one value for each support set so far.
+        figures: what else was measured, one value for each support set so far.
+        reason: why it failed, in one sentence.
+    """
+
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def objective(self) -> dict[str, float]:
+        """Means over the support sets so far."""
+        return {name: fmean(values) for name, values in self.scores.items()}
+
+    def note(self, values: Mapping[str, float], objectives: Sequence[str]) -> None:
+        """Add what a support set gave."""
+        for name, value in values.items():
+            (self.scores if name in objectives else self.figures).setdefault(name, []).append(value)
+
+
+def judge(trials: Sequence[Settings], work: Workload, fitter: Fitter) -> Iterator[list[Judged]]:
+    """Judge trials on one support set after another.
+
+    Args:
+        trials: settings of each.
+        work: shots and objectives.
+        fitter: runs fits; those of all trials on a support set at once.
+
+    Yields:
+        What is known of each trial after each support set. A trial that fails is not fitted again; when all have, there
+        is no more to say.
+    """
+    judged = [Judged() for _ in trials]
+    configs: list[Config | None] = [None] * len(trials)
+    for n, settings in enumerate(trials):
+        try:
+            configs[n] = override(work.config, settings)
+        except UsageError as error:  # values that are good one by one, and not together
+            judged[n].reason = str(error)
+    for seed in work.search.seeds:
+        alive = [(n, config) for n, config in enumerate(configs) if config is not None and judged[n].reason is None]
+        plans = [_plan(work.task(config, seed), config, work.search) for _, config in alive]
+        outcomes = iter(fitter([task for plan in plans for task, _ in plan]) if plans else [])
+        for (n, config), plan in zip(alive, plans, strict=True):
+            fits = [(next(outcomes), held) for _, held in plan]
+            try:
+                judged[n].note(_values(fits, config), work.search.objective)
+            except FilterError as error:
+                judged[n].reason = f"on the support set of seed {seed}: {error}"
+        yield judged
+        if all(one.reason is not None for one in judged):
+            return
+
+
+def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[FitTask, Support | None]]:
+    """The fits that a task's objectives need, each with the shots that are held out from it."""
+    plan: list[tuple[FitTask, Support | None]] = []
+    if "evidence" in search.objective:
+        plan.append((_prequential(task), None))
+    if search.cross_validated:
+        plan += held_out_tasks(task, config.posterior.folds)
+    return plan
+
+
+def _prequential(task: FitTask) -> FitTask:
+    """The task in the order in which its labels can be predicted, in batches enough to have something to learn from."""
+    options = task.options
+    batch_size = min(options.batch_size, -(-len(task.support) // _BATCHES))
+    return replace(task, options=replace(options, batch_size=batch_size), prequential=True)
+
+
+def _values(fits: Sequence[tuple[Fitted | FilterError, Support | None]], config: Config) -> dict[str, float]:
+    """Objectives and figures of one support set.
+
+    Raises:
+        FilterError: a fit could not go on.
+    """
+    values: dict[str, float] = {}
+    held_out: list[tuple[Any, Support]] = []
+    for fitted, held in fits:
+        if isinstance(fitted, FilterError):
+            raise fitted
+        if held is None:
+            values["evidence"] = evidence(fitted)
+        else:
+            held_out.append((fitted.method, held))
+    if held_out:
+        found = calibration_of(held_out, config.posterior)
+        assert found.held_out_nll is not None
+        assert found.held_out_accuracy is not None
+        values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy, "tau": found.tau}
+    return values

@@ -77,7 +77,7 @@ def judged(search: SearchConfig, prepared: Prepared, priors: Sequence[dict[str, 
     tests = {seed: prepared.tests(seed) for seed in seeds}
     for start in range(0, len(priors), TOGETHER):
         some = priors[start : start + TOGETHER]
-        *_, found = judge(some, work, fit_together)
+        *_, found = judge(some, work, fit_together, at_once=True)
         configs = [override(search.config, settings) for settings in some]
         tasks = [work.task(config, seed) for config in configs for seed in seeds]
         fits = fit_together(tasks)

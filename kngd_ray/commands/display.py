@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _LINE_SECONDS = 2.0
+_LOG_WIDTH = 120
 
 # metric of a step, name on the display, format
 _SHOWN = (
@@ -32,10 +33,9 @@ class Display:
     """
 
     def __init__(self, *, quiet_stdout: bool = False) -> None:
-        self.console = Console(stderr=True)
         # in a log there is no width to keep to, and a squeezed table would lose digits
-        plain = None if sys.stdout.isatty() else 120
-        self.out = self.console if quiet_stdout else Console(width=plain)
+        self.console = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+        self.out = self.console if quiet_stdout else Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
         self._live = self.console.is_terminal
 
     def say(self, text: str) -> None:

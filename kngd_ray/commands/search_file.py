@@ -142,7 +142,11 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
 
 
 def _points(config: Config, options: SearchOptions, space: Space) -> list[Mapping[str, Value]]:
-    """Where the presets that a search starts from lie in its space."""
+    """Where the presets that a search starts from lie in its space.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
     if options.start is None:
         return [space.point(config)]
     try:

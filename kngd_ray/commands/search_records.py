@@ -59,9 +59,9 @@ class SearchRecords:
         by_seed: Mapping[str, Sequence[float]] = result.figures.get("by_seed", {})
         for n, seed in enumerate(self._search.options.seeds):
             # named apart from their mean: MLflow would show the last of them in its place
-            values = {f"support_set/{name}": each[n] for name, each in by_seed.items() if n < len(each)}
+            values = {f"by_seed/{name}": each[n] for name, each in by_seed.items() if n < len(each)}
             if values:
-                record.log_step(n, values | {"support_set/seed": seed})
+                record.log_step(n, values | {"by_seed/seed": seed})
         record.log_metrics({f"objective/{name}": value for name, value in result.objective.items()})
         if result.reason is not None:
             record.set_tag("kngd_ray.failed", result.reason)
@@ -69,7 +69,7 @@ class SearchRecords:
         if result.objective:
             self._parent.log_step(
                 result.number,
-                {f"objective/{name}": value for name, value in result.objective.items()}
+                {f"trial/{name}": value for name, value in result.objective.items()}
                 | {f"best/{name}": value for name, value in best.items()},
             )
 

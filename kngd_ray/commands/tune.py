@@ -200,8 +200,7 @@ class _Search:
             done = self._study.results()
             reasons = [result.reason for result in done if result.reason]
             raise KngdError(
-                f"none of {len(done)} trials finished"
-                + (f"; the last failed because {reasons[-1]}" if reasons else "")
+                f"none of {len(done)} trials finished" + (f"; the last failed because {reasons[-1]}" if reasons else "")
             )
         champion = override(self._config, best[0].settings)
         write_text(self._folder / CHAMPION, _preset(champion, self._folder.name, best[0]))
@@ -214,7 +213,7 @@ class _Search:
         return report
 
     def _refit(self, champion: Config, trial: int) -> tuple[str, dict[str, Any]]:
-        """Fit the winner on the support sets of the configuration's seeds and test it: the only look at the test split."""
+        """Fit the winner for the configuration's seeds and test it: the only look at the test split."""
         name = f"{self._folder.name}-trial-{trial}"  # a search that is prolonged may find another
         registered = champion.tracking.registered_model or f"{champion.tracking.experiment}-{data_name(champion)}"
         champion = replace(

@@ -18,13 +18,12 @@ from uuid import uuid4
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.ray_jobs.train import job_fitter
-from kngd_ray.search import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, reason_of, report_of
+from kngd_ray.search import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -50,7 +49,7 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
 
     Raises:
         KngdError: too many trials failed.
-    """  # noqa: DOC502 - raised by the driver's problem
+    """
     gc.collect()  # actors that Ray Data left to the collector hold cores
     options = driver.options
     cpus = ray.cluster_resources().get("CPU", 1.0)
@@ -88,7 +87,11 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
 
 
 def _wait(tuner: tune.Tuner, driver: Driver) -> None:
-    """Run Tune in a thread, as it would take Ctrl-C for itself in this one."""
+    """Run Tune in a thread, as it would take Ctrl-C for itself in this one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, when its processes have had time to end.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -118,9 +121,12 @@ def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mod
     with TemporaryDirectory(dir=folder, prefix=".trial-") if mode == "train" else _nothing() as scratch:
         if mode == "train":
             fitter = job_fitter(trainer, Path(scratch))
-        for number, judged in enumerate(judge([trial.settings for trial in trials], work, fitter), start=1):
-            objective = judged[0].objective.get(work.search.objective[0], float("nan"))
-            tune.report({_OBJECTIVE: objective, _SEEDS: number, "reports": [report_of(one) for one in judged]})
+        at_once = mode != "local" and work.search.scheduler == "none"  # else it wants to look in between
+        for judged in judge([trial.settings for trial in trials], work, fitter, at_once=at_once):
+            first = work.search.objective[0]
+            seeds = len(judged[0].scores.get(first, ()))
+            objective = judged[0].objective.get(first, float("nan"))
+            tune.report({_OBJECTIVE: objective, _SEEDS: seeds, "reports": [report_of(one) for one in judged]})
 
 
 @contextmanager
@@ -189,7 +195,7 @@ class _Deaths(tune.Callback):  # type: ignore[misc]
         self._searcher = searcher
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.died(trial.trial_id, _reason(trial.get_error()))
+        self._searcher.died(trial.trial_id, _reason(trial))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -226,15 +232,18 @@ def _scheduler(driver: Driver) -> AsyncHyperBandScheduler | None:
     )
 
 
-def _reason(error: BaseException | None) -> str:
-    if error is None:
+def _reason(trial: Any) -> str:
+    """Why one of Tune's trials failed, from the text that it has just written: Tune looks where it copies it to."""
+    path = trial.error_file
+    text = Path(path).read_text() if path is not None and Path(path).is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) < 2:  # the first says when
         return "its process ended without a word"
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RayError):
-        if "memory" in type(cause).__name__.lower() or "memory" in str(cause).lower().partition("\n")[0]:
-            return "it ran out of memory: lower search.concurrency, or raise search.cpus_per_trial"
+    if "low on memory" in text or "OutOfMemory" in text:
+        return "it ran out of memory: lower search.concurrency, or raise search.cpus_per_trial"
+    if lines[1].startswith("The actor"):
         return "its process died (killed, out of memory, or its node is gone)"
-    return reason_of(cause)
+    return lines[-1].rpartition("Error: ")[2].rstrip(".")
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def run_here(driver: Driver, work: Workload, fitter: Fitter, size: int) -> None:
             driver.stopping.wait(0.5)
             continue
         try:
-            *_, judged = judge([trial.settings for trial in trials], work, fitter)
+            *_, judged = judge([trial.settings for trial in trials], work, fitter, at_once=True)
         except (MemoryError, RuntimeError) as error:  # torch's
             driver.died(trials, reason_of(error))
         else:

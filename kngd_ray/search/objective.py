@@ -73,17 +73,20 @@ class Judged:
             (self.scores if name in objectives else self.figures).setdefault(name, []).append(value)
 
 
-def judge(trials: Sequence[Settings], work: Workload, fitter: Fitter) -> Iterator[list[Judged]]:
-    """Judge trials on one support set after another.
+def judge(
+    trials: Sequence[Settings], work: Workload, fitter: Fitter, *, at_once: bool = False
+) -> Iterator[list[Judged]]:
+    """Judge trials on one support set after another, or on all at once.
 
     Args:
         trials: settings of each.
         work: shots and objectives.
         fitter: runs fits; those of all trials on a support set at once.
+        at_once: all support sets at once too.
 
     Yields:
-        What is known of each trial after each support set. A trial that fails is not fitted again; when all have, there
-        is no more to say.
+        What is known of each trial after each support set, or after all. A trial that fails is not fitted again; when
+        all have, there is no more to say.
     """
     judged = [Judged() for _ in trials]
     configs: list[Config | None] = [None] * len(trials)
@@ -92,16 +95,22 @@ def judge(trials: Sequence[Settings], work: Workload, fitter: Fitter) -> Iterato
             configs[n] = override(work.config, settings)
         except UsageError as error:  # values that are good one by one, and not together
             judged[n].reason = str(error)
-    for seed in work.search.seeds:
-        alive = [(n, config) for n, config in enumerate(configs) if config is not None and judged[n].reason is None]
-        plans = [_plan(work.task(config, seed), config, work.search) for _, config in alive]
+    seeds = work.search.seeds
+    for some in [seeds] if at_once else [(seed,) for seed in seeds]:
+        alive = [
+            (n, config, seed)
+            for seed in some
+            for n, config in enumerate(configs)
+            if config is not None and judged[n].reason is None
+        ]
+        plans = [_plan(work.task(config, seed), config, work.search) for _, config, seed in alive]
         outcomes = iter(fitter([task for plan in plans for task, _ in plan]) if plans else [])
-        for (n, config), plan in zip(alive, plans, strict=True):
+        for (n, config, seed), plan in zip(alive, plans, strict=True):
             fits = [(next(outcomes), held) for _, held in plan]
             try:
                 judged[n].note(_values(fits, config), work.search.objective)
             except FilterError as error:
-                judged[n].reason = f"on the support set of seed {seed}: {error}"
+                judged[n].reason = judged[n].reason or f"on the support set of seed {seed}: {error}"
         yield judged
         if all(one.reason is not None for one in judged):
             return

@@ -1,4 +1,4 @@
-"""Options of a search: what is maximised, how many trials, who suggests them. Plain data, validated where it is read."""
+"""Options of a search: what is optimised, how many trials, by whom. Plain data, validated when it is read."""
 
 from dataclasses import dataclass
 from typing import Literal

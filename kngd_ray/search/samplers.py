@@ -1,7 +1,7 @@
 """Optuna's samplers by name, seeded so that a suggestion is a function of seed, trial and what the study knows.
 
 A sampler of Optuna draws from a stream of random numbers of its own, which ends with its process. Here each trial
-gets a new one, seeded by the search's seed and the trial's number: a search that was killed goes on as if it had not been.
+gets a new one, seeded by the search's seed and the trial's number: a search that was killed goes on as if it were not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ def sampler_of(options: SearchOptions, points: Sequence[Mapping[str, Value]]) ->
 
 
 class _Genetic(optuna.samplers.NSGAIISampler):
-    """Parents in one order: Optuna's is another for the trial that chooses them than for those that find them chosen."""
+    """Parents in one order; Optuna's is another for the trial that chooses them than for those after it."""
 
     def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
         return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)

@@ -103,13 +103,15 @@ class SearchStudy:
                 lock = _Lock(folder / ".journal")
                 _mend(folder / JOURNAL, lock)
                 self._storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL), lock))  # type: ignore[arg-type]
-                self.study = optuna.create_study(
-                    study_name=folder.name,
-                    storage=self._storage,
-                    sampler=sampler_of(options, points),
-                    directions=options.directions,
-                    load_if_exists=True,
-                )
+                sampler = sampler_of(options, points)
+                if known := self._storage.get_all_studies():  # by its own name: the folder may have been renamed
+                    self.study = optuna.load_study(
+                        study_name=known[0].study_name, storage=self._storage, sampler=sampler
+                    )
+                else:
+                    self.study = optuna.create_study(
+                        study_name=folder.name, storage=self._storage, sampler=sampler, directions=options.directions
+                    )
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # of json, and of the storage
             raise CheckpointError(f"{folder / JOURNAL} is damaged ({error}): start the search again.") from error
 
@@ -131,8 +133,8 @@ class SearchStudy:
             if not settings or missing:
                 missing = missing or self.options.batch
                 for _ in range(min(missing, self.options.num_samples - len(trials))):
-                    trial = self.study.ask()
-                    settings[trial.number] = self.space.suggest(trial)
+                    asked = self.study.ask()
+                    settings[asked.number] = self.space.suggest(asked)
             if not settings:
                 return []
             running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -206,7 +208,7 @@ class SearchStudy:
         )
 
     def best(self) -> list[TrialResult]:
-        """The best trial, or those of the Pareto front, the best by the first objective first; none if none finished."""
+        """The best trial or those of the Pareto front, the best by the first objective first; none if none finished."""
         finished = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
         if not finished:
             return []

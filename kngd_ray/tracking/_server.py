@@ -93,11 +93,11 @@ class Server:
                     raise
             # an attempt that was cut short may have made the version already
             made = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.model_id == model_id]
-            version = (
-                made[0]
-                if made
-                else self.client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
-            )
+            if made:
+                version = made[0]
+            else:  # by its place: MLflow looks for models:/ID in the store of its global tracking URI, not in this one
+                place = self.client.get_logged_model(model_id).artifact_location
+                version = self.client.create_model_version(name, place, run_id, model_id=model_id)
             self.client.set_registered_model_alias(name, "champion", version.version)
 
     def stage(self, run_id: str) -> str | None:

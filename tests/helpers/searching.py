@@ -1,10 +1,18 @@
-"""A search without fits: its objective is a function of the settings."""
+"""Searches without fits, whose objective is a function of the settings, and searches with fits of milliseconds."""
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kngd_ray.search import SearchOptions, SearchStudy, Space, Value, parse_space
+import torch
+from helpers.cases import LOGIT_SCALE, class_embeddings, make_support
+
+from kngd_ray.config import Config, load_config
+from kngd_ray.search import SearchOptions, SearchStudy, Space, Value, Workload, parse_space
+from kngd_ray.training.fit import FitTask
 
 SPACE = parse_space({
     "filter.p0": {"low": 1e-3, "high": 10.0, "log": True},
@@ -60,3 +68,27 @@ def die(study: SearchStudy) -> None:
 
 def history(study: SearchStudy) -> History:
     return [(r.number, r.state, r.settings, r.objective) for r in study.results()]
+
+
+@dataclass(frozen=True)
+class Deadly(Workload):
+    """Shots that are the death of whoever judges a trial by them.
+
+    Attributes:
+        p0: of the trials that it is the death of.
+    """
+
+    p0: float = 0.0
+
+    def task(self, config: Config, seed: int) -> FitTask:
+        if config.filter.p0 == self.p0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().task(config, seed)
+
+
+def workload(*settings: str, **options: Any) -> Workload:
+    """Shots that are numbers, and fits of milliseconds; `options` are of the search."""
+    config = load_config(overrides=["epochs=2", "batch_size=6", "posterior.folds=2", "posterior.draws=4", *settings])
+    search = SearchOptions(**{"seeds": (0, 1), **options})
+    shots = {seed: make_support(16, torch.float32, seed=10 + seed) for seed in search.seeds}
+    return Workload(config, search, shots, class_embeddings(torch.float32), LOGIT_SCALE)

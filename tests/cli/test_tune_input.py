@@ -1,0 +1,174 @@
+"""Search files and what may be asked of a search: wrong input is refused before anything is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kngd_ray.commands.search_file import load_search
+from kngd_ray.search import plain_space
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "tune_configs").glob("*.yaml"))
+SEARCH: dict[str, Any] = {
+    "epochs": 1,
+    "search": {"num_samples": 4, "batch": 2, "seeds": [0], "sampler": "random"},
+    "space": {"filter.p0": {"low": 0.001, "high": 1.0, "log": True}},
+}
+
+
+@pytest.fixture
+def search(command):
+    """Runs a search of the small data, from a file with the given content."""
+
+    def run(*settings: str, content: dict[str, Any] = SEARCH):
+        file = command.folder / "search.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return command("tune", file, *command.settings(*settings))
+
+    return run
+
+
+def refused(command, outcome, *words: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    for word in words:
+        assert word in outcome.sentence
+    assert not command.runs.exists(), "nothing was started"
+
+
+def test_the_shipped_files_are_there() -> None:
+    names = {"noise_priors.yaml", "adapters.yaml", "adamw_baseline.yaml", "pareto.yaml", "smoke.yaml"}
+    assert {path.name for path in FILES} >= names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_shipped_files_make_sense_and_print_as_files(file: Path, command) -> None:
+    search = load_search(file, [])
+    assert search.points[0], "the preset lies in the space"
+    printed = command("tune", file, "search.num_samples=7", "--print-config")
+    assert printed.code == 0, printed.err
+    again = command.folder / "printed.yaml"
+    again.write_text(printed.out)
+    assert load_search(again, []) == load_search(file, ["search.num_samples=7"])
+
+
+def test_settings_over_a_file(command) -> None:
+    smoke = ROOT / "tune_configs" / "smoke.yaml"
+    changes = [
+        "search.num_samples=3",
+        "search.objective=held_out_nll,held_out_accuracy",
+        "space.filter.p0=null",
+        "space.epochs={low: 1, high: 4, integer: true}",
+        "space.observation.0.r0={low: 0.5, high: 2}",
+        "data.shots=2",
+    ]
+    search = load_search(smoke, changes)
+    assert (search.options.num_samples, search.options.seeds) == (3, (0, 1))
+    assert search.options.objective == ("held_out_nll", "held_out_accuracy")
+    assert search.config.data.shots == 2
+    assert plain_space(search.space) == {
+        "observation.0.r0": {"low": 0.5, "high": 2.0, "log": False, "integer": False},
+        "epochs": {"low": 1.0, "high": 4.0, "log": False, "integer": True},
+    }
+
+
+def test_a_space_may_come_from_the_command_line_alone(search) -> None:
+    content = {key: SEARCH[key] for key in ("epochs", "search")}
+    assert search("space.filter.p0={low: 0.1, high: 1}", "--print-config", content=content).code == 0
+
+
+def test_no_file(command) -> None:
+    refused(command, command("tune"), "name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH")
+    refused(command, command("tune", "search.num_samples=3"), "name a search file")
+
+
+def test_a_missing_file_names_the_nearest(command, search) -> None:
+    search("--print-config")
+    refused(command, command("tune", command.folder / "serch.yaml"), "there is no configuration file", "search.yaml")
+    refused(command, command("tune", command.folder), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["search.samplr=tpe"], ["search: unknown key 'samplr'; did you mean sampler?"]),
+        (["search.num_samples=0"], ["search: num_samples is 0"]),
+        (["search=3"], ["'search=3' changes the whole of search", "search.KEY=VALUE"]),
+        (["space={filter.p0: {low: 1, high: 2}}"], ["changes the whole of space"]),
+        (["space.filter.p=null"], ["drops what the space does not have; did you mean filter.p0?"]),
+        (["space.filter.p0=null"], ["space is empty"]),
+        (["space.filter.p0={low: 1, high: 1}"], ["space.filter.p0: low is 1 and high is 1; the range is empty"]),
+        (["space.filter.p00={low: 1, high: 2}"], ["did you mean filter.p0?"]),
+        (["space.data.shots={low: 1, high: 2}"], ["space.data.shots is no setting of a fit"]),
+        (["space.optimizer.lr={low: 1, high: 2}"], ["no effect with method=kalman"]),
+        (["method=adamw"], ["search.objective is evidence, which adamw has none of: take held_out_nll"]),
+        (["search.objective=held_out_nll", "posterior.folds=0"], ["posterior.folds is 0: set posterior.folds=4"]),
+        (["search.objective=held_out_nll", "posterior.folds=1"], ["folds is 1; give 2 or more"]),
+        (["search.scheduler=asha"], ["search.scheduler is asha, which needs Ray", "trainer.num_workers is 0"]),
+        (["search.scheduler=asha", "search.objective=evidence,held_out_nll"], ["one objective"]),
+        (["search.scheduler=asha", "search.trial=batched", "trainer.num_workers=2"], ["take trial=local or train"]),
+        (["search.trial=train"], ["search.trial is train", "give its jobs at least one worker"]),
+        (["search.start=kalmn"], ["search.start: there is no preset 'kalmn'; did you mean kalman?"]),
+        (["search.start=mine.yaml"], ["search.start: there is no configuration file mine.yaml"]),
+        (["prior=elsewhere"], ["a search starts every trial at CLIP's own weights"]),
+        (["trainer.name=a/b"], ["it names a folder"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_wrong_settings(command, search, settings: list[str], words: list[str]) -> None:
+    refused(command, search(*settings), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ({"epochs": 1}, "has no space: name the settings to search, as in tune_configs/noise_priors.yaml"),
+        ({**SEARCH, "search": [1]}, "search must hold `key: value` settings, and is [1]"),
+        ({**SEARCH, "space": 3}, "space must hold `key: value` settings, and is 3"),
+        ({**SEARCH, "space": {"filter.p0": [0.1, 1]}}, "give {low: .., high: ..} or {choices: [..]}"),
+        ({**SEARCH, "serch": {}}, "did you mean"),
+    ],
+)
+def test_wrong_files(command, search, content: dict[str, Any], word: str) -> None:
+    refused(command, search(content=content), word)
+
+
+# What there is of a search by its name
+
+
+@pytest.fixture
+def searched(search, command):
+    """The folder of a search that is finished, its winner not fitted."""
+    outcome = search("trainer.name=mine", "search.refit=false", "search.num_samples=2", "--json")
+    assert outcome.code == 0, outcome.err
+    return command.run("mine")
+
+
+def test_names_of_searches(searched, command) -> None:
+    """One test of many questions, as each search costs a second."""
+    storage = f"trainer.storage_path={command.runs}"
+
+    def says(outcome, code: int, *words: str) -> None:
+        assert outcome.code == code, outcome.err
+        for word in words:
+            assert word in outcome.sentence
+
+    again = command("tune", command.folder / "search.yaml", *command.settings("trainer.name=mine"))
+    says(again, 2, "the run mine exists", "--resume mine")
+    fixed = "a continued search keeps its settings: leave out"
+    for setting in ("epochs=3", "search.sampler=tpe", "space.epochs={low: 1, high: 2}", "data.shots=2"):
+        says(command("tune", storage, setting, "--resume", "mine"), 2, fixed, setting, "search.num_samples")
+    says(command("tune", "search.yaml", storage, "--resume", "mine"), 2, "leave out search.yaml")
+    says(command("tune", storage, "--resume", "min"), 1, "there is no run min", "did you mean mine?")
+    says(command("tune", storage, "search.num_samples=0", "--resume", "mine"), 2, "num_samples is 0")
+
+    says(command("train", storage, "--resume", "mine"), 2, "mine is a search", "kngd-ray tune --resume mine")
+    says(command("train", *command.settings("prior=mine")), 1, "mine is a search that has not fitted its winner")
+    at = ("--storage-path", command.runs)
+    says(command("evaluate", "mine", *at), 1, "has not fitted its winner", "champion.yaml")
+    says(command("evaluate", searched, *at), 1, "has not fitted its winner")
+
+    assert command.train("trainer.name=run").code == 0
+    says(command("tune", storage, "--resume", "run"), 1, "run is not a search", "kngd-ray train --resume run")

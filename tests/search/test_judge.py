@@ -1,0 +1,225 @@
+"""What a trial is judged by: the same by whatever process, on training shots alone, and one that fails alone."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import CLASSES
+from helpers.compare import max_error
+from helpers.searching import open_study, workload
+
+from kngd_ray.config import override
+from kngd_ray.errors import FilterError, KngdError
+from kngd_ray.search import (
+    Driver,
+    Fitter,
+    Workload,
+    fit_alone,
+    fit_together,
+    judge,
+    parse_space,
+    run_here,
+)
+from kngd_ray.search.objective import Judged
+from kngd_ray.training.batches import Support
+from kngd_ray.training.calibration import calibrate
+from kngd_ray.training.fit import FitTask
+
+BOTH = ("evidence", "held_out_nll", "held_out_accuracy")
+PRIORS = [{"filter.p0": 0.01 * 3**n, "noise.process.q": 1e-4 * n, "observation.0.r0": 0.5 + n} for n in range(5)]
+
+
+def judged(trials: Sequence[dict], work: Workload, fitter: Fitter = fit_alone) -> list[Judged]:
+    *_, last = judge(trials, work, fitter)
+    return last
+
+
+def test_objectives_come_one_support_set_at_a_time() -> None:
+    work = workload(objective=BOTH, seeds=(3, 1, 2))
+    counts = []
+    for found in judge(PRIORS[:2], work, fit_alone):
+        counts.append([len(one.scores[name]) for one in found for name in BOTH])
+        assert all(isfinite(value) for one in found for value in one.objective.values())
+    assert counts == [[n] * 6 for n in (1, 2, 3)]
+    assert found[0].scores["evidence"] != found[1].scores["evidence"]
+    for seed, score in zip((3, 1, 2), zip(*found[0].scores.values(), strict=True), strict=True):
+        (alone,) = judged(PRIORS[:1], replace(work, search=replace(work.search, seeds=(seed,))))
+        assert tuple(alone.objective.values()) == score, "each support set by itself, in the order of search.seeds"
+
+
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
+    work = workload(objective=BOTH)
+    (at_once,) = judge(PRIORS, work, fitter, at_once=True)
+    for one, other in zip(at_once, judged(PRIORS, work), strict=True):
+        for name in BOTH:
+            assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
+
+
+def test_held_out_objectives_are_those_of_the_calibration() -> None:
+    work = workload(objective=BOTH)
+    (found,) = judged([PRIORS[1]], work)
+    config = override(work.config, PRIORS[1])
+    for n, seed in enumerate(work.search.seeds):
+        task = FitTask(config.fit_options, seed, work.shots[seed], work.class_embeddings, work.logit_scale)
+        expected = calibrate(task, config.posterior)
+        assert found.scores["held_out_nll"][n] == pytest.approx(expected.held_out_nll, abs=1e-12)
+        assert found.scores["held_out_accuracy"][n] == expected.held_out_accuracy
+        assert found.figures["tau"][n] == expected.tau
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("filter.gate=skip", "filter.gate.quantile=0.9"),
+        ("noise.observation=ema", "noise.process=ornstein_uhlenbeck"),
+        ("filter.covariance=kronecker",),
+        ("adapter=linear", "observation=probability"),
+    ],
+    ids=["plain", "gate", "noise", "kronecker", "linear"],
+)
+def test_together_or_alone_is_the_same(settings: tuple[str, ...]) -> None:
+    priors = [{"filter.p0": 0.01 * 3**n, "observation.0.r0": 0.5 + n} for n in range(4)]
+    work = workload(*settings, objective=BOTH)
+    alone, together = judged(priors, work), judged(priors, work, fit_together)
+    for one, other in zip(alone, together, strict=True):
+        for name in BOTH:
+            assert max_error(torch.tensor(other.scores[name]), torch.tensor(one.scores[name])) < 1e-4, name
+    by_itself = [judged([prior], work, fit_together)[0].objective for prior in priors]
+    assert by_itself == [one.objective for one in alone], "a group of one is a fit alone"
+
+
+def test_trials_of_several_shapes_keep_their_order() -> None:
+    work = workload(objective=BOTH)
+    mixed = [
+        {**prior, "adapter": ("linear", "class_residual")[n % 2], "epochs": 1 + n % 3} for n, prior in enumerate(PRIORS)
+    ]
+    for one, other in zip(judged(mixed, work), judged(mixed, work, fit_together), strict=True):
+        assert other.objective == pytest.approx(one.objective, rel=1e-4)
+
+
+def test_gradient_methods_are_judged_by_held_out_shots() -> None:
+    work = workload("method=adamw", objective=("held_out_nll", "held_out_accuracy"))
+    slow, fast = judged([{"optimizer.lr": 1e-6}, {"optimizer.lr": 1e-2}], work)
+    assert slow.objective["held_out_nll"] != fast.objective["held_out_nll"]
+
+
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_a_bad_combination_of_settings_fails_alone(fitter: Fitter) -> None:
+    bad = {"filter.gate.quantile": 0.9}  # of no gate
+    good, failed, other = judged([PRIORS[0], bad, PRIORS[2]], workload(objective=BOTH), fitter)
+    assert failed.reason is not None
+    assert "filter.gate is none" in failed.reason
+    assert failed.scores == {}
+    assert [one.reason for one in (good, other)] == [None, None]
+    expected = judged([PRIORS[0], PRIORS[2]], workload(objective=BOTH), fitter)
+    assert [good.objective, other.objective] == [one.objective for one in expected]
+
+
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_a_fit_that_diverges_fails_alone_and_is_not_fitted_again(fitter: Fitter) -> None:
+    work = workload(objective=("evidence",))
+    asked: list[int] = []
+
+    def counting(tasks: Sequence[FitTask]) -> list[Any]:
+        asked.append(len(tasks))
+        return fitter(tasks)
+
+    wild = {"filter.p0": 1e38, "observation.0.r0": 1e-30}
+    good, failed, other = judged([PRIORS[0], wild, PRIORS[2]], work, counting)
+    assert failed.reason is not None
+    assert failed.reason.startswith("on the support set of seed 0: ")
+    assert asked == [3, 2]
+    for one, prior in ((good, PRIORS[0]), (other, PRIORS[2])):
+        assert one.objective == pytest.approx(judged([prior], work)[0].objective, rel=1e-4)
+
+
+def test_no_passes_at_all_is_no_crash() -> None:
+    (found,) = judged([{"epochs": 0}], workload(objective=BOTH))
+    assert found.reason is not None or all(isfinite(value) for value in found.objective.values())
+
+
+def test_a_workload_has_no_test_pictures() -> None:
+    """Whatever can be reached from it: shots by seed of the support set, text embeddings, settings."""
+    work = workload(objective=BOTH)
+    sizes = [len(tensor) for tensor in tensors(work)]
+    assert sorted(sizes) == sorted([16, 16, 16, 16, CLASSES])
+    assert {f.name for f in fields(Workload)} == {"config", "search", "shots", "class_embeddings", "logit_scale"}
+    assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}
+
+
+def tensors(found: Any) -> list[torch.Tensor]:
+    """All tensors that an object leads to."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    if is_dataclass(found):
+        return [t for f in fields(found) for t in tensors(getattr(found, f.name))]
+    if isinstance(found, dict):
+        return [t for value in found.values() for t in tensors(value)]
+    if isinstance(found, (list, tuple)):
+        return [t for value in found for t in tensors(value)]
+    assert found is None or isinstance(found, (str, int, float, bool)), found
+    return []
+
+
+# The driver
+
+
+class Told:
+    """A search in this process, and what its driver says of it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        space = parse_space({"filter.p0": {"low": 0.001, "high": 1.0, "log": True}})
+        self.study = open_study(folder / "study", space, points=({"filter.p0": 0.1},), **options)
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.driver = Driver(self.study, lambda trial: self.begun.append(trial.number), self.ended.append)
+        self.work = replace(workload(objective=("evidence",)), search=self.study.options)
+
+    def run(self, fitter: Fitter, size: int = 1) -> list[str]:
+        run_here(self.driver, self.work, fitter, size)
+        return [result.state for result in self.study.results()]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_search_in_this_process(tmp_path: Path, size: int) -> None:
+    told = Told(tmp_path, num_samples=8, seeds=(0, 1))
+    assert told.run(fit_alone, size) == ["finished"] * 8
+    assert told.begun == told.ended == list(range(8))
+    result = told.study.results()[3]
+    (expected,) = judged([result.settings], told.work)
+    assert result.objective == expected.objective
+    assert result.figures["by_seed"] == expected.scores
+
+
+def test_failures_end_the_search_when_they_are_too_many(tmp_path: Path) -> None:
+    told = Told(tmp_path, num_samples=8, seeds=(0, 1), max_failures=2)
+
+    def failing(tasks: Sequence[FitTask]) -> list[Any]:
+        return [FilterError("a distinctive reason.") for _ in tasks]
+
+    assert told.run(failing) == ["failed"] * 3
+    assert isinstance(told.driver.problem, KngdError)
+    assert "3 trials failed, more than search.max_failures=2 allows" in str(told.driver.problem)
+    assert "on the support set of seed 0: a distinctive reason" in str(told.driver.problem)
+    assert told.begun == told.ended == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_what_a_fit_cannot_explain_fails_one_trial(tmp_path: Path, error: Exception) -> None:
+    """Of several that ran together it is not known which it was: they are tried again one by one."""
+    told = Told(tmp_path, num_samples=8, seeds=(0, 1))
+
+    def bursting(tasks: Sequence[FitTask]) -> list[Any]:
+        if any(task.options.filter.p0 == 0.1 for task in tasks):
+            raise error
+        return fit_alone(tasks)
+
+    assert told.run(bursting, 4) == ["failed"] + ["finished"] * 7
+    assert told.study.results()[0].reason
+    assert sorted(told.begun) == sorted(told.ended) == list(range(8))

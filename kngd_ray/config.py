@@ -150,10 +150,11 @@ def load_config(
         The validated configuration.
 
     Raises:
-        UsageError: unknown key, ill-typed or out-of-range value, malformed override, missing file or preset.
+        UsageError: unknown key, ill-typed or out-of-range value, malformed override, missing file or preset, or a
+            file that describes a search.
     """
     given = [file] if isinstance(file, (Path, Mapping)) else file or []
-    layers = [read_yaml(source) if isinstance(source, Path) else source for source in given]
+    layers = [_read_config(source) if isinstance(source, Path) else source for source in given]
     assignments = [parse_override(text) for text in overrides]
     named: dict[str, Any] = {}
     for chosen in (*layers, dict(assignments), forced or {}):
@@ -245,7 +246,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if name in presets():
         return _parse_yaml((resources.files("kngd_ray") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
     if name.endswith((".yaml", ".yml")):
-        return read_yaml(Path(name))
+        return _read_config(Path(name))
     raise UsageError(f"there is no preset {name!r}{nearest(name, presets())}; name one of these or a YAML file.")
 
 
@@ -314,6 +315,18 @@ def flatten(config: Any) -> dict[str, Any]:
         Scalars by dotted key; a choice is its kind, its options below it.
     """
     return dict(flat(plain(config), ""))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration file that describes no search.
+
+    Raises:
+        UsageError: it does.
+    """
+    settings = read_yaml(path)
+    if any(key.partition(".")[0] in ("search", "space") for key in settings):
+        raise UsageError(f"{path} is a search file: run it with kngd-ray tune, or leave out its search and space.")
+    return settings
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:

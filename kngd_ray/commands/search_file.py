@@ -11,7 +11,7 @@ from typing import Any
 
 from kngd_ray._layered import plain
 from kngd_ray.commands import run_folder
-from kngd_ray.config import Config, load_config, parse, parse_override, read_yaml, to_yaml
+from kngd_ray.config import Config, load_config, parse, parse_override, presets, read_yaml, to_yaml
 from kngd_ray.errors import CheckpointError, UsageError, nearest
 from kngd_ray.search import SearchOptions, Space, Value, parse_space, plain_space
 from kngd_ray.storage import write_text
@@ -138,7 +138,30 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
             "search.scheduler is asha, which needs Ray, and trainer.num_workers is 0: set it to 1 or more."
         )
     space.check(config)
-    return SearchConfig(config, options, space, _points(config, options, space))
+    _check_judged(options, space)
+    points = _points(config, options, space)
+    if options.start is not None:  # the same presets from whatever folder the search is continued
+        start = tuple(name if name in presets() else str(Path(name).resolve()) for name in options.start)
+        options = replace(options, start=start)
+    return SearchConfig(config, options, space, points)
+
+
+def _check_judged(options: SearchOptions, space: Space) -> None:
+    """Refuse dimensions that the objectives cannot judge.
+
+    Raises:
+        UsageError: one that they do not look at, or that changes what they are taken from.
+    """
+    for key in (dimension.key for dimension in space.dimensions):
+        if key.startswith("posterior") and not options.cross_validated:
+            raise UsageError(
+                f"space.{key} has no effect with search.objective=evidence: take held_out_nll, or leave it out."
+            )
+        if key == "batch_size" and "evidence" in options.objective:
+            raise UsageError(
+                "space.batch_size would have trials judged by different shots, as evidence counts the later half of "
+                "the batches: take search.objective=held_out_nll, or leave it out."
+            )
 
 
 def _points(config: Config, options: SearchOptions, space: Space) -> list[Mapping[str, Value]]:
@@ -157,14 +180,16 @@ def _points(config: Config, options: SearchOptions, space: Space) -> list[Mappin
 
 
 def _options(raw: Mapping[str, Any]) -> SearchOptions:
+    # `search.seeds=` is null, as all that is empty in YAML: of a list, that it names nothing
+    given = {key: [] if value is None and key in ("objective", "seeds") else value for key, value in raw.items()}
     try:
-        return parse(SearchOptions, raw)
+        return parse(SearchOptions, given)
     except UsageError as error:
         raise UsageError(f"search: {error}") from error
 
 
 def _mapping(raw: Mapping[str, Any], key: str, place: Path) -> dict[str, Any]:
-    value = raw.get(key) or {}
+    value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, Mapping):
         raise UsageError(f"{place}: {key} must hold `key: value` settings, and is {value!r}.")
     return dict(value)

@@ -20,7 +20,7 @@ _STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopp
 
 
 class SearchRecords:
-    """The records of a search, as one of its drivers writes them.
+    """The records of a search, as one of its drivers writes them: those of its own trials, and if it leads the search's.
 
     Args:
         search: the search.
@@ -31,6 +31,11 @@ class SearchRecords:
         self._search = search
         self._folder = folder
         self._running: dict[int, Record] = {}
+        self._parent: Record | None = None
+
+    def lead(self) -> None:
+        """Write the search's own record too; of several drivers one may."""
+        search = self._search
         shown = run_folder.shown(search.config)
         space = {f"space.{key}": _domain(value) for key, value in plain_space(search.space).items()}
         options = {f"search.{key}": value for key, value in flatten(search.options).items()}
@@ -42,6 +47,7 @@ class SearchRecords:
     @property
     def figures(self) -> Path:
         """Where the pictures of the search go."""
+        assert self._parent is not None
         return self._parent.artifacts / "figures"
 
     def begin(self, trial: Claimed) -> None:
@@ -66,7 +72,10 @@ class SearchRecords:
         if result.reason is not None:
             record.set_tag("kngd_ray.failed", result.reason)
         record.finish(_STATUS[result.state])
-        if result.objective:
+        self._chart(result, best)
+
+    def _chart(self, result: TrialResult, best: Mapping[str, float]) -> None:
+        if result.objective and self._parent is not None:
             self._parent.log_step(
                 result.number,
                 {f"trial/{name}": value for name, value in result.objective.items()}
@@ -74,15 +83,17 @@ class SearchRecords:
             )
 
     def mend(self, results: Sequence[TrialResult], best: Mapping[str, float]) -> None:
-        """Close what a driver left open that died between the end of a trial and its record's.
+        """Write what other drivers could not: the search's record is not theirs, and they may have died before a trial's.
 
         Args:
             results: what became of all trials.
             best: the best objectives, by name.
         """
         for result in results:
-            meta = self._parent.folder.parent / _id(result.number) / "meta.json"
-            if not meta.is_file() or json.loads(meta.read_text())["status"] != _STATUS[result.state]:
+            meta = self._folder / "records" / _id(result.number) / "meta.json"
+            if meta.is_file() and json.loads(meta.read_text())["status"] == _STATUS[result.state]:
+                self._chart(result, best)
+            else:
                 self.end(result, best)
 
     def summary(self, best: TrialResult | None, report: Mapping[str, Any]) -> None:
@@ -92,6 +103,7 @@ class SearchRecords:
             best: the winner, if there is one.
             report: the search's report; its figures become metrics.
         """
+        assert self._parent is not None
         metrics: dict[str, Any] = {"trials": report["trials"], "trials_per_minute": report["trials_per_minute"]}
         if best is not None:
             metrics["objective"] = best.objective
@@ -104,16 +116,12 @@ class SearchRecords:
         self._parent.log_metrics(flat_metrics(metrics))
         shutil.copyfile(self._folder / JOURNAL, self._parent.artifacts / JOURNAL)
 
-    def leave(self) -> None:
-        """Close the records of trials that this driver gives up; the search goes on."""
-        for record in self._running.values():
-            record.finish("KILLED")
-        self._parent.flush()
-
     def finish(self, status: Status) -> None:
-        """Close all records; the search is over, or interrupted."""
-        self.leave()
-        self._parent.finish(status)
+        """Close all records: the search is over, or this driver gives up."""
+        for record in list(self._running.values()):
+            record.finish("KILLED")
+        if self._parent is not None:
+            self._parent.finish(status)
 
     def _trial(self, number: int, settings: Mapping[str, Any]) -> Record:
         return self._open(_id(number), "trial", settings, PARENT)

@@ -10,13 +10,14 @@
 """
 
 import json
+import re
 import time
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import CLIPHead
 from kngd_ray.commands import run_folder
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import open_shots, prepare
@@ -24,17 +25,16 @@ from kngd_ray.commands.search_file import SearchConfig, save_search
 from kngd_ray.commands.search_records import SearchRecords
 from kngd_ray.commands.session import ray_for
 from kngd_ray.commands.train import compute_threads, data_name, train
-from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, to_yaml
-from kngd_ray.errors import KngdError
-from kngd_ray.observations import Linearizer
-from kngd_ray.search import Driver, SearchStudy, TrialResult, Workload, fit_alone, fit_together, run_here
+from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, read_yaml, to_yaml
+from kngd_ray.errors import KngdError, UsageError
+from kngd_ray.search import Driver, SearchStudy, TrialResult, Workload, fit_alone, fit_together, mode_of, run_here
 from kngd_ray.search.figures import study_figures
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.options import FitOptions
 
 CHAMPION = "champion.yaml"
-_ONE_PROCESS = 1 << 30  # bytes of covariance up to which a trial runs in one process
+_PATIENCE = 5.0  # seconds that Ctrl-C waits for MLflow
 
 
 def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dict[str, Any]:
@@ -64,7 +64,6 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=trainer.num_workers > 0, progress=progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
-        save_search(folder, search)  # of one that is continued, with what was changed
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),
             search.options,
@@ -72,8 +71,8 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             prepared.class_embeddings,
             prepared.model.logit_scale,
         )
-        with compute_threads(trainer.cpus_per_worker):
-            return _Search(search, folder, work, display).run()
+        with compute_threads(trainer.cpus_per_worker), ExitStack() as lead:
+            return _Search(search, folder, work, display, lead).run()
 
 
 class _Search:
@@ -84,17 +83,20 @@ class _Search:
         folder: its folder.
         work: what trials work on.
         display: where progress and results are shown.
+        lead: holds the lock of the one that leads.
     """
 
-    def __init__(self, search: SearchConfig, folder: Path, work: Workload, display: Display) -> None:
+    def __init__(self, search: SearchConfig, folder: Path, work: Workload, display: Display, lead: ExitStack) -> None:
         self._search = search
         self._config = search.config
         self._folder = folder
         self._work = work
         self._display = display
+        self._lead = lead
+        self._leads = False
         self._study = SearchStudy(folder, search.space, search.options, search.points)
         self._records = SearchRecords(search, folder)
-        self._leads = True
+        self._take_the_lead()
         self._done = 0
         self._seconds = 0.0
 
@@ -108,7 +110,9 @@ class _Search:
         status: Status = "FAILED"
         try:
             self._trials()
-            report = self._conclusion()
+            if not self._leads:
+                self._take_the_lead()  # of one that is gone
+            report = self._conclude() if self._leads else self._report()
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -116,16 +120,34 @@ class _Search:
             raise
         finally:
             self._study.close()
-            if self._leads:
-                self._records.finish(status)
-            else:
-                self._records.leave()
-            if publisher is not None and publisher.close() is None:
+            self._records.finish(status)
+            patience = _PATIENCE if status == "KILLED" else None
+            if publisher is not None and publisher.close(patience) is None:
                 display.say(
-                    f"what was not logged to MLflow is kept in {self._folder}: when the server is back, "
-                    f"`kngd-ray sync {self._folder}` sends it"
+                    f"what was not logged to MLflow is kept in {self._folder}: `kngd-ray sync {self._folder}` sends it"
                 )
         return report
+
+    def _take_the_lead(self) -> None:
+        """Become the one of several drivers that writes the search's own record, and has the last word.
+
+        Raises:
+            UsageError: another leads, to another number of trials.
+        """
+        try:
+            self._lead.enter_context(run_folder.locked(self._folder))
+        except run_folder.DrivenElsewhereError as error:
+            leader = read_yaml(self._folder / run_folder.SEARCH)["search"]["num_samples"]
+            if leader != self._search.options.num_samples:
+                raise UsageError(
+                    f"the search {self._folder.name} is being driven to {leader} trials by another process: help it "
+                    "without search.num_samples, or wait for it and prolong it then."
+                ) from error
+            self._display.say("another process leads this search, and fits its winner: this one helps with the trials")
+            return
+        self._leads = True
+        save_search(self._folder, self._search)  # with what a search that is continued was told anew
+        self._records.lead()
 
     def _trials(self) -> None:
         """Run what trials are left."""
@@ -133,16 +155,14 @@ class _Search:
         began = time.monotonic()
         with self._display.trials(options.num_samples) as show:
 
-            def on_end(number: int) -> None:
-                results = self._study.results()
-                result = next(r for r in results if r.number == number)
-                best = self._study.best()
-                self._records.end(result, best[0].objective if best else {})
+            def on_end(result: TrialResult, best: dict[str, float]) -> None:
+                self._records.end(result, best)
                 self._done += 1
-                show(len(results), result.number, result.objective, best[0].objective if best else {}, result.reason)
+                done = sum(self._study.counts().values())
+                show(done, result.number, result.objective, best, result.reason)
 
             driver = Driver(self._study, self._records.begin, on_end)
-            mode = _mode(options.trial, options.scheduler, self._work)
+            mode = mode_of(self._work, self._search.space)
             try:
                 if trainer.num_workers:
                     from kngd_ray.ray_jobs import run_search
@@ -158,23 +178,13 @@ class _Search:
         if driver.problem is not None:
             raise driver.problem
 
-    def _conclusion(self) -> dict[str, Any]:
-        """The report; of several drivers the first to come here makes it."""
-        try:
-            with run_folder.locked(self._folder):
-                return self._conclude()
-        except run_folder.DrivenElsewhereError:
-            self._leads = False
-            self._display.say("another process has the search's last word: its winner, figures and report")
-            return self._report()
-
     def _report(self) -> dict[str, Any]:
         """What is known before the winner is fitted."""
-        states, best = [result.state for result in self._study.results()], self._study.best()
+        best = self._study.best()
         several = len(self._search.options.objective) > 1
         return {
             "name": self._folder.name,
-            "trials": {state: states.count(state) for state in ("finished", "failed", "stopped")},
+            "trials": self._study.counts(),
             "trials_per_minute": round(60 * self._done / self._seconds, 2) if self._done else 0.0,
             "seconds": round(self._seconds, 2),
             "best": _brief(best[0]) if best else None,
@@ -190,14 +200,14 @@ class _Search:
             KngdError: there is none.
         """
         report, best = self._report(), self._study.best()
-        self._records.mend(self._study.results(), best[0].objective if best else {})
+        done = self._study.results()
+        self._records.mend(done, best[0].objective if best else {})
         results = self._folder / run_folder.RESULTS
         known = json.loads(results.read_text()) if results.is_file() else None
         if known is not None and known["trials"] == report["trials"]:  # nothing has been added since
             self._display.search(known)
             return known
         if not best:
-            done = self._study.results()
             reasons = [result.reason for result in done if result.reason]
             raise KngdError(
                 f"none of {len(done)} trials finished" + (f"; the last failed because {reasons[-1]}" if reasons else "")
@@ -213,9 +223,9 @@ class _Search:
         return report
 
     def _refit(self, champion: Config, trial: int) -> tuple[str, dict[str, Any]]:
-        """Fit the winner for the configuration's seeds and test it: the only look at the test split."""
+        """Fit the winner for the configuration's seeds and test it: a search's only look at the test split."""
         name = f"{self._folder.name}-trial-{trial}"  # a search that is prolonged may find another
-        registered = champion.tracking.registered_model or f"{champion.tracking.experiment}-{data_name(champion)}"
+        registered = champion.tracking.registered_model or _registered(champion)
         champion = replace(
             champion,
             preset=str(self._folder / CHAMPION),
@@ -227,17 +237,10 @@ class _Search:
         return name, train(champion, self._display, resume=begun)
 
 
-def _mode(asked: str, scheduler: str, work: Workload) -> str:
-    """How trials are run where ``auto`` is asked for."""
-    if asked != "auto":
-        return asked
-    if work.config.method == "kalman":
-        head = CLIPHead(work.class_embeddings, work.logit_scale, work.config.adapter)
-        layers = Linearizer(head, work.class_embeddings[:2]).layers
-        numbers = sum(work.config.filter.covariance.cost(layer) for layer in layers)
-        if 8 * numbers > _ONE_PROCESS:
-            return "train"
-    return "batched" if scheduler == "none" else "local"
+def _registered(config: Config) -> str:
+    """What the winner is called in the registry, where nobody says: the winner of another task is another model."""
+    parts = (config.tracking.experiment, data_name(config), config.data.train_domain, config.method)
+    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)
 
 
 def _brief(result: TrialResult) -> dict[str, Any]:

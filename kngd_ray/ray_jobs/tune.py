@@ -8,8 +8,8 @@ together. A killed search is continued from the study, not from Tune's own state
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -22,6 +22,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from kngd_ray.config import TrainerConfig
+from kngd_ray.errors import KngdError
 from kngd_ray.ray_jobs.train import job_fitter
 from kngd_ray.search import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
 
@@ -54,15 +55,23 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
     options = driver.options
     cpus = ray.cluster_resources().get("CPU", 1.0)
     each = trainer.num_workers * trainer.cpus_per_worker if mode == "train" else options.cpus_per_trial
+    room = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if mode != "train" and each > room:
+        raise KngdError(
+            f"search.cpus_per_trial is {each:g}, and no node of the cluster has more than {room:g} CPUs: lower it"
+        )
     slots = options.concurrency or max(1, int(cpus / each))
     size = -(-options.batch // slots) if mode == "batched" else 1
     resources: Mapping[str, float] = {"cpu": each}
     if mode == "train":
         # No CPU for what only waits: on a machine whose cores the ranks need, it would wait for ever.
         resources = {"cpu": 0, "memory": _SLOT_MEMORY}
-    turn = tune.with_parameters(_turn, work=work, trainer=trainer, mode=mode, folder=str(folder))
+    turn = tune.with_parameters(
+        _turn, work=work, trainer=trainer, mode=mode, place=str(folder / driver.study.scratch_of(driver.study.id))
+    )
     searcher = _StudySearcher(driver, slots, size)
-    with _environment(), TemporaryDirectory(prefix="kngd_ray-tune-") as scratch:
+    _quiet()
+    with TemporaryDirectory(prefix="kngd_ray-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(turn, resources),
             tune_config=tune.TuneConfig(
@@ -114,11 +123,15 @@ def _wait(tuner: tune.Tuner, driver: Driver) -> None:
         raise errors[0]
 
 
-def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mode: str, folder: str) -> None:
+def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mode: str, place: str) -> None:
     """What one of Tune's trials runs."""
     trials: list[Claimed] = [Claimed(**trial) for trial in config["trials"]]
     fitter: Fitter = fit_together if mode == "batched" else fit_alone
-    with TemporaryDirectory(dir=folder, prefix=".trial-") if mode == "train" else _nothing() as scratch:
+    with (
+        TemporaryDirectory(dir=Path(place).parent, prefix=Path(place).name)
+        if mode == "train"
+        else nullcontext("") as scratch
+    ):
         if mode == "train":
             fitter = job_fitter(trainer, Path(scratch))
         at_once = mode != "local" and work.search.scheduler == "none"  # else it wants to look in between
@@ -127,11 +140,6 @@ def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mod
             seeds = len(judged[0].scores.get(first, ()))
             objective = judged[0].objective.get(first, float("nan"))
             tune.report({_OBJECTIVE: objective, _SEEDS: seeds, "reports": [report_of(one) for one in judged]})
-
-
-@contextmanager
-def _nothing() -> Iterator[str]:
-    yield ""
 
 
 class _StudySearcher(Searcher):  # type: ignore[misc]
@@ -246,9 +254,8 @@ def _reason(trial: Any) -> str:
     return lines[-1].rpartition("Error: ")[2].rstrip(".")
 
 
-@contextmanager
-def _environment() -> Iterator[None]:
+def _quiet() -> None:
+    """Settings of Tune for this process; what the user has set stays."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    yield

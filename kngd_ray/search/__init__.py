@@ -6,6 +6,7 @@ A new objective is a branch of :mod:`~kngd_ray.search.objective` and a name in
 
 from kngd_ray.search.driver import Driver, reason_of, report_of, run_here
 from kngd_ray.search.fitting import Fitted, fit_alone, fit_together, fitted_from
+from kngd_ray.search.mode import mode_of
 from kngd_ray.search.objective import Fitter, Workload, judge
 from kngd_ray.search.options import SearchOptions
 from kngd_ray.search.space import Space, Value, parse_space, plain_space
@@ -27,6 +28,7 @@ __all__ = [
     "fit_together",
     "fitted_from",
     "judge",
+    "mode_of",
     "parse_space",
     "plain_space",
     "reason_of",

@@ -1,12 +1,15 @@
 """Between a study and those who run its trials: who works on what, and what became of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event
 from typing import TypedDict
 
 from kngd_ray.errors import KngdError
 from kngd_ray.search.objective import Fitter, Judged, Workload, judge
-from kngd_ray.search.study import Claimed, SearchStudy
+from kngd_ray.search.study import Claimed, SearchStudy, TrialResult
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 class Report(TypedDict):
@@ -26,23 +29,27 @@ def reason_of(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     text = lines[-1].rstrip(".") if lines else type(error).__name__
-    return f"it ran out of memory ({text})" if isinstance(error, MemoryError) or "memory" in text.lower() else text
+    short = isinstance(error, MemoryError) or any(word in str(error).lower() for word in _OUT_OF_MEMORY)
+    return f"it ran out of memory ({text})" if short else text
 
 
 class Driver:
-    """Claims trials, tells the study what became of them, and ends the search when too many fail.
+    """Claims trials, tells the study what became of them, and ends the search when it cannot go on.
+
+    What the study or the listeners cannot write ends the search: :attr:`problem` says why, and whoever runs trials
+    is given no more.
 
     Args:
         study: the study.
         on_start: told of each trial that is taken up.
-        on_end: told of the number of each trial that is done.
+        on_end: told of each trial that is done, and of the best objectives so far.
     """
 
     def __init__(
         self,
         study: SearchStudy,
         on_start: Callable[[Claimed], None],
-        on_end: Callable[[int], None],
+        on_end: Callable[[TrialResult, dict[str, float]], None],
     ) -> None:
         self.study = study
         self.options = study.options
@@ -51,6 +58,9 @@ class Driver:
         self._on_start = on_start
         self._on_end = on_end
         self._alone: list[Claimed] = []
+        self._failed = study.counts()["failed"]
+        best = study.best()
+        self._best: dict[str, float] = best[0].objective if best else {}
 
     def claim(self, count: int) -> list[Claimed] | None:
         """Trials to run; none at the end of the search, None where others still run the batch."""
@@ -58,10 +68,12 @@ class Driver:
             return []
         if self._alone:  # one of several that died together: by itself it shows which it was
             return [self._alone.pop()]
-        claimed = self.study.claim(count)
-        for trial in claimed or ():
-            self._on_start(trial)
-        return claimed
+        claimed: list[Claimed] | None = []
+        with self._ending():
+            claimed = self.study.claim(count)
+            for trial in claimed or ():
+                self._on_start(trial)
+        return [] if self.problem is not None else claimed
 
     def heard(self, trials: Sequence[Claimed], reports: Sequence[Report]) -> bool:
         """Take in what is known of trials.
@@ -73,14 +85,17 @@ class Driver:
         Returns:
             Whether all of them are done.
         """
-        done = [self._one(trial.number, report) for trial, report in zip(trials, reports, strict=True)]
-        return all(done)
+        with self._ending():
+            for trial, report in zip(trials, reports, strict=True):
+                if self.study.runs(trial.number):
+                    self._take_in(trial.number, report)
+        return not any(self.study.runs(trial.number) for trial in trials)
 
     def stopped(self, trials: Sequence[Claimed]) -> None:
         """The scheduler has stopped trials."""
-        for trial in trials:
-            self.study.stop(trial.number)
-            self._on_end(trial.number)
+        with self._ending():
+            for trial in trials:
+                self._ended(self.study.stop(trial.number))
 
     def died(self, trials: Sequence[Claimed], reason: str) -> None:
         """The process that ran trials is gone: several are tried again one by one, one alone has failed.
@@ -89,35 +104,46 @@ class Driver:
             trials: what it ran.
             reason: in one sentence.
         """
-        if len(trials) > 1:
-            self._alone += trials
+        left = [trial for trial in trials if self.study.runs(trial.number)]
+        if len(left) > 1:
+            self._alone += left
             return
-        for trial in trials:
-            self._failed(trial.number, reason)
+        with self._ending():
+            for trial in left:
+                self._ended(self.study.fail(trial.number, reason))
 
-    def _one(self, number: int, report: Report) -> bool:
+    def _take_in(self, number: int, report: Report) -> None:
         judged = Judged(report["scores"], report["figures"], report["reason"])
         if judged.reason is not None:
-            self._failed(number, judged.reason)
-            return True
-        seeds = len(next(iter(judged.scores.values()), ()))
-        if seeds < len(self.options.seeds):
-            if len(self.options.objective) == 1 and seeds:
-                self.study.report(number, seeds, judged.objective[self.options.objective[0]])
-            return False
-        self.study.finish(number, judged.objective, {"by_seed": judged.scores, **judged.figures})
-        self._on_end(number)
-        return True
+            self._ended(self.study.fail(number, judged.reason))
+            return
+        first = self.options.objective[0]
+        seeds = len(judged.scores.get(first, ()))
+        if seeds == len(self.options.seeds):
+            self._ended(self.study.finish(number, judged.objective, {"by_seed": judged.scores, **judged.figures}))
+        elif seeds and len(self.options.objective) == 1:
+            self.study.report(number, seeds, judged.objective[first])
 
-    def _failed(self, number: int, reason: str) -> None:
-        self.study.fail(number, reason)
-        self._on_end(number)
-        failed = sum(result.state == "failed" for result in self.study.results())
-        if failed > self.options.max_failures:
-            self.problem = KngdError(
-                f"{failed} trials failed, more than search.max_failures={self.options.max_failures} allows, the last "
-                f"because {reason}"
+    def _ended(self, result: TrialResult) -> None:
+        first = self.options.objective[0]
+        sign = 1 if self.options.directions[0] == "maximize" else -1
+        if result.objective and (not self._best or sign * result.objective[first] > sign * self._best[first]):
+            self._best = result.objective
+        self._failed += result.state == "failed"
+        self._on_end(result, self._best)
+        if self._failed > self.options.max_failures:
+            raise KngdError(
+                f"{self._failed} trials failed, more than search.max_failures={self.options.max_failures} allows, the "
+                f"last because {result.reason}"
             )
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End the search where it cannot go on: those who call run trials, and could do nothing about it."""
+        try:
+            yield
+        except KngdError as error:
+            self.problem = self.problem or error
             self.stopping.set()
 
 
@@ -136,7 +162,7 @@ def run_here(driver: Driver, work: Workload, fitter: Fitter, size: int) -> None:
             continue
         try:
             *_, judged = judge([trial.settings for trial in trials], work, fitter, at_once=True)
-        except (MemoryError, RuntimeError) as error:  # torch's
+        except Exception as error:  # a trial's own, whatever it is: the search goes on, as it does on Ray
             driver.died(trials, reason_of(error))
         else:
             driver.heard(trials, [report_of(one) for one in judged])

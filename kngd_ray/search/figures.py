@@ -1,4 +1,11 @@
-"""Optuna's own pictures of a study: as PNG by matplotlib, as interactive HTML by plotly."""
+"""Optuna's own pictures of a study: as PNG by matplotlib, as interactive HTML by plotly.
+
+::
+
+    <folder>/history.png, contour.png, ...
+             history.html, contour.html, ...    they ask for nothing but
+             plotly.min.js                      4.8 MB, once for all pages
+"""
 
 import logging
 import warnings
@@ -8,9 +15,24 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+from kngd_ray.storage import storage_errors, write_text
 
 logger = logging.getLogger(__name__)
 
+_SCRIPT = "plotly.min.js"
+# MLflow previews a page by itself, out of its folder: it says then what it lacks, instead of nothing.
+_PAGE = """<!DOCTYPE html>
+<html>
+<head><meta charset="utf-8"><title>{name}</title></head>
+<body>
+<script src="{script}" onerror="document.body.textContent = '{lacks}'"></script>
+{figure}
+</body>
+</html>
+"""
+_LACKS = "This page needs {script} beside it: download the folder of the figures to open it, or see {name}.png."
 _CONTOUR = ("filter.p0", "observation.0.r0")  # of prior variance against observation noise, where both were searched
 
 
@@ -23,9 +45,10 @@ def study_figures(study: optuna.Study, objectives: Sequence[str], folder: Path) 
         folder: where the pictures go, created if need be.
 
     Returns:
-        Names of the pictures, each there as ``.png`` and ``.html``.
+        Names of the pictures, each there as ``.png`` and ``.html``; the pages share one script in that folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, (plot, arguments) in _plots(study, objectives).items():
         try:
@@ -34,6 +57,8 @@ def study_figures(study: optuna.Study, objectives: Sequence[str], folder: Path) 
             logger.info("%s is not drawn: %s", name, error)
             continue
         drawn.append(name)
+    if drawn:
+        write_text(folder / _SCRIPT, get_plotlyjs())
     return drawn
 
 
@@ -75,7 +100,10 @@ def _draw(plot: str, study: optuna.Study, arguments: dict[str, Any], path: Path)
         axes = axes.flat[0] if hasattr(axes, "flat") else axes
         figure = axes.figure
         figure.set_size_inches(8, 5)
-        figure.savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight")
+        with storage_errors(path):
+            figure.savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight")
         as_picture._matplotlib_imports.plt.close(figure)
         page = getattr(optuna.visualization, plot)(study, **arguments)
-        page.write_html(path.with_suffix(".html"), include_plotlyjs=True)
+    figure = page.to_html(full_html=False, include_plotlyjs=False, default_height="95vh")
+    lacks = _LACKS.format(script=_SCRIPT, name=path.name)
+    write_text(path.with_suffix(".html"), _PAGE.format(name=path.name, script=_SCRIPT, lacks=lacks, figure=figure))

@@ -7,12 +7,14 @@ from itertools import accumulate
 from pathlib import Path
 
 from kngd_ray.errors import FilterError
-from kngd_ray.sharding import SingleProcess
+from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training import together
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
 from kngd_ray.training.resumable import latest
 
+_MEMORY = 1 << 30  # bytes of covariance held for fits that advance together
 _TOGETHER = 32  # measured: of more, the products of pairs no longer find their memory in the cache
 
 
@@ -57,8 +59,9 @@ def fit_together(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
         groups[together.shape_of(task)].append(number)
     done: dict[int, Fitted | FilterError] = {}
     for shape, members in groups.items():
-        for start in range(0, len(members), _TOGETHER):
-            some = members[start : start + _TOGETHER]
+        count = 1 if shape is None else _count(tasks[members[0]])
+        for start in range(0, len(members), count):
+            some = members[start : start + count]
             chosen = [tasks[n] for n in some]
             if shape is None or len(some) == 1:
                 done |= zip(some, fit_alone(chosen), strict=True)
@@ -119,6 +122,13 @@ def evidence(fitted: Fitted) -> float:
     before = [0, *accumulate(counts)]
     later = [n for n in range(len(counts)) if 2 * before[n] >= before[-1]] or [len(counts) - 1]
     return max(map(sum, zip(*(scores[n] for n in later), strict=True))) / sum(counts[n] for n in later)
+
+
+def _count(task: FitTask) -> int:
+    """How many fits of a task's shape advance together: twice their covariances are held, before and after a step."""
+    method = begin(task, SingleProcess())
+    assert isinstance(method, KalmanNGD)
+    return max(1, min(_TOGETHER, _MEMORY // (2 * covariance_bytes(method.belief.covariance))))
 
 
 def _alone(task: FitTask) -> Fitted | FilterError:

@@ -66,7 +66,9 @@ class SearchOptions:
         if not self.cpus_per_trial > 0:
             raise ValueError(f"cpus_per_trial is {self.cpus_per_trial}; a process needs more than 0")
         if not self.objective or len(set(self.objective)) < len(self.objective):
-            raise ValueError(f"objective is {list(self.objective)}; name one or more, each once")
+            raise ValueError(
+                f"objective is {list(self.objective)}; name one or more ({', '.join(DIRECTIONS)}), each once"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; name at least one; seeds must differ and be 0 or more")
         if self.scheduler == "asha" and len(self.objective) > 1:

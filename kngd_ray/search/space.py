@@ -19,6 +19,7 @@ from kngd_ray.training.options import FitOptions
 
 Value = str | int | float | bool
 _CONDITION = "when"
+_INSIDE = (3 - 5**0.5) / 2  # of the way from low to high: irrational, so that what lies there is no whole number
 # What a gradient method does not look at, and what a filter does not.
 _OF_FILTERS, _OF_GRADIENTS = ("filter", "noise", "observation", "posterior"), ("optimizer",)
 
@@ -168,12 +169,24 @@ class Space:
         """
         for dimension in self.dimensions:
             _check_key(dimension.key, base.method)
-            context = self._context(dimension)
-            for value in dimension.domain.ends:
-                try:
-                    override(base, {**context, dimension.key: value})
-                except UsageError as error:
-                    raise UsageError(f"space.{dimension.key} cannot be {value}: {error}") from error
+            domain = dimension.domain
+            for value in domain.ends:
+                self._try(base, dimension, value)
+            if isinstance(domain, Range) and not domain.integer:
+                inside = domain.low + _INSIDE * (domain.high - domain.low)
+                self._try(base, dimension, inside, "; add integer: true")
+
+    def _try(self, base: Config, dimension: Dimension, value: Value, remedy: str = "") -> None:
+        """Give a setting a value.
+
+        Raises:
+            UsageError: the setting cannot have it; says the remedy.
+        """
+        try:
+            override(base, {**self._context(dimension), dimension.key: value})
+        except UsageError as error:
+            reason = str(error).rstrip(".")
+            raise UsageError(f"space.{dimension.key} cannot be {value}: {reason}{remedy}.") from error
 
     def _context(self, dimension: Dimension) -> dict[str, Value]:
         """Values of other dimensions under which one exists, the first that are allowed."""
@@ -253,7 +266,7 @@ def _dimension(key: Any, raw: Any) -> Dimension:
         domain = parse(Choice, given) if "choices" in given else parse(Range, given)
     except UsageError as error:
         raise UsageError(f"space.{key}: {error}") from error
-    conditions = raw.get(_CONDITION) or {}
+    conditions = {} if raw.get(_CONDITION) is None else raw[_CONDITION]
     if not isinstance(conditions, Mapping):
         raise UsageError(f"space.{key}.when is {conditions!r}; give the settings that it depends on, as key: value.")
     when = {str(parent): tuple(v) if isinstance(v, list) else (v,) for parent, v in conditions.items()}

@@ -13,6 +13,7 @@ history is that of a search that was never interrupted.
 
 import fcntl
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,11 +96,12 @@ class SearchStudy:
         self.space = space
         self.options = options
         self.id = uuid4().hex[:12]
-        self._own: set[int] = set()
+        self._own: dict[int, int] = {}  # Optuna's id by number, of the trials that this driver runs
         self._claims = _Lock(folder / ".claims")  # one driver at a time asks for trials and takes them
         self._alive = _hold(folder / "drivers" / self.id)
         try:
             with storage_errors(folder / JOURNAL), _locked(self._claims):
+                self._sweep()
                 lock = _Lock(folder / ".journal")
                 _mend(folder / JOURNAL, lock)
                 self._storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL), lock))  # type: ignore[arg-type]
@@ -140,9 +142,13 @@ class SearchStudy:
             running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             free = [trial for trial in running if not self._taken(trial)][:count]
             for trial in free:
-                self._own.add(trial.number)
+                self._own[trial.number] = trial._trial_id
                 self._storage.set_trial_user_attr(trial._trial_id, _DRIVER, self.id)
             return [Claimed(trial.number, settings[trial.number]) for trial in free] or None
+
+    def runs(self, number: int) -> bool:
+        """Whether a trial is this driver's, and not done."""
+        return number in self._own
 
     def report(self, number: int, step: int, value: float) -> None:
         """Note what is known of a trial that goes on.
@@ -153,43 +159,56 @@ class SearchStudy:
             value: the first objective so far.
         """
         with storage_errors(self.folder / JOURNAL):
-            self._storage.set_trial_intermediate_value(self._id(number), step, value)
+            self._storage.set_trial_intermediate_value(self._own[number], step, value)
 
-    def finish(self, number: int, objective: Mapping[str, float], figures: Mapping[str, Any]) -> None:
+    def finish(self, number: int, objective: Mapping[str, float], figures: Mapping[str, Any]) -> TrialResult:
         """A trial has come to its end.
 
         Args:
             number: of the trial.
             objective: by name; one that is not finite makes the trial a failed one.
             figures: what else was measured, JSON data.
+
+        Returns:
+            What became of it.
         """
         values = [objective[name] for name in self.options.objective]
         if not all(isfinite(value) for value in values):
             shown = ", ".join(f"{name} {value}" for name, value in objective.items())
-            self.fail(number, f"an objective is not finite ({shown})")
-            return
-        with storage_errors(self.folder / JOURNAL):
-            self._storage.set_trial_user_attr(self._id(number), _FIGURES, dict(figures))
-            self.study.tell(number, values)
-        self._own.discard(number)
+            return self.fail(number, f"an objective is not finite ({shown})")
+        return self._end(number, TrialState.COMPLETE, _FIGURES, dict(figures), values)
 
-    def stop(self, number: int) -> None:
+    def stop(self, number: int) -> TrialResult:
         """The scheduler has stopped a trial."""
-        with storage_errors(self.folder / JOURNAL):
-            self.study.tell(number, state=TrialState.PRUNED)
-        self._own.discard(number)
+        return self._end(number, TrialState.PRUNED)
 
-    def fail(self, number: int, reason: str) -> None:
+    def fail(self, number: int, reason: str) -> TrialResult:
         """A trial could not come to its end.
 
         Args:
             number: of the trial.
             reason: in one sentence.
+
+        Returns:
+            What became of it.
         """
+        return self._end(number, TrialState.FAIL, _REASON, reason)
+
+    def _end(
+        self, number: int, state: TrialState, key: str = "", note: Any = None, values: Sequence[float] | None = None
+    ) -> TrialResult:
+        trial_id = self._own[number]
         with storage_errors(self.folder / JOURNAL):
-            self._storage.set_trial_user_attr(self._id(number), _REASON, reason)
-            self.study.tell(number, state=TrialState.FAIL)
-        self._own.discard(number)
+            if key:
+                self._storage.set_trial_user_attr(trial_id, key, note)
+            self.study.tell(number, values, state=state)
+        del self._own[number]
+        return self.result(self._storage.get_trial(trial_id))
+
+    def counts(self) -> dict[str, int]:
+        """Trials that are done, by what became of them."""
+        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        return {name: states.count(state) for state, name in _STATES.items()}
 
     def results(self) -> list[TrialResult]:
         """All trials that are done, by number."""
@@ -227,26 +246,25 @@ class SearchStudy:
         except KeyError:  # its driver did not live to write all: they are suggested again, the same
             return self.space.suggest(optuna.trial.Trial(self.study, trial._trial_id))
 
-    def _id(self, number: int) -> int:
-        return self.study.get_trials(deepcopy=False)[number]._trial_id
-
     def _taken(self, trial: FrozenTrial) -> bool:
         """Whether somebody alive runs a trial."""
         driver = trial.user_attrs.get(_DRIVER)
-        if driver is None:
-            return False
         if driver == self.id:
             return trial.number in self._own
-        try:
-            file = (self.folder / "drivers" / driver).open("r+")
-        except FileNotFoundError:
-            return False
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        return driver is not None and _is_held(self.folder / "drivers" / driver)
+
+    def _sweep(self) -> None:
+        """Remove what drivers left that did not live to do so."""
+        for path in (self.folder / "drivers").iterdir():
+            if path.name != self.id and not _is_held(path):
+                for scratch in self.folder.glob(f"{self.scratch_of(path.name)}*"):
+                    shutil.rmtree(scratch, ignore_errors=True)
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def scratch_of(driver: str) -> str:
+        """How the names of folders begin that the trials of a driver write to, in that of the search."""
+        return f".trial-{driver}-"
 
 
 @dataclass(frozen=True)
@@ -302,6 +320,20 @@ def _mend(journal: Path, lock: _Lock) -> None:
     with _locked(lock), journal.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether the process lives that holds a file."""
+    try:
+        file = path.open("r+")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _hold(path: Path) -> Any:

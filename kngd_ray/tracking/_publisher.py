@@ -50,15 +50,27 @@ class Publisher:
         self._thread = threading.Thread(target=self._loop, name="kngd_ray publisher", daemon=True)
         self._thread.start()
 
-    def close(self) -> dict[str, str] | None:
+    def close(self, patience: float | None = None) -> dict[str, str] | None:
         """Stop the thread and publish once more; records should be finished by now.
 
+        Args:
+            patience: seconds after which what is left is given up, to be sent later; None waits as long as it takes.
+
         Returns:
-            MLflow run id by record id, or None when this last publish failed.
+            MLflow run id by record id, or None when this last publish failed, or took too long.
         """
         self._closing.set()
-        self._thread.join()
-        return self._publish()
+        last: list[dict[str, str] | None] = []
+
+        def finish() -> None:
+            self._thread.join()
+            last.append(self._publish())
+
+        # an unfinished one ends with the process, and leaves nothing that the next could not go on from
+        thread = threading.Thread(target=finish, name="kngd_ray last publisher", daemon=True)
+        thread.start()
+        thread.join(patience)
+        return last[0] if last else None
 
     def __enter__(self) -> "Publisher":
         return self

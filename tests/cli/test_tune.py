@@ -386,7 +386,7 @@ def test_the_champion_is_registered_and_predicts(tracked: Tracked, small_data: P
     import mlflow
     import pandas as pd
 
-    name = f"kngd_ray tests-{small_data.stem}"
+    name = f"kngd_ray-tests-{small_data.stem}-noto-kalman"
     version = tracked.client.get_model_version_by_alias(name, "champion")
     (method,) = (run for run in tracked.runs("method") + tracked.runs("fit") if run.info.run_id == version.run_id)
     assert method.data.tags["kngd_ray.run"] == tracked.report["run"]

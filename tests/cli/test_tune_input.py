@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kngd_ray.commands.search_file import load_search
+from kngd_ray.commands.search_file import load_search, search_yaml
 from kngd_ray.search import plain_space
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,9 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
     [
         (["search.samplr=tpe"], ["search: unknown key 'samplr'; did you mean sampler?"]),
         (["search.num_samples=0"], ["search: num_samples is 0"]),
+        (["search.objective="], ["objective is []; name one or more (evidence, held_out_nll, held_out_accuracy)"]),
+        (["search.objective=[]"], ["name one or more (evidence, held_out_nll, held_out_accuracy)"]),
+        (["search.seeds="], ["search: seeds is []; name at least one"]),
         (["search=3"], ["'search=3' changes the whole of search", "search.KEY=VALUE"]),
         (["space={filter.p0: {low: 1, high: 2}}"], ["changes the whole of space"]),
         (["space.filter.p=null"], ["drops what the space does not have; did you mean filter.p0?"]),
@@ -102,6 +105,19 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
         (["space.filter.p0={low: 1, high: 1}"], ["space.filter.p0: low is 1 and high is 1; the range is empty"]),
         (["space.filter.p00={low: 1, high: 2}"], ["did you mean filter.p0?"]),
         (["space.data.shots={low: 1, high: 2}"], ["space.data.shots is no setting of a fit"]),
+        (["space.epochs={low: 1, high: 3}"], ["space.epochs cannot be 1.76", "; add integer: true"]),
+        (
+            ["space.posterior.temperature={low: 0.1, high: 1.0}"],
+            ["space.posterior.temperature has no effect with search.objective=evidence", "take held_out_nll"],
+        ),
+        (
+            ["space.batch_size={low: 8, high: 32, integer: true}"],
+            ["judged by different shots", "take search.objective=held_out_nll, or leave it out"],
+        ),
+        (
+            ["space.batch_size={low: 8, high: 32, integer: true}", "search.objective=held_out_nll,evidence"],
+            ["judged by different shots"],
+        ),
         (["space.optimizer.lr={low: 1, high: 2}"], ["no effect with method=kalman"]),
         (["method=adamw"], ["search.objective is evidence, which adamw has none of: take held_out_nll"]),
         (["search.objective=held_out_nll", "posterior.folds=0"], ["posterior.folds is 0: set posterior.folds=4"]),
@@ -127,12 +143,87 @@ def test_wrong_settings(command, search, settings: list[str], words: list[str]) 
         ({"epochs": 1}, "has no space: name the settings to search, as in tune_configs/noise_priors.yaml"),
         ({**SEARCH, "search": [1]}, "search must hold `key: value` settings, and is [1]"),
         ({**SEARCH, "space": 3}, "space must hold `key: value` settings, and is 3"),
+        *(
+            ({**SEARCH, key: nothing}, f"{key} must hold `key: value` settings, and is {nothing!r}")
+            for key in ("search", "space")
+            for nothing in (0, [], "", False)
+        ),
+        *(({**SEARCH, "space": nothing}, "has no space: name the settings to search") for nothing in (None, {})),
+        ({**SEARCH, "search": {"objective": None}}, "search: objective is []; name one or more"),
         ({**SEARCH, "space": {"filter.p0": [0.1, 1]}}, "give {low: .., high: ..} or {choices: [..]}"),
         ({**SEARCH, "serch": {}}, "did you mean"),
     ],
 )
 def test_wrong_files(command, search, content: dict[str, Any], word: str) -> None:
     refused(command, search(content=content), word)
+
+
+def test_what_only_held_out_shots_can_judge_may_be_searched_with_them() -> None:
+    """Both are refused with evidence."""
+    changes = [
+        "search.objective=held_out_nll",
+        "space.batch_size={low: 8, high: 32, integer: true}",
+        "space.posterior.temperature={low: 0.1, high: 1.0}",
+    ]
+    assert len(load_search(ROOT / "tune_configs" / "smoke.yaml", changes).space.dimensions) == 4
+
+
+def test_an_empty_search_is_that_of_the_defaults(search) -> None:
+    for nothing in (None, {}):
+        assert search("--print-config", content={**SEARCH, "search": nothing}).code == 0
+
+
+def test_presets_that_noise_priors_starts_from_lie_in_its_space() -> None:
+    points = load_search(ROOT / "tune_configs" / "noise_priors.yaml", []).points
+    shared = {
+        "filter.gate": "none",
+        "noise.process": "random_walk",
+        "noise.process.q": 1e-8,  # theirs is 0, which a logarithmic range has not
+    }
+    assert points == [
+        {
+            "observation": "log_likelihood,cosine",
+            "observation.0.r0": 1.0,
+            "observation.1.r0": 1.0,
+            "filter.p0": 0.1,
+            "noise.observation": "fixed",
+            **shared,
+        },
+        {"observation": "cosine", "observation.0.r0": 0.1, "filter.p0": 0.3, "noise.observation": "fixed", **shared},
+        {
+            "observation": "probability",
+            "observation.0.r0": 0.1,
+            "filter.p0": 0.1,
+            "noise.observation": "ema",
+            "noise.observation.beta": 0.95,
+            **shared,
+        },
+    ]
+
+
+def test_a_search_starts_at_the_same_file_from_whatever_folder(
+    command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (command.folder / "mine.yaml").write_text("filter: {p0: 0.7}")
+    smoke = ROOT / "tune_configs" / "smoke.yaml"
+    monkeypatch.chdir(command.folder)
+    search = load_search(smoke, ["search.start=kalman,mine.yaml"])
+    assert search.options.start == ("kalman", str(command.folder / "mine.yaml"))
+    assert [point["filter.p0"] for point in search.points] == [0.1, 0.7]
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(search_yaml(search))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_search(saved, []).points == search.points
+
+
+def test_train_says_what_a_search_file_is_for(command) -> None:
+    smoke = ROOT / "tune_configs" / "smoke.yaml"
+    refused(command, command("train", smoke), f"{smoke} is a search file: run it with kngd-ray tune")
+    refused(command, command("train", f"preset={smoke}"), "is a search file")
+    dotted = command.folder / "dotted.yaml"
+    dotted.write_text("search.num_samples: 3")
+    refused(command, command("train", dotted), "is a search file")
 
 
 # What there is of a search by its name

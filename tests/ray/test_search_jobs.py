@@ -47,7 +47,9 @@ def make(folder: Path, *settings: str, **options: Any) -> Search:
     ended: list[int] = []
     work = replace(workload(*settings), search=study.options)
     work = replace(work, shots=workload(seeds=study.options.seeds).shots)
-    return Search(folder, work, Driver(study, lambda trial: None, ended.append), ended)
+    return Search(
+        folder, work, Driver(study, lambda trial: None, lambda result, best: ended.append(result.number)), ended
+    )
 
 
 def deadly(search: Search) -> Workload:

@@ -13,10 +13,11 @@ from helpers.compare import max_error
 from helpers.searching import open_study, workload
 
 from kngd_ray.config import override
-from kngd_ray.errors import FilterError, KngdError
+from kngd_ray.errors import FilterError, KngdError, StorageError
 from kngd_ray.search import (
     Driver,
     Fitter,
+    TrialResult,
     Workload,
     fit_alone,
     fit_together,
@@ -24,6 +25,7 @@ from kngd_ray.search import (
     parse_space,
     run_here,
 )
+from kngd_ray.search.driver import Report
 from kngd_ray.search.objective import Judged
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate
@@ -178,8 +180,12 @@ class Told:
         self.study = open_study(folder / "study", space, points=({"filter.p0": 0.1},), **options)
         self.begun: list[int] = []
         self.ended: list[int] = []
-        self.driver = Driver(self.study, lambda trial: self.begun.append(trial.number), self.ended.append)
+        self.driver = Driver(self.study, lambda trial: self.begun.append(trial.number), self._end)
         self.work = replace(workload(objective=("evidence",)), search=self.study.options)
+
+    def _end(self, result: TrialResult, best: dict[str, float]) -> None:
+        self.ended.append(result.number)
+        assert not result.objective or best["evidence"] >= result.objective["evidence"]
 
     def run(self, fitter: Fitter, size: int = 1) -> list[str]:
         run_here(self.driver, self.work, fitter, size)
@@ -208,6 +214,30 @@ def test_failures_end_the_search_when_they_are_too_many(tmp_path: Path) -> None:
     assert "3 trials failed, more than search.max_failures=2 allows" in str(told.driver.problem)
     assert "on the support set of seed 0: a distinctive reason" in str(told.driver.problem)
     assert told.begun == told.ended == [0, 1, 2]
+
+
+def test_a_report_of_what_is_done_says_nothing_new(tmp_path: Path) -> None:
+    """Tune tells the last report of a turn twice, and of several trials one may have failed early."""
+    told = Told(tmp_path, num_samples=2, seeds=(0, 1))
+    trials = told.driver.claim(2)
+    failed = Report(scores={}, figures={}, reason="it diverged")
+    half, whole = (Report(scores={"evidence": [-1.0] * n}, figures={}, reason=None) for n in (1, 2))
+    assert not told.driver.heard(trials, [failed, half])
+    assert told.driver.heard(trials, [failed, whole])
+    assert told.driver.heard(trials, [failed, whole])
+    assert [result.state for result in told.study.results()] == ["failed", "finished"]
+    assert told.ended == [0, 1]
+
+
+def test_what_cannot_be_written_ends_the_search(tmp_path: Path) -> None:
+    told = Told(tmp_path, num_samples=8, seeds=(0, 1))
+
+    def full(result: TrialResult, best: dict[str, float]) -> None:
+        raise StorageError("no space left")
+
+    told.driver = Driver(told.study, lambda trial: None, full)
+    assert told.run(fit_alone) == ["finished"]
+    assert isinstance(told.driver.problem, StorageError)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -45,6 +45,9 @@ def base() -> Config:
         ({"filter.p0": {"low": 0, "high": 1, "log": True}}, "a logarithmic range starts above 0"),
         ({"epochs": {"low": 1.5, "high": 3, "integer": True}}, "a range of integers has whole bounds"),
         ({"epochs": {"low": 0.5, "high": 2}}, "space.epochs cannot be 0.5"),
+        ({"epochs": {"low": 1, "high": 3}}, "got a number with a fractional part; add integer: true."),
+        ({"filter.serial": {"low": 0, "high": 1000}}, "space.filter.serial cannot be 381.9660"),
+        ({"epochs": {"low": 1, "high": 8, "log": True}}, "; add integer: true."),
         ({"filter.gate": {"choices": ["none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip", "none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip"], "low": 1}}, "unknown key 'low'"),
@@ -77,6 +80,10 @@ def test_a_space_that_makes_no_sense_is_refused(raw: dict, says: str) -> None:
         ({"filter.p0": {**P0, "when": {"filter.gate": {"a": 1}}}, "filter.gate": GATE}, "which is none of its choices"),
         ({"filter.gate": {**GATE, "when": {"filter.p0": 0.1}}, "filter.p0": P0}, "which is none of its choices"),
         ({"filter.p0": {**P0, "when": {"filter.gate": []}}, "filter.gate": GATE}, "allows no value of filter.gate"),
+        *(
+            ({"filter.p0": {**P0, "when": nothing}}, f"space.filter.p0.when is {nothing!r}; give the settings")
+            for nothing in (0, [], "", False)
+        ),
         ({"filter.p0": {**P0, "when": "skip"}}, "give the settings that it depends on, as key: value"),
         ({"filter.gate": {**GATE, "when": {"filter.gate": "skip"}}}, "refers to itself through filter.gate"),
         (
@@ -101,6 +108,11 @@ def test_what_the_method_does_not_look_at_is_refused() -> None:
     for key in ("filter.p0", "noise.process.q", "observation.0.r0", "posterior.temperature"):
         with pytest.raises(UsageError, match=rf"space\.{key} has no effect with method=adamw"):
             checked({key: P0}, "method=adamw")
+
+
+def test_a_condition_without_content_is_none() -> None:
+    for nothing in ({}, None):
+        assert checked({"filter.p0": {**P0, "when": nothing}}) == checked({"filter.p0": P0})
 
 
 def test_plain_space_reads_back() -> None:

@@ -20,7 +20,7 @@ _STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopp
 
 
 class SearchRecords:
-    """The records of a search, as one of its drivers writes them: those of its own trials, and if it leads the search's.
+    """The records of a search, as one of its drivers writes them: of its own trials, and if it leads the search's.
 
     Args:
         search: the search.
@@ -83,7 +83,7 @@ class SearchRecords:
             )
 
     def mend(self, results: Sequence[TrialResult], best: Mapping[str, float]) -> None:
-        """Write what other drivers could not: the search's record is not theirs, and they may have died before a trial's.
+        """Write what other drivers could not: the search's record is not theirs, and they may have died before one's.
 
         Args:
             results: what became of all trials.

@@ -19,7 +19,7 @@ from kngd_ray.training.options import FitOptions
 
 Value = str | int | float | bool
 _CONDITION = "when"
-_INSIDE = (3 - 5**0.5) / 2  # of the way from low to high: irrational, so that what lies there is no whole number
+_BETWEEN = (3 - 5**0.5) / 2  # of the way from a whole number to another: irrational, so that no third lies there
 # What a gradient method does not look at, and what a filter does not.
 _OF_FILTERS, _OF_GRADIENTS = ("filter", "noise", "observation", "posterior"), ("optimizer",)
 
@@ -172,9 +172,9 @@ class Space:
             domain = dimension.domain
             for value in domain.ends:
                 self._try(base, dimension, value)
-            if isinstance(domain, Range) and not domain.integer:
-                inside = domain.low + _INSIDE * (domain.high - domain.low)
-                self._try(base, dimension, inside, "; add integer: true")
+            if isinstance(domain, Range) and not domain.integer and domain.low % 1 == domain.high % 1 == 0:
+                between = round(domain.low + _BETWEEN * (domain.high - domain.low), 3)
+                self._try(base, dimension, between, "; add integer: true")
 
     def _try(self, base: Config, dimension: Dimension, value: Value, remedy: str = "") -> None:
         """Give a setting a value.

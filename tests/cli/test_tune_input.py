@@ -105,7 +105,7 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
         (["space.filter.p0={low: 1, high: 1}"], ["space.filter.p0: low is 1 and high is 1; the range is empty"]),
         (["space.filter.p00={low: 1, high: 2}"], ["did you mean filter.p0?"]),
         (["space.data.shots={low: 1, high: 2}"], ["space.data.shots is no setting of a fit"]),
-        (["space.epochs={low: 1, high: 3}"], ["space.epochs cannot be 1.76", "; add integer: true"]),
+        (["space.epochs={low: 1, high: 3}"], ["space.epochs cannot be 1.764: ", "; add integer: true"]),
         (
             ["space.posterior.temperature={low: 0.1, high: 1.0}"],
             ["space.posterior.temperature has no effect with search.objective=evidence", "take held_out_nll"],

@@ -46,7 +46,7 @@ def base() -> Config:
         ({"epochs": {"low": 1.5, "high": 3, "integer": True}}, "a range of integers has whole bounds"),
         ({"epochs": {"low": 0.5, "high": 2}}, "space.epochs cannot be 0.5"),
         ({"epochs": {"low": 1, "high": 3}}, "got a number with a fractional part; add integer: true."),
-        ({"filter.serial": {"low": 0, "high": 1000}}, "space.filter.serial cannot be 381.9660"),
+        ({"filter.serial": {"low": 0, "high": 1000}}, "space.filter.serial cannot be 381.966: "),
         ({"epochs": {"low": 1, "high": 8, "log": True}}, "; add integer: true."),
         ({"filter.gate": {"choices": ["none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip", "none"]}}, "name two or more, each once"),

@@ -186,6 +186,7 @@ PUBLIC = {
         "fit_together",
         "fitted_from",
         "judge",
+        "mode_of",
         "parse_space",
         "plain_space",
         "reason_of",

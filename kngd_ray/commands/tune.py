@@ -12,6 +12,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -60,7 +61,8 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
     task = open_shots(replace(config, seeds=search.options.seeds))
     trainer = config.trainer
     # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
-    with ray_for(trainer, dashboard=search.options.scheduler != "none"):
+    with ExitStack() as session:
+        session.enter_context(ray_for(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=trainer.num_workers > 0, progress=progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
@@ -72,7 +74,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             prepared.model.logit_scale,
         )
         with compute_threads(trainer.cpus_per_worker), ExitStack() as lead:
-            return _Search(search, folder, work, display, lead).run()
+            return _Search(search, folder, work, display, lead).run(session.close)
 
 
 class _Search:
@@ -100,8 +102,16 @@ class _Search:
         self._done = 0
         self._seconds = 0.0
 
-    def run(self) -> dict[str, Any]:
-        """Trials until there are enough, then the winner."""  # noqa: DOC501
+    def run(self, end_session: Callable[[], None]) -> dict[str, Any]:
+        """Trials until there are enough, then the winner.
+
+        Args:
+            end_session: ends the Ray session of the trials. The winner's fit begins one of its own: of processes that
+                died in this one, Ray does not always get the cores back.
+
+        Returns:
+            The report.
+        """  # noqa: DOC501
         config, display = self._config, self._display
         publisher = None
         if config.tracking.enabled:
@@ -110,6 +120,7 @@ class _Search:
         status: Status = "FAILED"
         try:
             self._trials()
+            end_session()
             if not self._leads:
                 self._take_the_lead()  # of one that is gone
             report = self._conclude() if self._leads else self._report()

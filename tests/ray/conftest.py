@@ -1,4 +1,4 @@
-"""One Ray instance of two cores for the tests of this folder, and a small data set of real pictures."""
+"""A Ray instance of two cores for the tests of a module, and a small data set of real pictures."""
 
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -14,8 +14,9 @@ from kngd_ray.ray_jobs import ray_session
 CLASSES = ("bird", "flower", "fruit", "road vehicle")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_up() -> Iterator[None]:
+    """For each module its own: of processes that one has killed, Ray does not always get the cores back."""
     with ray_session(None, cpus=2):
         yield
 

@@ -6,6 +6,7 @@ from typing import Literal
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import Config, override
 from kngd_ray.errors import UsageError
+from kngd_ray.filters import Dense
 from kngd_ray.observations import Linearizer
 from kngd_ray.search.objective import Workload
 from kngd_ray.search.space import Choice, Space
@@ -52,4 +53,7 @@ def _bytes(config: Config, work: Workload) -> int:
         return 0
     head = CLIPHead(work.class_embeddings, work.logit_scale, config.adapter)
     layers = Linearizer(head, work.class_embeddings[:2]).layers
-    return 8 * sum(config.filter.covariance.cost(layer) for layer in layers)
+    family = config.filter.covariance
+    if isinstance(family, Dense):  # whose cost by layer is a proportion
+        return 8 * sum(layer.size for layer in layers) ** 2
+    return 8 * sum(family.cost(layer) for layer in layers)

@@ -32,7 +32,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "kngd_ray.cli", "train", *arguments]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_bitwise(workers: int, settings: Callable[..., list[str]], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     whole = subprocess.run(

@@ -60,8 +60,8 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
         resolve_uri(config.tracking.uri)
     task = open_shots(replace(config, seeds=search.options.seeds))
     trainer = config.trainer
-    # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
     with ExitStack() as session:
+        # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
         session.enter_context(ray_for(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=trainer.num_workers > 0, progress=progress)

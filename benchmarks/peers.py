@@ -161,7 +161,7 @@ def _ivon(task: FitTask, settings: _Settings, draws: int) -> Predict:
         batch = sampler.batch(step)
         with optimizer.sampled_params(train=True):
             optimizer.zero_grad()
-            cross_entropy(model(batch.features), batch.labels).backward()
+            cross_entropy(model(batch.inputs), batch.labels).backward()
         optimizer.step()
 
     def predict(features: Tensor) -> Tensor:

@@ -159,7 +159,10 @@ def load_config(
     named: dict[str, Any] = {}
     for chosen in (*layers, dict(assignments), forced or {}):
         named |= {key: chosen[key] for key in ("method", "preset") if chosen.get(key) is not None}
-    preset = named.get("preset", named.get("method", Config.method))
+        tune = chosen.get("tune")
+        for trained in (tune.get("parameters") if isinstance(tune, Mapping) else None, chosen.get("tune.parameters")):
+            named |= {"parameters": trained} if trained is not None else {}
+    preset = named.get("preset", _default_preset(named.get("method", Config.method), named.get("parameters")))
     if not complete and ("preset" in named or preset in presets()):  # a misspelt method is reported as a method
         layers.insert(0, read_preset(str(preset)))
     layers.insert(0, plain(Config()))
@@ -175,6 +178,12 @@ def load_config(
         raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
 
 
+def _default_preset(method: Any, parameters: Any) -> Any:
+    """The preset of a method, or its own for what is trained: towers need other step sizes than adapters."""
+    own = f"{method}_{parameters}"
+    return own if own in presets() else method
+
+
 def baseline_config(config: Config, method: str) -> Config:
     """The configuration of a baseline beside a run: its own preset on the run's data, seeds and adapter.
 
@@ -186,7 +195,7 @@ def baseline_config(config: Config, method: str) -> Config:
         The baseline's configuration.
     """
     shared = plain(replace(config, tracking=replace(config.tracking, registered_model=None)))
-    kept = ("seeds", "prior", "batch_size", "adapter", "data", "model", "posterior", "trainer", "tracking")
+    kept = ("seeds", "prior", "batch_size", "tune", "adapter", "data", "model", "posterior", "trainer", "tracking")
     return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
 
 

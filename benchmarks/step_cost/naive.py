@@ -29,11 +29,11 @@ class NaiveRows:
         """One update with all rows in memory."""
         with torch.no_grad():
             weights = trainable(self.head)
-            logits = self.head(batch.features)
+            logits = self.head(batch.inputs)
             none = logits[:, :0]
             seen = [o.observe(logits, batch.labels, self.head.logit_scale, none) for o in self._observation]
             nu = torch.cat([o.innovation for o in seen], 1).flatten()
-            rows = jacobian_rows(self.head, batch.features, torch.cat([o.cotangent for o in seen], 1))
+            rows = jacobian_rows(self.head, batch.inputs, torch.cat([o.cotangent for o in seen], 1))
             H = torch.cat(list(rows.values()), 1)
             PHt = self.P.unsqueeze(1) * H.mT
             L = torch.linalg.cholesky(H @ PHt + torch.eye(len(nu), device=nu.device))

@@ -51,5 +51,5 @@ def _timed(method: Method, batch: Batch) -> float:
 
 
 def _wait(batch: Batch) -> None:
-    if batch.features.is_cuda:
+    if batch.inputs.is_cuda:
         torch.cuda.synchronize()

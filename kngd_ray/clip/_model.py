@@ -70,6 +70,7 @@ class ClipModel:
         embed_dim: d.
         logit_scale: Factor from cosines to logits (the inverse temperature).
         device: Where the towers are; features always come back on the CPU.
+        architecture: open_clip's configuration of the towers.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ClipModel:
     ) -> None:
         self.name = name
         self.device = torch.device(device)
+        self.architecture = architecture
         self.embed_dim: int = architecture["embed_dim"]
         self.fingerprint = _fingerprint(network, transform, architecture)
         self._network = network.eval().requires_grad_(False).to(self.device)
@@ -92,6 +94,25 @@ class ClipModel:
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, embed_dim={self.embed_dim}, fingerprint={self.fingerprint[:12]!r})"
+
+    @property
+    def network(self) -> Any:
+        """The open_clip model itself: frozen, in evaluation mode, and not to be written to."""
+        return self._network
+
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """What turns an RGB picture into the image tower's input (3, H, W) at evaluation."""
+        return self._transform
+
+    @property
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """open_clip's description of the transform: ``size``, ``mean``, ``std``, ``interpolation`` and more."""
+        return dict(self._network.visual.preprocess_cfg)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens (n, L) int64 of n texts, cut off or padded to the context of the text tower."""
+        return self._tokenizer(list(texts))
 
     def encode_images(self, images: Sequence[Image.Image], *, batch_size: int = 64) -> Tensor:
         """Encode pictures.
@@ -122,11 +143,7 @@ class ClipModel:
         Returns:
             Features (n, d), float32 rows of unit norm on the CPU.
         """
-
-        def prepare(batch: Sequence[str]) -> Tensor:
-            return self._tokenizer(list(batch))
-
-        return self._encode(texts, prepare, self._network.encode_text, batch_size)
+        return self._encode(texts, self.tokenize, self._network.encode_text, batch_size)
 
     def encode_classes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
         """Encode classes as the mean direction of their prompts: the weights of a zero-shot head.
@@ -173,7 +190,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
         The model.
     """
     source = _locate(config)
-    with _quiet_open_clip():
+    with quiet_open_clip():
         network, transform, tokenizer, architecture = _build(source)
         if source.checkpoint is not None:
             _load_weights(network, source.checkpoint, source.name)
@@ -368,7 +385,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_open_clip() -> Iterator[None]:
+def quiet_open_clip() -> Iterator[None]:
     """Keep open_clip from configuring the root logger and from logging its steps there."""
 
     def from_elsewhere(record: logging.LogRecord) -> bool:

@@ -16,7 +16,7 @@ from kngd_ray.config import parse_override, read_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.tracking import reliability_diagram
-from kngd_ray.training.classifier import open_fit, read_calibration, restore_predictor
+from kngd_ray.training.classifier import open_fit, read_settled, restore_predictor
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.evaluation import evaluate as score
 from kngd_ray.training.metrics import aurc, ood_auroc
@@ -51,10 +51,16 @@ def evaluate(
     with ray_for(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, use_ray=workers > 0, progress=progress)
     check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
-    calibration, posterior = read_calibration(fit_folder)
-    predictor = restore_predictor(checkpoint, prepared.class_embeddings, prepared.model.logit_scale, posterior)
-    tests = prepared.tests(config.seeds[0])
-    evaluation = score(predictor, tests, calibration)
+    settled = read_settled(fit_folder)
+    predictor = restore_predictor(
+        checkpoint,
+        prepared.model,
+        settled.posterior,
+        alpha=settled.alpha,
+        class_embeddings=prepared.class_embeddings,
+    )
+    tests = prepared.tests(config.seeds[0], config.tune)
+    evaluation = score(predictor, tests, settled.calibration)
     report = evaluation.report()
     uncertainty = {name: entropy(p) for name, p in evaluation.probabilities.items()}
     for name, p in evaluation.probabilities.items():

@@ -14,7 +14,7 @@ from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration, calibrate
-from kngd_ray.training.classifier import restore_predictor, save_calibration
+from kngd_ray.training.classifier import Settled, restore_predictor, save_settled
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.prior import Prior
@@ -42,10 +42,11 @@ class MethodRun:
             seed: FitTask(
                 config.fit_options,
                 seed,
-                prepared.support(seed),
+                prepared.shots(seed, config.tune, folder),
                 prepared.class_embeddings,
                 prepared.model.logit_scale,
                 priors.get(seed),
+                towers=prepared.towers(config.tune),
             )
             for seed in config.seeds
         }
@@ -143,13 +144,15 @@ class MethodRun:
             raise CheckpointError(
                 f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
             )
-        predictor = restore_predictor(checkpoint, task.class_embeddings, task.logit_scale, posterior)
+        predictor = restore_predictor(
+            checkpoint, self._prepared.model, posterior, class_embeddings=task.class_embeddings
+        )
         try:
             calibration = calibrate(task, posterior)
         except FilterError:  # a fold has fewer shots than the fit that went well
             calibration = Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0)
-        save_calibration(fit_folder, calibration, posterior)
-        tests = self._prepared.tests(seed)
+        save_settled(fit_folder, Settled(calibration, posterior))
+        tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
         steps = record.steps()

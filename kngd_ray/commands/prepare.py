@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kngd_ray.clip import ClipModel, load_model, resolve_templates
+from kngd_ray.clip import ClipModel, TuneOptions, load_model, resolve_templates
 from kngd_ray.config import Config
 from kngd_ray.data import (
     DataConfig,
     FeatureCache,
     ImageSet,
+    PictureFile,
     Split,
     encode_missing,
     fill_cache,
@@ -20,9 +22,14 @@ from kngd_ray.data import (
     select,
     select_tests,
 )
-from kngd_ray.training.batches import Support
+from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.classifier import identity_of
 from kngd_ray.training.evaluation import ID
+from kngd_ray.training.fit import Towers
+from kngd_ray.training.pictures import Pictures
+from kngd_ray.training.pixels import TestPictures
+
+PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
 
 Progress = Callable[[int, int], None]
 Choose = Callable[[frozenset[int]], dict[int, Split]]
@@ -56,16 +63,53 @@ class Prepared:
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
     def support(self, seed: int) -> Support:
-        """The training shots of a seed."""
+        """The training shots of a seed, as features of the pretrained model."""
         return self._features(self.splits[seed].support)
 
-    def tests(self, seed: int) -> dict[str, Support]:
-        """The test sets of a seed: ``id`` and each OOD domain."""
+    def shots(self, seed: int, tune: TuneOptions, folder: Path) -> Shots:
+        """What a fit learns from: features, or pictures where towers are trained.
+
+        Args:
+            seed: of the support set.
+            tune: what is trained.
+            folder: of the run, in which the pictures are kept where all ranks see them.
+
+        Returns:
+            The training shots.
+        """
+        if not tune.images:
+            return self.support(seed)
+        rows = self.splits[seed].support
+        kept = np.unique(np.concatenate([split.support for split in self.splits.values()]))
+        path = folder / PICTURES
+        if not path.is_file() or PictureFile.open(path).keys.tolist() != self.images.keys[kept].tolist():
+            PictureFile.write(path, self.images, kept)
+        labels = torch.from_numpy(self.images.labels[rows].copy())
+        return Pictures(path, torch.from_numpy(np.searchsorted(kept, rows)), labels)
+
+    def towers(self, tune: TuneOptions) -> Towers | None:
+        """Where a fit has its towers from; None if it trains none."""
+        if not tune.images:
+            return None
+        data = self.config.data
+        return Towers(self.config.model.absolute(), self.images.class_names, data.templates)
+
+    def tests(self, seed: int, tune: TuneOptions | None = None) -> dict[str, Shots]:
+        """The test sets of a seed: ``id`` and each OOD domain.
+
+        Args:
+            seed: of the support set.
+            tune: what was trained; None is nothing.
+
+        Returns:
+            Features by set; pictures where towers were trained.
+        """
         split = self.splits[seed]
-        return {
-            ID: self._features(split.id_test),
-            **{d: self._features(rows) for d, rows in split.ood.items()},
-        }
+        made = self._pictures if tune is not None and tune.images else self._features
+        return {ID: made(split.id_test), **{d: made(rows) for d, rows in split.ood.items()}}
+
+    def _pictures(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TestPictures:
+        return TestPictures(self.images, rows)
 
     def _features(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Support:
         features = torch.from_numpy(self.cache.read(self.images.keys[rows]))

@@ -86,7 +86,11 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
             f"was fitted by {earlier.method}, which leaves no covariance: name a fit of kalman, or use it with "
             f"method={earlier.method}"
         )
-    about = ("adapter", "filter.covariance") if options.method == "kalman" else ("adapter",)
+    about = ["adapter", "tune.parameters", "tune.include", "tune.exclude"]
+    if options.tune.parameters == "lora":
+        about += ["tune.rank", "tune.targets", "tune.scaling"]
+    if options.method == "kalman":
+        about.append("filter.covariance")
     before, after = flatten(earlier), flatten(options)
     for key in before | after:
         if any(key == name or key.startswith(f"{name}.") for name in about) and before.get(key) != after.get(key):

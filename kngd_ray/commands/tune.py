@@ -69,9 +69,10 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),
             search.options,
-            {seed: prepared.support(seed) for seed in search.options.seeds},
+            {seed: prepared.shots(seed, config.tune, folder) for seed in search.options.seeds},
             prepared.class_embeddings,
             prepared.model.logit_scale,
+            prepared.towers(config.tune),
         )
         with compute_threads(trainer.cpus_per_worker), ExitStack() as lead:
             return _Search(search, folder, work, display, lead).run(session.close)

@@ -1,4 +1,4 @@
-"""Data sets, few-shot tasks and the cache of frozen features.
+"""Data sets, few-shot tasks, the cache of frozen features, and pictures for runs that need more than features.
 
 config = DataConfig(path="pacs.parquet", train_domain="photo")
 images = open_images(config)                  # labels, domains, splits, hashes; no pictures
@@ -6,6 +6,7 @@ split = select(images, config, seed=0)        # support set, in- and out-of-dist
 cache = FeatureCache(config.cache_root, model_key, dim)
 encode_missing(images, split.indices, cache, encoder)
 features = cache.read(images.keys[split.support])
+pictures = PictureFile.write("pictures.arrow", images, split.support)    # read at random: pictures.read(0)
 """
 
 from kngd_ray.data._cache import FeatureCache
@@ -21,6 +22,7 @@ from kngd_ray.data._encode import (
     read_batches,
 )
 from kngd_ray.data._images import ImageSet, open_images
+from kngd_ray.data._pictures import PictureFile, find_bad, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
 
@@ -33,14 +35,18 @@ __all__ = [
     "Encoder",
     "FeatureCache",
     "ImageSet",
+    "PictureFile",
     "Split",
     "content_key",
     "decode",
     "encode_batch",
     "encode_missing",
     "fill_cache",
+    "find_bad",
+    "halves",
     "open_images",
     "read_batches",
+    "restrict",
     "sample_shots",
     "select",
     "select_tests",

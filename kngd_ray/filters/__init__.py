@@ -6,6 +6,7 @@ A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one name
 
 from kngd_ray.filters._family import Covariance, Family, Work
 from kngd_ray.filters._innovation import Innovation, solve_innovation
+from kngd_ray.filters._layerwise import Layerwise
 from kngd_ray.filters._update import Belief, innovation_covariance, update, variances
 from kngd_ray.filters.block_diagonal import BlockDiagonal
 from kngd_ray.filters.dense import Dense
@@ -45,6 +46,7 @@ __all__ = [
     "Judged",
     "Kronecker",
     "Layer",
+    "Layerwise",
     "NoGate",
     "NoiseModel",
     "ObservationNoise",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, log, pi
+from random import Random
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Innovation:
         log_evidence: log N(nu; 0, S) in nats, summed over the M observations; unchecked, a float64 scalar tensor.
         nis: normalised innovation squared nu^T S^-1 nu, expected value M; unchecked, likewise.
         jitter: what had to be added to the diagonal of S before it would factor; normally 0.
+        seed: of the signs that estimates draw, alike on every rank and another at each update.
     """
 
     cholesky: Tensor
@@ -31,11 +33,29 @@ class Innovation:
     log_evidence: float
     nis: float
     jitter: float
+    seed: int = 0
 
     @cached_property
     def inverse(self) -> Tensor:
         """(M, M) S^-1 in float64: M is small, and what is made of it loses digits."""
         return torch.cholesky_inverse(self.cholesky.double())
+
+    @cached_property
+    def inverse_root(self) -> Tensor:
+        """(M, M) L^-1 in float64: its product with rows is faster than a triangular solve with as many columns."""
+        L = self.cholesky.double()
+        return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+
+    def signs(self, draws: int) -> Tensor:
+        """(draws, M) signs z, a function of the seed alone, with E[z z^T] = I, in float64."""
+        M = len(self.weights)
+        bits = Random(self.seed).getrandbits(max(draws * M, 1))  # noqa: S311 - torch draws nothing under vmap
+        signs = [float((bits >> n & 1) * 2 - 1) for n in range(draws * M)]
+        return torch.tensor(signs, dtype=torch.float64, device=self.weights.device).view(draws, M)
+
+    def probes(self, draws: int) -> Tensor:
+        """(draws, M) rows p = L^-T z of :meth:`signs`, with E[p p^T] = S^-1, in float64."""
+        return self.signs(draws) @ self.inverse_root
 
     def whiten(self, U: Tensor) -> Tensor:
         """Solve ``X L^T = U``, so that ``X X^T = U S^-1 U^T``.

@@ -20,6 +20,11 @@ class Layerwise(ABC):
 
     joint: ClassVar[bool] = False
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The family's name in configuration files."""
+
     @abstractmethod
     def grain(self, layer: Layer) -> int:
         """Rows of the layer that must stay together."""
@@ -40,6 +45,10 @@ class Layerwise(ABC):
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """The layer's share of H P H^T (M, M), and what its update wants to use again."""
 
+    def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
+        """What :meth:`gram_layer` keeps, where it has to be computed once more."""
+        return self.gram_layer(P, H)[1]
+
     @abstractmethod
     def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
         """The layer's part of P H^T w, flat."""
@@ -47,6 +56,12 @@ class Layerwise(ABC):
     @abstractmethod
     def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
         """Posterior covariance."""
+
+    def condition_layer(
+        self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation
+    ) -> tuple[Tensor, LayerState]:
+        """Gain and update at once, for families that share work between them."""
+        return self.gain_layer(P, H, work, innovation.weights), self.update_layer(P, H, work, innovation)
 
     @abstractmethod
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:

@@ -77,6 +77,11 @@ class BlockDiagonal(Layerwise):
         U = h @ blocks
         return torch.tensordot(h, U, ([0, 2], [0, 2])), U
 
+    def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
+        """U^T by blocks (blocks, M, b)."""
+        blocks = _blocks(P)
+        return _by_block(H.rows().to(blocks.dtype), blocks) @ blocks
+
     def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
         """(size,) U w."""
         return (weights.to(work.dtype) @ work).reshape(-1)[: len(P[_COVARIANCE])]

@@ -22,8 +22,26 @@ With factors, h_m = g_m (x) x_m, no row is formed. P (o, i) as a matrix, over pa
 
 each a product over the s(s+1)/2 different pairs: M^2 n multiply-adds in all, the floor of an exact update,
 and nothing of n numbers is written but the result. k observations of a sample share x, and cost no more.
+
+With T tokens a row is a sum of T outer products. Pairs of tokens would take (s T)^2 n multiply-adds; rows take
+M T n to form and M^2 n to use, which is fewer for all T > 1 but a few tokens of very many observations. So rows
+are formed, for a tile c of the weight at a time that fits a budget, once for S and once for the update ::
+
+    S += h_c P_c h_c^T        diag(H^T S^-1 H)_c = sum of squares of the columns of L^-1 h_c,  S = L L^T
+
+``samples=q`` replaces that sum of M squares by the mean of q: with random signs z, E[(H^T L^-T z)^2] is the
+diagonal of H^T S^-1 H, and E[(H^T z)^2] that of H^T H. S itself, and with it the mean, stays exact. M^2 n becomes
+q M n, and where q is less than k (or T = 1) no row is formed. An estimate e of ``ekf``'s information may exceed
+1/P, and a variance clamped there would be lost for good, so that the posterior is taken as ::
+
+    P <- P / (1 + e P)
+
+which lies above 0 whatever e is, and by Jensen's inequality above P (1 - E[e] P) on average: estimates never make
+the filter surer than ``ekf``. The two forms differ by (e P)^2, and sum_j P_j diag(H^T S^-1 H)_j = tr(I - S^-1) < M:
+for n weights e P is M / n on average, so that nothing is lost where n is large, which is what samples are for.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +56,10 @@ from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 _VARIANCE = "variance"
 # Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
 _PAIR_NUMBERS = 1 << 18
+# Numbers of rows held at once: 4 MB in float32, where a CPU's caches serve best; a GPU wants fewer and larger products.
+_ROW_NUMBERS = {"cpu": 1 << 20}
+_ROW_NUMBERS_OF_DEVICES = 1 << 24
+_TILE_COLUMNS = 512  # few rows of many columns are a slower product than as many numbers nearer to a square
 _FEW = 3  # observations per sample up to which sums over them are faster than products of matrices so small
 
 
@@ -48,10 +70,16 @@ class Diagonal(Layerwise):
     Attributes:
         kind: the family's name.
         rule: which diagonal approximates the posterior; see the module.
+        samples: draws from which the covariance's update is estimated; 0 computes it.
     """
 
     kind: Literal["diagonal"] = "diagonal"
     rule: Literal["ekf", "vdekf"] = "ekf"
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"samples is {self.samples}; take 1 draw or more, or 0 for the exact update")
 
     def grain(self, layer: Layer) -> int:
         """One row: variances do not need one another, and whole rows keep factors."""
@@ -72,15 +100,26 @@ class Diagonal(Layerwise):
 
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """(M, M) H P H^T."""
-        variance = P[_VARIANCE]
+        variance, work = P[_VARIANCE], self.work_layer(P, H)
+        if isinstance(work, _Slices):
+            return work.gram(variance), work
+        if isinstance(work, _Pairs):
+            return _gram_of_pairs(variance, work), work
+        gram: Tensor | None = None
+        for (tile,), rows in _tiles(H, variance):
+            share = (rows * tile.reshape(-1)) @ rows.mT
+            # a list of the shares would lie scattered between the tiles, whose memory could then not be used again
+            gram = share if gram is None else gram + share
+        assert gram is not None
+        return gram, None
+
+    def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
+        """The factors by rows of the weight or by pairs of samples, where those pay; None is by runs of rows."""
         if isinstance(H, Factors) and slices_pay(H):
-            slices = _Slices.of(H, variance.dtype)
-            return slices.gram(variance), slices
+            return _Slices.of(H, P[_VARIANCE].dtype)
         if isinstance(H, Factors) and pairs_pay(H):
-            pairs = _Pairs(H, variance.dtype)
-            return _gram_of_pairs(variance, pairs), pairs
-        rows = H.rows().to(variance.dtype)
-        return (rows * variance) @ rows.mT, None
+            return _Pairs(H, P[_VARIANCE].dtype)
+        return None
 
     def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
         """(size,) P H^T w."""
@@ -88,19 +127,63 @@ class Diagonal(Layerwise):
 
     def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
         """(size,) posterior variances, kept positive against rounding in ``ekf``."""
+        return self._conditioned(P, H, work, innovation, None)[1]
+
+    def condition_layer(
+        self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation
+    ) -> tuple[Tensor, LayerState]:
+        """Both from the same rows, where rows are formed."""
+        step, posterior = self._conditioned(P, H, work, innovation, innovation.weights)
+        return self.gain_layer(P, H, work, innovation.weights) if step is None else step, posterior
+
+    def _conditioned(
+        self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation, weights: Tensor | None
+    ) -> tuple[Tensor | None, LayerState]:
+        """P H^T w where weights w are given and rows are formed, and the posterior."""
         variance = P[_VARIANCE]
+        information = self._without_rows(H, work, innovation, variance)
+        if information is not None:
+            return None, {_VARIANCE: self._posterior(variance, information.to(variance.dtype))}
+        posterior, step = torch.empty_like(variance), None if weights is None else torch.empty_like(variance)
+        left = self._left(innovation, variance)
+        for (tile, new, *moved), rows in _tiles(H, variance, posterior, *([] if step is None else [step])):
+            information = (rows if left is None else left @ rows).square().sum(0).view(tile.shape)
+            new.copy_(self._posterior(tile, information))
+            if weights is not None:
+                moved[0].copy_((weights.to(rows.dtype) @ rows).view(tile.shape) * tile)
+        return step, {_VARIANCE: posterior}
+
+    def _without_rows(self, H: Factors | Rows, work: Any, innovation: Innovation, like: Tensor) -> Tensor | None:
+        """(size,) what the observations tell about each weight, where factors say it for less."""
+        if self.samples and isinstance(H, Factors) and (H.single or self.samples < H.g.shape[1]):
+            left = self._left(innovation, like)
+            assert left is not None
+            return torch.stack([H.combine(row).to(like.dtype).square() for row in left]).sum(0)
+        if self.samples or not isinstance(H, Factors):
+            return None
         if self.rule == "vdekf":
-            return {_VARIANCE: 1.0 / (1.0 / variance + column_energies(H).to(variance.dtype))}
+            return column_energies(H) if H.single else None
         if isinstance(work, _Slices):
-            information = work.information(innovation.inverse.to(variance.dtype))
-        elif isinstance(work, _Pairs):
-            information = _information_of_pairs(work, innovation.inverse.to(variance.dtype))
-        else:
-            information = innovation.whiten(H.rows().to(variance.dtype).mT).square().sum(1)
+            return work.information(innovation.inverse.to(like.dtype))
+        if isinstance(work, _Pairs):
+            return _information_of_pairs(work, innovation.inverse.to(like.dtype))
+        return None
+
+    def _left(self, innovation: Innovation, like: Tensor) -> Tensor | None:
+        """(rows, M) matrix F with diag(H^T F^T F H) the information, or its estimate; None is I."""
+        if self.samples:
+            z = innovation.signs(self.samples) if self.rule == "vdekf" else innovation.probes(self.samples)
+            return (z / self.samples**0.5).to(like)
+        return None if self.rule == "vdekf" else innovation.inverse_root.to(like)
+
+    def _posterior(self, variance: Tensor, information: Tensor) -> Tensor:
+        """The variances after so much information, which is overwritten."""
+        if self.rule == "vdekf" or self.samples:
+            return 1.0 / (1.0 / variance + information)
         # Exact arithmetic keeps the posterior above 0; in float32 a weight seen by many confident
         # observations can round to zero and would never move again.
         lost = information.mul_(variance).clamp_max_(1.0 - torch.finfo(variance.dtype).eps)
-        return {_VARIANCE: torch.addcmul(variance, lost, variance, value=-1.0)}
+        return torch.addcmul(variance, lost, variance, value=-1.0)
 
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
         """(draws, size) z sqrt(P)."""
@@ -130,6 +213,22 @@ def column_energies(H: Factors | Rows) -> Tensor:
         g, x = H.g[:, :, 0].square().sum(1), H.x[:, 0].square()
         return (g.mT @ x).reshape(-1)
     return H.rows().square().sum(0)
+
+
+def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Views of flat tensors (size,) as tiles of the weight, and H (M, numbers) of each tile, in their dtype."""
+    i = H.x.shape[-1] if isinstance(H, Factors) else 1
+    wide = [tensor.view(-1, i) for tensor in flat]
+    like, columns = wide[0], min(i, _TILE_COLUMNS)
+    budget = _ROW_NUMBERS.get(like.device.type, _ROW_NUMBERS_OF_DEVICES)
+    run = max(1, budget // max(1, H.count * columns))
+    for start in range(0, len(like), run):
+        for left in range(0, i, columns):
+            rows, width = slice(start, start + run), slice(left, left + columns)
+            piece = H.part(start, min(start + run, len(like)))
+            if isinstance(piece, Factors):
+                piece = Factors(piece.g, piece.x[..., width])
+            yield [tensor[rows, width] for tensor in wide], piece.rows().to(like.dtype)
 
 
 def pairs_pay(H: Factors) -> bool:

@@ -102,11 +102,21 @@ class Factors:
         """Whether each sample has one token of its own, so that each row is one outer product."""
         return self.g.shape[2] == 1 and self.own_x
 
+    @property
+    def compact(self) -> bool:
+        """Whether the factors are fewer numbers than the rows; where not, rows are what travels between ranks."""
+        _, k, T, o = self.g.shape
+        i = self.x.shape[-1]
+        return T * (k * o + (i if self.own_x else 0)) < k * o * i
+
     def rows(self) -> Tensor:
         """(M, o i) the rows themselves."""
-        s, k, _, o = self.g.shape
-        x = self.x if self.own_x else self.x.expand(s, -1, -1)
-        return torch.einsum("skto,sti->skoi", self.g, x).reshape(s * k, o * self.x.shape[-1])
+        s, k, T, o = self.g.shape
+        g, x = self._alike
+        i = x.shape[-1]
+        if self.own_x:  # one product for each sample; for k = 1 nothing is copied
+            return torch.bmm(g.transpose(1, 2).reshape(s, T, k * o).mT, x).reshape(s * k, o * i)
+        return (g.mT.reshape(s * k * o, T) @ x).reshape(s * k, o * i)
 
     def part(self, start: int, stop: int) -> "Factors":
         """The rows start to stop of the weight."""
@@ -123,20 +133,28 @@ class Factors:
     def combine(self, w: Tensor) -> Tensor:
         """H^T w as (o i,), for w (M,)."""
         s, k, T, o = self.g.shape
-        w = w.to(self.g.dtype)
+        g, x = self._alike
+        w = w.to(g.dtype)
         if k == 1:
-            gw = self.g.reshape(s, T * o) * w.unsqueeze(1)
+            gw = g.reshape(s, T * o) * w.unsqueeze(1)
         else:
-            gw = torch.bmm(w.view(s, 1, k), self.g.reshape(s, k, T * o)).view(s, T * o)
+            gw = torch.bmm(w.view(s, 1, k), g.reshape(s, k, T * o)).view(s, T * o)
         if self.own_x:
-            return (gw.view(s * T, o).mT @ self.x.reshape(s * T, self.x.shape[-1])).reshape(-1)
-        return (gw.view(s, T, o).sum(0).mT @ self.x).reshape(-1)
+            return (gw.view(s * T, o).mT @ x.reshape(s * T, x.shape[-1])).reshape(-1)
+        return (gw.view(s, T, o).sum(0).mT @ x).reshape(-1)
 
     def times(self, v: Tensor) -> Tensor:
         """H v as (M,), for v (o i,)."""
         s, k, _, o = self.g.shape
-        out = self.x @ v.view(o, -1).mT.to(self.x.dtype)
-        return (self.g * (out.unsqueeze(1) if self.own_x else out)).sum((2, 3)).reshape(s * k)
+        g, x = self._alike
+        out = x @ v.view(o, -1).mT.to(x.dtype)
+        return (g * (out.unsqueeze(1) if self.own_x else out)).sum((2, 3)).reshape(s * k)
+
+    @property
+    def _alike(self) -> tuple[Tensor, Tensor]:
+        """G and x of one dtype: under autocast a layer's input may be wider than what comes back to its output."""
+        dtype = torch.promote_types(self.g.dtype, self.x.dtype)
+        return self.g.to(dtype), self.x.to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,6 +37,16 @@ M matrices h_m of o i numbers are fewer, they are formed: with Y_a = sum_m (L^-1
 
     B' = B - 1/i sum_a Y_a A Y_a^T        A' = [tr(B B'^-1) A - sum_a (Y_a A)^T B'^-1 (Y_a A)] / o
 
+``tokens=reduced`` puts one token in the place of a sample's T, g = sum_t g_t and x = mean_t x_t, in the update of B
+and A and in H P H^T between different samples. What the mean step and each sample's own variance are made of stays
+exact: P H^T w = B (H^T w) A, and the blocks of H P H^T on its diagonal, from T^2 pairs of each sample instead of
+(s T)^2 of all. Both matter: where tokens are alike they are one token, but where they are not their sum forgets up to
+all but 1 / T of what the rows hold, and a mean step of full rows against an S that knows of so little overshoots by as
+much. What is given up is the covariance between samples, and what the factors learn, that single tokens hold. Where
+the single token is larger than the sum that it stands for, S keeps the larger variance: it always exceeds the H P H^T
+that B and A are updated by, which keeps them definite. A layer whose rows are fewer numbers than its factors is left
+exact: its matrices h_m are cheap then, and on several ranks are what a rank is sent.
+
 Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
 
     a = tr(A) / i      B' = scale B + (q / a) I      A' = (scale tr(B) A + q o I) / (scale tr(B) + q o / a)
@@ -73,9 +83,11 @@ class Kronecker(Layerwise):
 
     Attributes:
         kind: the family's name.
+        tokens: whether all pairs of tokens are counted, or one token stands for those of a sample; see the module.
     """
 
     kind: Literal["kronecker"] = "kronecker"
+    tokens: Literal["exact", "reduced"] = "exact"
 
     def grain(self, layer: Layer) -> int:
         """All rows of a weight matrix, which B couples; one of anything else."""
@@ -110,25 +122,35 @@ class Kronecker(Layerwise):
         """(M, M) sums of K * N over tokens, and the factors of it; or the matrices B h_m (M, o, i)."""
         if "B" not in P:
             return _PLAIN.gram_layer(P, H)
-        B, A = P["B"], P["A"]
-        if not isinstance(H, Factors) or not tokens_pay(H):
-            h = H.rows().to(B.dtype)
-            Bh = B @ h.view(H.count, len(B), len(A))
-            return h @ (Bh @ A).flatten(1).mT, Bh
-        s, k, T, o = H.g.shape
-        G, X = H.g.to(B.dtype).reshape(s * k * T, o), H.x.to(B.dtype).reshape(-1, len(A))
-        GB, XA = G @ B, X @ A
-        K, N = GB @ G.mT, XA @ X.mT
-        tokens = (s if H.own_x else 1, 1, T)
-        N = N.reshape(tokens + tokens)
-        pairs = K.reshape(s, k, T, s, k, T) * N
-        share = pairs.sum((2, 5)) if T > 1 else pairs
-        return share.reshape(s * k, s * k), _Tokens(GB, XA, K, N)
+        seen = self._seen(H, P["B"].dtype)
+        share, work = _gram(P["B"], P["A"], seen)
+        if seen is not H:
+            assert isinstance(H, Factors)
+            k = H.g.shape[1]
+            blocks = share.view(-1, k, len(share) // k, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            lost = _positive(_own_blocks(P["B"], P["A"], H) - blocks)
+            share = share + torch.block_diag(*lost) if k > 1 else share + lost.view(-1).diag()
+        return share, work
+
+    def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
+        """The factors of the sums, or the matrices B h_m."""
+        if "B" not in P:
+            return _PLAIN.work_layer(P, H)
+        return _gram(P["B"], P["A"], self._seen(H, P["B"].dtype))[1]
+
+    def _seen(self, H: Factors | Rows, dtype: torch.dtype) -> Factors | Rows:
+        """H, or one token for each sample in its place."""
+        if self.tokens == "exact" or not isinstance(H, Factors) or H.g.shape[2] == 1 or not H.compact:
+            return H
+        return Factors(H.g.to(dtype).sum(2, keepdim=True), H.x.to(dtype).mean(-2, keepdim=True))
 
     def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
         """(size,) P H^T w."""
         if "B" not in P:
             return _PLAIN.gain_layer(P, H, work, weights)
+        if self._seen(H, P["B"].dtype) is not H:
+            B, A = P["B"], P["A"]
+            return (B @ H.combine(weights).to(B.dtype).view(len(B), len(A)) @ A).reshape(-1)
         if isinstance(work, _Tokens):
             assert isinstance(H, Factors)
             return Factors(work.GB.reshape(H.g.shape), work.XA.reshape(H.x.shape)).combine(weights)
@@ -139,8 +161,9 @@ class Kronecker(Layerwise):
         if "B" not in P:
             return _PLAIN.update_layer(P, H, work, innovation)
         if isinstance(work, _Tokens):
-            assert isinstance(H, Factors)
-            return _sweep_of_tokens(P["B"], P["A"], H, work, innovation.inverse)
+            seen = self._seen(H, P["B"].dtype)
+            assert isinstance(seen, Factors)
+            return _sweep_of_tokens(P["B"], P["A"], seen, work, innovation.inverse)
         return _sweep_of_matrices(P["B"], P["A"], work, innovation.cholesky)
 
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
@@ -176,6 +199,43 @@ def tokens_pay(H: Factors) -> bool:
     """
     T, o = H.g.shape[2:]
     return H.count * T**2 <= o * H.x.shape[-1]
+
+
+def _gram(B: Tensor, A: Tensor, H: Factors | Rows) -> tuple[Tensor, Any]:
+    """(M, M) H P H^T, and what it was made of."""
+    if not isinstance(H, Factors) or not tokens_pay(H):
+        h = H.rows().to(B.dtype)
+        Bh = B @ h.view(H.count, len(B), len(A))
+        return h @ (Bh @ A).flatten(1).mT, Bh
+    s, k, T, o = H.g.shape
+    G, X = H.g.to(B.dtype).reshape(s * k * T, o), H.x.to(B.dtype).reshape(-1, len(A))
+    GB, XA = G @ B, X @ A
+    K, N = GB @ G.mT, XA @ X.mT
+    tokens = (s if H.own_x else 1, 1, T)
+    N = N.reshape(tokens + tokens)
+    pairs = K.reshape(s, k, T, s, k, T) * N
+    share = pairs.sum((2, 5)) if T > 1 else pairs
+    return share.reshape(s * k, s * k), _Tokens(GB, XA, K, N)
+
+
+def _own_blocks(B: Tensor, A: Tensor, H: Factors) -> Tensor:
+    """(s, k, k) blocks of H P H^T on its diagonal, by pairs of tokens or by matrices, whichever are fewer numbers."""
+    s, k, T, o = H.g.shape
+    if k * T**2 <= o * len(A):
+        g, x = H.g.to(B.dtype).reshape(s, k * T, o), H.x.to(B.dtype)
+        K, N = (g @ B) @ g.mT, (x @ A) @ x.mT
+        N = N.view(-1, 1, T, 1, T)
+        return (K.view(s, k, T, k, T) * N).sum((2, 4))
+    h = H.rows().to(B.dtype).view(s * k, o, len(A))
+    return h.view(s, k, -1) @ (B @ h @ A).view(s, k, -1).mT
+
+
+def _positive(blocks: Tensor) -> Tensor:
+    """The positive part of symmetric blocks (s, k, k)."""
+    if blocks.shape[-1] == 1:
+        return blocks.clamp_min(0)
+    values, axes = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    return (axes * values.clamp_min(0).unsqueeze(-2)) @ axes.mT
 
 
 def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: Tensor) -> LayerState:

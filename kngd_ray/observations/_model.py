@@ -65,6 +65,11 @@ class ObservationModel(Protocol):
         """Variance that the likelihood gives a row on top of its base noise; None where there is no likelihood."""
         ...
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it sees the image-text pairs of the whole batch, through :meth:`observe_pairs`."""
+        ...
+
     def rows(self, classes: int) -> int:
         """Observations per sample."""
         ...
@@ -87,6 +92,24 @@ class ObservationModel(Protocol):
         """
         ...
 
+    def observe_pairs(
+        self, outputs: Tensor, labels: Tensor, logit_scale: float, own: slice, classes: int
+    ) -> Observation:
+        """Observations of a model that sees pairs, at the current mean.
+
+        Args:
+            outputs: (M, C + 4 d) of the whole batch: logits, and the unit embeddings of images and texts, those of the
+                original towers last.
+            labels: (M,) int64 true classes.
+            logit_scale: s, the factor from cosines to logits.
+            own: which samples are observed here.
+            classes: C.
+
+        Returns:
+            The observations of the own samples, cotangents (m, k, C + 4 d).
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noisy:
@@ -95,11 +118,13 @@ class Noisy:
     Attributes:
         residual: whether the innovation is a residual.
         likelihood: variance that the likelihood gives a row on top of its base noise.
+        pairs: whether it sees the image-text pairs of the whole batch.
         r0: initial noise variance of each observation.
     """
 
     residual: ClassVar[bool] = True
     likelihood: ClassVar[float | None] = None
+    pairs: ClassVar[bool] = False
 
     r0: float = 1.0
 
@@ -114,6 +139,16 @@ class Noisy:
     def draws(self, classes: int) -> int:
         """None."""
         return 0
+
+    def observe_pairs(
+        self, outputs: Tensor, labels: Tensor, logit_scale: float, own: slice, classes: int
+    ) -> Observation:
+        """Of models that see pairs only.
+
+        Raises:
+            TypeError: this one does not.
+        """
+        raise TypeError(f"{type(self).__name__} does not observe pairs")
 
 
 def label_odds(p: Tensor) -> Tensor:

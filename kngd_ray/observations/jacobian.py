@@ -9,6 +9,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_map
+
+# A batch as a network takes it: one tensor, or several by name, samples in dimension 0.
+Inputs = Tensor | Mapping[str, Tensor]
 
 _NUMBERS = 1 << 24  # numbers of rows that one chunk of samples forms at once, 64 MB in float32
 
@@ -53,7 +57,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def jacobian_rows(
     head: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     cotangent: Tensor,
     names: Collection[str] | None = None,
     theta: Mapping[str, Tensor] | None = None,
@@ -61,7 +65,7 @@ def jacobian_rows(
     """Rows ``V_ij J_i`` of H for every sample i and observation j, a chunk of samples at a time.
 
     Args:
-        head: maps (m, ...) inputs to (m, C) outputs, samples independent of one another.
+        head: maps (m, ...) inputs, a tensor or several by name, to (m, C) outputs, samples independent of one another.
         inputs: (m, ...) one batch.
         cotangent: (m, k, C) derivative of each observation with respect to the outputs.
         names: trainable parameters whose columns are wanted; None is all.
@@ -74,11 +78,11 @@ def jacobian_rows(
     parameters = {name: p for name, p in weights.items() if names is None or name in names}
     m, k, _ = cotangent.shape
     if m == 0:
-        return {name: inputs.new_zeros(0, p.numel()) for name, p in parameters.items()}
+        return {name: p.new_zeros(0, p.numel()) for name, p in parameters.items()}
 
-    def rows_of(x: Tensor, v: Tensor) -> dict[str, Tensor]:
+    def rows_of(x: Inputs, v: Tensor) -> dict[str, Tensor]:
         def outputs(theta: dict[str, Tensor]) -> Tensor:
-            out: Tensor = functional_call(head, {**weights, **theta}, (x.unsqueeze(0),))
+            out: Tensor = functional_call(head, {**weights, **theta}, (tree_map(lambda t: t.unsqueeze(0), x),))
             return out.squeeze(0)
 
         pull = vjp(outputs, parameters)[1]

@@ -1,14 +1,14 @@
-"""H of a head without n-sized rows: the factors of its linear layers from one backward pass.
+"""H of a network without n-sized rows: factors and rows of its parameters from one backward pass.
 
-The Jacobian of a linear layer's weight is ``sum_t g_t x_t^T``, its input x and the derivative g with
-respect to its output. One forward pass keeps the inputs and outputs of all linear layers, one backward
-pass through them gives every g, since samples are independent: the derivative of the sum over samples of
-one observation each is that of every sample. What is neither a linear layer's weight nor its bias goes
-through :func:`~kngd_ray.observations.jacobian.jacobian_rows`.
+The Jacobian of a linear layer's weight is ``sum_t g_t x_t^T``, its input x and the derivative g with respect to
+its output. One forward pass keeps the inputs of all functions that parameters are used in, one backward pass
+through them gives every g, since samples are independent: the derivative of the sum over samples of one
+observation each is that of every sample. No gradient of a weight is computed, and no layer's part of H
+before it is asked for.
 
-Which layers have factors is found out, not assumed: a layer that is called with something else than
-the batch in dimension 0, that shares its weight with another module, or whose weight is used outside of
-its call, is tried on one sample, and has rows where the factors do not reproduce its gradient.
+Which uses of a parameter are understood is found out, not assumed: where in a tensor the samples are shows
+when the network sees one sample and two, and each parameter is tried on an example. Those whose gradient the
+tape does not reproduce go through :func:`~kngd_ray.observations.jacobian.jacobian_rows`.
 """
 
 from collections import defaultdict
@@ -16,94 +16,93 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call, vjp
+from torch.utils._pytree import tree_map
 
+from kngd_ray.errors import FilterError
 from kngd_ray.filters import Factors, Jacobian, Layer, Rows
-from kngd_ray.observations.jacobian import jacobian_rows, trainable
+from kngd_ray.observations._passes import (
+    Group,
+    LazyJacobian,
+    Place,
+    Places,
+    by_place,
+    layouts,
+    matrices,
+    pulled,
+    pulled_by,
+)
+from kngd_ray.observations._tape import Tape
+from kngd_ray.observations._uses import Call, Layout, Use, joined
+from kngd_ray.observations.jacobian import Inputs, jacobian_rows, trainable
 
 _TOLERANCE = 1e-3  # of a gradient's norm, between two ways to compute it in float32
+_ROUGH = 3e-2  # the same in 16 bits
 _SHAKEN = 0.01  # standard deviation that weights which are all alike are moved by
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a linear layer: its input, and its output in the graph."""
-
-    x: Tensor
-    out: Tensor
-
-
-Tape = Mapping[str, Sequence[_Call]]
-
-# From (q, m, C) cotangents of the logits the derivatives (q, ...) with respect to the outputs of calls, in their order.
-Pull = Callable[[Tensor], Sequence[Tensor]]
+_LARGE = 1_000_000  # weights of a network from which on H is made layer by layer, and k observations one by one
+_NUMBERS = 1 << 28  # of one parameter's rows, 1 GB in float32
+_PASSES = 64  # sample by sample and observation by observation, of a large network
 
 
 @dataclass(frozen=True)
 class Linearisation:
-    """A forward pass of the head, ready to be differentiated.
+    """A forward pass of the network, ready to be differentiated.
 
     Attributes:
         logits: (m, C) outputs at the current weights, detached.
         outputs: the same in the graph.
-        inputs: (m, ...) what went in.
-        theta: weights by name that stood in for the head's own; None for these.
+        inputs: (m, ...) what went in, a tensor or several by name.
+        theta: weights by name that stood in for the network's own; None for these.
     """
 
     logits: Tensor
     outputs: Tensor
-    inputs: Tensor
+    inputs: Inputs
     theta: Mapping[str, Tensor] | None
-    _tape: Tape
-    _own: Pull  # to the calls whose input is each sample's own
-    _shared: Pull  # to those whose input all samples share
+    _places: Places
+    _groups: Sequence[Group]
     _owner: "Linearizer"
 
     def jacobian(self, cotangent: Tensor) -> Jacobian:
-        """H by layer, in the order of the head's parameters.
+        """H by layer, in the order of the network's parameters.
 
         Args:
             cotangent: (m, k, C) derivative of each observation with respect to the logits.
 
         Returns:
-            Factors of linear layers' weights, rows of everything else.
+            Factors of weights that multiply tokens, rows of everything else. That of a large network is made
+            layer by layer, each time that one is asked for, and not kept.
         """
         return self._owner._jacobian(self, cotangent.to(self.logits.dtype))
 
 
 class Linearizer:
-    """Linearises a head at its current weights.
+    """Linearises a network at its current weights.
 
     Args:
-        head: maps (m, ...) inputs to (m, C) outputs, samples independent of one another.
-        example: (1 or more, ...) inputs, on which it is found out which layers have factors.
+        head: maps (m, ...) inputs, a tensor or several by name, to (m, C) outputs, samples independent of one another.
+        example: (1 or more, ...) inputs, on which it is found out how parameters are used.
     """
 
-    def __init__(self, head: nn.Module, example: Tensor) -> None:
+    def __init__(self, head: nn.Module, example: Inputs) -> None:
         self.head = head
         parameters = trainable(head)
-        self._modules = {name: modules for name, modules in _linear_weights(head).items() if name in parameters}
-        self._shared: dict[str, bool] = {}
-        self._biases: dict[str, str] = {}
-        self._others: set[str] = set()
-        one = example[:1]
-        self._shared = _shared_inputs(self.run(one)._tape, self.run(torch.cat([one, one]))._tape)
-        self._keep(self._shared)
-        self._biases = _biases(head, self._modules, parameters)
-        self._keep(self._reproduced(example, {x: parameters[x] for x in (*self._modules, *self._biases)}))
-        self.layers = [
-            Layer(name, p.shape[0], p.shape[1], factored=True)
-            if name in self._modules
-            else Layer(name, p.numel(), 1, factored=False)
-            for name, p in parameters.items()
-        ]
-        self._others = {name for name in parameters if name not in self._modules and name not in self._biases}
+        self._large = sum(p.numel() for p in head.parameters()) > _LARGE
+        self._names: Collection[str] = set(parameters)
+        self._layouts: dict[Place, Layout] = {}
+        self._matrices: dict[str, tuple[int, int]] = {}
+        one = tree_map(lambda x: x[:1], example)
+        uses = [self.run(x)._places for x in (one, tree_map(lambda x: torch.cat([x, x]), one))]
+        self._layouts, refused = layouts(*uses)
+        self._names = set(parameters) - refused
+        self._matrices = matrices(use for (name, _), (_, use) in uses[0].items() if name in self._names)
+        self._names = self._reproduced(tree_map(lambda x: x[:2], example) if self._large else example)
+        self.layers = [self._layer(name, p) for name, p in parameters.items()]
 
-    def run(self, inputs: Tensor) -> Linearisation:
+    def run(self, inputs: Inputs) -> Linearisation:
         """One forward pass.
 
         Args:
@@ -112,14 +111,20 @@ class Linearizer:
         Returns:
             The outputs, and the way to their Jacobian.
         """
-        with torch.enable_grad(), self._taping() as tape:
+        parameters = {name: p for name, p in trainable(self.head).items() if name in self._names}
+        with torch.enable_grad(), Tape(parameters) as tape:
             outputs: Tensor = self.head(inputs)
-        own, theirs = ([call.out for _, call in self._calls(tape, shared)] for shared in (False, True))
-        pulls = partial(_pulled, outputs, own, bool(theirs)), partial(_pulled, outputs, theirs, False)
-        return Linearisation(outputs.detach(), outputs, inputs, None, tape, *pulls, self)
+        places = by_place(tape.calls)
+        own, theirs = self._split(places)
+        pull = partial(pulled, outputs, looped=self._large)
+        groups = [
+            Group(own, partial(pull, own, bool(theirs)), shared=False),
+            Group(theirs, partial(pull, theirs, False), shared=True),
+        ]
+        return Linearisation(outputs.detach(), outputs, inputs, None, places, groups, self)
 
-    def run_at(self, theta: Mapping[str, Tensor], inputs: Tensor) -> Linearisation:
-        """One forward pass at other weights than the head's, as a function that ``torch.func`` may transform.
+    def run_at(self, theta: Mapping[str, Tensor], inputs: Inputs) -> Linearisation:
+        """One forward pass at other weights than the network's, as a function that ``torch.func`` may transform.
 
         Args:
             theta: trainable weights by name.
@@ -128,94 +133,137 @@ class Linearizer:
         Returns:
             The outputs, and the way to their Jacobian.
         """
+        parameters = {name: p for name, p in theta.items() if name in self._names}
 
-        def outputs(nudges: Mapping[str, Sequence[Tensor]]) -> Tensor:
-            with self._taping(nudges):
+        def outputs(nudges: Mapping[int, Tensor]) -> Tensor:
+            with Tape(parameters, functional=True, nudges=nudges):
                 logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
             return logits
 
-        with self._taping() as tape:
+        with torch.enable_grad(), Tape(parameters, functional=True) as tape:
             logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
+        numbers = {id(call): number for number, call in enumerate(tape.calls)}
 
-        def pull_to(shared: bool) -> Pull:
-            nudges: dict[str, list[Tensor]] = defaultdict(list)
-            for name, call in self._calls(tape, shared):
-                nudges[name].append(torch.zeros_like(call.out))
-            return partial(_pulled_by, vjp(outputs, dict(nudges))[1]) if nudges else lambda _: []
+        def group(calls: Sequence[Call], shared: bool) -> Group:
+            nudges = {numbers[id(call)]: torch.zeros_like(call.like).contiguous() for call in calls}
+            return Group(calls, partial(pulled_by, vjp(outputs, nudges)[1]) if nudges else lambda _: [], shared)
 
-        return Linearisation(logits, logits, inputs, theta, tape, pull_to(shared=False), pull_to(shared=True), self)
+        places = by_place(tape.calls)
+        own, theirs = self._split(places)
+        groups = [group(own, shared=False), group(theirs, shared=True)]
+        return Linearisation(logits, logits, inputs, theta, places, groups, self)
 
-    @contextmanager
-    def _taping(self, nudges: Mapping[str, Sequence[Tensor]] = MappingProxyType({})) -> Iterator[Tape]:
-        """Record the calls of linear layers, and add nudges to the outputs of those that have some."""
-        tape: dict[str, list[_Call]] = defaultdict(list)
-        handles = [
-            module.register_forward_hook(partial(_record, tape[name], nudges.get(name, ())), with_kwargs=True)
-            for name, modules in self._modules.items()
-            for module in modules
-        ]
-        try:
-            yield tape
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _split(self, places: Places) -> tuple[list[Call], list[Call]]:
+        """The calls of whose output each sample has its own, and those whose output all share."""
+        own: dict[int, Call] = {}
+        theirs: dict[int, Call] = {}
+        for place, (call, _) in places.items():
+            if place in self._layouts:
+                (theirs if self._layouts[place].out is None else own)[id(call)] = call
+        return list(own.values()), list(theirs.values())
 
-    def _calls(self, tape: Tape, shared: bool) -> list[tuple[str, _Call]]:
-        """The calls whose input all samples share, or of which each has its own; before it is known, all are own."""
-        return [
-            (name, call) for name, calls in tape.items() if self._shared.get(name, False) == shared for call in calls
-        ]
+    def _layer(self, name: str, p: Tensor) -> Layer:
+        if name in self._names and name in self._matrices:
+            return Layer(name, *self._matrices[name], factored=True)
+        return Layer(name, p.numel(), 1, factored=False)
 
-    def _keep(self, names: Collection[str]) -> None:
-        self._modules = {name: modules for name, modules in self._modules.items() if name in names}
-        self._biases = {bias: weight for bias, weight in self._biases.items() if {bias, weight} <= set(names)}
-
-    def _reproduced(self, example: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    def _reproduced(self, example: Inputs) -> set[str]:
         """The parameters whose gradient the tape gives."""
+        parameters = {name: p for name, p in trainable(self.head).items() if name in self._names}
         if not parameters:
             return set()
         with _shaken(self.head):
             passed = self.run(example)
-            classes = passed.logits.shape[1]
+            m, classes = passed.logits.shape
             # neither zero nor opposite weights, between which a use of a parameter could cancel
-            v = torch.linspace(1, 2, classes, dtype=passed.logits.dtype, device=example.device)
+            v = torch.linspace(1, 2, classes, dtype=passed.logits.dtype, device=passed.logits.device)
             expected = torch.autograd.grad(
                 passed.outputs,
                 list(parameters.values()),
                 v.expand_as(passed.logits),
                 retain_graph=True,
-                materialize_grads=True,
+                allow_unused=True,
             )
-            found = self._taped(passed, v.expand(len(example), 1, classes))
-        one = torch.ones(len(example), device=example.device)
-        return {
-            name
-            for (name, p), gradient in zip(parameters.items(), expected, strict=True)
-            if (found[name].combine(one).view_as(p) - gradient).norm() <= _TOLERANCE * gradient.norm()
-        }
+            make = self._taped(passed, v.expand(m, 1, classes))
+            one = torch.ones(m, device=v.device)
+            rough = any(call.like.dtype.itemsize < 4 for call, _ in passed._places.values())
+            good = set()
+            for (name, p), gradient in zip(parameters.items(), expected, strict=True):
+                wanted = torch.zeros_like(p) if gradient is None else gradient
+                try:
+                    found = make(name).combine(one).view_as(p)
+                except (RuntimeError, TypeError, IndexError):  # a function that cannot be called sample by sample
+                    continue
+                if (found - wanted).norm() <= (_ROUGH if rough else _TOLERANCE) * wanted.norm():
+                    good.add(name)
+        return good
 
     def _jacobian(self, passed: Linearisation, cotangent: Tensor) -> Jacobian:
-        found = self._taped(passed, cotangent)
-        if self._others:
-            rows = jacobian_rows(self.head, passed.inputs, cotangent, self._others, passed.theta)
-            found.update({name: Rows(values) for name, values in rows.items()})
-        return {layer.name: found[layer.name] for layer in self.layers}
+        known = {layer.name for layer in self.layers} & set(self._names)
+        known -= {place[0] for place in passed._places if place not in self._layouts}
+        others = {layer.name: layer.size for layer in self.layers if layer.name not in known}
+        rows: Mapping[str, Tensor] = {}
+        if others:
+            M = cotangent.shape[0] * cotangent.shape[1]
+            _affordable(others, M, passes=M if self._large else 0)
+        made = self._taped(passed, cotangent)
+        if others:
+            rows = jacobian_rows(self.head, passed.inputs, cotangent, set(others), passed.theta)
+        lazy = LazyJacobian(
+            [x.name for x in self.layers], lambda name: Rows(rows[name]) if name in rows else made(name)
+        )
+        return lazy if self._large else dict(lazy)
 
-    def _taped(self, passed: Linearisation, cotangent: Tensor) -> dict[str, Factors | Rows]:
-        """What the tape gives: factors of weights, and rows of the biases beside them."""
-        factors = self._factors(passed, cotangent)
-        biases = {bias: Rows(factors[weight].g.sum(2).flatten(0, 1)) for bias, weight in self._biases.items()}
-        return {**factors, **biases}
+    def _taped(self, passed: Linearisation, cotangent: Tensor) -> Callable[[str], Factors | Rows]:
+        """What makes a layer's part of H from the tape, after the backward pass."""
+        found = {
+            id(call): g
+            for group in passed._groups
+            for call, g in zip(group.calls, group.derivatives(cotangent), strict=True)
+        }
+        uses: dict[str, list[tuple[Call, Use, Layout, Tensor]]] = defaultdict(list)
+        for place, (call, use) in passed._places.items():
+            if place in self._layouts and id(call) in found:
+                uses[place[0]].append((call, use, self._layouts[place], found[id(call)]))
+        sizes = {name: p.numel() for name, p in trainable(self.head).items()}
+        make = partial(self._made, sizes, uses, cotangent)
+        if not self._large:
+            return make
+        # rows that are fewer numbers than what they are made of take its place
+        M = cotangent.shape[0] * cotangent.shape[1]
+        small = [
+            name
+            for name, found_of in uses.items()
+            if name not in self._matrices and M * sizes[name] <= sum(g.numel() for *_, g in found_of)
+        ]
+        rows = {}
+        for name in small:
+            try:
+                rows[name] = make(name)
+            except RuntimeError:  # it is for the caller to ask for, and to see
+                continue
+            del uses[name]
+        return lambda name: rows[name] if name in rows else make(name)
 
-    def _factors(self, passed: Linearisation, cotangent: Tensor) -> dict[str, Factors]:
-        pieces: dict[str, list[Factors]] = defaultdict(list)
-        for shared in (False, True):
-            calls = self._calls(passed._tape, shared)
-            if calls:
-                derive, pull = (_derivatives_of_each, passed._shared) if shared else (_derivatives, passed._own)
-                for (name, call), g in zip(calls, derive(pull, cotangent), strict=True):
-                    pieces[name].append(Factors(g, _tokens(call.x.detach(), shared)))
-        return {name: _joined(parts) for name, parts in pieces.items()}
+    def _made(
+        self,
+        sizes: Mapping[str, int],
+        uses: Mapping[str, Sequence[tuple[Call, Use, Layout, Tensor]]],
+        cotangent: Tensor,
+        name: str,
+    ) -> Factors | Rows:
+        m, k, _ = cotangent.shape
+        factored = name in self._matrices
+        if name not in uses:  # nothing depends on it
+            zero = cotangent.new_zeros(())
+            if not factored:
+                return Rows(zero.expand(m * k, sizes[name]))
+            o, i = self._matrices[name]
+            return Factors(zero.expand(m, k, 1, o), zero.expand(m, 1, i))
+        if not factored:
+            _affordable({name: sizes[name]}, m * k)
+        pieces = [use.piece(call, layout, layout.by_sample(g, m, k)) for call, use, layout, g in uses[name]]
+        return joined(pieces, factored)
 
 
 @contextmanager
@@ -223,11 +271,11 @@ def _shaken(head: nn.Module) -> Iterator[None]:
     """Move all weights at random for a while: behind a layer that starts at zero, any gradient would look right."""
     generator = torch.Generator().manual_seed(0)
     kept = [(p, p.detach().clone()) for p in trainable(head).values()]
-    with torch.no_grad():
-        for p, value in kept:
-            spread = 0.1 * float(value.std(correction=0)) + _SHAKEN
-            p.add_(spread * torch.randn(value.shape, generator=generator).to(value))
     try:
+        with torch.no_grad():
+            for p, value in kept:
+                spread = 0.1 * float(value.std(correction=0)) + _SHAKEN
+                p.add_(spread * torch.randn(value.shape, generator=generator).to(value))
         yield
     finally:
         with torch.no_grad():
@@ -235,106 +283,22 @@ def _shaken(head: nn.Module) -> Iterator[None]:
                 p.copy_(value)
 
 
-def _record(
-    tape: list[_Call],
-    nudges: Sequence[Tensor],
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
-) -> Tensor:
-    tape.append(_Call(args[0] if args else kwargs["input"], output))
-    if nudges:
-        return output + nudges[len(tape) - 1]
-    return output.clone()  # a ReLU in place would overwrite the tensor that g is the derivative with respect to
+def _affordable(sizes: Mapping[str, int], M: int, passes: int = 0) -> None:
+    """Refuse rows that do not fit, or that would take a pass of a large network each.
 
+    Args:
+        sizes: of the parameters whose rows are to be formed.
+        M: observations.
+        passes: of a large network that it takes.
 
-def _linear_weights(head: nn.Module) -> dict[str, list[nn.Module]]:
-    """For each parameter that is the weight of linear layers and of nothing else, those layers."""
-    names = {id(p): name for name, p in head.named_parameters()}
-    users: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in head.modules():
-        for role, parameter in module.named_parameters(recurse=False):
-            users[names[id(parameter)]].append((module, role))
-    return {
-        name: [module for module, _ in found]
-        for name, found in users.items()
-        if all(isinstance(module, nn.Linear) and role == "weight" for module, role in found)
-    }
-
-
-def _biases(head: nn.Module, modules: Mapping[str, Sequence[nn.Module]], wanted: Collection[str]) -> dict[str, str]:
-    """The biases whose rows are the g of a weight: bias by name, and the weight that has its g."""
-    names = {id(p): name for name, p in head.named_parameters()}
-    users: dict[str, set[str]] = defaultdict(set)
-    owners: dict[str, int] = defaultdict(int)
-    for module in head.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[names[id(parameter)]] += 1
-    for weight, found in modules.items():
-        for module in found:
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                users[names[id(module.bias)]].add(weight)
-    return {
-        bias: next(iter(weights))
-        for bias, weights in users.items()
-        if bias in wanted and len(weights) == 1 and owners[bias] == len(modules[next(iter(weights))])
-    }
-
-
-def _shared_inputs(one: Tape, two: Tape) -> dict[str, bool]:
-    """Of each layer that was called, whether all samples share its input; what is neither is left out."""
-    found = {}
-    for name, calls in one.items():
-        if not calls or len(calls) != len(two[name]):
-            continue
-        shapes = [(a.x.shape, b.x.shape) for a, b in zip(calls, two[name], strict=True)]
-        if all(a == b for a, b in shapes):
-            found[name] = True
-        elif all(a[1:] == b[1:] and (a[0], b[0]) == (1, 2) and len(a) > 1 for a, b in shapes):
-            found[name] = False
-    return found
-
-
-def _tokens(tensor: Tensor, shared: bool) -> Tensor:
-    """(m, T, width), or (T, width) where samples share it, of a layer's input or output."""
-    if shared:
-        return tensor.reshape(-1, tensor.shape[-1])
-    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
-
-
-def _pulled(outputs: Tensor, of: Sequence[Tensor], more: bool, cotangents: Tensor) -> list[Tensor]:
-    """A :data:`Pull` through the graph of outputs (m, C), which is kept if there are more."""
-    if not len(cotangents):
-        return [t.new_zeros(0, *t.shape) for t in of]
-    grad = partial(torch.autograd.grad, outputs, of, retain_graph=more, materialize_grads=True)
-    if len(cotangents) == 1:
-        return [g.unsqueeze(0) for g in grad(cotangents[0])]
-    found = grad(cotangents, is_grads_batched=True)
-    return [g.expand(len(cotangents), *t.shape) for g, t in zip(found, of, strict=True)]  # not batched where unused
-
-
-def _pulled_by(pull: Callable[[Tensor], tuple[Mapping[str, Sequence[Tensor]]]], cotangents: Tensor) -> list[Tensor]:
-    """A :data:`Pull` from what ``torch.func.vjp`` gave."""
-    (found,) = vmap(pull)(cotangents)
-    return [g for calls in found.values() for g in calls]
-
-
-def _derivatives(pull: Pull, cotangent: Tensor) -> list[Tensor]:
-    """(m, k, T, o) for calls on (m, ..., o): samples are independent, so that one pass serves them all."""
-    found = pull(cotangent.transpose(0, 1))
-    return [_tokens(g.flatten(0, 1), shared=False).unflatten(0, g.shape[:2]).transpose(0, 1) for g in found]
-
-
-def _derivatives_of_each(pull: Pull, cotangent: Tensor) -> list[Tensor]:
-    """(m, k, T, o) for calls on (..., o) that all samples share: a pass for each sample and observation."""
-    m, k, _ = cotangent.shape
-    each = cotangent.permute(1, 2, 0).diag_embed().permute(2, 0, 3, 1)  # (m, k, m, C), zero but for the sample's own
-    return [g.flatten(1, -2).unflatten(0, (m, k)) for g in pull(each.flatten(0, 1))]
-
-
-def _joined(pieces: Sequence[Factors]) -> Factors:
-    """The calls of one weight as tokens of one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return Factors(torch.cat([p.g for p in pieces], 2), torch.cat([p.x for p in pieces], -2))
+    Raises:
+        FilterError: it is too much.
+    """
+    numbers = M * sum(sizes.values())
+    if numbers <= _NUMBERS and passes <= _PASSES:
+        return
+    names = ", ".join(list(sizes)[:5]) + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else "")
+    raise FilterError(
+        f"the Kalman filter would need {numbers:.1e} numbers for the derivatives of {M} observations with respect to "
+        f"{names}, which has no cheaper form: leave it out with tune.exclude, lower batch_size, or use method=adamw."
+    )

@@ -141,4 +141,4 @@ def _alone(task: FitTask) -> Fitted | FilterError:
 
 def _fitted(task: FitTask, method: Method, records: Sequence[StepRecord]) -> Fitted:
     sampler = task.sampler
-    return Fitted(method, records, [sampler.batch(step).total for step in range(sampler.steps)])
+    return Fitted(method, records, [sum(sampler.chosen(step).sizes) for step in range(sampler.steps)])

@@ -30,6 +30,8 @@ def mode_of(work: Workload, space: Space) -> Mode:
     """
     if work.search.trial != "auto":
         return work.search.trial
+    if work.towers is not None:
+        return "local"  # towers of one trial keep a process busy; search.trial=train gives each ranks and GPUs
     largest = max(_bytes(config, work) for config in _shapes(work.config, space))
     if largest > _ONE_PROCESS:
         return "train"

@@ -15,9 +15,9 @@ from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.search.fitting import Fitted, evidence
 from kngd_ray.search.options import SearchOptions
 from kngd_ray.search.space import Value
-from kngd_ray.training.batches import Support
+from kngd_ray.training.batches import Shots
 from kngd_ray.training.calibration import calibration_of, held_out_tasks
-from kngd_ray.training.fit import FitTask
+from kngd_ray.training.fit import FitTask, Towers
 
 _BATCHES = 4  # at least, of those that evidence is taken from; the later half of them counts
 
@@ -35,17 +35,21 @@ class Workload:
         shots: training shots by seed of the support set.
         class_embeddings: (C, d) unit text embeddings of the classes.
         logit_scale: factor from cosines to logits.
+        towers: where fits that train towers have them from.
     """
 
     config: Config
     search: SearchOptions
-    shots: Mapping[int, Support]
+    shots: Mapping[int, Shots]
     class_embeddings: Tensor
     logit_scale: float
+    towers: Towers | None = None
 
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
-        return FitTask(config.fit_options, seed, self.shots[seed], self.class_embeddings, self.logit_scale)
+        return FitTask(
+            config.fit_options, seed, self.shots[seed], self.class_embeddings, self.logit_scale, towers=self.towers
+        )
 
 
 @dataclass
@@ -116,9 +120,9 @@ def judge(
             return
 
 
-def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[FitTask, Support | None]]:
+def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[FitTask, Shots | None]]:
     """The fits that a task's objectives need, each with the shots that are held out from it."""
-    plan: list[tuple[FitTask, Support | None]] = []
+    plan: list[tuple[FitTask, Shots | None]] = []
     if "evidence" in search.objective:
         plan.append((_prequential(task), None))
     if search.cross_validated:
@@ -133,14 +137,14 @@ def _prequential(task: FitTask) -> FitTask:
     return replace(task, options=replace(options, batch_size=batch_size), prequential=True)
 
 
-def _values(fits: Sequence[tuple[Fitted | FilterError, Support | None]], config: Config) -> dict[str, float]:
+def _values(fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: Config) -> dict[str, float]:
     """Objectives and figures of one support set.
 
     Raises:
         FilterError: a fit could not go on.
     """
     values: dict[str, float] = {}
-    held_out: list[tuple[Any, Support]] = []
+    held_out: list[tuple[Any, Shots]] = []
     for fitted, held in fits:
         if isinstance(fitted, FilterError):
             raise fitted

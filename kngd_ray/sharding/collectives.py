@@ -41,6 +41,10 @@ class Group(Protocol):
         """
         ...
 
+    def spread_slices(self, whole: Tensor, bounds: Sequence[int]) -> None:
+        """Write each rank's slice [bounds[r], bounds[r + 1]) of a flat tensor into that of all others, in place."""
+        ...
+
 
 class SingleProcess:
     """The group of one."""
@@ -60,6 +64,9 @@ class SingleProcess:
     def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int]) -> list[Tensor]:
         """The message itself."""
         return list(outgoing)
+
+    def spread_slices(self, whole: Tensor, bounds: Sequence[int]) -> None:
+        """Nothing."""
 
 
 class ProcessGroup:
@@ -105,3 +112,11 @@ class ProcessGroup:
         )
         self.bytes_moved += (len(received) - incoming[self.rank]) * received.element_size()
         return list(received.split(list(incoming)))
+
+    def spread_slices(self, whole: Tensor, bounds: Sequence[int]) -> None:
+        """One broadcast from each rank that has a slice: an all_gather would need all of it once more."""
+        for rank in range(self.world_size):
+            piece = whole[bounds[rank] : bounds[rank + 1]]
+            if len(piece):
+                dist.broadcast(piece, group=self._group, group_src=rank)
+                self.bytes_moved += piece.nbytes * (rank != self.rank)

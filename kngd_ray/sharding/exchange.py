@@ -6,7 +6,7 @@ and T tokens that is, for o rows of a weight of i columns ::
     as factors      T (k o + i) numbers; T k o where all samples share x, which every rank has
     as rows         k o i numbers
 
-All parts go in one all_to_all. What a rank sends itself is not moved.
+All parts of the layers given go in one all_to_all. What a rank sends itself is not moved.
 """
 
 from collections.abc import Sequence
@@ -66,15 +66,16 @@ class _Form:
     def unpack(self, messages: Sequence[Tensor], samples: Sequence[int], H: Factors | Rows) -> Factors | Rows:
         """The part of H of all samples from every rank's message; the local H has a shared x."""
         if not self.as_factors:
-            return Rows(torch.cat(list(messages)).view(-1, self.part.size))
+            return Rows(torch.cat(list(messages)).view(-1, self.part.size).to(_row_dtype(H)))
         shape = (-1, self.k, self.tokens, self.part.o)
         sizes = [s * self.k * self.tokens * self.part.o for s in samples]
-        g = torch.cat([message[:size] for message, size in zip(messages, sizes, strict=True)]).view(shape)
+        assert isinstance(H, Factors)
+        # layers of several dtypes travel in the widest
+        g = torch.cat([message[:size] for message, size in zip(messages, sizes, strict=True)]).view(shape).to(H.g.dtype)
         if not self.own_x:
-            assert isinstance(H, Factors)
             return Factors(g, H.x)
         x = torch.cat([message[size:] for message, size in zip(messages, sizes, strict=True)])
-        return Factors(g, x.view(-1, self.tokens, self.part.layer.i))
+        return Factors(g, x.view(-1, self.tokens, self.part.layer.i).to(H.x.dtype))
 
 
 def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[int], k: int) -> Jacobian:
@@ -83,16 +84,17 @@ def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[
     Args:
         group: the ranks.
         ownership: who owns which parts.
-        H: of the local samples, every layer.
+        H: of the local samples, of some layers or all, the same on every rank.
         samples: number of samples on each rank.
         k: observations per sample.
 
     Returns:
         Of the samples of all ranks in rank order, the parts that this rank owns.
     """
-    if group.world_size == 1:
+    H = dict(H)  # each layer's is built once, where it is built when asked for
+    if group.world_size == 1 or not H:
         return H
-    forms = [[_form(part, k, H[part.layer.name]) for part in parts] for parts in ownership.parts]
+    forms = [[_form(x, k, H[x.layer.name]) for x in parts if x.layer.name in H] for parts in ownership.parts]
     empty = [torch.empty(0, dtype=next(iter(H.values())).dtype, device=next(iter(H.values())).device)]
     outgoing = [torch.cat(sum((form.pack(H[form.part.layer.name]) for form in rank), empty)) for rank in forms]
     own = forms[group.rank]
@@ -102,6 +104,10 @@ def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[
         form.part.layer.name: form.unpack([piece[n] for piece in pieces], samples, H[form.part.layer.name])
         for n, form in enumerate(own)
     }
+
+
+def _row_dtype(H: Factors | Rows) -> torch.dtype:
+    return H.dtype if isinstance(H, Rows) else torch.promote_types(H.g.dtype, H.x.dtype)
 
 
 def _form(part: Part, k: int, H: Factors | Rows) -> _Form:

@@ -7,7 +7,7 @@ gathered numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from kngd_ray.filters import (
     Jacobian,
     Judged,
     Layer,
-    NoGate,
     Transition,
     innovation_covariance,
     scaled,
@@ -30,49 +29,18 @@ from kngd_ray.filters import (
 )
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.exchange import exchange
-from kngd_ray.sharding.ownership import Ownership
+from kngd_ray.sharding.placed import Observed, Placed, StreamedOutcome, by_sample
 
 
-@dataclass(frozen=True)
-class Observed:
-    """The whitened observations of a global batch, as one rank has them.
-
-    Attributes:
-        jacobian: H of the local samples, every layer.
-        nu: (M,) innovations of the global batch, in rank order.
-        judged: the global batch as a gate sees it; None where there is no gate.
-        samples: number of samples on each rank.
-        k: observations per sample.
-        noise: their own noise variance in units of the one that they are weighed by: below 1 where R is tempered.
-    """
-
-    jacobian: Jacobian
-    nu: Tensor
-    judged: Judged | None
-    samples: Sequence[int]
-    k: int
-    noise: float = 1.0
-
-
-@dataclass(frozen=True)
-class ShardedUpdate:
-    """Outcome of one sharded update.
+@dataclass(frozen=True, kw_only=True)
+class ShardedUpdate(StreamedOutcome):
+    """Outcome of one sharded update: what it says about its batch, and the posterior.
 
     Attributes:
         belief: mean (n,) of all weights, covariance of the own parts.
-        log_evidence: log N(nu; 0, H P H^T + noise I) in nats, as if nothing were gated or tempered.
-        nis: nu^T S^-1 nu of the same S.
-        jitter: the largest that S needed; normally 0.
-        predicted: (s, k, k) H P H^T of each sample.
-        weight: (M,) what the gate left of each observation: 1 all of it, 0 nothing.
     """
 
     belief: Belief
-    log_evidence: float
-    nis: float
-    jitter: float
-    predicted: Tensor
-    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +54,7 @@ class _Conditioned:
     weight: Tensor
 
 
-class ShardedFilter:
+class ShardedFilter(Placed[Family]):
     """A covariance family placed on a group of ranks.
 
     Args:
@@ -100,36 +68,8 @@ class ShardedFilter:
     def __init__(
         self, family: Family, layers: Sequence[Layer], group: Group, gate: Gate | None = None, serial: int = 0
     ) -> None:
-        self.family = family
-        self.group = group
-        self.gate = gate or NoGate()
+        super().__init__(family, layers, group, gate)
         self.serial = serial
-        self.ownership = Ownership.balanced(family, layers, group.world_size)
-        self._own = self.ownership.slice(group.rank)
-
-    def init(self, mu: Tensor, p0: float) -> Belief:
-        """The prior N(mu, p0 I), of which this rank holds its parts of P."""
-        return Belief(mu, self.family.init(self.ownership.parts[self.group.rank], p0, mu))
-
-    def own(self, covariance: Covariance) -> Covariance:
-        """The own parts of a covariance of all layers.
-
-        Args:
-            covariance: P of all layers, or of one that stands for all.
-
-        Returns:
-            The tensors of the own parts, contiguous.
-        """
-        parts = self.ownership.parts[self.group.rank]
-        if self.family.joint:
-            return covariance if parts else {}
-        return {
-            part.layer.name: {
-                key: value if part.whole else value[part.flat].contiguous()
-                for key, value in covariance[part.layer.name].items()
-            }
-            for part in parts
-        }
 
     def predict(self, belief: Belief, transition: Transition, anchor: Tensor) -> Belief:
         """Time update.
@@ -178,16 +118,18 @@ class ShardedFilter:
             if moved is not None:
                 shift = self._shift(some, moved, nu)
                 nu, judged = nu - shift, judged and judged.shifted(shift)
-            done.append(self._condition(covariance, some, nu, judged, observed))
+            done.append(
+                self._condition(covariance, some, nu, judged, replace(observed, seed=observed.seed + len(done)))
+            )
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
-            Belief(self._moved(belief.mu, moved or {}), covariance),
-            sum(part.innovation.log_evidence for part in done),
-            sum(part.innovation.nis for part in done),
-            max(part.innovation.jitter for part in done),
-            torch.cat([part.predicted for part in done]),
-            torch.cat([part.weight for part in done]),
+            belief=Belief(self._moved(belief.mu, moved or {}), covariance),
+            log_evidence=sum(part.innovation.log_evidence for part in done),
+            nis=sum(part.innovation.nis for part in done),
+            jitter=max(part.innovation.jitter for part in done),
+            predicted=torch.cat([part.predicted for part in done]),
+            weight=torch.cat([part.weight for part in done]),
         )
 
     def variances(self, belief: Belief, H: Jacobian, samples: Sequence[int], like: Tensor) -> Tensor:
@@ -212,19 +154,18 @@ class ShardedFilter:
         share, work = family.gram(P, H, nu)
         gram = self.group.sum(share)
         predicted = family.spread(gram, M)
-        innovation = first = solve_innovation(innovation_covariance(predicted), nu)
-        if of.noise != 1.0:
-            first = solve_innovation(innovation_covariance(predicted, of.noise), nu)
+        innovation, first = factored(predicted, nu, of.noise)
         weight = None if judged is None else self.gate.weights(predicted, judged, k)
         if weight is not None:
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
             share, work = family.gram(P, H, nu)
             gram = self.group.sum(share)
-            innovation = solve_innovation(innovation_covariance(family.spread(gram, M)), nu)
+            innovation, _ = factored(family.spread(gram, M), nu)
+        innovation = replace(innovation, seed=of.seed)
         step = family.gain(P, H, gram, work, innovation.weights)
         posterior = family.update(P, H, gram, work, innovation)
-        blocks = predicted.view(M // k, k, M // k, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        return _Conditioned(posterior, step, first, blocks, torch.ones_like(nu) if weight is None else weight)
+        weight = torch.ones_like(nu) if weight is None else weight
+        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight)
 
     def _shift(self, H: Jacobian, moved: Mapping[str, Tensor], nu: Tensor) -> Tensor:
         """H (mu - mu-) (M,) of a mean that earlier observations have moved."""
@@ -237,6 +178,22 @@ class ShardedFilter:
         if self.group.world_size == 1:
             return mu + flat
         return self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+
+
+def factored(predicted: Tensor, nu: Tensor, noise: float = 1.0) -> tuple[Innovation, Innovation]:
+    """The innovation that an update goes by, and the one that its evidence is reported of.
+
+    Args:
+        predicted: (M, M) H P H^T of the whitened observations.
+        nu: (M,) innovations.
+        noise: their own noise variance in units of the one that they are weighed by.
+
+    Returns:
+        Both, from S = H P H^T + I and from H P H^T + noise I.
+    """
+    innovation = solve_innovation(innovation_covariance(predicted), nu)
+    own = innovation if noise == 1.0 else solve_innovation(innovation_covariance(predicted, noise), nu)
+    return innovation, own
 
 
 def covariance_bytes(covariance: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -1,7 +1,9 @@
 """Which samples a step sees: a function of seed and step alone, the same for any number of ranks."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -9,9 +11,41 @@ from torch import Tensor
 from kngd_ray.sharding import split_evenly
 
 
+class Shots(Protocol):
+    """Labelled samples, of which a fit's batches are made and which predictions are made for.
+
+    Attributes:
+        labels: (N,) int64 classes.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 classes."""
+        ...
+
+    @property
+    def inputs(self) -> Any:
+        """What a predictor takes of them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def subset(self, keep: Tensor) -> Self:
+        """Those that a boolean or index tensor selects."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device, as far as they are in memory."""
+        ...
+
+    def digest(self) -> bytes:
+        """What they are, in few bytes that other samples do not have."""
+        ...
+
+
 @dataclass(frozen=True)
 class Support:
-    """The training shots as frozen features.
+    """Shots as frozen features.
 
     Attributes:
         features: (N, d) unit image embeddings.
@@ -21,8 +55,20 @@ class Support:
     features: Tensor
     labels: Tensor
 
+    @property
+    def inputs(self) -> Tensor:
+        """(N, d) the features."""
+        return self.features
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> bytes:
+        """Hash of features and labels."""
+        sha = hashlib.sha256()
+        for tensor in (self.features, self.labels):
+            sha.update(tensor.cpu().contiguous().numpy().tobytes())
+        return sha.digest()
 
     def subset(self, keep: Tensor) -> "Support":
         """The shots that a boolean or index tensor selects."""
@@ -38,7 +84,7 @@ class Batch:
     """One rank's run of a global batch.
 
     Attributes:
-        features: (m, d) local features.
+        inputs: (m, d) local features; of pictures what a network takes, each with m samples in dimension 0.
         labels: (m,) local labels.
         sizes: samples of the global batch on each rank.
         rank: whose run this is.
@@ -46,7 +92,7 @@ class Batch:
         scored: whether its labels are to be predicted before they are learned from; see ``BatchSampler``.
     """
 
-    features: Tensor
+    inputs: Any
     labels: Tensor
     sizes: Sequence[int]
     rank: int
@@ -77,10 +123,10 @@ class BatchSampler:
             another order, in which every batch but the first is met by a fit that has learned all those before it.
     """
 
-    def __init__(self, support: Support, batch_size: int, epochs: int, seed: int, *, prequential: bool = False) -> None:
-        self._support = support
+    def __init__(self, support: Shots, batch_size: int, epochs: int, seed: int, *, prequential: bool = False) -> None:
+        self.support = support
+        self.seed = seed
         self._batch_size = batch_size
-        self._seed = seed
         self.steps_per_epoch = -(-len(support) // batch_size)
         self.steps = self.steps_per_epoch * epochs
         self._repeats = epochs if prequential else 0
@@ -88,18 +134,49 @@ class BatchSampler:
         self._order = torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The part of step `step` (from 0) that rank `rank` of `world_size` sees."""
+        """The part of step `step` (from 0) that rank `rank` of `world_size` sees, of shots in memory."""
+        assert isinstance(self.support, Support)
+        chosen = self.chosen(step, rank, world_size)
+        part = self.support.subset(chosen.local.to(self.support.labels.device))
+        return chosen.batch(part.features, part.labels)
+
+    def chosen(self, step: int, rank: int = 0, world_size: int = 1) -> "Chosen":
+        """Which shots those are."""
         epoch, position = (0, step // self._repeats) if self._repeats else divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = (
                 epoch,
-                torch.randperm(len(self._support), generator=seeded(self._seed, epoch)),
+                torch.randperm(len(self.support), generator=seeded(self.seed, epoch)),
             )
-        chosen = self._order[position * self._batch_size : (position + 1) * self._batch_size]
-        sizes = split_evenly(len(chosen), world_size)
-        local = chosen.split(sizes)[rank].to(self._support.labels.device)
-        part = self._support.subset(local)
-        return Batch(part.features, part.labels, sizes, rank, step, bool(self._repeats) and step % self._repeats == 0)
+        picked = self._order[position * self._batch_size : (position + 1) * self._batch_size]
+        sizes = split_evenly(len(picked), world_size)
+        turn = step % self._repeats if self._repeats else epoch
+        return Chosen(picked.split(sizes)[rank], sizes, rank, step, turn, bool(self._repeats) and turn == 0)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The shots of one rank's run of a global batch, before they are loaded.
+
+    Attributes:
+        local: (m,) indices of the shots, on the CPU.
+        sizes: samples of the global batch on each rank.
+        rank: whose run this is.
+        step: number of the step, from 0.
+        turn: how often these shots have been learned from before.
+        scored: as of a ``Batch``.
+    """
+
+    local: Tensor
+    sizes: Sequence[int]
+    rank: int
+    step: int
+    turn: int
+    scored: bool
+
+    def batch(self, inputs: Tensor | Mapping[str, Tensor], labels: Tensor) -> Batch:
+        """The batch, of the shots' inputs and labels."""
+        return Batch(inputs, labels, self.sizes, self.rank, self.step, self.scored)
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -15,10 +15,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from kngd_ray.training.batches import Support
+from kngd_ray.clip import CLIPNetwork, Head
+from kngd_ray.filters import Belief, Family
+from kngd_ray.observations import flatten, trainable
+from kngd_ray.training.batches import Shots
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
+from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions, Predictor
 
 _MAX_LOG_T = 3.0
@@ -41,7 +45,10 @@ class Calibration:
     held_out_accuracy: float | None = None
 
 
-def predictor_of(method: Method, options: PosteriorOptions) -> Predictor:
+AnyPredictor = Predictor | NetworkPredictor
+
+
+def predictor_of(method: Method, options: PosteriorOptions) -> AnyPredictor:
     """A predictor from a method that ran in one process.
 
     Args:
@@ -51,9 +58,34 @@ def predictor_of(method: Method, options: PosteriorOptions) -> Predictor:
     Returns:
         The predictor; without a posterior unless the method is Kalman.
     """
-    if isinstance(method, KalmanNGD):
-        return Predictor(method.head, method.family, method.belief, options)
-    return Predictor(method.head, None, None, options)
+    family, belief = (method.family, method.belief) if isinstance(method, KalmanNGD) else (None, None)
+    alpha = method.head.options.alpha if isinstance(method.head, CLIPNetwork) else 1.0
+    return assembled(method.head, family, belief, options, alpha)
+
+
+def assembled(
+    head: Head, family: Family | None, belief: Belief | None, options: PosteriorOptions, alpha: float
+) -> AnyPredictor:
+    """A predictor at the weights of an ensemble with the pretrained model.
+
+    Args:
+        head: trained; its weights are moved.
+        family: covariance family of the belief; None for a method without a posterior.
+        belief: the whole belief; None for a method without a posterior.
+        options: how the posterior enters.
+        alpha: 0 is the pretrained model, 1 the trained one; deviations shrink as the weights do.
+
+    Returns:
+        The predictor.
+    """
+    if alpha != 1.0:
+        head.blend(alpha)
+        if belief is not None and family is not None:
+            shrunk = family.predict(belief.covariance, alpha**2, 0.0, lambda share: share)
+            belief = Belief(flatten(trainable(head)), shrunk) if alpha else None
+    if isinstance(head, CLIPNetwork):
+        return NetworkPredictor(head, family, belief, options)
+    return Predictor(head, family, belief, options)
 
 
 def fold_of(labels: Tensor, folds: int) -> Tensor:
@@ -75,7 +107,7 @@ def fold_of(labels: Tensor, folds: int) -> Tensor:
     return fold
 
 
-def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Support]]:
+def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     """The fits of a cross-validation over the shots.
 
     Args:
@@ -106,7 +138,7 @@ def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
     return calibration_of([(fit(part), held) for part, held in held_out_tasks(task, options.folds)], options)
 
 
-def calibration_of(fits: Sequence[tuple[Method, Support]], options: PosteriorOptions) -> Calibration:
+def calibration_of(fits: Sequence[tuple[Method, Shots]], options: PosteriorOptions) -> Calibration:
     """Choose tau and fit the scaling temperature on shots that fits have not seen.
 
     Args:
@@ -120,7 +152,7 @@ def calibration_of(fits: Sequence[tuple[Method, Support]], options: PosteriorOpt
     labels = torch.cat([held.labels for _, held in fits])
 
     def held_out(tau: float) -> Tensor:
-        return torch.cat([p.predict(held.features, tau).probabilities for p, held in predictors])
+        return torch.cat([p.predict(held.inputs, tau).probabilities for p, held in predictors])
 
     given = options.temperature
     uses_posterior = isinstance(fits[0][0], KalmanNGD) and options.predict != "mean"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kngd_ray.clip import CLIPHead, ClipModel, ModelConfig, load_model
+from kngd_ray.clip import CLIPHead, ClipModel, CLIPNetwork, Head, ModelConfig, load_model
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
+from kngd_ray.filters import Belief
 from kngd_ray.observations import trainable
 from kngd_ray.storage import write_text
-from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.calibration import AnyPredictor, Calibration, assembled
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
-from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.kalman import KalmanNGD, nested
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
 from kngd_ray.training.resumable import SOURCE, latest
@@ -49,71 +50,112 @@ def identity_of(
 
 
 def restore_predictor(
-    checkpoint: Checkpoint, class_embeddings: Tensor, logit_scale: float, posterior: PosteriorOptions
-) -> Predictor:
+    checkpoint: Checkpoint,
+    model: ClipModel,
+    posterior: PosteriorOptions,
+    *,
+    alpha: float | None = None,
+    class_embeddings: Tensor | None = None,
+) -> AnyPredictor:
     """The predictor that a checkpoint holds.
 
     Args:
         checkpoint: a verified checkpoint of a fit.
-        class_embeddings: (C, d) unit text embeddings of its classes.
-        logit_scale: factor from cosines to logits.
+        model: the pretrained model that it was trained from.
         posterior: how the posterior enters.
+        alpha: weight ensembling with the pretrained model; None is as the fit was told.
+        class_embeddings: (C, d) unit text embeddings of its classes, if they are known already.
 
     Returns:
-        The predictor, on the CPU.
+        The predictor, where the model is; of a fit that trains no towers, on the CPU.
 
     Raises:
         CheckpointError: the weights are of another architecture.
     """
-    options = parse(FitOptions, checkpoint.manifest["options"])
-    head = CLIPHead(class_embeddings, logit_scale, options.adapter)
+    manifest = checkpoint.manifest
+    options = parse(FitOptions, manifest["options"])
+    if class_embeddings is None:
+        class_embeddings = model.encode_classes(manifest["class_names"], manifest["templates"])
+    head: Head = CLIPHead(class_embeddings, model.logit_scale, options.adapter)
+    if options.tune.images:
+        head = CLIPNetwork(
+            model,
+            manifest["class_names"],
+            manifest["templates"],
+            options.tune,
+            options.adapter,
+            pairs=options.pairs,
+            class_embeddings=class_embeddings,
+        )
     parameters = trainable(head)
     shapes = {name: list(p.shape) for name, p in parameters.items()}
-    if shapes != checkpoint.manifest["parameters"]:
+    if shapes != manifest["parameters"]:
+        name = next(n for n in {**shapes, **manifest["parameters"]} if shapes.get(n) != manifest["parameters"].get(n))
         raise CheckpointError(
-            f"{checkpoint.folder} holds weights of another architecture: {checkpoint.manifest['parameters']}, "
-            f"where {shapes} is expected; use the model and classes that it was trained with."
+            f"{checkpoint.folder} holds weights of another architecture: its {name} is "
+            f"{manifest['parameters'].get(name)}, where {shapes.get(name)} is expected; use the model and classes "
+            "that it was trained with."
         )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(checkpoint.state.weights[name])
+    alpha = options.tune.alpha if alpha is None else alpha
     if options.method != "kalman":
-        return Predictor(head, None, None, posterior)
+        return assembled(head, None, None, posterior, alpha)
+    if isinstance(head, CLIPNetwork):
+        covariance = nested(checkpoint.state.covariance, head.class_embeddings)
+        # the mean is what the network has; in the order of theta, as draws are
+        belief = Belief(head.class_embeddings.new_empty(0), {name: covariance[name] for name in parameters})
+        return assembled(head, options.filter.covariance, belief, posterior, alpha)
     method = KalmanNGD(head, options)
     method.load(checkpoint.state)
-    return Predictor(head, method.family, method.belief, posterior)
+    return assembled(head, method.family, method.belief, posterior, alpha)
 
 
-def save_calibration(folder: Path, calibration: Calibration, posterior: PosteriorOptions) -> None:
+@dataclass(frozen=True)
+class Settled:
+    """What was chosen for a fit after it had ended.
+
+    Attributes:
+        calibration: tau and the scaling temperature.
+        posterior: how the posterior enters.
+        alpha: weight ensembling with the pretrained model; None is as the fit was told.
+    """
+
+    calibration: Calibration = field(default_factory=lambda: Calibration(1.0, 1.0))
+    posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
+    alpha: float | None = None
+
+
+def save_settled(folder: Path, settled: Settled) -> None:
     """Keep a fit's calibration beside its checkpoints.
 
     Args:
         folder: of the fit.
-        calibration: tau and the scaling temperature.
-        posterior: how the posterior enters.
+        settled: what was chosen.
     """
-    text = json.dumps({"calibration": asdict(calibration), "posterior": asdict(posterior)}, indent=1)
-    write_text(folder / CALIBRATION, text)
+    write_text(folder / CALIBRATION, json.dumps(asdict(settled), indent=1))
 
 
-def read_calibration(folder: Path) -> tuple[Calibration, PosteriorOptions]:
-    """Read what :func:`save_calibration` kept.
+def read_settled(folder: Path) -> Settled:
+    """Read what :func:`save_settled` kept.
 
     Args:
         folder: of the fit.
 
     Returns:
-        Calibration and posterior options; tau = 1 and no scaling where none was kept.
+        What was chosen; tau = 1 and no scaling where nothing was kept.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     path = folder / CALIBRATION
     if not path.is_file():
-        return Calibration(1.0, 1.0), PosteriorOptions()
+        return Settled()
     try:
         raw = json.loads(path.read_text())
-        return Calibration(**raw["calibration"]), parse(PosteriorOptions, raw["posterior"])
+        posterior = parse(PosteriorOptions, raw["posterior"])
+        return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to predict with tau = 1.") from error
 
@@ -129,7 +171,7 @@ class Classifier:
     """
 
     def __init__(
-        self, model: ClipModel, predictor: Predictor, class_names: Sequence[str], calibration: Calibration
+        self, model: ClipModel, predictor: AnyPredictor, class_names: Sequence[str], calibration: Calibration
     ) -> None:
         self.model = model
         self.predictor = predictor
@@ -160,10 +202,9 @@ class Classifier:
                 f"{clip.name} has {clip.fingerprint[:12]}; name the model it was trained with by model.name and "
                 "model.pretrained."
             )
-        calibration, posterior = read_calibration(fit_folder)
-        embeddings = clip.encode_classes(manifest["class_names"], manifest["templates"])
-        predictor = restore_predictor(checkpoint, embeddings, clip.logit_scale, posterior)
-        return cls(clip, predictor, manifest["class_names"], calibration)
+        settled = read_settled(fit_folder)
+        predictor = restore_predictor(checkpoint, clip, settled.posterior, alpha=settled.alpha)
+        return cls(clip, predictor, manifest["class_names"], settled.calibration)
 
     def predict(self, images: Sequence[Image.Image]) -> Prediction:
         """Posterior predictive probabilities of pictures.
@@ -174,7 +215,10 @@ class Classifier:
         Returns:
             Probabilities and logit spread, (m, C) each.
         """
-        return self.predictor.predict(self.model.encode_images(list(images)), self.calibration.tau)
+        if isinstance(self.predictor, Predictor):
+            return self.predictor.predict(self.model.encode_images(list(images)), self.calibration.tau)
+        pixels = torch.stack([self.model.transform(image.convert("RGB")) for image in images])
+        return self.predictor.predict(pixels, self.calibration.tau)
 
 
 def open_fit(folder: Path) -> tuple[Checkpoint, Path]:

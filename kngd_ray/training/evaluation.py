@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import Calibration, scale
+from kngd_ray.training.batches import Shots
+from kngd_ray.training.calibration import AnyPredictor, Calibration, scale
 from kngd_ray.training.metrics import Scores
-from kngd_ray.training.predict import Predictor
 
 ID = "id"
 
@@ -50,19 +49,19 @@ class Evaluation:
         return {**plain.as_dict(), "temperature_scaled": scaled.as_dict()}
 
 
-def evaluate(predictor: Predictor, tests: Mapping[str, Support], calibration: Calibration) -> Evaluation:
+def evaluate(predictor: AnyPredictor, tests: Mapping[str, Shots], calibration: Calibration) -> Evaluation:
     """Score a predictor.
 
     Args:
         predictor: the trained head with its belief.
-        tests: features and labels by test set: ``id`` and each OOD domain.
+        tests: samples by test set: ``id`` and each OOD domain.
         calibration: tau for the predictions and T for the scaling, from the training shots.
 
     Returns:
         All figures.
     """
     probabilities = {
-        name: predictor.predict(test.features, calibration.tau).probabilities for name, test in tests.items()
+        name: predictor.predict(test.inputs, calibration.tau).probabilities for name, test in tests.items()
     }
     plain = {name: Scores.of(p, tests[name].labels) for name, p in probabilities.items()}
     scaled = {name: Scores.of(scale(p, calibration.scaling), tests[name].labels) for name, p in probabilities.items()}

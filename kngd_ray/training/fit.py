@@ -1,24 +1,41 @@
 """The one step loop: every method, on one process or many ranks, from the start or from a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from kngd_ray.clip import CLIPHead
+from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
-from kngd_ray.training.batches import Batch, BatchSampler, Support
+from kngd_ray.training.batches import Batch, BatchSampler, Shots
+from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.streamed import StreamedKalmanNGD
 
 _MAX_REFUSED = 10
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Where a fit that trains towers has them from: each rank loads its own.
+
+    Attributes:
+        model: the CLIP model.
+        class_names: C class names.
+        templates: their prompts.
+    """
+
+    model: ModelConfig
+    class_names: Sequence[str]
+    templates: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -33,15 +50,17 @@ class FitTask:
         logit_scale: factor from cosines to logits.
         prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
         prequential: take the batches in the order in which each can be predicted before it is learned from.
+        towers: of a fit that trains them.
     """
 
     options: FitOptions
     seed: int
-    support: Support
+    support: Shots
     class_embeddings: Tensor
     logit_scale: float
     prior: Prior | None = None
     prequential: bool = False
+    towers: Towers | None = None
 
     @property
     def sampler(self) -> BatchSampler:
@@ -73,21 +92,31 @@ class StepRecord:
     refused: str | None = None
 
 
-def build_head(task: FitTask, device: torch.device | str = "cpu") -> CLIPHead:
-    """The head of a task with its initial weights.
+def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
+    """The head of a task with its initial weights, and the towers below it if they are trained.
 
     Args:
         task: the fit.
-        device: where the head lives.
+        device: where it lives.
 
     Returns:
-        The untrained head.
+        The untrained head or network.
     """
-    head = CLIPHead(task.class_embeddings, task.logit_scale, task.options.adapter, task.seed)
-    return head.to(device)
+    if task.towers is None:
+        head = CLIPHead(task.class_embeddings, task.logit_scale, task.options.adapter, task.seed)
+        return head.to(device)
+    return CLIPNetwork(
+        load_model(task.towers.model, device),
+        task.towers.class_names,
+        task.towers.templates,
+        task.options.tune,
+        task.options.adapter,
+        seed=task.seed,
+        pairs=task.options.pairs,
+    )
 
 
-def build_method(task: FitTask, head: CLIPHead, group: Group) -> Method:
+def build_method(task: FitTask, head: Head, group: Group) -> Method:
     """The optimiser that a task's options name.
 
     Args:
@@ -98,9 +127,10 @@ def build_method(task: FitTask, head: CLIPHead, group: Group) -> Method:
     Returns:
         The optimiser, before its first step.
     """
-    if task.options.method == "kalman":
-        return KalmanNGD(head, task.options, task.seed, group)
-    return GradientDescent(head, task.options, task.sampler.steps, group)
+    if task.options.method != "kalman":
+        return GradientDescent(head, task.options, task.sampler.steps, group)
+    kalman = KalmanNGD if task.towers is None else StreamedKalmanNGD
+    return kalman(head, task.options, task.seed, group)
 
 
 def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Method:
@@ -204,21 +234,23 @@ def fit(
         IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
     """
     group = group or SingleProcess()
-    sampler = task.to(device).sampler
+    steps = task.sampler.steps
     method = begin(task, group, device)
     start = 0
     if resume is not None:
         start, state = resume
         method.load(state)
-    refusals = Refusals(sampler.steps)
-    for step in range(start, sampler.steps):
-        began = perf_counter()
-        stats, reason = refusals.attempt(method, sampler.batch(step, group.rank, group.world_size))
-        if on_step is not None:
-            on_step(StepRecord(step + 1, sampler.steps, 1e3 * (perf_counter() - began), stats, reason))
-        done = step + 1
-        if on_checkpoint is not None and checkpoint_every and done % checkpoint_every == 0 and done < sampler.steps:
-            on_checkpoint(done, method)
+    refusals = Refusals(steps)
+    began = perf_counter()  # a step's time is what it waits for its batch too
+    with fed(task.to(device).sampler, method.head, group, device, start) as batches:
+        for batch in batches:
+            stats, reason = refusals.attempt(method, batch)
+            done = batch.step + 1
+            if on_step is not None:
+                on_step(StepRecord(done, steps, 1e3 * (perf_counter() - began), stats, reason))
+            if on_checkpoint is not None and checkpoint_every and done % checkpoint_every == 0 and done < steps:
+                on_checkpoint(done, method)
+            began = perf_counter()
     if on_checkpoint is not None:
-        on_checkpoint(sampler.steps, method)
+        on_checkpoint(steps, method)
     return method

@@ -1,13 +1,12 @@
-"""The gradient baselines: cross-entropy with torch's AdamW or SGD, under DDP where there are ranks."""
+"""The gradient baselines: a loss with torch's AdamW or SGD, under DDP where there are ranks."""
 
 from math import cos, isfinite, pi
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from kngd_ray.clip import CLIPHead
+from kngd_ray.clip import Head
 from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
@@ -17,20 +16,26 @@ from kngd_ray.training.options import FitOptions
 
 
 class GradientDescent:
-    """Cross-entropy minimised by AdamW or SGD.
+    """A loss minimised by AdamW or SGD.
 
     Args:
-        head: maps (m, d) features to (m, C) logits.
-        options: method, learning rate, weight decay, momentum and schedule.
+        head: maps inputs of m samples to (m, C) logits, or to these and the pairs of a batch beside them.
+        options: method, loss, learning rate, weight decay, momentum and schedule.
         steps: length of the run, for the cosine schedule.
         group: the ranks that advance together.
     """
 
-    def __init__(self, head: CLIPHead, options: FitOptions, steps: int, group: Group | None = None) -> None:
-        self.head: nn.Module = head
+    def __init__(self, head: Head, options: FitOptions, steps: int, group: Group | None = None) -> None:
+        self.head = head
         self.group = group or SingleProcess()
         self._parameters = trainable(head)
-        self._forward = DistributedDataParallel(head) if self.group.world_size > 1 else head
+        self._forward: nn.Module = head
+        if self.group.world_size > 1:
+            # of a whole tower a pattern may name weights that no output depends on, such as a logit bias
+            self._forward = DistributedDataParallel(
+                head, broadcast_buffers=False, find_unused_parameters=options.tune.images
+            )
+        self._logit_scale, self._classes = head.logit_scale, len(head.class_embeddings)
         o = options.optimizer
         weights = list(self._parameters.values())
         self._optimizer: torch.optim.Optimizer
@@ -38,12 +43,12 @@ class GradientDescent:
             self._optimizer = torch.optim.AdamW(weights, lr=o.lr, weight_decay=o.weight_decay)
         else:
             self._optimizer = torch.optim.SGD(weights, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
-        self._lr = o.lr
+        self._lr, self._loss = o.lr, o.loss
         self._cosine = o.schedule == "cosine"
         self._steps = steps
 
     def step(self, batch: Batch) -> StepStats:
-        """One gradient step on the mean cross-entropy of the global batch.
+        """One gradient step on the loss of the global batch.
 
         Args:
             batch: this rank's part of the global batch.
@@ -55,16 +60,17 @@ class GradientDescent:
             FilterError: the loss is not finite; the weights are as before.
         """
         self._set_lr(batch.step)
-        logits = self._forward(batch.features)
-        scores = batch_scores(logits, batch, self.group)
-        if not isfinite(scores["nll"]):
+        outputs = self._forward(batch.inputs)
+        scores = batch_scores(outputs[:, : self._classes], batch, self.group)
+        gradient = self._loss.gradient(outputs, batch, self.group, self._logit_scale, self._classes)
+        sound = self.group.sum(outputs.detach().sum().double())  # of all outputs, those beside the logits too
+        if not isfinite(scores["nll"]) or not isfinite(float(sound)):
             raise FilterError(
                 "the training loss is NaN or infinite: the step was refused and the weights kept; lower optimizer.lr."
             )
-        # DDP averages gradients over ranks; the sum over the global batch divided by its size is meant.
-        loss = cross_entropy(logits, batch.labels, reduction="sum") * self.group.world_size / batch.total
         self._optimizer.zero_grad()
-        loss.backward()
+        # DDP averages gradients over ranks; their sum is meant
+        outputs.backward(gradient * self.group.world_size)
         self._optimizer.step()
         return StepStats(**scores, log_predictive=(-scores["nll"] * batch.total,) if batch.scored else None)
 

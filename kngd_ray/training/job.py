@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from kngd_ray.errors import FilterError
+from kngd_ray.errors import FilterError, KngdError
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.fit import FitTask, StepRecord
+from kngd_ray.training.options import FitOptions
 from kngd_ray.training.resumable import run_fit
 
 
@@ -70,6 +71,11 @@ def run_fits(
         group: the ranks.
         device: where to compute.
         before_checkpoint: called before each checkpoint is written, on every rank.
+
+    Raises:
+        KngdError: a step of several ranks does not fit into the memory of one.
+        RuntimeError: whatever else a step raised.
+        MemoryError: never; it is explained.
     """
     group = group or SingleProcess()
     for name, task in job.fits.items():
@@ -92,3 +98,32 @@ def run_fits(
         except FilterError as error:
             if group.rank == 0:
                 send(FitEvent(name, error=str(error)))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = (
+                f"step of {task.options.batch_size} samples does not fit into memory ({str(error).splitlines()[0]}): "
+                f"{_thriftier(task.options)}."
+            )
+            if group.world_size > 1:  # the other ranks wait for this one: the job ends
+                raise KngdError(f"the fit {name}: a {reason}") from error
+            send(FitEvent(name, error=f"a {reason}"))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU, for which torch has no type of error."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _thriftier(options: FitOptions) -> str:
+    """What takes less memory."""
+    ways = ["lower batch_size", "raise trainer.num_workers, over which a batch is spread"]
+    if options.tune.images:
+        ways.append("set tune.precision=bfloat16")
+        if options.method != "kalman" and not options.tune.checkpointing:
+            ways.append("set tune.checkpointing=true")
+    if options.method == "kalman" and options.filter.covariance.kind != "diagonal":
+        ways.append("set filter.covariance=diagonal")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"

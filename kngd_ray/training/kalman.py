@@ -3,19 +3,20 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kngd_ray.clip import CLIPHead
+from kngd_ray.clip import Head
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief
 from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
-from kngd_ray.sharding import Group, ShardedFilter, ShardedUpdate, SingleProcess, covariance_bytes
+from kngd_ray.sharding import Group, Placed, ShardedFilter, SingleProcess, StreamedOutcome, covariance_bytes
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.method import MethodState, StepStats, batch_scores
 from kngd_ray.training.observing import BatchSeen, Observer
-from kngd_ray.training.options import FitOptions
+from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import TAU_GRID, moderated
 
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
@@ -33,7 +34,7 @@ class Conditioned:
 
     belief: Belief
     seen: BatchSeen
-    outcome: ShardedUpdate
+    outcome: StreamedOutcome
 
     @property
     def innovation_rms(self) -> Tensor:
@@ -53,14 +54,14 @@ class KalmanNGD:
     mean into the head. The covariance is sharded over the ranks of `group`.
 
     Args:
-        head: maps (m, d) features to (m, C) logits; its weights are the prior mean.
+        head: maps inputs of m samples to (m, C) logits, or to these and more; its weights are the prior mean.
         options: observation models, covariance family, prior and noise.
         seed: of the random numbers that sampling observation models use.
         group: the ranks that advance together.
     """
 
-    def __init__(self, head: CLIPHead, options: FitOptions, seed: int = 0, group: Group | None = None) -> None:
-        self.head: nn.Module = head
+    def __init__(self, head: Head, options: FitOptions, seed: int = 0, group: Group | None = None) -> None:
+        self.head = head
         self._options = options
         self.seed = seed
         self.group = group or SingleProcess()
@@ -68,10 +69,15 @@ class KalmanNGD:
         self.observer = Observer(head, options, seed, self.group)
         prior = options.filter
         self.family = prior.covariance
+        self._place(prior)
+        self.noise = self.observer.initial_noise(self.belief.mu)
+
+    def _place(self, prior: FilterOptions) -> None:
+        """Spread the prior belief over the ranks."""
         self._anchor = flatten(self.parameters)
         self.filter = ShardedFilter(self.family, self.observer.layers, self.group, prior.gate, prior.serial)
+        self.placed: Placed[Any] = self.filter
         self.belief = self.filter.init(self._anchor, prior.p0)
-        self.noise = self.observer.initial_noise(self._anchor)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -94,7 +100,7 @@ class KalmanNGD:
             scores: tuple[float, ...] | None = None
             if batch.scored:
                 self._write(predicted.mu)
-                passed = self.observer.linearizer.run(batch.features)
+                passed = self.observer.linearizer.run(batch.inputs)
                 scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
             done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
             if not isfinite(float(done.belief.mu.sum())):
@@ -114,6 +120,10 @@ class KalmanNGD:
             self._write(before)
             raise
         self.go_on(done.belief, noise)
+        return self._stats(batch, done, moved, scores)
+
+    def _stats(self, batch: Batch, done: Conditioned, moved: int, scores: tuple[float, ...] | None) -> StepStats:
+        """Figures of a step that was taken; `moved` is what had been received from other ranks before it."""
         rms, gated = torch.stack([done.innovation_rms, (done.outcome.weight < 1).sum()]).tolist()
         return StepStats(
             **batch_scores(done.seen.logits, batch, self.group),
@@ -171,7 +181,7 @@ class KalmanNGD:
 
     def state(self) -> MethodState:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
-        owned = self.filter.ownership.parts
+        owned = self.placed.ownership.parts
         return MethodState(
             weights={name: p.detach().clone() for name, p in self.parameters.items()},
             replicated={"noise": self.noise},
@@ -189,7 +199,7 @@ class KalmanNGD:
             for name, p in self.parameters.items():
                 p.copy_(state.weights[name])
         self.noise = state.replicated["noise"].to(self.noise)
-        self.belief = Belief(flatten(self.parameters), self.filter.own(nested(state.covariance, self._anchor)))
+        self.belief = Belief(flatten(self.parameters), self.placed.own(nested(state.covariance, self._anchor)))
 
     def _observe(self, batch: Batch, mu: Tensor, displaced: Tensor | None) -> BatchSeen:
         if mu is not self.belief.mu:

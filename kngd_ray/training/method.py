@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kngd_ray.clip import Head
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch
 
@@ -67,7 +68,7 @@ class MethodState:
 class Method(Protocol):
     """An optimiser of a head's weights."""
 
-    head: nn.Module
+    head: Head
 
     def step(self, batch: Batch) -> StepStats:
         """Advance by one batch; ``batch.step`` counts from 0."""

@@ -1,15 +1,16 @@
 """What a batch says about the weights: observation models and noise, from a forward pass to whitened rows of H."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kngd_ray.clip import CLIPHead
+from kngd_ray.clip import Head
 from kngd_ray.filters import Judged, NoGate, NoiseModel, Seen, Whitening
 from kngd_ray.observations import Linearisation, Linearizer, Observation, stack
-from kngd_ray.sharding import Group, Observed, ShardedUpdate
+from kngd_ray.sharding import Group, Observed, StreamedOutcome
 from kngd_ray.training.batches import Batch, seeded
 from kngd_ray.training.options import FitOptions
 
@@ -42,20 +43,21 @@ class Observer:
     """Observes batches by the models that the options name.
 
     Args:
-        head: maps (m, d) features to (m, C) logits.
+        head: maps inputs of m samples to (m, C) logits, or to these and the pairs of a batch beside them.
         options: observation models and noise.
         seed: of the random numbers that sampling observation models use.
         group: the ranks that observe together.
     """
 
-    def __init__(self, head: CLIPHead, options: FitOptions, seed: int, group: Group) -> None:
+    def __init__(self, head: Head, options: FitOptions, seed: int, group: Group) -> None:
         self._models = options.observation
         self.noise_model = options.noise.observation
         self._logit_scale = head.logit_scale
         self._classes = len(head.class_embeddings)
         self._seed = seed
         self._group = group
-        self.linearizer = Linearizer(head, head.class_embeddings[:_EXAMPLES])
+        self._like = head.class_embeddings
+        self.linearizer = Linearizer(head, head.example(_EXAMPLES))
         self.layers = self.linearizer.layers
         self._rows = [model.rows(self._classes) for model in self._models]
         residual = [model.residual for model, k in zip(self._models, self._rows, strict=True) for _ in range(k)]
@@ -83,7 +85,7 @@ class Observer:
         Returns:
             What was seen.
         """
-        return self.look(self.linearizer.run(batch.features), batch, self.uniforms(batch), noise, displaced)
+        return self.look(self.linearizer.run(batch.inputs), batch, self.uniforms(batch), noise, displaced)
 
     def look(
         self,
@@ -105,10 +107,7 @@ class Observer:
         Returns:
             What was seen.
         """
-        observations = [
-            model.observe(passed.logits, batch.labels, self._logit_scale, u)
-            for model, u in zip(self._models, uniforms, strict=True)
-        ]
+        observations = self._observations(passed.logits, batch, uniforms)
         local = stack(observations, self.noise_model.channels(self._classes))
         nu, base, channel, *form = self._gather(local, observations, batch)
         channel = channel.long()
@@ -124,11 +123,13 @@ class Observer:
             shift = torch.stack([H[x.name].times(v) for x, v in zip(self.layers, pieces, strict=True)]).sum(0)
             shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
             whitened, judged = whitened - shift, judged and judged.shifted(shift)
-        observed = Observed(H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes)
-        return BatchSeen(passed.logits, observed, whitening, nu, base, channel)
+        observed = Observed(
+            H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes, self._seed * 1_000_003 + batch.step
+        )
+        return BatchSeen(passed.logits[:, : self._classes], observed, whitening, nu, base, channel)
 
     def learned(
-        self, noise: Tensor, seen: BatchSeen, outcome: ShardedUpdate, model: NoiseModel | None = None
+        self, noise: Tensor, seen: BatchSeen, outcome: StreamedOutcome, model: NoiseModel | None = None
     ) -> Tensor:
         """The noise state after an update: estimated from residuals, less those that were gated.
 
@@ -155,17 +156,33 @@ class Observer:
             batch: this rank's part of the global batch.
 
         Returns:
-            For each model (m, draws) numbers in [0, 1), of the features' dtype and device.
+            For each model (m, draws) numbers in [0, 1), of the class embeddings' dtype and device.
         """
         return [self._uniforms(number, batch) for number in range(len(self._models))]
 
+    def _observations(self, outputs: Tensor, batch: Batch, uniforms: Sequence[Tensor]) -> list[Observation]:
+        """What each model sees of the local outputs (m, D): the logits, and after them the pairs of those that ask."""
+        logits = outputs[:, : self._classes]
+        seen = []
+        for model, u in zip(self._models, uniforms, strict=True):
+            if model.pairs:
+                everyone = self._group.gather_rows(outputs, batch.sizes)
+                labels = self._group.gather_rows(batch.labels, batch.sizes)
+                seen.append(model.observe_pairs(everyone, labels, self._logit_scale, batch.own, self._classes))
+            else:
+                one = model.observe(logits, batch.labels, self._logit_scale, u)
+                more = outputs.shape[1] - self._classes
+                seen.append(replace(one, cotangent=pad(one.cotangent, (0, more))) if more else one)
+        return seen
+
     def _uniforms(self, number: int, batch: Batch) -> Tensor:
         draws = self._models[number].draws(self._classes)
+        like = self._like
         if draws == 0:
-            return batch.features.new_empty(len(batch.labels), 0)
+            return like.new_empty(len(batch.labels), 0)
         generator = seeded(self._seed, batch.step, _DRAWS, number)
         drawn = torch.rand((batch.total, draws), generator=generator, dtype=torch.float64)
-        return drawn[batch.own].to(batch.features)
+        return drawn[batch.own].to(like)
 
     def _gather(self, local: Observation, observations: list[Observation], batch: Batch) -> list[Tensor]:
         """Innovations, base noise, channels, and for a gate the two judged forms: (s, k) each, of all samples."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kngd_ray.clip import TuneOptions
 from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
 from kngd_ray.filters import Categorical as LikelihoodNoise
 from kngd_ray.filters import (
@@ -10,12 +11,14 @@ from kngd_ray.filters import (
     Diagonal,
     Fixed,
     GateModel,
+    Layerwise,
     NoGate,
     NoiseModel,
     ProcessModel,
     RandomWalk,
 )
 from kngd_ray.observations import Cosine, LogLikelihood, Model
+from kngd_ray.training.losses import CrossEntropy, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +78,14 @@ class OptimizerOptions:
         weight_decay: decoupled for AdamW, L2 for SGD.
         momentum: of SGD.
         schedule: learning rate over the run.
+        loss: what is minimised.
     """
 
     lr: float = 3e-3
     weight_decay: float = 0.01
     momentum: float = 0.9
     schedule: Literal["constant", "cosine"] = "constant"
+    loss: Loss = field(default_factory=CrossEntropy)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -99,7 +104,8 @@ class FitOptions:
         method: the optimiser.
         epochs: passes over the support set.
         batch_size: global batch, all ranks together.
-        adapter: adapters on the frozen embeddings, applied in this order.
+        tune: what is trained beside the adapters: nothing, LoRA in the towers, or the towers' own weights.
+        adapter: adapters on the towers' embeddings, applied in this order.
         observation: observation models, their rows stacked.
         filter: prior belief, for ``kalman``.
         noise: process and observation noise, for ``kalman``.
@@ -109,6 +115,7 @@ class FitOptions:
     method: Literal["kalman", "adamw", "sgd"] = "kalman"
     epochs: int = 5
     batch_size: int = 32
+    tune: TuneOptions = field(default_factory=TuneOptions)
     adapter: tuple[AnyAdapter, ...] = (ClassResidual(),)
     observation: tuple[Model, ...] = (LogLikelihood(), Cosine(r0=1.0))
     filter: FilterOptions = field(default_factory=FilterOptions)
@@ -120,15 +127,44 @@ class FitOptions:
             raise ValueError(f"epochs is {self.epochs}; give 0 or more passes")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; a batch needs at least 1 sample")
-        if not self.adapter:
+        if not self.adapter and not self.tune.images:
             raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
         if not self.observation:
             raise ValueError(
                 "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
             )
+        self._check_towers()
         unlikely = all(model.likelihood is None for model in self.observation)
         if isinstance(self.noise.observation, LikelihoodNoise) and unlikely:
             raise ValueError(
                 "noise.observation is categorical, but no observation has a likelihood to take its noise from; "
                 "observe probability, log_likelihood or categorical, or take fixed or ema noise"
             )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the method sees image-text pairs beside the class logits."""
+        if self.method == "kalman":
+            return any(model.pairs for model in self.observation)
+        return self.optimizer.loss.pairs
+
+    def _check_towers(self) -> None:
+        """What only whole towers can do, and what they cannot.
+
+        Raises:
+            ValueError: they are asked for it.
+        """
+        if self.pairs and not self.tune.images:
+            raise ValueError("clip_cite sees pairs of images and texts; set tune.parameters to lora or full")
+        if not self.tune.images or self.method != "kalman":
+            return
+        if not isinstance(self.filter.covariance, Layerwise):
+            raise ValueError(
+                f"filter.covariance is {self.filter.covariance.kind}; over towers (tune.parameters="
+                f"{self.tune.parameters}) it can be diagonal, kronecker or block_diagonal"
+            )
+        for name, value, plain in (("serial", self.filter.serial, 0), ("iterations", self.filter.iterations, 1)):
+            if value != plain:
+                raise ValueError(f"filter.{name} is {value}; over towers a batch is conditioned on once: leave it out")
+        if self.tune.checkpointing:
+            raise ValueError("tune.checkpointing saves memory of the gradient methods; kalman keeps all layers' inputs")

@@ -12,7 +12,7 @@ from kngd_ray.filters import Belief, Family, variances
 from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 
-_DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
+DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every time
 _ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
 _EMBEDDED = 1 << 20  # numbers of adapted embeddings computed at once: more does not fit the caches
 _LINEARISED = 64  # samples at once
@@ -140,7 +140,7 @@ class Predictor:
         if self._deviations is None:
             assert self.belief is not None
             assert self.family is not None
-            deviations = self.family.sample(self.belief.covariance, self.options.draws, seeded(_DRAWS_SEED))
+            deviations = self.family.sample(self.belief.covariance, self.options.draws, seeded(DRAWS_SEED))
             self._deviations = deviations.to(self.belief.mu)
         return self._deviations
 

@@ -107,9 +107,8 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
         Entries of the manifest, the same for the same task.
     """
     options: dict[str, Any] = _listed(asdict(task.options))
-    sha = hashlib.sha256()
-    for tensor in (task.support.features, task.support.labels, task.class_embeddings):
-        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    sha = hashlib.sha256(task.support.digest())
+    sha.update(task.class_embeddings.cpu().contiguous().numpy().tobytes())
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
     prior = None if task.prior is None else task.prior.sha256
     order = {"order": "prequential"} if task.prequential else {}

@@ -30,7 +30,7 @@ from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transi
 from kngd_ray.filters.unchecked import unchecked
 from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
-from kngd_ray.training.batches import Batch
+from kngd_ray.training.batches import Batch, Support
 from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import StepStats
@@ -63,7 +63,7 @@ class _Given(NamedTuple):
     anchor: Tensor
     transition: Tensor  # F, F^2 / lambda, q
     beta: Tensor
-    features: Tensor
+    inputs: Tensor
     labels: Tensor
     uniforms: list[Tensor]
 
@@ -123,11 +123,12 @@ def shape_of(task: FitTask) -> Hashable | None:
 
     Returns:
         The same for fits that :func:`fit_together` takes together; None where a fit can only run alone: gradient
-        descent is a step of the autograd engine, and a gate visits observations one by one.
+        descent is a step of the autograd engine, a gate visits observations one by one, and towers fill a process.
     """
     options = task.options
-    if options.method != "kalman" or not isinstance(options.filter.gate, NoGate):
+    if options.method != "kalman" or task.towers is not None or not isinstance(options.filter.gate, NoGate):
         return None
+    assert isinstance(task.support, Support)
     noise = options.noise.observation
     alike = replace(
         options,
@@ -227,7 +228,7 @@ def _tried(
         anchor=torch.stack([trial.anchor for trial in trials]),
         transition=state[_MU].new_tensor(transitions),
         beta=state[_NOISE].new_tensor([noise.beta if isinstance(noise, Ema) else nan for noise in noises]),
-        features=torch.stack([batch.features for batch in batches]),
+        inputs=torch.stack([batch.inputs for batch in batches]),
         labels=torch.stack([batch.labels for batch in batches]),
         uniforms=[torch.stack(of_model) for of_model in zip(*uniforms, strict=True)],
     )
@@ -258,15 +259,15 @@ def _advance(
         # scale and q are tensors here, on which the families compute as on numbers
         P = leader.family.predict(belief.covariance, scale, q, lambda share: share)
         belief = Belief(given.anchor.lerp(belief.mu, decay), P)
-    batch = replace(like, features=given.features, labels=given.labels)
+    batch = replace(like, inputs=given.inputs, labels=given.labels)
 
     def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
-        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters), batch.features)
+        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters), batch.inputs)
         return observer.look(passed, batch, given.uniforms, r, displaced)
 
     scores = belief.mu.new_zeros(0)
     if batch.scored:
-        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters), batch.features)
+        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters), batch.inputs)
         scores = leader.log_predictive(belief, passed, batch)
     done = leader.condition(belief, observe)
     noise = observer.learned(r, done.seen, done.outcome, _with_beta(observer.noise_model, given.beta))

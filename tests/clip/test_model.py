@@ -52,7 +52,7 @@ def small(tiny_architecture):
 @pytest.fixture
 def weights(small):
     """A state dict of the small architecture, to be spoiled freely."""
-    return {name: tensor.clone() for name, tensor in small._network.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in small.network.state_dict().items()}
 
 
 def error_of(name, pretrained=None):
@@ -68,8 +68,8 @@ def error_of(name, pretrained=None):
 def test_the_embedded_model(mini):
     assert (mini.name, mini.embed_dim) == ("embedded", 256)
     assert mini.logit_scale == pytest.approx(18, abs=0.01)
-    assert not mini._network.training
-    assert not any(parameter.requires_grad for parameter in mini._network.parameters())
+    assert not mini.network.training
+    assert not any(parameter.requires_grad for parameter in mini.network.parameters())
 
 
 def test_zero_shot_accuracy_on_emoji(mini, emoji):
@@ -93,7 +93,7 @@ def test_loading_is_silent_and_configures_nothing(mini):
 
 
 def test_logs_of_others_pass_while_a_model_loads(caplog):
-    with _model._quiet_open_clip():
+    with _model.quiet_open_clip():
         logging.getLogger().warning("from a test")
     assert caplog.messages == ["from a test"]
 
@@ -118,8 +118,8 @@ def test_a_tag_gives_its_weights_preprocessing_and_activation(monkeypatch, tmp_p
     monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tmp_path / "hub.safetensors"))
     model = load_model(ModelConfig(SMALL, "tagged"))
     assert model.fingerprint != small.fingerprint
-    assert "mean=(0.5, 0.5, 0.5)" in repr(model._transform)
-    assert any(type(module).__name__ == "QuickGELU" for module in model._network.modules())
+    assert "mean=(0.5, 0.5, 0.5)" in repr(model.transform)
+    assert any(type(module).__name__ == "QuickGELU" for module in model.network.modules())
 
 
 # Fingerprint
@@ -148,11 +148,11 @@ def test_one_changed_weight_changes_the_fingerprint(tmp_path, small, weights, na
 
 def test_a_changed_transform_or_configuration_changes_the_fingerprint(small):
     architecture = {"embed_dim": 256}
-    fingerprint = _model._fingerprint(small._network, small._transform, architecture)
-    other = Compose([RandomInvert(), *small._transform.transforms])
-    assert _model._fingerprint(small._network, other, architecture) != fingerprint
-    assert _model._fingerprint(small._network, small._transform, {"embed_dim": 257}) != fingerprint
-    assert _model._fingerprint(small._network, small._transform, architecture) == fingerprint
+    fingerprint = _model._fingerprint(small.network, small.transform, architecture)
+    other = Compose([RandomInvert(), *small.transform.transforms])
+    assert _model._fingerprint(small.network, other, architecture) != fingerprint
+    assert _model._fingerprint(small.network, small.transform, {"embed_dim": 257}) != fingerprint
+    assert _model._fingerprint(small.network, small.transform, architecture) == fingerprint
 
 
 # Features

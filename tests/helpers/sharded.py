@@ -98,7 +98,7 @@ def run_refused(group: Group, family: str) -> Outcome:
     before = _snapshot(method)
     batch = sampler.batch(1, group.rank, group.world_size)
     if group.rank == group.world_size - 1:
-        batch.features[-1] = float("nan")  # a copy: batches are gathered from the support
+        batch.inputs[-1] = float("nan")  # a copy: batches are gathered from the support
     try:
         method.step(batch)
         refused = ""
@@ -138,7 +138,7 @@ def run_gradient(group: Group, method: str, schedule: Literal["constant", "cosin
     for step in range(sampler.steps):
         batch = sampler.batch(step, group.rank, group.world_size)
         if step == 1 and group.rank == group.world_size - 1:
-            batch.features[-1] = float("nan")
+            batch.inputs[-1] = float("nan")
         try:
             losses.append(descent.step(batch).nll)
         except FilterError:

@@ -148,8 +148,33 @@ class FunctionalInAllClasses(Functional):
         return self.lin(x) + linear(x, self.lin.weight).sin().sum(1, keepdim=True)
 
 
-class BehindZeros(Functional):
-    """Both called and used outside, in front of a layer that starts at zero: at first its gradient is zero."""
+class Unseen(torch.autograd.Function):
+    """A function that no tape sees: the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g
+
+
+class Hidden(Functional):
+    """Used where it is seen and where it is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) + torch.tanh(linear(x, Unseen.apply(self.lin.weight)))
+
+
+class BehindZeros(Hidden):
+    """The same in front of a layer that starts at zero: at first its gradient is zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,22 +292,23 @@ class NothingLinear(nn.Module):
 HEADS: dict[type[nn.Module], tuple[tuple[int, ...], set[str]]] = {
     Tokens: ((4, D), {"first.weight", "last.weight"}),
     MoreTokens: ((4, D), {"first.weight", "last.weight"}),
-    TokensFirst: ((4, D), set()),
+    TokensFirst: ((4, D), {"first.weight", "last.weight"}),
     Flattened: ((4, D), set()),
     Twice: ((D,), {"square.weight", "last.weight"}),
     Tied: ((D,), {"one.weight"}),
     TiedBias: ((D,), {"one.weight", "two.weight"}),
-    BatchAndConstant: ((D,), set()),
+    BatchAndConstant: ((D,), {"map.weight"}),
     Constant: ((D,), {"map.weight"}),
-    Attention: ((4, D), {"first.weight", "last.weight"}),
-    Functional: ((D,), set()),
+    Attention: ((4, D), {"attention.in_proj_weight", "attention.out_proj.weight", "first.weight", "last.weight"}),
+    Functional: ((D,), {"lin.weight"}),
     FunctionalBias: ((D,), {"lin.weight"}),
-    FunctionalInAllClasses: ((D,), set()),
+    FunctionalInAllClasses: ((D,), {"lin.weight"}),
+    Hidden: ((D,), set()),
     BehindZeros: ((D,), {"last.weight"}),
-    OnlyFunctional: ((D,), set()),
+    OnlyFunctional: ((D,), {"lin.weight"}),
     ByKeyword: ((D,), {"lin.weight"}),
     SampleBySample: ((D,), set()),
-    Subclassed: ((D,), set()),
+    Subclassed: ((D,), {"scaled.weight"}),
     Normed: ((D,), {"first.weight", "last.weight"}),
     InPlace: ((D,), {"first.weight", "last.weight"}),
     Unused: ((D,), {"first.weight", "last.weight", "vain.weight"}),

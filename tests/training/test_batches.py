@@ -35,7 +35,7 @@ def test_ranks_together_see_the_global_batch(support, world_size):
         whole = BatchSampler(support, 7, 2, seed=1).batch(step)
         parts = [BatchSampler(support, 7, 2, seed=1).batch(step, rank, world_size) for rank in range(world_size)]
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-        assert torch.equal(torch.cat([part.features for part in parts]), whole.features)
+        assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
         for rank, part in enumerate(parts):
             assert part.total == whole.total
             assert len(part.labels) == part.sizes[rank]
@@ -61,7 +61,7 @@ def test_no_epochs(support):
 
 def test_a_batch_is_a_copy(support):
     kept = support.features.clone()
-    BatchSampler(support, 4, 1, seed=0).batch(0).features.fill_(-1)
+    BatchSampler(support, 4, 1, seed=0).batch(0).inputs.fill_(-1)
     assert torch.equal(support.features, kept)
 
 

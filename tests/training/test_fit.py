@@ -79,7 +79,7 @@ def test_a_good_step_starts_the_count_again():
     """Fourteen NaN shots of fifteen, twice: 28 refused steps, but never ten in a row with this seed."""
     for seed in range(200):
         task = poisoned(make_task(make_options(batch_size=1, epochs=2), shots=14, seed=seed), range(12))
-        bad = [bool(task.sampler.batch(s).features.isnan().any()) for s in range(28)]
+        bad = [bool(task.sampler.batch(s).inputs.isnan().any()) for s in range(28)]
         longest = max(len(run) for run in "".join("x" if b else " " for b in bad).split())
         if sum(bad) >= 20 and longest < 10:
             break

@@ -33,7 +33,7 @@ def test_equals_the_optimiser_by_hand(method, schedule):
         for group in optimiser.param_groups:
             group["lr"] = 0.02 * (0.5 * (1 + cos(pi * step / 6)) if schedule == "cosine" else 1)
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(twin(batch.features), batch.labels)
+        loss = torch.nn.functional.cross_entropy(twin(batch.inputs), batch.labels)
         loss.backward()
         optimiser.step()
         stats = descent.step(batch)

@@ -71,7 +71,7 @@ def test_a_step_is_the_composition_of_its_published_parts(family, observation, n
         mu = moves.decay * belief.mu + (1 - moves.decay) * anchor
         prior = Belief(mu, covariance.predict(belief.covariance, moves.scale, moves.q, lambda total: total))
         torch.nn.utils.vector_to_parameters(mu, twin.parameters())
-        logits = twin(batch.features).detach()
+        logits = twin(batch.inputs).detach()
         seen = []
         for number, model in enumerate(models):
             shape = (batch.total, model.draws(CLASSES))
@@ -82,7 +82,7 @@ def test_a_step_is_the_composition_of_its_published_parts(family, observation, n
         nu = observed.innovation.flatten()
         R = passes * estimate.covariance(r, observed.base_noise, observed.channel)
         L = torch.linalg.cholesky(torch.block_diag(*(R if R.dim() == 3 else R.diag_embed())))
-        plain = jacobian_rows(twin, batch.features, observed.cotangent)
+        plain = jacobian_rows(twin, batch.inputs, observed.cotangent)
         H = {name: Rows(torch.linalg.solve(L, rows)) for name, rows in plain.items()}
         HPH = covariance.spread(covariance.gram(prior.covariance, H, nu)[0], s * k)
         belief, _ = update(covariance, prior, H, torch.linalg.solve(L, nu))
@@ -346,7 +346,7 @@ def test_a_step_with_a_nan_is_refused_whatever_has_to_be_factored(family, noise)
     method.step(sampler.batch(0))
     before = [tensor.clone() for tensor in tensors(method)]
     batch = sampler.batch(1)
-    batch.features[2] = torch.nan
+    batch.inputs[2] = torch.nan
     with pytest.raises(FilterError, match="the step was refused and the belief kept"):
         method.step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(method), strict=True))

@@ -48,7 +48,7 @@ def test_a_scored_batch_is_predicted_as_the_linearised_posterior_would(family, a
             method.belief = method.filter.predict(before, transition, anchor)
             method.go_on(method.belief, method.noise)
             predictor = predictor_of(method, PosteriorOptions(predict="linearised"))
-            p = [predictor.predict(batch.features, tau).probabilities for tau in TAU_GRID]
+            p = [predictor.predict(batch.inputs, tau).probabilities for tau in TAU_GRID]
             expected = [float(each.gather(1, batch.labels.unsqueeze(1)).log().sum()) for each in p]
             method.go_on(before, method.noise)
         found = method.step(batch).log_predictive

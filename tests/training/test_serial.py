@@ -56,7 +56,7 @@ def test_a_step_refused_in_a_later_run_leaves_all_as_it_was():
     method = fitted("ekf", 3, gate=Skip(quantile=0.9))[0]
     before = method.belief.mu.clone(), covariance_of(method).clone(), method.noise.clone()
     batch = BatchSampler(make_support(15), 7, 2, seed=5).batch(0)
-    batch.features[-1] = float("nan")
+    batch.inputs[-1] = float("nan")
     with pytest.raises(FilterError):
         method.step(batch)
     after = method.belief.mu, covariance_of(method), method.noise

@@ -1,0 +1,255 @@
+"""Files that other programs read: an open_clip checkpoint, and the classifier in ONNX; both checked once written."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from kngd_ray.clip import lora
+from kngd_ray.clip._head import CLIPHead
+from kngd_ray.clip._model import ClipModel, quiet_open_clip
+from kngd_ray.clip._network import CLIPNetwork
+from kngd_ray.clip.adapters import Adapter, Linear
+from kngd_ray.errors import ModelError
+from kngd_ray.storage import storage_errors, write_text
+
+WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+ONNX = "classifier.onnx"
+
+_CHECKED = 4  # pictures and at most four times as many texts that a written file is compared on
+_TOLERANCE = 1e-4  # largest difference of logits, as a part of the logit scale
+_ONE_FILE = 2**31 - 2**24  # bytes of weights that fit into a protobuf with its graph
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        difference: largest absolute difference between its logits and the network's; None if not checked.
+        notes: what the file does not hold, or needs; a sentence each.
+    """
+
+    path: Path
+    difference: float | None
+    notes: tuple[str, ...] = ()
+
+
+def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Exported:
+    """Write both towers as an open_clip checkpoint, LoRA merged and weights averaged by the options' alpha.
+
+    ``open_clip.create_model(f"local-dir:{folder}")`` loads it, and so does ``open_clip.create_model(name,
+    pretrained=path)`` where the model has a name of open_clip's. Linear adapters of the image embedding go into
+    the tower's last projection; other adapters have no place in such a file.
+
+    Args:
+        network: as trained.
+        model: the pretrained model that it is of.
+        folder: where ``open_clip_model.safetensors`` and ``open_clip_config.json`` go; made if missing.
+
+    Returns:
+        What was written, with the difference that the loaded file makes to the logits of random pictures with
+        the class prompts, by the towers and the adapters that it holds.
+
+    Raises:
+        ModelError: The file, loaded again, does not give the network's logits.
+    """
+    import open_clip
+
+    with _merged(network) as clip:
+        folded, notes = _fold(clip, network)
+        size = _image_size(model)
+        pictures = _pictures(size)
+        prompts = network.prompt_tokens[: 4 * _CHECKED]
+        expected = _logits(network.clip, pictures, prompts, folded)
+    path = folder / WEIGHTS
+    with storage_errors(path, SafetensorError):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in clip.state_dict().items()},
+            str(temporary),
+        )
+        temporary.replace(path)
+    config = {"model_cfg": model.architecture, "preprocess_cfg": model.preprocess_cfg}
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    with quiet_open_clip():
+        loaded = open_clip.create_model(f"local-dir:{folder}").eval()
+    difference = _difference(_logits(loaded, pictures, prompts, []), expected, network.logit_scale, path)
+    if model.architecture.get("quick_gelu"):
+        notes.append("open_clip.create_model with a model's name needs force_quick_gelu=True for these weights")
+    if network.pairs and network.text_trained:
+        notes.append("the run classified by the pretrained texts and its adapters; this text tower is the tuned one")
+    return Exported(path, difference, tuple(notes))
+
+
+def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int, int]) -> Exported:
+    """Write the image tower with the class head and its adapters as ONNX, for batches of any size.
+
+    Its input ``images`` (m, 3, H, W) are transformed pictures, its output ``logits`` (m, C).
+
+    Args:
+        network: as trained; its weights are averaged by the options' alpha.
+        folder: where ``classifier.onnx`` goes; made if missing.
+        image_size: H and W, or both.
+
+    Returns:
+        What was written; checked if onnxruntime is installed.
+
+    Raises:
+        ModelError: The packages for it are not installed, or the file does not give the network's logits.
+    """
+    if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
+        raise ModelError(f"ONNX export needs the package {missing[0]}: pip install kngd_ray[export]")
+    pictures = _pictures(image_size)
+    classifier = _classifier(network)
+    path = folder / ONNX
+    large = sum(t.nbytes for t in [*classifier.parameters(), *classifier.buffers()]) > _ONE_FILE
+    with storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.onnx.export(
+            classifier,
+            (pictures,),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            external_data=large,
+            dynamo=True,
+            verbose=False,
+        )
+    if find_spec("onnxruntime") is None:
+        return Exported(path, None, ("not checked: onnxruntime is not installed",))
+    onnxruntime = import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    differences = []
+    for batch in (pictures, pictures[:1]):  # the batch size must not be a constant of the graph
+        with torch.no_grad():
+            expected = classifier(batch)
+        logits = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+        differences.append(_difference(logits, expected, network.logit_scale, path))
+    return Exported(path, max(differences))
+
+
+class _Classifier(nn.Module):
+    """Transformed pictures (m, 3, H, W) to logits (m, C), with fixed class embeddings.
+
+    Args:
+        clip: an open_clip model, of which the image tower is used.
+        head: the head with its adapters.
+        class_embeddings: (C, d).
+    """
+
+    class_embeddings: Tensor
+
+    def __init__(self, clip: Any, head: CLIPHead, class_embeddings: Tensor) -> None:
+        super().__init__()
+        self.visual = clip.visual
+        self.head = head
+        self.register_buffer("class_embeddings", class_embeddings)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (m, C) of pictures (m, 3, H, W)."""
+        return self.head(normalize(self.visual(images), dim=-1), self.class_embeddings)
+
+
+def _classifier(network: CLIPNetwork) -> _Classifier:
+    """The network as trained, averaged and merged, on the CPU in float32."""
+    with _merged(network) as clip, torch.no_grad():
+        head = copy.deepcopy(network.head).cpu().float()
+        weights = network.classifier().cpu().float().clone()
+    return _Classifier(clip, head, weights).eval().requires_grad_(False)
+
+
+@contextmanager
+def _merged(network: CLIPNetwork) -> Iterator[Any]:
+    """The towers merged, on the CPU in float32, while the network's own weights are the averaged ones."""
+    with network.blended(network.options.alpha):
+        clip: Any = lora.merge(copy.deepcopy(network.clip).cpu().float()).requires_grad_(False)
+        if network.options.checkpointing:
+            clip.set_grad_checkpointing(False)
+        yield clip
+
+
+def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:
+    """Put linear adapters of the image embedding into the last projection of the image tower.
+
+    The embedding is normalised afterwards, so that normalising it before as well makes no difference.
+
+    Args:
+        clip: the towers to write, which are changed.
+        network: with the adapters.
+
+    Returns:
+        The adapters that were put there, and a note for each that was not.
+    """
+    visual = clip.visual
+    last = getattr(getattr(visual, "head", None), "proj", None)
+    folded: list[Adapter] = []
+    notes: list[str] = []
+    adapter: Adapter
+    for config, trained in zip(network.adapters, network.head.adapters, strict=True):
+        adapter = copy.deepcopy(trained).cpu().float()  # type: ignore[assignment]
+        linear = isinstance(config, Linear) and config.tower == "image" and not notes
+        with torch.no_grad():
+            if linear and isinstance(proj := getattr(visual, "proj", None), nn.Parameter):
+                proj.copy_(adapter.image(proj))
+            elif linear and isinstance(last, nn.Linear):
+                last.weight.copy_(adapter.image(last.weight.mT).mT)
+                if last.bias is not None:
+                    last.bias.copy_(adapter.image(last.bias))
+            else:
+                notes.append(f"the {config.kind} adapter is left out: an open_clip checkpoint has no place for it")
+                continue
+        folded.append(adapter)
+    return folded, notes
+
+
+def _logits(clip: Any, pictures: Tensor, prompts: Tensor, adapters: list[Adapter]) -> Tensor:
+    """Logits (m, C) of pictures and prompts by a model's towers and adapters of the image embedding."""
+    weight = clip.logit_scale
+    with torch.no_grad():
+        z = normalize(clip.encode_image(pictures.to(weight)), dim=-1)
+        for adapter in adapters:
+            z = adapter.to(z).image(z)
+        t = normalize(clip.encode_text(prompts.to(weight.device)), dim=-1)
+        return (weight.exp() * normalize(z, dim=-1) @ t.mT).cpu().float()
+
+
+def _difference(found: Tensor, expected: Tensor, scale: float, path: Path) -> float:
+    """Largest absolute difference of logits.
+
+    Raises:
+        ModelError: It is more than rounding.
+    """
+    difference = float((found - expected).abs().max())
+    if not difference <= _TOLERANCE * max(scale, 1.0):
+        raise ModelError(
+            f"{path} gives logits that differ from the network's by {difference:.2g}: do not use it, and check "
+            "that the weights are finite"
+        )
+    return difference
+
+
+def _image_size(model: ClipModel) -> int | tuple[int, int]:
+    size = model.preprocess_cfg["size"]
+    return size if isinstance(size, int) else (size[0], size[1])
+
+
+def _pictures(size: int | tuple[int, int]) -> Tensor:
+    """Seeded noise (m, 3, H, W) in place of transformed pictures."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(_CHECKED, 3, height, width, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,66 @@
+"""Batches on their way into a fit: features from memory, pictures from their file, decoded ahead."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from kngd_ray.clip import CLIPNetwork, Head, RandomResizedCrop
+from kngd_ray.sharding import Group
+from kngd_ray.training.batches import Batch, BatchSampler
+from kngd_ray.training.pictures import Pictures, Prefetcher, Sample, augmentation
+
+_THREADS = 16  # more do not decode faster: the rest of a picture's way is one thread's
+
+
+@contextmanager
+def fed(
+    sampler: BatchSampler, head: Head, group: Group, device: torch.device | str, start: int
+) -> Iterator[Iterator[Batch]]:
+    """This rank's batches of a fit.
+
+    Args:
+        sampler: the batches; its shots on the device, as far as they are in memory.
+        head: what they go into.
+        group: the ranks.
+        device: where they go.
+        start: steps that were done before.
+
+    Yields:
+        An iterator over the batches of the steps that are left.
+    """
+    steps = range(start, sampler.steps)
+    rank, world_size, shots = group.rank, group.world_size, sampler.support
+    if not isinstance(head, CLIPNetwork):
+        yield (sampler.batch(step, rank, world_size) for step in steps)
+        return
+    assert isinstance(shots, Pictures)
+
+    def plan(step: int) -> list[Sample]:
+        chosen = sampler.chosen(step, rank, world_size)
+        return [(i, augmentation(sampler.seed, chosen.turn, i)) for i in chosen.local.tolist()]
+
+    with Prefetcher(
+        shots, plan, steps, head.transform, augment=_augment(head), threads=decoding_threads(world_size)
+    ) as pixels:
+
+        def batches() -> Iterator[Batch]:
+            for step, images in zip(steps, pixels, strict=True):
+                chosen = sampler.chosen(step, rank, world_size)
+                labels = shots.labels[chosen.local.to(shots.labels.device)]
+                yield chosen.batch(head.inputs(labels, image=images.to(device)), labels)
+
+        yield batches()
+
+
+def decoding_threads(world_size: int = 1) -> int:
+    """How many pictures a rank decodes at once: its share of the cores, if all ranks were on this machine."""
+    return max(2, min(_THREADS, len(os.sched_getaffinity(0)) // world_size))
+
+
+def _augment(network: CLIPNetwork) -> RandomResizedCrop | None:
+    options = network.options
+    if options.augment == "none":
+        return None
+    return RandomResizedCrop.of(network.preprocess_cfg, options.crop_scale)

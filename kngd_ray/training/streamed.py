@@ -1,0 +1,87 @@
+"""The Kalman filter over whole towers: the same filter, a layer at a time and in place.
+
+A tower has so many weights that a second copy of theta or P is what does not fit. So theta is one flat buffer of which
+the network's parameters are views, and :class:`~kngd_ray.sharding.StreamedFilter` writes into it and into P. Beside the
+activations and their derivatives a step holds n numbers of theta, the rank's share of P, and one layer's rows of H.
+"""
+
+import torch
+from torch import Tensor
+
+from kngd_ray.errors import FilterError
+from kngd_ray.filters import Belief
+from kngd_ray.observations import flatten
+from kngd_ray.sharding import StreamedFilter
+from kngd_ray.training.batches import Batch
+from kngd_ray.training.kalman import Conditioned, KalmanNGD, nested
+from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.training.options import FilterOptions
+
+
+class StreamedKalmanNGD(KalmanNGD):
+    """:class:`~kngd_ray.training.kalman.KalmanNGD` for networks too large to be copied.
+
+    A step conditions on the whole batch once; ``filter.serial`` and ``filter.iterations`` need copies of the belief.
+    """
+
+    def _place(self, prior: FilterOptions) -> None:
+        mu = flatten(self.parameters)
+        for p, piece in zip(
+            self.parameters.values(), mu.split([p.numel() for p in self.parameters.values()]), strict=True
+        ):
+            p.data = piece.view_as(p)
+        self.streamed = StreamedFilter(self.family, self.observer.layers, self.group, prior.gate)
+        self.placed = self.streamed
+        self.belief = self.streamed.init(mu, prior.p0)
+        # mu_0 is a third copy of theta: only a process that returns to it has to pay for it
+        returns = self._options.noise.process.transition(0, prior.p0).decay != 1.0
+        self._anchor = mu.clone() if returns else mu
+
+    def step(self, batch: Batch) -> StepStats:
+        """Predict, then condition on one batch, both in place.
+
+        Args:
+            batch: this rank's part of the global batch.
+
+        Returns:
+            Figures of the global batch, before the update.
+
+        Raises:
+            FilterError: the step was refused; belief, noise and network are as before.
+        """
+        moved = self.group.bytes_moved
+        options = self._options
+        transition = options.noise.process.transition(batch.step, options.filter.p0)
+        mu = self.belief.mu
+        before = mu.clone() if transition.decay != 1.0 else None
+        try:
+            self.streamed.predict_mean(self.belief, transition, self._anchor)
+            seen = self.observer.observe(batch, self.noise)
+            outcome = self.streamed.update(self.belief, transition, seen.observed)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            self._undo(before)
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise FilterError(
+                f"a matrix of the filter could not be factored ({reason}): the step was refused; lower filter.p0."
+            ) from error
+        except BaseException:
+            self._undo(before)
+            raise
+        done = Conditioned(self.belief, seen, outcome)
+        self.noise = self.observer.learned(self.noise, seen, outcome)
+        # the variance of all C logits would take C backward passes: labels are predicted by the mean alone
+        scores = (-batch_scores(seen.logits, batch, self.group)["nll"] * batch.total,) if batch.scored else None
+        return self._stats(batch, done, moved, scores)
+
+    def load(self, state: MethodState) -> None:
+        """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state.weights[name])
+        self.noise = state.replicated["noise"].to(self.noise)
+        mu = self.belief.mu
+        self.belief = Belief(mu, self.streamed.own(nested(state.covariance, mu)))
+
+    def _undo(self, before: Tensor | None) -> None:
+        if before is not None:
+            self.belief.mu.copy_(before)

@@ -134,6 +134,48 @@ def evaluate(
 
 
 @app.command()
+def ensemble(
+    target: _Target,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="alpha=A | KEY=VALUE",
+            help="The alpha to keep for evaluate, predict and export, chosen before looking at the test; none shows.",
+            show_default=False,
+        ),
+    ] = None,
+    points: Annotated[int, typer.Option(metavar="N", help="Values of alpha to score, from 0 to 1.")] = 11,
+    storage_path: _Storage = "kngd_runs",
+    as_json: _Json = False,
+) -> None:
+    """Accuracy of a run's weights averaged with the pretrained ones, over alpha; alpha=0.5 keeps that average."""
+    from kngd_ray.commands.ensemble import ensemble as run
+
+    file, overrides = _split(settings)
+    if file is not None:
+        raise UsageError(f"ensemble takes its settings from the run: leave out {file}, or write alpha={file}.")
+    result = run(target, overrides, points, storage_path, _display(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def export(
+    target: _Target,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.", show_default=False)],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also the classifier of pictures, as ONNX.")] = False,
+    storage_path: _Storage = "kngd_runs",
+    as_json: _Json = False,
+) -> None:
+    """Write a run as an open_clip checkpoint, LoRA merged, and as an ONNX classifier."""
+    from kngd_ray.commands.export import export as run
+
+    result = run(target, out, storage_path, _display(as_json), onnx=onnx)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def predict(
     target: _Target,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],

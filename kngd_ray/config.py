@@ -102,6 +102,12 @@ class Config(FitOptions):
         data: data set and few-shot task.
         model: CLIP model.
         posterior: how the posterior enters predictions.
+        protocol: what is tested beside the run's own classes in and out of distribution. ``fsl``, few-shot learning:
+            nothing. ``dg``, domain generalisation: nothing, but there must be a domain out of distribution. ``bng``,
+            base to new: the first half of the classes is trained on, the second is told apart by its texts alone.
+            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`.
+        targets: data sets of ``cdg``, each a parquet file or a folder with its own class names; pictures that state no
+            split are all tested on.
         trainer: where the run executes.
         tracking: where it is logged.
     """
@@ -113,6 +119,8 @@ class Config(FitOptions):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
+    protocol: Literal["fsl", "dg", "bng", "cdg"] = "fsl"
+    targets: tuple[str, ...] = ()
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -124,6 +132,12 @@ class Config(FitOptions):
             raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ and be 0 or more")
         if self.prior is not None and not self.prior.strip():
             raise ValueError("prior is empty; name a run, a fit's folder or a checkpoint's, or leave it out")
+        if self.protocol == "cdg" and not self.targets:
+            raise ValueError(
+                "protocol is cdg without targets; name the data sets to test on: targets=[flowers.parquet]"
+            )
+        if self.targets and self.protocol != "cdg":
+            raise ValueError(f"targets are for protocol=cdg, and protocol is {self.protocol}; leave one of them out")
 
     @property
     def fit_options(self) -> FitOptions:
@@ -195,7 +209,8 @@ def baseline_config(config: Config, method: str) -> Config:
         The baseline's configuration.
     """
     shared = plain(replace(config, tracking=replace(config.tracking, registered_model=None)))
-    kept = ("seeds", "prior", "batch_size", "tune", "adapter", "data", "model", "posterior", "trainer", "tracking")
+    task = ("data", "model", "posterior", "protocol", "targets", "trainer", "tracking")
+    kept = ("seeds", "prior", "batch_size", "tune", "adapter", *task)
     return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
 
 

@@ -154,7 +154,7 @@ class Display:
         for name, report in rows:
             sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
             main.add_row(
-                escape(name), *(c for s in sets for c in (_cell(s["accuracy"], 100), _cell(s["nll"]), _cell(s["ece"])))
+                escape(name), *(c for s in sets for c in (cell(s["accuracy"], 100), cell(s["nll"]), cell(s["ece"])))
             )
         self.out.print(main)
         if len(domains) > 2:  # the mean and at least two domains
@@ -163,7 +163,7 @@ class Display:
             for domain in domains[1:]:
                 detail.add_column(escape(domain), justify="right")
             for name, report in rows:
-                detail.add_row(escape(name), *(_cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
+                detail.add_row(escape(name), *(cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
             self.out.print(detail)
         for note in notes:
             self.out.print(note, highlight=False, markup=False)
@@ -204,7 +204,16 @@ def _objectives(objective: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in objective.items())
 
 
-def _cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
+def cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
+    """A figure in a table.
+
+    Args:
+        figure: the number, or its mean and interval over seeds.
+        factor: to the unit that is shown; 100 makes percents of shares.
+
+    Returns:
+        The number, with half of its interval if it has one.
+    """
     digits = 1 if factor == 100 else 3
     if isinstance(figure, Mapping):
         half = (figure["high"] - figure["low"]) / 2 * factor

@@ -8,6 +8,7 @@ from typing import Any
 from kngd_ray.commands import run_folder
 from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.prepare import Prepared
+from kngd_ray.commands.protocols import Protocol
 from kngd_ray.commands.summary import flat_metrics, over_seeds
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
@@ -15,7 +16,7 @@ from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration, calibrate
 from kngd_ray.training.classifier import Settled, restore_predictor, save_settled
-from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import latest
@@ -31,11 +32,15 @@ class MethodRun:
         config: the method's configuration.
         priors: by seed, what each fit starts from; none where it starts at CLIP's own weights.
         prepared: features and model.
+        protocol: what the fits are tested on beside their own classes.
         folder: of the run.
     """
 
-    def __init__(self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, folder: Path) -> None:
+    def __init__(
+        self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, protocol: Protocol, folder: Path
+    ) -> None:
         self.config = config
+        self._protocol = protocol
         self._prepared = prepared
         self._folder = folder
         self.tasks = {
@@ -96,6 +101,7 @@ class MethodRun:
         refused = sum(report.pop("refused") for report in reports)
         seconds = sum(report.pop("seconds") for report in reports)
         combined = over_seeds(reports)
+        named = self._protocol.named
         if self._parent is not None:
             self._parent.log_metrics(flat_metrics(combined))
         return {
@@ -106,8 +112,8 @@ class MethodRun:
             "steps": self.tasks[done[0]].sampler.steps,
             "refused": refused,
             "seconds": seconds,
-            "zero_shot": over_seeds([zero_shot[seed] for seed in done]),
-            **combined,
+            "zero_shot": named(over_seeds([zero_shot[seed] for seed in done])),
+            **named(combined),
         }
 
     def finish(self, status: Status) -> None:
@@ -155,6 +161,7 @@ class MethodRun:
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
+        report |= self._protocol.figures(predictor, calibration, report[ID])
         steps = record.steps()
         seconds = sum(step["time/step_ms"] for step in steps) / 1e3
         refused = sum(int(step["train/refused"]) for step in steps)

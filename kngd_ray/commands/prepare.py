@@ -18,7 +18,9 @@ from kngd_ray.data import (
     Split,
     encode_missing,
     fill_cache,
+    halves,
     open_images,
+    restrict,
     select,
     select_tests,
 )
@@ -122,7 +124,8 @@ class Task:
 
     Attributes:
         config: what is asked for.
-        images: the data set's index.
+        images: the data set's index, of the classes that are trained on.
+        whole: the index of all its classes; a run from base to new classes trains on half of them.
         choose: gives the support set and the test sets by seed, without the pictures that it is told.
         splits: what it gives when all pictures can be used.
         model: the CLIP model.
@@ -130,6 +133,7 @@ class Task:
 
     config: Config
     images: ImageSet
+    whole: ImageSet
     choose: Choose
     splits: dict[int, Split]
     model: ClipModel
@@ -150,8 +154,13 @@ def open_task(config: Config) -> Task:
         The task.
     """
     resolve_templates(config.data.templates)
-    images = open_images(config.data)
-    return _task(config, images, lambda bad: {seed: select(images, config.data, seed, bad) for seed in config.seeds})
+    whole = open_images(config.data)
+    images = _trained(config, whole)
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        return {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+
+    return _task(config, images, whole, choose)
 
 
 def open_shots(config: Config) -> Task:
@@ -164,13 +173,14 @@ def open_shots(config: Config) -> Task:
         The task, its test sets empty.
     """
     resolve_templates(config.data.templates)
-    images = open_images(config.data)
+    whole = open_images(config.data)
+    images = _trained(config, whole)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
         splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
         return {seed: replace(split, id_test=split.id_test[:0], ood={}) for seed, split in splits.items()}
 
-    return _task(config, images, choose)
+    return _task(config, images, whole, choose)
 
 
 def open_tests(config: Config, given: Collection[str]) -> Task:
@@ -187,9 +197,15 @@ def open_tests(config: Config, given: Collection[str]) -> Task:
         The task, its support sets empty.
     """
     resolve_templates(config.data.templates)
-    images = open_images(config.data, test_fraction=1.0)
+    whole = open_images(config.data, test_fraction=1.0)
+    images = whole if "data.classes" in given else _trained(config, whole)
     data = _known_domains(config.data, set(images.domains.tolist()), given)
-    return _task(config, images, lambda bad: dict.fromkeys(config.seeds, select_tests(images, data, bad)))
+    return _task(config, images, whole, lambda bad: dict.fromkeys(config.seeds, select_tests(images, data, bad)))
+
+
+def _trained(config: Config, whole: ImageSet) -> ImageSet:
+    """The classes of a data set that the protocol trains on."""
+    return restrict(whole, halves(whole.class_names)[0]) if config.protocol == "bng" else whole
 
 
 def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) -> DataConfig:
@@ -202,8 +218,8 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
     return data
 
 
-def _task(config: Config, images: ImageSet, choose: Choose) -> Task:
-    return Task(config, images, choose, choose(frozenset()), load_model(config.model))
+def _task(config: Config, images: ImageSet, whole: ImageSet, choose: Choose) -> Task:
+    return Task(config, images, whole, choose, choose(frozenset()), load_model(config.model))
 
 
 def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:

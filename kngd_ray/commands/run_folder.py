@@ -86,7 +86,9 @@ def _settled(config: Config) -> Config:
     data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
     tracking = replace(config.tracking, uri=resolve_uri(config.tracking.uri))
     prior = None if config.prior is None else str(locate(config.prior, config.trainer.storage_path))
-    return replace(config, prior=prior, data=data, model=config.model.absolute(), tracking=tracking)
+    targets = tuple(str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in config.targets)
+    model = config.model.absolute()
+    return replace(config, prior=prior, data=data, model=model, tracking=tracking, targets=targets)
 
 
 def shown(config: Config) -> Config:

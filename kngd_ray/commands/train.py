@@ -15,6 +15,7 @@ from kngd_ray.commands.display import Display
 from kngd_ray.commands.method_run import MethodRun
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.priors import check_prior, find_priors
+from kngd_ray.commands.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.commands.session import ray_for
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.data import EMBEDDED
@@ -22,7 +23,7 @@ from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature
-from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
@@ -77,24 +78,34 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
+    unseen = open_protocol(config, task)
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
         with display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=config.trainer.num_workers > 0, progress=progress)
+            use_ray = config.trainer.num_workers > 0
+            prepared = prepare(task, use_ray=use_ray, progress=progress)
+            protocol = prepare_protocol(config, unseen, prepared, use_ray=use_ray, progress=progress)
         # Only now: a picture that cannot be decoded leaves no empty run behind.
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
         with compute_threads(config.trainer.cpus_per_worker):
-            methods = [MethodRun(c, found, prepared, folder) for c, found in zip(configs, priors, strict=True)]
-            return _run(config, methods, prepared, folder, display)
+            methods = [
+                MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
+            ]
+            return _run(config, methods, prepared, protocol, folder, display)
 
 
 def _run(
-    config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display
+    config: Config,
+    methods: Sequence[MethodRun],
+    prepared: Prepared,
+    protocol: Protocol,
+    folder: Path,
+    display: Display,
 ) -> dict[str, Any]:
     publisher = None
     if config.tracking.enabled:
@@ -105,10 +116,10 @@ def _run(
     run_ids: Mapping[str, str] | None = None
     try:
         _fit(config, methods, prepared, folder, display)
-        zero_shot = {seed: _zero_shot(prepared, seed) for seed in config.seeds}
+        zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
         reports = [report for m in methods if (report := m.report(zero_shot)) is not None]
         if reports:
-            _show(config, prepared, reports, display)
+            _show(config, prepared, protocol, reports, display)
             _write_results(folder, reports)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -161,13 +172,15 @@ def _run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], No
     run_job(job, trainer, on_event)
 
 
-def _zero_shot(prepared: Prepared, seed: int) -> dict[str, Any]:
+def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, Any]:
     """Figures of CLIP as it is; its scaling temperature is fitted on the shots, on which it was not trained."""
     head = CLIPHead(prepared.class_embeddings, prepared.model.logit_scale)
     predictor = Predictor(head, None, None, PosteriorOptions(predict="mean"))
     support = prepared.support(seed)
     scaling = fit_temperature(predictor.predict(support.features, 0.0).probabilities, support.labels)
-    return evaluate(predictor, prepared.tests(seed), Calibration(0.0, scaling)).report()
+    calibration = Calibration(0.0, scaling)
+    report = evaluate(predictor, prepared.tests(seed), calibration).report()
+    return report | protocol.figures(predictor, calibration, report[ID])
 
 
 def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -194,7 +207,13 @@ def compute_threads(cpus: float) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any]], display: Display) -> None:
+def _show(
+    config: Config,
+    prepared: Prepared,
+    protocol: Protocol,
+    reports: Sequence[Mapping[str, Any]],
+    display: Display,
+) -> None:
     rows = [(ZERO_SHOT, reports[0]["zero_shot"]), *((_row_name(report), report) for report in reversed(reports))]
     shots = prepared.splits[config.seeds[0]].support
     trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
@@ -207,6 +226,7 @@ def _show(config: Config, prepared: Prepared, reports: Sequence[Mapping[str, Any
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}; tau and temperatures were chosen on the training shots"])
+    protocol.show(rows, display)
 
 
 def data_name(config: Config) -> str:

@@ -25,6 +25,11 @@ class Layerwise(ABC):
     def kind(self) -> str:
         """The family's name in configuration files."""
 
+    @property
+    def reach(self) -> float:
+        """How many times the numbers of rows factors may be, and still be of more use."""
+        return 1.0
+
     @abstractmethod
     def grain(self, layer: Layer) -> int:
         """Rows of the layer that must stay together."""

@@ -102,12 +102,11 @@ class Factors:
         """Whether each sample has one token of its own, so that each row is one outer product."""
         return self.g.shape[2] == 1 and self.own_x
 
-    @property
-    def compact(self) -> bool:
-        """Whether the factors are fewer numbers than the rows; where not, rows are what travels between ranks."""
+    def within(self, reach: float) -> bool:
+        """Whether the factors are fewer numbers than `reach` times those of the rows."""
         _, k, T, o = self.g.shape
         i = self.x.shape[-1]
-        return T * (k * o + (i if self.own_x else 0)) < k * o * i
+        return T * (k * o + (i if self.own_x else 0)) < reach * k * o * i
 
     def rows(self) -> Tensor:
         """(M, o i) the rows themselves."""

@@ -44,8 +44,8 @@ exact: P H^T w = B (H^T w) A, and the blocks of H P H^T on its diagonal, from T^
 all but 1 / T of what the rows hold, and a mean step of full rows against an S that knows of so little overshoots by as
 much. What is given up is the covariance between samples, and what the factors learn, that single tokens hold. Where
 the single token is larger than the sum that it stands for, S keeps the larger variance: it always exceeds the H P H^T
-that B and A are updated by, which keeps them definite. A layer whose rows are fewer numbers than its factors is left
-exact: its matrices h_m are cheap then, and on several ranks are what a rank is sent.
+that B and A are updated by, which keeps them definite. Where
+T (o + i) is over four times o i, matrices h_m are less work than a forward pass, and the layer is left exact.
 
 Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
 
@@ -65,6 +65,7 @@ from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 from kngd_ray.filters.unchecked import checked, cholesky
 
+_REACH = 4.0  # times the numbers of rows: beyond, factors are not reduced
 _PLAIN = Diagonal()  # of layers without factors
 
 
@@ -88,6 +89,11 @@ class Kronecker(Layerwise):
 
     kind: Literal["kronecker"] = "kronecker"
     tokens: Literal["exact", "reduced"] = "exact"
+
+    @property
+    def reach(self) -> float:
+        """Reduced tokens are worth some bytes between ranks; rows could not be reduced."""
+        return 1.0 if self.tokens == "exact" else _REACH
 
     def grain(self, layer: Layer) -> int:
         """All rows of a weight matrix, which B couples; one of anything else."""
@@ -140,7 +146,7 @@ class Kronecker(Layerwise):
 
     def _seen(self, H: Factors | Rows, dtype: torch.dtype) -> Factors | Rows:
         """H, or one token for each sample in its place."""
-        if self.tokens == "exact" or not isinstance(H, Factors) or H.g.shape[2] == 1 or not H.compact:
+        if self.tokens == "exact" or not isinstance(H, Factors) or H.g.shape[2] == 1 or not H.within(_REACH):
             return H
         return Factors(H.g.to(dtype).sum(2, keepdim=True), H.x.to(dtype).mean(-2, keepdim=True))
 

@@ -6,6 +6,7 @@ A new model is one module beside :mod:`~kngd_ray.observations.cosine` and one na
 
 from kngd_ray.observations._model import Observation, ObservationModel, stack
 from kngd_ray.observations.categorical import Categorical
+from kngd_ray.observations.clip_cite import ClipCite
 from kngd_ray.observations.cosine import Cosine
 from kngd_ray.observations.jacobian import flatten, jacobian_rows, trainable, unflatten
 from kngd_ray.observations.linearise import Linearisation, Linearizer
@@ -13,10 +14,11 @@ from kngd_ray.observations.log_likelihood import LogLikelihood
 from kngd_ray.observations.probability import Probability
 
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
-Model = Cosine | Probability | LogLikelihood | Categorical
+Model = Cosine | Probability | LogLikelihood | Categorical | ClipCite
 
 __all__ = [
     "Categorical",
+    "ClipCite",
     "Cosine",
     "Linearisation",
     "Linearizer",

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Factors, Jacobian, Layer, Rows
@@ -42,7 +42,7 @@ from kngd_ray.observations.jacobian import Inputs, jacobian_rows, trainable
 _TOLERANCE = 1e-3  # of a gradient's norm, between two ways to compute it in float32
 _ROUGH = 3e-2  # the same in 16 bits
 _SHAKEN = 0.01  # standard deviation that weights which are all alike are moved by
-_LARGE = 1_000_000  # weights of a network from which on H is made layer by layer, and k observations one by one
+_LARGE = 3_000_000  # weights of a network, more than adapters have, from which on H is made layer by layer
 _NUMBERS = 1 << 28  # of one parameter's rows, 1 GB in float32
 _PASSES = 64  # sample by sample and observation by observation, of a large network
 
@@ -64,6 +64,7 @@ class Linearisation:
     theta: Mapping[str, Tensor] | None
     _places: Places
     _groups: Sequence[Group]
+    _empty: bool  # a sample of the example stood in for none
     _owner: "Linearizer"
 
     def jacobian(self, cotangent: Tensor) -> Jacobian:
@@ -94,7 +95,7 @@ class Linearizer:
         self._names: Collection[str] = set(parameters)
         self._layouts: dict[Place, Layout] = {}
         self._matrices: dict[str, tuple[int, int]] = {}
-        one = tree_map(lambda x: x[:1], example)
+        self._one = one = tree_map(lambda x: x[:1].detach(), example)
         uses = [self.run(x)._places for x in (one, tree_map(lambda x: torch.cat([x, x]), one))]
         self._layouts, refused = layouts(*uses)
         self._names = set(parameters) - refused
@@ -111,9 +112,10 @@ class Linearizer:
         Returns:
             The outputs, and the way to their Jacobian.
         """
+        given, empty = self._given(inputs)
         parameters = {name: p for name, p in trainable(self.head).items() if name in self._names}
         with torch.enable_grad(), Tape(parameters) as tape:
-            outputs: Tensor = self.head(inputs)
+            outputs: Tensor = self.head(given)
         places = by_place(tape.calls)
         own, theirs = self._split(places)
         pull = partial(pulled, outputs, looped=self._large)
@@ -121,7 +123,8 @@ class Linearizer:
             Group(own, partial(pull, own, bool(theirs)), shared=False),
             Group(theirs, partial(pull, theirs, False), shared=True),
         ]
-        return Linearisation(outputs.detach(), outputs, inputs, None, places, groups, self)
+        logits = outputs.detach()[: 0 if empty else None]
+        return Linearisation(logits, outputs, inputs, None, places, groups, empty, self)
 
     def run_at(self, theta: Mapping[str, Tensor], inputs: Inputs) -> Linearisation:
         """One forward pass at other weights than the network's, as a function that ``torch.func`` may transform.
@@ -133,15 +136,16 @@ class Linearizer:
         Returns:
             The outputs, and the way to their Jacobian.
         """
+        given, empty = self._given(inputs)
         parameters = {name: p for name, p in theta.items() if name in self._names}
 
         def outputs(nudges: Mapping[int, Tensor]) -> Tensor:
             with Tape(parameters, functional=True, nudges=nudges):
-                logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
+                logits: Tensor = functional_call(self.head, dict(theta), (given,))
             return logits
 
         with torch.enable_grad(), Tape(parameters, functional=True) as tape:
-            logits: Tensor = functional_call(self.head, dict(theta), (inputs,))
+            logits: Tensor = functional_call(self.head, dict(theta), (given,))
         numbers = {id(call): number for number, call in enumerate(tape.calls)}
 
         def group(calls: Sequence[Call], shared: bool) -> Group:
@@ -151,7 +155,13 @@ class Linearizer:
         places = by_place(tape.calls)
         own, theirs = self._split(places)
         groups = [group(own, shared=False), group(theirs, shared=True)]
-        return Linearisation(logits, logits, inputs, theta, places, groups, self)
+        return Linearisation(logits[: 0 if empty else None], logits, inputs, theta, places, groups, empty, self)
+
+    def _given(self, inputs: Inputs) -> tuple[Inputs, bool]:
+        """A batch, or in the place of an empty one, which few networks take, one sample; and whether it was empty."""
+        if len(tree_flatten(inputs)[0][0]):
+            return inputs, False
+        return tree_map(lambda x, like: x.to(like), self._one, inputs), True
 
     def _split(self, places: Places) -> tuple[list[Call], list[Call]]:
         """The calls of whose output each sample has its own, and those whose output all share."""
@@ -199,6 +209,7 @@ class Linearizer:
         return good
 
     def _jacobian(self, passed: Linearisation, cotangent: Tensor) -> Jacobian:
+        empty, k = passed._empty, cotangent.shape[1]
         known = {layer.name for layer in self.layers} & set(self._names)
         known -= {place[0] for place in passed._places if place not in self._layouts}
         others = {layer.name: layer.size for layer in self.layers if layer.name not in known}
@@ -206,12 +217,16 @@ class Linearizer:
         if others:
             M = cotangent.shape[0] * cotangent.shape[1]
             _affordable(others, M, passes=M if self._large else 0)
-        made = self._taped(passed, cotangent)
+        made = self._taped(passed, cotangent.new_zeros(1, *cotangent.shape[1:]) if empty else cotangent)
         if others:
             rows = jacobian_rows(self.head, passed.inputs, cotangent, set(others), passed.theta)
-        lazy = LazyJacobian(
-            [x.name for x in self.layers], lambda name: Rows(rows[name]) if name in rows else made(name)
-        )
+
+        def make(name: str) -> Factors | Rows:
+            if name in rows:
+                return Rows(rows[name])
+            return made(name).take(0, 0, k) if empty else made(name)
+
+        lazy = LazyJacobian([layer.name for layer in self.layers], make)
         return lazy if self._large else dict(lazy)
 
     def _taped(self, passed: Linearisation, cotangent: Tensor) -> Callable[[str], Factors | Rows]:

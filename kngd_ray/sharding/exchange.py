@@ -29,16 +29,18 @@ class _Form:
         k: observations per sample.
         tokens: T of the layer's factors.
         own_x: whether each sample has an x of its own.
+        reach: how many times the numbers of rows factors may be, to travel as such.
     """
 
     part: Part
     k: int
     tokens: int
     own_x: bool
+    reach: float
 
     @property
     def as_factors(self) -> bool:
-        return self.part.layer.factored and self.factor_numbers < self.row_numbers
+        return self.part.layer.factored and self.factor_numbers < self.reach * self.row_numbers
 
     @property
     def factor_numbers(self) -> int:
@@ -78,7 +80,9 @@ class _Form:
         return Factors(g, x.view(-1, self.tokens, self.part.layer.i).to(H.x.dtype))
 
 
-def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[int], k: int) -> Jacobian:
+def exchange(
+    group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[int], k: int, reach: float = 1.0
+) -> Jacobian:
     """Bring each rank its parts of H.
 
     Args:
@@ -87,6 +91,7 @@ def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[
         H: of the local samples, of some layers or all, the same on every rank.
         samples: number of samples on each rank.
         k: observations per sample.
+        reach: factors travel as such while they are fewer numbers than so many times those of rows.
 
     Returns:
         Of the samples of all ranks in rank order, the parts that this rank owns.
@@ -94,7 +99,7 @@ def exchange(group: Group, ownership: Ownership, H: Jacobian, samples: Sequence[
     H = dict(H)  # each layer's is built once, where it is built when asked for
     if group.world_size == 1 or not H:
         return H
-    forms = [[_form(x, k, H[x.layer.name]) for x in parts if x.layer.name in H] for parts in ownership.parts]
+    forms = [[_form(x, k, H[x.layer.name], reach) for x in parts if x.layer.name in H] for parts in ownership.parts]
     empty = [torch.empty(0, dtype=next(iter(H.values())).dtype, device=next(iter(H.values())).device)]
     outgoing = [torch.cat(sum((form.pack(H[form.part.layer.name]) for form in rank), empty)) for rank in forms]
     own = forms[group.rank]
@@ -110,7 +115,7 @@ def _row_dtype(H: Factors | Rows) -> torch.dtype:
     return H.dtype if isinstance(H, Rows) else torch.promote_types(H.g.dtype, H.x.dtype)
 
 
-def _form(part: Part, k: int, H: Factors | Rows) -> _Form:
+def _form(part: Part, k: int, H: Factors | Rows, reach: float) -> _Form:
     if isinstance(H, Rows):
-        return _Form(part, k, 1, True)
-    return _Form(part, k, H.g.shape[2], H.own_x)
+        return _Form(part, k, 1, True, reach)
+    return _Form(part, k, H.g.shape[2], H.own_x, reach)

@@ -107,7 +107,7 @@ class ShardedFilter(Placed[Family]):
                 arguments are left as they were.
         """
         k, total = observed.k, sum(observed.samples)
-        H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k)
+        H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k, self._reach)
         done: list[_Conditioned] = []
         covariance, moved = belief.covariance, None
         for start in range(0, total, self.serial or total):
@@ -145,7 +145,7 @@ class ShardedFilter(Placed[Family]):
             (s, k) variances of all samples, in rank order.
         """
         s, k = sum(samples), like.shape[1]
-        own = exchange(self.group, self.ownership, H, samples, k)
+        own = exchange(self.group, self.ownership, H, samples, k, self._reach)
         return variances(self.family, belief.covariance, own, like.new_empty(s, k), self.group.sum)
 
     def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, of: Observed) -> _Conditioned:

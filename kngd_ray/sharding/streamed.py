@@ -170,7 +170,7 @@ class StreamedFilter(Placed[Layerwise]):
         """H of the own parts of some layers, in reverse order: the last is taken first."""
         with torch.enable_grad():  # which building H may need
             H = {name: observed.jacobian[name] for name in names}
-        arrived = exchange(self.group, self.ownership, H, observed.samples, observed.k)
+        arrived = exchange(self.group, self.ownership, H, observed.samples, observed.k, self._reach)
         return {name: arrived[name] for name in reversed(names) if name in self._places}
 
 

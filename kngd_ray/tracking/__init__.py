@@ -11,7 +11,7 @@ A server that is down loses nothing. This is the only package that imports MLflo
 something is published.
 """
 
-from kngd_ray.tracking._figures import learning_curve, reliability_diagram
+from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram
 from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
@@ -24,6 +24,7 @@ __all__ = [
     "Publisher",
     "Record",
     "Status",
+    "ensemble_curve",
     "learning_curve",
     "publish",
     "read_runs",

@@ -1,6 +1,7 @@
 """Figures of a run, drawn without pyplot: no window, no state shared with the caller's figures."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,37 @@ def learning_curve(steps: Sequence[Mapping[str, float]], path: Path, title: str 
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.align_ylabels()
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def ensemble_curve(
+    alphas: Sequence[float],
+    lines: Mapping[str, ArrayLike],
+    path: Path,
+    title: str = "Weight ensemble",
+    used: float | None = None,
+) -> None:
+    """Draw accuracy over how much of the trained weights there is in the average with the pretrained ones.
+
+    Args:
+        alphas: A values from 0, the pretrained model, to 1, the trained one, ascending.
+        lines: by test set, accuracies (A, fits); several fits are a line of means within the band that they span.
+        path: PNG file to write.
+        title: over the figure.
+        used: alpha that is marked; None marks none.
+    """
+    figure = _figure(5.2, 3.8)
+    axes = figure.subplots()
+    if used is not None:
+        axes.axvline(used, color="0.4", linewidth=1, linestyle="--", label=f"in use: {used:g}")
+    for colour, (name, accuracies) in zip(cycle(_COLOURS), lines.items(), strict=False):
+        percent = 100 * np.asarray(accuracies, dtype=float)
+        axes.plot(alphas, percent.mean(1), color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+        if percent.shape[1] > 1:
+            axes.fill_between(alphas, percent.min(1), percent.max(1), color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="alpha: 0 pretrained, 1 trained", ylabel="accuracy %", title=title)
+    axes.legend(fontsize=8, framealpha=0.9)
+    _tidy(axes)
     _save(figure, path)
 
 

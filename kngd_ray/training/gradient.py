@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kngd_ray.clip import Head
+from kngd_ray.clip import CLIPNetwork, Head
 from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
@@ -60,7 +60,10 @@ class GradientDescent:
             FilterError: the loss is not finite; the weights are as before.
         """
         self._set_lr(batch.step)
-        outputs = self._forward(batch.inputs)
+        if len(batch.labels) or not isinstance(self.head, CLIPNetwork):
+            outputs = self._forward(batch.inputs)
+        else:  # towers cannot take a batch of nothing, and DDP waits for every rank
+            outputs = self._forward(self.head.example(1))[:0]
         scores = batch_scores(outputs[:, : self._classes], batch, self.group)
         gradient = self._loss.gradient(outputs, batch, self.group, self._logit_scale, self._classes)
         sound = self.group.sum(outputs.detach().sum().double())  # of all outputs, those beside the logits too

@@ -301,10 +301,32 @@ def test_gradient_presets_are_what_their_comments_say(preset: str) -> None:
 
 
 def test_every_preset_loads_and_is_tested() -> None:
-    assert presets() == ["adamw", "kalman", "kf_clip", "loko", "sgd"]
+    towers = ["adamw_full", "adamw_lora", "clip_cite", "clip_lora", "kalman_cite", "kalman_full", "kalman_lora"]
+    assert presets() == sorted(["adamw", "kalman", "kf_clip", "loko", "sgd", *towers])
     for name in presets():
         assert load_config(None, [f"preset={name}"]).preset == name
-        assert set(read_preset(name)) <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
+        # and of towers, that a fold of a cross-validation is not one more fit
+        settings = set(read_preset(name)) - ({"posterior"} if name in towers else set())
+        assert settings <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
+
+
+@pytest.mark.parametrize("method", ["kalman", "adamw"])
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_towers_have_presets_of_their_own(method: str, parameters: str, nested: bool) -> None:
+    tune = {"tune": {"parameters": parameters}} if nested else None
+    overrides = [f"method={method}", *([] if nested else [f"tune.parameters={parameters}"])]
+    config = load_config(tune, overrides)
+    assert config.preset == f"{method}_{parameters}"
+    assert config.tune.parameters == parameters
+    assert load_config(tune, [*overrides, "preset=adamw"]).preset == "adamw"
+
+
+def test_a_baseline_trains_what_the_run_trains() -> None:
+    config = load_config(None, ["tune.parameters=full", "tune.include=visual.head*", "baselines=adamw"])
+    baseline = baseline_config(config, "adamw")
+    assert baseline.preset == "adamw_full"
+    assert baseline.tune == config.tune
 
 
 def test_a_baseline_continues_from_the_same_prior() -> None:

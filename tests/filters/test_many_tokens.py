@@ -201,29 +201,28 @@ def test_one_token_is_reduced_to_itself(k, T):
 def test_equal_tokens_are_one_token(k):
     """Then nothing is given up."""
     H, nu = alike_tokens(2, 1.0, 4, k), randn(4 * k)
-    assert H.compact
+    assert H.within(4)
     exact, reduced = stepped(Kronecker(), H, nu), stepped(REDUCED, H, nu)
     assert max_error(reduced.mu, exact.mu) < 1e-12
     for key in ("B", "A"):
         assert max_error(reduced.covariance["w"][key], exact.covariance["w"][key]) < 1e-12
 
 
-def test_a_layer_of_fewer_rows_than_factors_is_left_exact():
-    H, nu = alike_tokens(6, 0.3, 4), randn(4)
-    assert not H.compact
+def test_a_layer_of_far_fewer_rows_than_factors_is_left_exact():
+    H, nu = alike_tokens(12, 0.3, 4), randn(4)
+    assert not H.within(4)
     assert torch.equal(stepped(REDUCED, H, nu).mu, stepped(Kronecker(), H, nu).mu)
 
 
 @pytest.mark.parametrize("matrices", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("k", [1, 3])
-def test_samples_of_reduced_tokens_keep_their_own_variance_and_a_full_gain(monkeypatch, k, shared, matrices):
+def test_samples_of_reduced_tokens_keep_their_own_variance_and_a_full_gain(k, shared, matrices):
     o, i = (30, 4) if matrices else (9, 8)
     T = 6 if matrices else 2 if not shared else 3
     H, s = random_factors(o, i, 4, k, T, shared), 4
     P = {"B": torch.eye(o, dtype=DOUBLE) * 0.3, "A": torch.eye(i, dtype=DOUBLE)}
-    if not H.compact:
-        monkeypatch.setattr(Factors, "compact", True)
+    assert H.within(4)
     gram, work = REDUCED.gram_layer(P, H)
     exact, _ = Kronecker().gram_layer(P, H)
     token = Factors(H.g.sum(2, keepdim=True), H.x.mean(-2, keepdim=True))
@@ -241,7 +240,7 @@ def test_samples_of_reduced_tokens_keep_their_own_variance_and_a_full_gain(monke
 @pytest.mark.parametrize("signal", [0.1, 10.0])
 def test_what_reducing_tokens_gives_up(alike, signal, record_property, monkeypatch):
     """Against the dense posterior: the mean step, and the covariance beside that of exact tokens."""
-    monkeypatch.setattr(Factors, "compact", True)
+    monkeypatch.setattr(Factors, "within", lambda self, reach: True)
     errors = []
     for seed in range(4):
         H, nu = alike_tokens(16, alike, 12, seed=seed, signal=signal), sqrt(1 + signal) * randn(12, seed=seed)
@@ -266,7 +265,7 @@ def test_what_reducing_tokens_gives_up(alike, signal, record_property, monkeypat
 @pytest.mark.parametrize("alike", [0.0, 0.7])
 @pytest.mark.parametrize("k", [1, 2])
 def test_reduced_factors_stay_definite_over_hundreds_of_float32_updates(alike, k, monkeypatch):
-    monkeypatch.setattr(Factors, "compact", True)
+    monkeypatch.setattr(Factors, "within", lambda self, reach: True)
     start = torch.zeros(N)
     belief = Belief(start, REDUCED.init(whole(Layer("w", ROWS, COLUMNS, factored=True)), 1.0, start))
     for t in range(200):

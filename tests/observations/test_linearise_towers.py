@@ -250,6 +250,37 @@ def test_a_towers_jacobian(kind, large, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_rows_by_passes")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_rank_without_samples(kind, large, monkeypatch):
+    monkeypatch.setattr(linearise, "_LARGE", 0 if large else 1 << 40)
+    network, (make, _) = build(kind), TOWERS[kind]
+    linearizer = Linearizer(network, make(2))
+    for k in (1, 2):
+        passed = linearizer.run(make(0))
+        H = passed.jacobian(passed.logits.new_zeros(0, k, passed.logits.shape[1]))
+        for layer in linearizer.layers:
+            piece = H[layer.name]
+            assert isinstance(piece, Factors) == layer.factored
+            assert piece.rows().shape == (0, layer.size)
+            assert piece.rows().dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_layers_made_late_are_those_of_the_weights_then(kind, monkeypatch):
+    """A filter that moves the weights layer by layer must find every layer's H where the batch was observed."""
+    monkeypatch.setattr(linearise, "_LARGE", 0)
+    network, (make, _) = build(kind), TOWERS[kind]
+    passed = Linearizer(network, make(2)).run(make(3))
+    H = passed.jacobian(torch.randn(3, 1, passed.logits.shape[1], generator=rng(7), dtype=torch.float64))
+    before = {name: piece.rows().clone() for name, piece in H.items()}
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(0.5).add_(1.0)
+    assert all(max_error(H[name].rows(), rows) == 0.0 for name, rows in before.items())
+
+
+@pytest.mark.usefixtures("no_rows_by_passes")
 @pytest.mark.parametrize("kind", [Texts, Convolutional, Matrices, OtherUses])
 def test_the_same_as_a_function_of_the_weights(kind):
     """``run_at``, for two values of the weights at once, is ``run`` at each."""

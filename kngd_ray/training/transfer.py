@@ -1,0 +1,107 @@
+"""A fit as a classifier of classes that it was not trained on: what it learned of pictures, with other texts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kngd_ray.clip import CLIPHead
+from kngd_ray.clip.adapters import Adapter
+from kngd_ray.training.calibration import AnyPredictor
+from kngd_ray.training.network_predictor import NetworkPredictor
+from kngd_ray.training.pixels import Pixels
+from kngd_ray.training.predict import Predictor
+
+
+def transferred(
+    predictor: AnyPredictor, class_names: Sequence[str], templates: Sequence[str], class_embeddings: Tensor
+) -> AnyPredictor:
+    """A predictor over other classes by the same weights.
+
+    Towers and the adapters of embeddings serve any class. What is about single classes, a class residual, is left out:
+    a fit that trained nothing else predicts the others as the pretrained model does.
+
+    Args:
+        predictor: of the fit.
+        class_names: the C' other classes.
+        templates: their prompts, which a text tower that was trained encodes anew.
+        class_embeddings: (C', d) unit embeddings of the other classes by the pretrained text tower.
+
+    Returns:
+        The predictor, its posterior that of the weights that carry over.
+    """
+    if isinstance(predictor, NetworkPredictor):
+        return _NetworkTransfer(predictor, class_names, templates, class_embeddings)
+    assert isinstance(predictor.head, CLIPHead)
+    head = _over(predictor.head, class_embeddings)
+    knows = any(not isinstance(adapter, _LeftOut) for adapter in head.adapters)
+    belief = predictor.belief if knows else None
+    return Predictor(head, predictor.family, belief, predictor.options)
+
+
+class _LeftOut(Adapter):
+    """An adapter that does nothing; its weights are there because the belief is about them too.
+
+    Args:
+        adapter: the one that is left out.
+    """
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        for name, part in adapter.named_children():
+            self.add_module(name, part)
+
+
+class _NetworkTransfer(NetworkPredictor):
+    """Predictions of a network for other classes.
+
+    Args:
+        predictor: of its own classes.
+        class_names: the others.
+        templates: their prompts.
+        class_embeddings: (C', d) by the pretrained text tower.
+    """
+
+    def __init__(
+        self,
+        predictor: NetworkPredictor,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        class_embeddings: Tensor,
+    ) -> None:
+        super().__init__(predictor.head, predictor.family, predictor.belief, predictor.options)
+        self._names, self._templates = class_names, templates
+        self._class_embeddings = class_embeddings.to(predictor.head.class_embeddings)
+        self._over = _over(predictor.head.head, self._class_embeddings)
+
+    def _logits(self, inputs: Pixels | Tensor) -> Tensor:
+        network = self.head
+        t = self._class_embeddings
+        if network.text_trained:  # once for all pictures, but for every draw of the weights
+            t = network.classifier_for(self._names, self._templates)
+        with torch.no_grad(), torch.autocast(t.device.type, enabled=False):
+            found = [self._over(network.encode(pixels.to(t.device)), t).cpu() for pixels in self._pixels(inputs)]
+        return torch.cat(found)
+
+
+def _over(head: CLIPHead, class_embeddings: Tensor) -> CLIPHead:
+    """The head over other classes; it has the same parameters under the same names.
+
+    Args:
+        head: trained.
+        class_embeddings: (C', d).
+
+    Returns:
+        A head that shares its weights.
+    """
+    other = CLIPHead(class_embeddings, head.logit_scale)
+    other.adapters = nn.ModuleList([
+        _LeftOut(adapter) if _knows_classes(adapter) else adapter for adapter in head.adapters
+    ])
+    return other
+
+
+def _knows_classes(adapter: nn.Module) -> bool:
+    """Whether an adapter has weights for single classes: it adapts cosines, not embeddings."""
+    assert isinstance(adapter, Adapter)
+    return type(adapter).cosines is not Adapter.cosines

@@ -15,6 +15,7 @@ refused there leaves the belief as it was.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,12 +46,20 @@ class StreamedFilter(Placed[Layerwise]):
         layers: all layers, in the order of theta.
         group: the ranks.
         gate: what is done about outlying observations.
+        units: of some layers, their prior variance and process noise in units of the others'.
 
     Raises:
         ValueError: the family's layers need one another.
     """
 
-    def __init__(self, family: object, layers: Sequence[Layer], group: Group, gate: Gate | None = None) -> None:
+    def __init__(
+        self,
+        family: object,
+        layers: Sequence[Layer],
+        group: Group,
+        gate: Gate | None = None,
+        units: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         if not isinstance(family, Layerwise):
             raise ValueError(
                 f"filter.covariance is {getattr(family, 'kind', family)}, whose layers need one another: a model that "
@@ -58,6 +67,13 @@ class StreamedFilter(Placed[Layerwise]):
             )
         super().__init__(family, layers, group, gate)
         self._places = _places(self.ownership.parts[group.rank], self._own.start)
+        self._units = units
+
+    def init(self, mu: Tensor, p0: float) -> Belief:
+        """The prior N(mu, p0 I), in the units of each layer, of which this rank holds its parts of P."""
+        parts = self.ownership.parts[self.group.rank]
+        found = {part.layer.name: self._units.get(part.layer.name, 1.0) * p0 for part in parts}
+        return Belief(mu, {part.layer.name: self.family.init_layer(part, found[part.layer.name], mu) for part in parts})
 
     def predict_mean(self, belief: Belief, transition: Transition, anchor: Tensor) -> None:
         """The mean's part of the time update, in place: before the batch is observed, at the mean that this leaves.
@@ -146,7 +162,7 @@ class StreamedFilter(Placed[Layerwise]):
         P = belief.covariance[name]
         if checked() and transition.scale == 1.0 and transition.q == 0.0:
             return P
-        return self.family.predict_layer(P, transition.scale, transition.q)
+        return self.family.predict_layer(P, transition.scale, transition.q * self._units.get(name, 1.0))
 
     def _pieces(self, observed: Observed, kept: "_Kept") -> Iterator[tuple[str, Factors | Rows]]:
         """H of each own part, of the samples of all ranks; every rank exchanges the same layers at the same time."""

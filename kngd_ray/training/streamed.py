@@ -18,6 +18,9 @@ from kngd_ray.training.method import MethodState, StepStats, batch_scores
 from kngd_ray.training.options import FilterOptions
 
 
+TOWERS = "clip."  # where a network has its towers' weights
+
+
 class StreamedKalmanNGD(KalmanNGD):
     """:class:`~kngd_ray.training.kalman.KalmanNGD` for networks too large to be copied.
 
@@ -30,7 +33,8 @@ class StreamedKalmanNGD(KalmanNGD):
             self.parameters.values(), mu.split([p.numel() for p in self.parameters.values()]), strict=True
         ):
             p.data = piece.view_as(p)
-        self.streamed = StreamedFilter(self.family, self.observer.layers, self.group, prior.gate)
+        units = {layer.name: prior.towers for layer in self.observer.layers if layer.name.startswith(TOWERS)}
+        self.streamed = StreamedFilter(self.family, self.observer.layers, self.group, prior.gate, units)
         self.placed = self.streamed
         self.belief = self.streamed.init(mu, prior.p0)
         # mu_0 is a third copy of theta: only a process that returns to it has to pay for it

@@ -1,5 +1,7 @@
 """Whole towers trained: the streamed filter against the one that holds all of H, and ranks against one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.compare import max_error
@@ -82,7 +84,6 @@ def test_a_refused_step_leaves_all_as_it_was(case):
 
 def test_a_small_prior_makes_the_step_that_of_the_loss(alone):
     """Where P is small the mean moves along the gradient of CLIP-CITE's loss, term weights as noise ratios."""
-    from dataclasses import replace
 
     options = KALMAN["cite-vdekf"]
     options = replace(options, filter=replace(options.filter, p0=1e-12))
@@ -109,3 +110,16 @@ def test_adamw_refuses_what_is_not_finite(case):
     with pytest.raises(FilterError, match="NaN"):
         method.step(batch)
     assert torch.equal(flat(network), before)
+
+
+def test_towers_have_a_prior_and_process_noise_of_their_own():
+    options = KALMAN["lora-ou"]
+    blind = tuple(replace(model, r0=1e12) for model in options.observation)  # what is seen says nothing
+    options = replace(options, observation=blind, filter=replace(options.filter, p0=0.5, towers=0.01))
+    network = make_network(options)
+    method = StreamedKalmanNGD(network, options)
+    for _ in range(2):  # an Ornstein-Uhlenbeck process stays at its prior
+        for name, state in method.belief.covariance.items():
+            expected = 0.005 if name.startswith("clip.") else 0.5
+            assert torch.allclose(state["variance"], torch.full_like(state["variance"], expected), rtol=1e-5), name
+        method.step(make_batch(network, 0, SingleProcess()))

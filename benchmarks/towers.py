@@ -1,0 +1,180 @@
+"""Adapter, LoRA and full fine-tuning, each by tuned AdamW, CLIP-CITE and Kalman, on the same few photographs.
+
+    python -m benchmarks.towers --data pacs.parquet --domain photo --shots 16 --seeds 0 1 2
+    python -m benchmarks.towers --data eurosat.parquet --shots 16 --seeds 0 1 2
+    python -m benchmarks.towers --data caltech101.parquet --shots 16 --seeds 0 --epochs 2
+    python -m benchmarks.towers --markdown
+
+Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, the prior variance of
+the towers for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0); an adapter's
+learning rate or p0 likewise. The test pictures are seen once, by the winner. Each fit is a process of its own, so that
+its peak memory is its own; what is finished is kept under results/ and not computed again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from kngd_ray.commands.environment import describe_environment
+from kngd_ray.commands.prepare import open_task, prepare
+from kngd_ray.commands.summary import interval
+from kngd_ray.config import Config, load_config, override
+from kngd_ray.errors import FilterError
+from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks, predictor_of
+from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.metrics import Scores
+
+RESULTS = Path(__file__).parent / "results"
+FOLDS = 2
+# what is run: settings, and what is tuned over which values
+METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
+    "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
+    "adapter kalman": (["method=kalman"], "filter.p0", (0.03, 0.1, 0.3)),
+    "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
+    "lora kalman": (["method=kalman", "tune.parameters=lora"], "filter.towers", (0.1, 1.0, 10.0)),
+    "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (3e-5, 1e-4, 3e-4)),
+    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (5e-6, 5e-5, 5e-4)),
+    "full kalman": (["method=kalman", "tune.parameters=full"], "filter.towers", (1e-4, 1e-3, 1e-2)),
+}
+
+
+def main() -> None:
+    """Run what is asked for and not yet done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data")
+    parser.add_argument("--domain")
+    parser.add_argument("--shots", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="of the methods that train towers; default: each its preset's")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(_one(json.loads(args.one))))
+        return
+    if args.markdown:
+        for path in sorted(RESULTS.glob("towers_*.json")):
+            print(_table(json.loads(path.read_text())))
+        return
+    path = RESULTS / f"towers_{Path(args.data).stem}.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    done |= {"data": Path(args.data).stem, "shots": args.shots, "epochs": args.epochs, "environment": describe_environment()}
+    for method in args.methods:
+        for seed in args.seeds:
+            found = done.setdefault("methods", {}).setdefault(method, {})
+            if str(seed) in found:
+                continue
+            job = {"method": method, "seed": seed, "data": args.data, "domain": args.domain, "shots": args.shots}
+            job |= {"epochs": args.epochs, "best": found.get("best")}
+            began = time.monotonic()
+            result = _in_a_process(job, args.threads)
+            found["best"] = result.pop("best")
+            found["trials"] = result.pop("trials") or found.get("trials")
+            found[str(seed)] = result
+            path.write_text(json.dumps(done, indent=1))
+            print(f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", result["id"], result.get("ood"), flush=True)
+    print(_table(done))
+
+
+def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.towers", "--one", json.dumps(job), "--threads", str(threads)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if ended.returncode:
+        raise SystemExit(f"{job['method']}: {ended.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _one(job: dict[str, Any]) -> dict[str, Any]:
+    """Tune on the shots of seed 0 where that is not done, then fit and test one seed."""
+    settings, knob, values = METHODS[job["method"]]
+    data = [f"data.path={job['data']}", f"data.shots={job['shots']}", f"seeds={job['seed']}", "trainer.num_workers=0"]
+    data += [f"data.train_domain={job['domain']}"] if job["domain"] else []
+    config = load_config(overrides=[*settings, *data])
+    if job["epochs"] and config.tune.images:
+        config = replace(config, epochs=job["epochs"])
+    prepared = prepare(open_task(config))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def task(config: Config) -> FitTask:
+            seed = config.seeds[0]
+            shots = prepared.shots(seed, config.tune, Path(folder))
+            scale, towers = prepared.model.logit_scale, prepared.towers(config.tune)
+            return FitTask(config.fit_options, seed, shots, prepared.class_embeddings, scale, towers=towers)
+
+        best, trials = job["best"], None
+        if best is None:
+            trials = {value: _held_out(task(override(config, {knob: value})), config) for value in values}
+            best = min(trials, key=lambda value: trials[value])
+        config = override(config, {knob: best})
+        began = time.monotonic()
+        method = fit(task(config))
+        seconds = time.monotonic() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        calibration = Calibration(1.0, 1.0) if config.tune.images else calibrate(task(config), config.posterior)
+        predictor = predictor_of(method, config.posterior)
+        report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), calibration).report()
+    figures = {"id": _figures(report["id"]), "seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
+    if report["ood"]:
+        figures["ood"] = _figures(report["ood"]["mean"])
+    return {**figures, "best": best, "trials": trials}
+
+
+def _held_out(task: FitTask, config: Config) -> float:
+    """NLL of the shots, each predicted by the mean of a fit on the other half."""
+    found = []
+    for part, held in held_out_tasks(task, FOLDS):
+        try:
+            predictor = predictor_of(fit(part), replace(config.posterior, predict="mean"))
+        except FilterError:
+            return float("inf")
+        found.append(Scores.of(predictor.predict(held.inputs, 0.0).probabilities, held.labels).nll)
+    return fmean(found)
+
+
+def _figures(report: dict[str, Any]) -> dict[str, float]:
+    return {key: report[key] for key in ("accuracy", "nll", "ece")}
+
+
+def _table(done: dict[str, Any]) -> str:
+    lines = [f"**{done['data']}**, {done['shots']} shots, epochs {done['epochs'] or 'of the presets'}", ""]
+    head = ["", "tuned", "steps", "ID accuracy %", "OOD accuracy %", "ID NLL", "OOD NLL", "ID ECE", "OOD ECE", "fit s", "peak MB"]
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for method, found in done["methods"].items():
+        runs = [run for seed, run in found.items() if seed.isdigit()]
+        row = [method, f"{METHODS[method][1]}={found['best']:g}", f"{runs[0]['steps']}"]
+        for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
+            for part in ("id", "ood"):
+                row.append(_shown([factor * run[part][key] for run in runs if part in run], digits))
+        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(run['peak_mb'] for run in runs):.0f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def _shown(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    found = interval(values)
+    return f"{found['mean']:.{digits}f} ± {found['mean'] - found['low']:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,8 @@
     python -m benchmarks.towers --data caltech101.parquet --shots 16 --seeds 0 --epochs 2
     python -m benchmarks.towers --markdown
 
-Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, the prior variance of
-the towers for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0); an adapter's
+Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, a prior variance for
+Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0); an adapter's
 learning rate or p0 likewise. The test pictures are seen once, by the winner. Each fit is a process of its own, so that
 its peak memory is its own; what is finished is kept under results/ and not computed again.
 """
@@ -44,10 +44,10 @@ METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
     "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
     "adapter kalman": (["method=kalman"], "filter.p0", (0.03, 0.1, 0.3)),
     "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
-    "lora kalman": (["method=kalman", "tune.parameters=lora"], "filter.towers", (0.1, 1.0, 10.0)),
+    "lora kalman": (["method=kalman", "tune.parameters=lora"], "filter.p0", (0.03, 0.1, 0.3)),
     "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (3e-5, 1e-4, 3e-4)),
     "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (5e-6, 5e-5, 5e-4)),
-    "full kalman": (["method=kalman", "tune.parameters=full"], "filter.towers", (1e-4, 1e-3, 1e-2)),
+    "full kalman": (["method=kalman", "tune.parameters=full"], "filter.towers", (3e-3, 1e-2, 3e-2)),
 }
 
 
@@ -74,7 +74,12 @@ def main() -> None:
         return
     path = RESULTS / f"towers_{Path(args.data).stem}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    done |= {"data": Path(args.data).stem, "shots": args.shots, "epochs": args.epochs, "environment": describe_environment()}
+    done |= {
+        "data": Path(args.data).stem,
+        "shots": args.shots,
+        "epochs": args.epochs,
+        "environment": describe_environment(),
+    }
     for method in args.methods:
         for seed in args.seeds:
             found = done.setdefault("methods", {}).setdefault(method, {})
@@ -88,7 +93,9 @@ def main() -> None:
             found["trials"] = result.pop("trials") or found.get("trials")
             found[str(seed)] = result
             path.write_text(json.dumps(done, indent=1))
-            print(f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", result["id"], result.get("ood"), flush=True)
+            print(
+                f"{method}, seed {seed}: {time.monotonic() - began:.0f} s", result["id"], result.get("ood"), flush=True
+            )
     print(_table(done))
 
 
@@ -128,7 +135,7 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
         seconds = time.monotonic() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         calibration = Calibration(1.0, 1.0) if config.tune.images else calibrate(task(config), config.posterior)
-        predictor = predictor_of(method, config.posterior)
+        predictor = predictor_of(method, config.posterior, config.tune.alpha)
         report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), calibration).report()
     figures = {"id": _figures(report["id"]), "seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
     if report["ood"]:
@@ -141,7 +148,7 @@ def _held_out(task: FitTask, config: Config) -> float:
     found = []
     for part, held in held_out_tasks(task, FOLDS):
         try:
-            predictor = predictor_of(fit(part), replace(config.posterior, predict="mean"))
+            predictor = predictor_of(fit(part), replace(config.posterior, predict="mean"), config.tune.alpha)
         except FilterError:
             return float("inf")
         found.append(Scores.of(predictor.predict(held.inputs, 0.0).probabilities, held.labels).nll)
@@ -154,7 +161,19 @@ def _figures(report: dict[str, Any]) -> dict[str, float]:
 
 def _table(done: dict[str, Any]) -> str:
     lines = [f"**{done['data']}**, {done['shots']} shots, epochs {done['epochs'] or 'of the presets'}", ""]
-    head = ["", "tuned", "steps", "ID accuracy %", "OOD accuracy %", "ID NLL", "OOD NLL", "ID ECE", "OOD ECE", "fit s", "peak MB"]
+    head = [
+        "",
+        "tuned",
+        "steps",
+        "ID accuracy %",
+        "OOD accuracy %",
+        "ID NLL",
+        "OOD NLL",
+        "ID ECE",
+        "OOD ECE",
+        "fit s",
+        "peak MB",
+    ]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, found in done["methods"].items():
         runs = [run for seed, run in found.items() if seed.isdigit()]

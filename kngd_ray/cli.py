@@ -148,7 +148,10 @@ def ensemble(
     storage_path: _Storage = "kngd_runs",
     as_json: _Json = False,
 ) -> None:
-    """Accuracy of a run's weights averaged with the pretrained ones, over alpha; alpha=0.5 keeps that average."""
+    """Test accuracy over alpha of a run's weights averaged with the pretrained ones; alpha=0.5 keeps that average.
+
+    The curve is over the test sets: it is for looking. Choose alpha without it.
+    """
     from kngd_ray.commands.ensemble import ensemble as run
 
     file, overrides = _split(settings)

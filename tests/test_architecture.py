@@ -181,6 +181,7 @@ PUBLIC = {
         "Publisher",
         "Record",
         "Status",
+        "ensemble_curve",
         "learning_curve",
         "publish",
         "read_runs",
@@ -216,6 +217,8 @@ PUBLIC = {
 }
 
 COMMANDS = {
+    "ensemble": ["target", "settings", "--points", "--storage-path", "--json"],
+    "export": ["target", "--out", "--onnx", "--storage-path", "--json"],
     "tune": ["settings", "--resume", "--json", "--print-config"],
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],

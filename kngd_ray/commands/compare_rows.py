@@ -58,6 +58,8 @@ class Row:
         task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
         if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
             task["data.train_domain"] = "noto"  # which None stands for there
+        if self.params.get("protocol") == "bng":
+            task["protocol"] = "bng"  # of half of the classes
         return task
 
 

@@ -143,7 +143,7 @@ def _score(
                 # Other weights are another network, which has to see every picture again.
                 predictor = restore_predictor(
                     checkpoint,
-                    prepared.model,
+                    prepared.evaluator,
                     settled.posterior,
                     alpha=alpha,
                     class_embeddings=prepared.class_embeddings,

@@ -54,7 +54,7 @@ def evaluate(
     settled = read_settled(fit_folder)
     predictor = restore_predictor(
         checkpoint,
-        prepared.model,
+        prepared.evaluator,
         settled.posterior,
         alpha=settled.alpha,
         class_embeddings=prepared.class_embeddings,

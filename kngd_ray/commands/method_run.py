@@ -151,7 +151,7 @@ class MethodRun:
                 f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
             )
         predictor = restore_predictor(
-            checkpoint, self._prepared.model, posterior, class_embeddings=task.class_embeddings
+            checkpoint, self._prepared.evaluator, posterior, class_embeddings=task.class_embeddings
         )
         try:
             calibration = calibrate(task, posterior)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kngd_ray.clip import ClipModel, TuneOptions, load_model, resolve_templates
+from kngd_ray.clip import ClipModel, CLIPNetwork, TuneOptions, load_model, resolve_templates
 from kngd_ray.config import Config
 from kngd_ray.data import (
     DataConfig,
@@ -28,6 +29,7 @@ from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.classifier import identity_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import Towers
+from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
 
@@ -88,6 +90,12 @@ class Prepared:
             PictureFile.write(path, self.images, kept)
         labels = torch.from_numpy(self.images.labels[rows].copy())
         return Pictures(path, torch.from_numpy(np.searchsorted(kept, rows)), labels)
+
+    @cached_property
+    def evaluator(self) -> ClipModel:
+        """The model where trained towers are evaluated: on this machine's GPU if the run is to use one."""
+        on_gpu = self.config.tune.images and self.config.trainer.use_gpu and torch.cuda.is_available()
+        return load_model(self.config.model, "cuda") if on_gpu else self.model
 
     def towers(self, tune: TuneOptions) -> Towers | None:
         """Where a fit has its towers from; None if it trains none."""
@@ -219,7 +227,25 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
 
 
 def _task(config: Config, images: ImageSet, whole: ImageSet, choose: Choose) -> Task:
-    return Task(config, images, whole, choose, choose(frozenset()), load_model(config.model))
+    splits, model = choose(frozenset()), load_model(config.model)
+    if config.tune.images:
+        _check_towers(config, images, model)
+    return Task(config, images, whole, choose, splits, model)
+
+
+def _check_towers(config: Config, images: ImageSet, model: ClipModel) -> None:
+    """Refuse what the fits would, before pictures are encoded: a ModelError of what cannot be trained in this model."""
+    if config.method == "kalman":
+        check_affordable(config.posterior)
+    nowhere = torch.zeros(1, model.embed_dim)
+    CLIPNetwork(
+        model,
+        images.class_names[:1],
+        config.data.templates,
+        config.tune,
+        config.adapter,
+        class_embeddings=nowhere,
+    )
 
 
 def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:

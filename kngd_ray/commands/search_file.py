@@ -150,9 +150,14 @@ def _check_judged(options: SearchOptions, space: Space) -> None:
     """Refuse dimensions that the objectives cannot judge.
 
     Raises:
-        UsageError: one that they do not look at, or that changes what they are taken from.
+        UsageError: one that they do not look at, or that changes what they are taken from or what is learned from.
     """
     for key in (dimension.key for dimension in space.dimensions):
+        if key == "tune.parameters":
+            raise UsageError(
+                "space.tune.parameters would have trials learn from features and from pictures: a search keeps "
+                "tune.parameters; set it for all trials, or run a search for each."
+            )
         if key.startswith("posterior") and not options.cross_validated:
             raise UsageError(
                 f"space.{key} has no effect with search.objective=evidence: take held_out_nll, or leave it out."

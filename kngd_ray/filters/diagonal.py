@@ -52,14 +52,17 @@ from torch import Generator, Tensor
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
+from kngd_ray.filters.unchecked import checked
 
 _VARIANCE = "variance"
 # Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
 _PAIR_NUMBERS = 1 << 18
-# Numbers of rows held at once: 4 MB in float32, where a CPU's caches serve best; a GPU wants fewer and larger products.
-_ROW_NUMBERS = {"cpu": 1 << 20}
+# Numbers of rows held at once: 2 MB in float32, which a core's own cache holds; a GPU wants fewer and larger products.
+_ROW_NUMBERS = {"cpu": 1 << 19}
 _ROW_NUMBERS_OF_DEVICES = 1 << 24
-_TILE_COLUMNS = 512  # few rows of many columns are a slower product than as many numbers nearer to a square
+_TILE_COLUMNS = 256  # few rows of many columns are a slower product than as many numbers nearer to a square
+_PERIOD = 512  # numbers after which rows of H compete for the same lines of a cache ...
+_APART = 64  # ... unless their distance differs by so many from a multiple of it: products of H H^T are twice as fast
 _FEW = 3  # observations per sample up to which sums over them are faster than products of matrices so small
 
 
@@ -107,9 +110,10 @@ class Diagonal(Layerwise):
             return _gram_of_pairs(variance, work), work
         gram: Tensor | None = None
         for (tile,), rows in _tiles(H, variance):
-            share = (rows * tile.reshape(-1)) @ rows.mT
+            root = tile.sqrt().reshape(-1)
+            rows = rows.mul_(root) if _formed(H) else rows * root
             # a list of the shares would lie scattered between the tiles, whose memory could then not be used again
-            gram = share if gram is None else gram + share
+            gram = rows @ rows.mT if gram is None else torch.addmm(gram, rows, rows.mT)
         assert gram is not None
         return gram, None
 
@@ -127,30 +131,32 @@ class Diagonal(Layerwise):
 
     def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
         """(size,) posterior variances, kept positive against rounding in ``ekf``."""
-        return self._conditioned(P, H, work, innovation, None)[1]
+        return self._conditioned(P, H, work, innovation)[1]
 
     def condition_layer(
         self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation
     ) -> tuple[Tensor, LayerState]:
         """Both from the same rows, where rows are formed."""
-        step, posterior = self._conditioned(P, H, work, innovation, innovation.weights)
+        step, posterior = self._conditioned(P, H, work, innovation)
         return self.gain_layer(P, H, work, innovation.weights) if step is None else step, posterior
 
     def _conditioned(
-        self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation, weights: Tensor | None
+        self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation
     ) -> tuple[Tensor | None, LayerState]:
-        """P H^T w where weights w are given and rows are formed, and the posterior."""
+        """P H^T w where rows are formed, and the posterior."""
         variance = P[_VARIANCE]
         information = self._without_rows(H, work, innovation, variance)
         if information is not None:
             return None, {_VARIANCE: self._posterior(variance, information.to(variance.dtype))}
-        posterior, step = torch.empty_like(variance), None if weights is None else torch.empty_like(variance)
-        left = self._left(innovation, variance)
-        for (tile, new, *moved), rows in _tiles(H, variance, posterior, *([] if step is None else [step])):
-            information = (rows if left is None else left @ rows).square().sum(0).view(tile.shape)
-            new.copy_(self._posterior(tile, information))
-            if weights is not None:
-                moved[0].copy_((weights.to(rows.dtype) @ rows).view(tile.shape) * tile)
+        posterior, step = torch.empty_like(variance), torch.empty_like(variance)
+        left, w = self._left(innovation, variance), innovation.weights.to(variance.dtype)
+        both = None if left is None else torch.cat([left, w.unsqueeze(0)])  # so that rows are read once
+        for (tile, new, moved), rows in _tiles(H, variance, posterior, step):
+            seen = rows if both is None else both @ rows
+            moved.copy_((w @ rows if both is None else seen[-1]).view(tile.shape) * tile)
+            seen = seen if both is None else seen[:-1]
+            squares = seen.square_() if both is not None or _formed(H) else seen.square()
+            new.copy_(self._posterior(tile, squares.sum(0).view(tile.shape)))
         return step, {_VARIANCE: posterior}
 
     def _without_rows(self, H: Factors | Rows, work: Any, innovation: Innovation, like: Tensor) -> Tensor | None:
@@ -221,7 +227,7 @@ def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Ten
     wide = [tensor.view(-1, i) for tensor in flat]
     like, columns = wide[0], min(i, _TILE_COLUMNS)
     budget = _ROW_NUMBERS.get(like.device.type, _ROW_NUMBERS_OF_DEVICES)
-    run = max(1, budget // max(1, H.count * columns))
+    run = _run(budget // max(1, H.count * columns), columns)
     for start in range(0, len(like), run):
         for left in range(0, i, columns):
             rows, width = slice(start, start + run), slice(left, left + columns)
@@ -229,6 +235,19 @@ def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Ten
             if isinstance(piece, Factors):
                 piece = Factors(piece.g, piece.x[..., width])
             yield [tensor[rows, width] for tensor in wide], piece.rows().to(like.dtype)
+
+
+def _formed(H: Factors | Rows) -> bool:
+    """Whether rows of tiles are new tensors that may be written over; of a batch of fits some may be one for all."""
+    return isinstance(H, Factors) and checked()
+
+
+def _run(most: int, columns: int) -> int:
+    """Rows of the weight in a tile, at most so many, such that the rows of H in it do not compete for a cache."""
+    for run in range(most, max(most - 8, most // 2), -1):
+        if _APART <= run * columns % _PERIOD <= _PERIOD - _APART:
+            return run
+    return max(1, most)
 
 
 def pairs_pay(H: Factors) -> bool:

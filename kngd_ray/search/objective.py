@@ -153,7 +153,7 @@ def _values(fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: C
         else:
             held_out.append((fitted.method, held))
     if held_out:
-        found = calibration_of(held_out, config.posterior)
+        found = calibration_of(held_out, config.posterior, config.tune.alpha)
         assert found.held_out_nll is not None
         assert found.held_out_accuracy is not None
         values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy, "tau": found.tau}

@@ -48,18 +48,18 @@ class Calibration:
 AnyPredictor = Predictor | NetworkPredictor
 
 
-def predictor_of(method: Method, options: PosteriorOptions) -> AnyPredictor:
+def predictor_of(method: Method, options: PosteriorOptions, alpha: float = 1.0) -> AnyPredictor:
     """A predictor from a method that ran in one process.
 
     Args:
         method: the finished fit.
         options: how the posterior enters.
+        alpha: weight ensembling with the pretrained model; below 1 the method's own weights are moved.
 
     Returns:
         The predictor; without a posterior unless the method is Kalman.
     """
     family, belief = (method.family, method.belief) if isinstance(method, KalmanNGD) else (None, None)
-    alpha = method.head.options.alpha if isinstance(method.head, CLIPNetwork) else 1.0
     return assembled(method.head, family, belief, options, alpha)
 
 
@@ -135,20 +135,22 @@ def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
     """
     if min(options.folds, len(task.support)) < 2:
         return Calibration(1.0 if options.temperature is None else options.temperature, 1.0)
-    return calibration_of([(fit(part), held) for part, held in held_out_tasks(task, options.folds)], options)
+    fits = [(fit(part), held) for part, held in held_out_tasks(task, options.folds)]
+    return calibration_of(fits, options, task.options.tune.alpha)
 
 
-def calibration_of(fits: Sequence[tuple[Method, Shots]], options: PosteriorOptions) -> Calibration:
+def calibration_of(fits: Sequence[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:
     """Choose tau and fit the scaling temperature on shots that fits have not seen.
 
     Args:
         fits: fits of one task on parts of its shots, each with the shots held out from it.
         options: posterior options; a given temperature is kept as tau.
+        alpha: weight ensembling with the pretrained model.
 
     Returns:
         The choice, and how well it predicts them.
     """
-    predictors = [(predictor_of(method, options), held) for method, held in fits]
+    predictors = [(predictor_of(method, options, alpha), held) for method, held in fits]
     labels = torch.cat([held.labels for _, held in fits])
 
     def held_out(tau: float) -> Tensor:

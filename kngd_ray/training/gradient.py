@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kngd_ray.clip import CLIPNetwork, Head
+from kngd_ray.clip import CLIPNetwork, Head, TuneOptions
 from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
@@ -44,6 +44,7 @@ class GradientDescent:
         else:
             self._optimizer = torch.optim.SGD(weights, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
         self._lr, self._loss = o.lr, o.loss
+        self._tune = options.tune
         self._cosine = o.schedule == "cosine"
         self._steps = steps
 
@@ -69,7 +70,8 @@ class GradientDescent:
         sound = self.group.sum(outputs.detach().sum().double())  # of all outputs, those beside the logits too
         if not isfinite(scores["nll"]) or not isfinite(float(sound)):
             raise FilterError(
-                "the training loss is NaN or infinite: the step was refused and the weights kept; lower optimizer.lr."
+                "the training loss is NaN or infinite: the step was refused and the weights kept; lower "
+                f"optimizer.lr{wider(self._tune)}."
             )
         self._optimizer.zero_grad()
         # DDP averages gradients over ranks; their sum is meant
@@ -105,3 +107,9 @@ class GradientDescent:
         factor = 0.5 * (1 + cos(pi * step / self._steps)) if self._cosine else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * factor
+
+
+def wider(tune: TuneOptions) -> str:
+    """What else there is to do about activations that are not finite, for the end of a message."""
+    narrow = tune.images and tune.precision != "float32"
+    return " or set tune.precision=float32" if narrow else ""

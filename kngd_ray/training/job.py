@@ -101,8 +101,9 @@ def run_fits(
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
+            said = next(iter(str(error).splitlines()), "").rstrip(".")  # Python's own MemoryError says nothing
             reason = (
-                f"step of {task.options.batch_size} samples does not fit into memory ({str(error).splitlines()[0]}): "
+                f"step of {task.options.batch_size} samples does not fit into memory{f' ({said})' if said else ''}: "
                 f"{_thriftier(task.options)}."
             )
             if group.world_size > 1:  # the other ranks wait for this one: the job ends
@@ -121,7 +122,8 @@ def _thriftier(options: FitOptions) -> str:
     """What takes less memory."""
     ways = ["lower batch_size", "raise trainer.num_workers, over which a batch is spread"]
     if options.tune.images:
-        ways.append("set tune.precision=bfloat16")
+        if options.tune.precision == "float32":
+            ways.append("set tune.precision=bfloat16")
         if options.method != "kalman" and not options.tune.checkpointing:
             ways.append("set tune.checkpointing=true")
     if options.method == "kalman" and options.filter.covariance.kind != "diagonal":

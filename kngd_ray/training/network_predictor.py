@@ -26,9 +26,6 @@ class NetworkPredictor:
         family: covariance family of the belief; None for a method without a posterior.
         belief: the belief, its covariance by parameter; None for a method without a posterior.
         options: how the posterior enters.
-
-    Raises:
-        UsageError: the variance of the logits is asked for.
     """
 
     def __init__(
@@ -38,11 +35,8 @@ class NetworkPredictor:
         belief: Belief | None,
         options: PosteriorOptions,
     ) -> None:
-        if options.predict == "linearised" and belief is not None:
-            raise UsageError(
-                "posterior.predict=linearised takes a backward pass per class and picture, and is for adapters: "
-                "set it to mean or draws where towers are trained."
-            )
+        if belief is not None:
+            check_affordable(options)
         self.head = network
         self.family = family
         self.belief = belief
@@ -84,9 +78,27 @@ class NetworkPredictor:
 
     def _logits(self, inputs: Pixels | Tensor) -> Tensor:
         device = self.head.class_embeddings.device
-        with torch.no_grad():
-            found = [self.head.classify(pixels.to(device)).cpu() for pixels in self._pixels(inputs)]
-        return torch.cat(found)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            t = self.head.classifier()  # once for all pictures
+            # of no pictures, as a fold may hold out, towers take no batch
+            found = [self.head.classify(pixels.to(device), t).cpu() for pixels in self._pixels(inputs) if len(pixels)]
+        return torch.cat(found) if found else torch.empty(0, len(t), dtype=t.dtype)
 
     def _pixels(self, inputs: Pixels | Tensor) -> Iterator[Tensor]:
         return iter([inputs]) if isinstance(inputs, Tensor) else inputs.pixels(self.head.transform)
+
+
+def check_affordable(options: PosteriorOptions) -> None:
+    """Refuse what takes too long where towers are trained.
+
+    Args:
+        options: how the posterior of a network enters.
+
+    Raises:
+        UsageError: the variance of the logits is asked for.
+    """
+    if options.predict == "linearised":
+        raise UsageError(
+            "posterior.predict=linearised takes a backward pass per class and picture, and is for adapters: "
+            "set it to mean or draws where towers are trained."
+        )

@@ -27,9 +27,9 @@ class FilterOptions:
 
     Attributes:
         covariance: covariance family.
-        p0: prior variance of every weight around its initial value.
-        towers: prior variance of the towers' own weights, or of LoRA in them, in units of p0: an adapter's weights are
-            few and act on unit embeddings, a tower's are millions and act on one another. Process noise likewise.
+        p0: prior variance of every weight around its initial value; of a tower's own weights, see `towers`.
+        towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
+            layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.
         gate: what is done about observations that the belief finds too surprising.
         serial: samples conditioned on at once within a batch, each run knowing those before it (so does the gate);
             0 is all of them. The work of the exact diagonal and of
@@ -39,7 +39,7 @@ class FilterOptions:
 
     covariance: CovarianceFamily = field(default_factory=Diagonal)
     p0: float = 0.1
-    towers: float = 1.0
+    towers: float = 0.01
     gate: GateModel = field(default_factory=NoGate)
     serial: int = 0
     iterations: int = 1
@@ -48,7 +48,7 @@ class FilterOptions:
         if not self.p0 > 0:
             raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
         if not self.towers > 0:
-            raise ValueError(f"towers is {self.towers}; a ratio of prior variances must be above 0")
+            raise ValueError(f"towers is {self.towers}; a prior variance must be above 0")
         if self.serial < 0:
             raise ValueError(
                 f"serial is {self.serial}; give the samples conditioned on at once, or 0 for all of a batch"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray.clip import ClipModel, CLIPNetwork, ModelConfig, TuneOptions, load_model
-from kngd_ray.filters import Diagonal, Forgetting, Inflate, Kronecker, OrnsteinUhlenbeck
+from kngd_ray.filters import Belief, Diagonal, Forgetting, Inflate, Kronecker, OrnsteinUhlenbeck
 from kngd_ray.observations import ClipCite, Cosine, LogLikelihood
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch
@@ -105,7 +105,11 @@ def make_batch(network: CLIPNetwork, step: int, group: Group) -> Batch:
 def run_kalman(group: Group, case: str, *, streamed: bool = True) -> dict[str, Any]:
     """A few steps of the filter: what it ends with."""
     network = make_network(KALMAN[case])
-    method = (StreamedKalmanNGD if streamed else KalmanNGD)(network, KALMAN[case], seed=2, group=group)
+    method: KalmanNGD = StreamedKalmanNGD(network, KALMAN[case], seed=2, group=group)
+    if not streamed:  # from the same prior, in which layers differ
+        prior = method.belief.covariance
+        method = KalmanNGD(network, KALMAN[case], seed=2, group=group)
+        method.belief = Belief(method.belief.mu, prior)
     stats = [method.step(make_batch(network, step, group)) for step in range(STEPS)]
     return {
         "mu": method.belief.mu.clone(),

@@ -71,11 +71,11 @@ def test_the_posterior_is_that_of_what_carries_over(family, adapter, x, t):
     variance = transferred(linearised, OTHERS, TEMPLATES, t).logit_variance(x)
     parameters = dict(trainable(method.head))
 
+    hand = _Hand(make_head(ADAPTERS[adapter]))
+
     def logits(theta: Tensor) -> Tensor:
-        head = make_head(ADAPTERS[adapter])
-        return torch.func.functional_call(
-            _Hand(head), {f"head.{n}": p for n, p in unflatten(theta, parameters).items()}, (x, t)
-        )
+        weights = {f"head.{name}": p for name, p in unflatten(theta, parameters).items()}
+        return torch.func.functional_call(hand, weights, (x, t))
 
     H = torch.func.jacrev(logits)(method.belief.mu)
     expected = torch.einsum("mci,ij,mcj->mc", H, covariance_of(method), H)
@@ -103,7 +103,8 @@ def test_towers_carry_over(case):
     """The image tower with texts by the tuned text tower, or by the pretrained one; each draw by its own weights."""
     network = make_network(KALMAN[case])
     method = KalmanNGD(network, KALMAN[case])
-    pretrained = tiny_model().encode_classes(OTHERS, TEMPLATES).double()
+    pretrained = tiny_model().encode_classes(OTHERS, TEMPLATES)
+    pretrained = normalize(pretrained.double(), dim=1)  # to more digits than it was encoded with
     other = transferred(predictor_of(method, PosteriorOptions(draws=3)), OTHERS, TEMPLATES, pretrained)
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parameters = trainable(network)

@@ -1,8 +1,8 @@
 """Adapter, LoRA and full fine-tuning, each by tuned AdamW, CLIP-CITE and Kalman, on the same few photographs.
 
-    python -m benchmarks.towers --data pacs.parquet --domain photo --shots 16 --seeds 0 1 2
-    python -m benchmarks.towers --data eurosat.parquet --shots 16 --seeds 0 1 2
-    python -m benchmarks.towers --data caltech101.parquet --shots 16 --seeds 0 --epochs 2
+    python -m benchmarks.towers --data pacs.parquet --domain photo --epochs 5
+    python -m benchmarks.towers --data eurosat.parquet --epochs 5
+    python -m benchmarks.towers --data caltech101.parquet --epochs 1 --seeds 0 --tuned benchmarks/results/towers_pacs.json
     python -m benchmarks.towers --markdown
 
 Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, a prior variance for
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of the methods that train towers; default: each its preset's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tuned", help="results of another data set, whose tuned values are taken")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -72,6 +73,7 @@ def main() -> None:
         for path in sorted(RESULTS.glob("towers_*.json")):
             print(_table(json.loads(path.read_text())))
         return
+    tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
     path = RESULTS / f"towers_{Path(args.data).stem}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done |= {
@@ -86,7 +88,7 @@ def main() -> None:
             if str(seed) in found:
                 continue
             job = {"method": method, "seed": seed, "data": args.data, "domain": args.domain, "shots": args.shots}
-            job |= {"epochs": args.epochs, "best": found.get("best")}
+            job |= {"epochs": args.epochs, "best": found.get("best", tuned.get(method, {}).get("best"))}
             began = time.monotonic()
             result = _in_a_process(job, args.threads)
             found["best"] = result.pop("best")
@@ -178,9 +180,11 @@ def _table(done: dict[str, Any]) -> str:
     for method, found in done["methods"].items():
         runs = [run for seed, run in found.items() if seed.isdigit()]
         row = [method, f"{METHODS[method][1]}={found['best']:g}", f"{runs[0]['steps']}"]
-        for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
-            for part in ("id", "ood"):
-                row.append(_shown([factor * run[part][key] for run in runs if part in run], digits))
+        row += [
+            _shown([factor * run[part][key] for run in runs if part in run], digits)
+            for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
+            for part in ("id", "ood")
+        ]
         row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(run['peak_mb'] for run in runs):.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])

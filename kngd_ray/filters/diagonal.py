@@ -57,8 +57,8 @@ from kngd_ray.filters.unchecked import checked
 _VARIANCE = "variance"
 # Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
 _PAIR_NUMBERS = 1 << 18
-# Numbers of rows held at once: 2 MB in float32, which a core's own cache holds; a GPU wants fewer and larger products.
-_ROW_NUMBERS = {"cpu": 1 << 19}
+# Numbers of rows held at once: 4 MB in float32, where a CPU's caches serve best; a GPU wants fewer and larger products.
+_ROW_NUMBERS = {"cpu": 1 << 20}
 _ROW_NUMBERS_OF_DEVICES = 1 << 24
 _TILE_COLUMNS = 256  # few rows of many columns are a slower product than as many numbers nearer to a square
 _PERIOD = 512  # numbers after which rows of H compete for the same lines of a cache ...
@@ -151,13 +151,17 @@ class Diagonal(Layerwise):
         posterior, step = torch.empty_like(variance), torch.empty_like(variance)
         left, w = self._left(innovation, variance), innovation.weights.to(variance.dtype)
         both = None if left is None else torch.cat([left, w.unsqueeze(0)])  # so that rows are read once
+        scratch = _Scratch()
         for (tile, new, moved), rows in _tiles(H, variance, posterior, step):
-            seen = rows if both is None else both @ rows
-            moved.copy_((w @ rows if both is None else seen[-1]).view(tile.shape) * tile)
-            seen = seen if both is None else seen[:-1]
-            squares = seen.square_() if both is not None or _formed(H) else seen.square()
-            new.copy_(self._posterior(tile, squares.sum(0).view(tile.shape)))
-        return step, {_VARIANCE: posterior}
+            if both is None:
+                moved.copy_((w @ rows).view(tile.shape))
+                energies = rows.square_() if _formed(H) else rows.square()
+            else:
+                seen = torch.mm(both, rows, out=scratch.like(rows.dtype, rows, len(both), rows.shape[1]))
+                moved.copy_(seen[-1].view(tile.shape))
+                energies = seen[:-1].mul_(seen[:-1])
+            new.copy_(energies.sum(0).view(tile.shape))
+        return step.mul_(variance), {_VARIANCE: self._posterior(variance, posterior)}
 
     def _without_rows(self, H: Factors | Rows, work: Any, innovation: Innovation, like: Tensor) -> Tensor | None:
         """(size,) what the observations tell about each weight, where factors say it for less."""
@@ -222,19 +226,41 @@ def column_energies(H: Factors | Rows) -> Tensor:
 
 
 def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Views of flat tensors (size,) as tiles of the weight, and H (M, numbers) of each tile, in their dtype."""
+    """Views of flat tensors (size,) as tiles of the weight, and H (M, numbers) of each tile, in their dtype.
+
+    The rows of one tile may lie in the memory of those of the tile before it.
+    """
     i = H.x.shape[-1] if isinstance(H, Factors) else 1
     wide = [tensor.view(-1, i) for tensor in flat]
     like, columns = wide[0], min(i, _TILE_COLUMNS)
     budget = _ROW_NUMBERS.get(like.device.type, _ROW_NUMBERS_OF_DEVICES)
     run = _run(budget // max(1, H.count * columns), columns)
+    scratch = _Scratch()
     for start in range(0, len(like), run):
         for left in range(0, i, columns):
-            rows, width = slice(start, start + run), slice(left, left + columns)
-            piece = H.part(start, min(start + run, len(like)))
+            stop, width = min(start + run, len(like)), slice(left, min(left + columns, i))
+            piece = H.part(start, stop)
             if isinstance(piece, Factors):
                 piece = Factors(piece.g, piece.x[..., width])
-            yield [tensor[rows, width] for tensor in wide], piece.rows().to(like.dtype)
+                rows = piece.rows(scratch.like(piece.row_dtype, piece.g, H.count, (stop - start) * (width.stop - left)))
+            else:
+                rows = piece.rows()
+            yield [tensor[start:stop, width] for tensor in wide], rows.to(like.dtype)
+
+
+class _Scratch:
+    """Memory that products are written to in turn: to allocate some for each takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._numbers: Tensor | None = None
+
+    def like(self, dtype: torch.dtype, where: Tensor, rows: int, columns: int) -> Tensor | None:
+        """(rows, columns) on a tensor's device, always of one dtype; None where products cannot be directed."""
+        if not checked():
+            return None
+        if self._numbers is None or self._numbers.numel() < rows * columns:
+            self._numbers = where.new_empty(rows * columns, dtype=dtype)
+        return self._numbers[: rows * columns].view(rows, columns)
 
 
 def _formed(H: Factors | Rows) -> bool:

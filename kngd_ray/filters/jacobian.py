@@ -108,14 +108,16 @@ class Factors:
         i = self.x.shape[-1]
         return T * (k * o + (i if self.own_x else 0)) < reach * k * o * i
 
-    def rows(self) -> Tensor:
-        """(M, o i) the rows themselves."""
+    def rows(self, out: Tensor | None = None) -> Tensor:
+        """(M, o i) the rows themselves, written over M o i numbers of their dtype if these are given."""
         s, k, T, o = self.g.shape
         g, x = self._alike
         i = x.shape[-1]
         if self.own_x:  # one product for each sample; for k = 1 nothing is copied
-            return torch.bmm(g.transpose(1, 2).reshape(s, T, k * o).mT, x).reshape(s * k, o * i)
-        return (g.mT.reshape(s * k * o, T) @ x).reshape(s * k, o * i)
+            to = None if out is None else out.view(s, k * o, i)
+            return torch.bmm(g.transpose(1, 2).reshape(s, T, k * o).mT, x, out=to).view(s * k, o * i)
+        to = None if out is None else out.view(s * k * o, i)
+        return torch.mm(g.mT.reshape(s * k * o, T), x, out=to).view(s * k, o * i)
 
     def part(self, start: int, stop: int) -> "Factors":
         """The rows start to stop of the weight."""
@@ -152,8 +154,12 @@ class Factors:
     @property
     def _alike(self) -> tuple[Tensor, Tensor]:
         """G and x of one dtype: under autocast a layer's input may be wider than what comes back to its output."""
-        dtype = torch.promote_types(self.g.dtype, self.x.dtype)
-        return self.g.to(dtype), self.x.to(dtype)
+        return self.g.to(self.row_dtype), self.x.to(self.row_dtype)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return torch.promote_types(self.g.dtype, self.x.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

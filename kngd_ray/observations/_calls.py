@@ -258,8 +258,7 @@ def _over_last(x: Tensor, shape: list[int], eps: float) -> Tensor:
 
 
 def _by_statistics(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    shape = (-1, *[1] * (x.dim() - 2))
-    return (x - mean.view(shape)) * (var + eps).rsqrt().view(shape)
+    return functional.batch_norm(x.to(torch.promote_types(x.dtype, mean.dtype)), mean, var, eps=eps)
 
 
 READERS: Mapping[Any, Callable[..., Any]] = {

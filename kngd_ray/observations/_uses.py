@@ -187,7 +187,14 @@ class Scale:
         if self.operand is not None:
             f, dim = self.factor(call.tensors[self.operand]), layout.tensors[self.operand]
             f = f.unsqueeze(0) if dim is None else f.movedim(dim, 0).unsqueeze(1 + dim)
-            g = g * f.view(f.shape[0], 1, *[1] * (g.dim() - 1 - f.dim()), *f.shape[1:])
+            f = f.view(f.shape[0], 1, *[1] * (g.dim() - 1 - f.dim()), *f.shape[1:])
+            last = _ones_at_end(self.shape)
+            if last and f.shape[-last:] == g.shape[-last:]:  # channels: each is one dot product, with nothing between
+                dtype = torch.promote_types(torch.promote_types(g.dtype, f.dtype), torch.float32)
+                dot = torch.linalg.vecdot(g.flatten(-last).to(dtype), f.flatten(-last).to(dtype))
+                g = dot.view(*dot.shape, *[1] * last)
+            else:
+                g = g * f
         lead = g.dim() - len(self.shape)
         over = [*range(2, lead), *(lead + d for d, size in enumerate(self.shape) if size == 1)]
         if over:
@@ -279,6 +286,10 @@ def joined(pieces: Sequence[Factors | Rows], factored: bool) -> Factors | Rows:
     for more in rows[1:]:
         total = total + more
     return Rows(total)
+
+
+def _ones_at_end(shape: Sequence[int]) -> int:
+    return next((n for n, size in enumerate(reversed(shape)) if size != 1), len(shape))
 
 
 def _tokens(tensor: Tensor, lead: int) -> Tensor:

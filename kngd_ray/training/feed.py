@@ -56,7 +56,9 @@ def fed(
 
 def decoding_threads(world_size: int = 1) -> int:
     """How many pictures a rank decodes at once: its share of the cores, if all ranks were on this machine."""
-    return max(2, min(_THREADS, len(os.sched_getaffinity(0)) // world_size))
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(2, min(_THREADS, cores // world_size))
 
 
 def _augment(network: CLIPNetwork) -> RandomResizedCrop | None:

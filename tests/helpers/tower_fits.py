@@ -1,0 +1,99 @@
+"""Whole fits of tiny towers on real pictures, which tests of feeding and resuming run on any number of ranks."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from helpers.resuming import IDENTITY, Killed, kill_after
+from helpers.towers import CLASSES, GRADIENT, KALMAN, NAME, tiny_model
+from torch import Tensor
+
+from kngd_ray.clip import CLIPNetwork, ModelConfig
+from kngd_ray.data import DataConfig, PictureFile, open_images
+from kngd_ray.sharding import Group
+from kngd_ray.training import fit as fit_module
+from kngd_ray.training.fit import FitTask, Towers, build_head
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.pictures import Pictures
+from kngd_ray.training.resumable import run_fit
+
+SHOTS, BATCH, EPOCHS = 7, 3, 2  # batches of 3, 3 and 1: at the end of an epoch ranks without any
+STEPS = 6
+FITS: dict[str, FitOptions] = {
+    name: replace(options, epochs=EPOCHS, batch_size=BATCH)
+    for name, options in {
+        **KALMAN,
+        "adamw-cite": GRADIENT["clip_cite-full"],
+        "adamw": GRADIENT["cross_entropy-lora"],
+    }.items()
+}
+
+
+def write_shots(path: Path, count: int = SHOTS) -> Pictures:
+    """A few emoji, with labels of the tiny model's classes."""
+    images = open_images(DataConfig())
+    rows = np.random.default_rng(0).permutation(len(images))[:count]
+    PictureFile.write(path, images, rows)
+    return Pictures(path, torch.arange(count), torch.arange(count) % len(CLASSES))
+
+
+def make_task(name: str, shots: Pictures) -> FitTask:
+    """A fit of six steps."""
+    model, templates = tiny_model(), ("a photo of a {}.",)
+    embeddings = model.encode_classes(CLASSES, templates)
+    towers = Towers(ModelConfig(NAME, "random"), CLASSES, templates)
+    return FitTask(FITS[name], 0, shots, embeddings, model.logit_scale, towers=towers)
+
+
+@contextmanager
+def in_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks and their pixels are of this dtype."""
+    inputs = CLIPNetwork.inputs
+
+    def made(task: FitTask, device: torch.device | str = "cpu") -> Any:
+        return build_head(task, device).to(dtype)
+
+    def given(self: CLIPNetwork, labels: Tensor, **parts: Tensor) -> dict[str, Tensor]:
+        return inputs(self, labels, **{name: part.to(dtype) for name, part in parts.items()})
+
+    with mock.patch.object(fit_module, "build_head", made), mock.patch.object(CLIPNetwork, "inputs", given):
+        yield
+
+
+RANKED = ("full-ekf", "cite-vdekf", "lora-kronecker", "adamw-cite")  # those that several ranks run
+
+
+def run_fits(group: Group, folder: Path, shots: Pictures, kill: int | None, dtype: torch.dtype) -> dict[str, Path]:
+    """Run fits in a folder, or what is left of it; ends early after step `kill`."""
+    ends = {}
+    with in_dtype(dtype):
+        for name in RANKED:
+            on_step = None if kill is None else kill_after(kill)
+            with suppress(Killed):
+                ends[name] = run_fit(
+                    make_task(name, shots), folder / name, IDENTITY, group, "cpu", checkpoint_every=2, on_step=on_step
+                )
+    return ends
+
+
+def run_runs(
+    group: Group,
+    runs: Sequence[tuple[Path, int | None]],
+    copies: Mapping[Path, Path],
+    shots: Pictures,
+    dtype: torch.dtype,
+) -> list[dict[str, Path]]:
+    """Several times :func:`run_fits`, some of them in copies of what others left."""
+    found = []
+    for folder, kill in runs:
+        if folder in copies and group.rank == 0:
+            shutil.copytree(copies[folder], folder)
+        group.sum(torch.zeros(1))  # nobody goes on before it is there
+        found.append(run_fits(group, folder, shots, kill, dtype))
+    return found

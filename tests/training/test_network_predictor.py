@@ -1,0 +1,206 @@
+"""Predictions of whole towers: at the mean, over draws that are networks of their own, and of no pictures at all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.compare import max_error
+from helpers.tower_fits import in_dtype, make_task, write_shots
+from torch import Tensor
+
+from kngd_ray.clip import CLIPNetwork
+from kngd_ray.errors import UsageError
+from kngd_ray.filters import Belief
+from kngd_ray.observations import flatten, trainable, unflatten
+from kngd_ray.training.batches import seeded
+from kngd_ray.training.calibration import predictor_of
+from kngd_ray.training.fit import fit
+from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.network_predictor import NetworkPredictor, check_affordable
+from kngd_ray.training.pictures import Pictures
+from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions
+
+DRAWS, TAU = 3, 0.3
+OPTIONS = PosteriorOptions(predict="draws", draws=DRAWS)
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory) -> Pictures:
+    return write_shots(tmp_path_factory.mktemp("shots") / "pictures.arrow", 70)
+
+
+@pytest.fixture(scope="module", params=["full-vdekf", "cite-vdekf", "lora-kronecker"])
+def method(request, shots) -> KalmanNGD:
+    found = fit(make_task(request.param, shots.subset(torch.arange(7))))
+    assert isinstance(found, KalmanNGD)
+    return found
+
+
+@pytest.fixture
+def predictor(method) -> NetworkPredictor:
+    found = predictor_of(method, OPTIONS)
+    assert isinstance(found, NetworkPredictor)
+    return found
+
+
+def pixels(shots: Pictures, network: CLIPNetwork, count: int) -> Tensor:
+    return torch.cat(list(shots.subset(torch.arange(count)).pixels(network.transform)))
+
+
+def by_hand(predictor: NetworkPredictor, images: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Mean probabilities and spread of the logits over draws, each a network of its own, pictures one at a time."""
+    network = predictor.head
+    parameters = trainable(network)
+    mean = flatten(parameters)
+    assert predictor.family is not None
+    assert predictor.belief is not None
+    found = []
+    try:
+        for number in range(DRAWS):
+            deviation = predictor.family.sample(predictor.belief.covariance, 1, seeded(DRAWS_SEED, number))[0]
+            for name, value in unflatten(mean + tau**0.5 * deviation, parameters).items():
+                parameters[name].data.copy_(value)
+            with torch.no_grad():
+                found.append(torch.cat([network.classify(image.unsqueeze(0)) for image in images]))
+    finally:
+        for name, value in unflatten(mean, parameters).items():
+            parameters[name].data.copy_(value)
+    logits = torch.stack(found).double()
+    return logits.softmax(2).mean(0), logits.std(0, correction=0)
+
+
+def test_the_mean_is_the_network(predictor, shots) -> None:
+    network = predictor.head
+    images = pixels(shots, network, 5)
+    with torch.no_grad():
+        expected = network.classify(images).softmax(1)
+    for prediction in (
+        predictor.predict(images, 0.0),
+        NetworkPredictor(network, predictor.family, predictor.belief, PosteriorOptions(predict="mean")).predict(
+            images, TAU
+        ),
+        NetworkPredictor(network, None, None, OPTIONS).predict(images, TAU),
+    ):
+        torch.testing.assert_close(prediction.probabilities, expected)
+        assert not prediction.logit_std.any()
+
+
+def test_draws_are_networks_of_their_own(predictor, shots) -> None:
+    images = pixels(shots, predictor.head, 4)
+    before = flatten(trainable(predictor.head))
+    found = predictor.predict(images, TAU)
+    probabilities, spread = by_hand(predictor, images, TAU)
+    assert max_error(found.probabilities, probabilities) < 1e-4
+    assert max_error(found.logit_std, spread) < 1e-3
+    assert torch.equal(flatten(trainable(predictor.head)), before)
+    assert (found.probabilities - predictor.predict(images, 0.0).probabilities).abs().max() > 1e-6
+    again = predictor.predict(images, TAU)
+    assert torch.equal(found.probabilities, again.probabilities)
+    assert predictor.predict(images, 4 * TAU).logit_std.mean() > found.logit_std.mean()
+
+
+def test_a_draw_that_fails_leaves_the_mean(predictor, shots, monkeypatch) -> None:
+    images = pixels(shots, predictor.head, 2)
+    before = flatten(trainable(predictor.head))
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(CLIPNetwork, "classify", fails)
+    with pytest.raises(MemoryError):
+        predictor.predict(images, TAU)
+    assert torch.equal(flatten(trainable(predictor.head)), before)
+
+
+@pytest.mark.parametrize("tau", [0.0, TAU])
+def test_pictures_and_pixels_alike_in_batches(predictor, shots, tau) -> None:
+    """More than go through the towers at once."""
+    found = predictor.predict(shots, tau)
+    assert found.probabilities.shape == (70, 3)
+    expected = predictor.predict(pixels(shots, predictor.head, 70), tau)
+    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.0, TAU])
+def test_no_pictures(predictor, shots, tau) -> None:
+    """As a fold holds out that has none."""
+    none = shots.subset(torch.zeros(70, dtype=torch.bool))
+    for inputs in (none, pixels(shots, predictor.head, 1)[:0]):
+        found = predictor.predict(inputs, tau)
+        assert found.probabilities.shape == found.logit_std.shape == (0, 3)
+
+
+def test_class_texts_are_encoded_once_a_draw(shots, monkeypatch) -> None:
+    task = make_task("full-vdekf", shots.subset(torch.arange(7)))
+    tune = replace(task.options.tune, include=("*",))
+    method = fit(replace(task, options=replace(task.options, tune=tune)))
+    network = method.head
+    assert network.live_text
+    counted = []
+    classifier = CLIPNetwork.classifier
+
+    def count(self: CLIPNetwork) -> Tensor:
+        counted.append(1)
+        return classifier(self)
+
+    monkeypatch.setattr(CLIPNetwork, "classifier", count)
+    predictor = predictor_of(method, OPTIONS)
+    predictor.predict(shots, 0.0)
+    assert len(counted) == 1
+    predictor.predict(shots, TAU)
+    assert len(counted) == 1 + DRAWS
+
+
+def test_linearised_is_for_adapters(predictor) -> None:
+    linearised = PosteriorOptions(predict="linearised")
+    with pytest.raises(UsageError, match="set it to mean or draws"):
+        NetworkPredictor(predictor.head, predictor.family, predictor.belief, linearised)
+    with pytest.raises(UsageError, match="set it to mean or draws"):
+        check_affordable(linearised)
+    check_affordable(OPTIONS)
+    NetworkPredictor(predictor.head, None, None, linearised)  # of a method without a posterior it says nothing
+
+
+def test_draws_have_the_covariance_of_the_belief(shots) -> None:
+    """In the order of theta: the spread of the logits, by a first-order expansion, for a narrow belief."""
+    with in_dtype(torch.float64):
+        task = make_task("full-vdekf", shots.subset(torch.arange(7)))
+        method = fit(task)
+        assert isinstance(method, KalmanNGD)
+    network = method.head
+    images = pixels(shots, network, 2).double()
+    narrow = {name: {key: 1e-6 * value for key, value in P.items()} for name, P in method.belief.covariance.items()}
+    belief = Belief(method.belief.mu, narrow)
+    options = PosteriorOptions(predict="draws", draws=400)
+    found = NetworkPredictor(network, method.family, belief, options).predict(images, 1.0).logit_std
+    parameters = trainable(network)
+    expected = torch.empty(2, 3, dtype=torch.float64)
+    for n, image in enumerate(images):
+        logits = network.classify(image.unsqueeze(0))[0]
+        for c in range(3):
+            gradient = torch.autograd.grad(logits[c], list(parameters.values()), retain_graph=True, allow_unused=True)
+            expected[n, c] = sum(
+                (narrow[name]["variance"].view_as(g) * g.square()).sum()
+                for name, g in zip(parameters, gradient, strict=True)
+                if g is not None
+            )
+    assert ((found / expected.sqrt()).log().abs() < 0.15).all()
+
+
+def test_bfloat16_of_a_first_step(shots) -> None:
+    """Activations are rounded, weights and P are not; the innovation is about that of float32."""
+    part = shots.subset(torch.arange(7))
+    ends = {}
+    for precision in ("float32", "bfloat16"):
+        task = make_task("lora-ou", part)
+        tune = replace(task.options.tune, precision=precision)
+        records = []
+        method = fit(replace(task, options=replace(task.options, tune=tune)), on_step=records.append)
+        assert isinstance(method, KalmanNGD)
+        assert {value.dtype for P in method.belief.covariance.values() for value in P.values()} == {torch.float32}
+        assert {p.dtype for p in trainable(method.head).values()} == {torch.float32}
+        ends[precision] = records[0].stats
+    for figure in ("nll", "innovation_rms", "nis_per_observation"):
+        fine, rough = (getattr(ends[precision], figure) for precision in ("float32", "bfloat16"))
+        assert rough == pytest.approx(fine, rel=0.05), figure
+    assert ends["float32"] != ends["bfloat16"]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.towers --data pacs.parquet --domain photo --epochs 5
     python -m benchmarks.towers --data eurosat.parquet --epochs 5
-    python -m benchmarks.towers --data caltech101.parquet --epochs 1 --seeds 0 --tuned benchmarks/results/towers_pacs.json
+    python -m benchmarks.towers --data caltech101.parquet --epochs 1 --seeds 0 --tuned results/towers_pacs.json
     python -m benchmarks.towers --markdown
 
 Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, a prior variance for

@@ -200,10 +200,11 @@ def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:
     last = getattr(getattr(visual, "head", None), "proj", None)
     folded: list[Adapter] = []
     notes: list[str] = []
+    blocked = False  # by an adapter of the image before it, which stays outside
     adapter: Adapter
     for config, trained in zip(network.adapters, network.head.adapters, strict=True):
         adapter = copy.deepcopy(trained).cpu().float()  # type: ignore[assignment]
-        linear = isinstance(config, Linear) and config.tower == "image" and not notes
+        linear = isinstance(config, Linear) and config.tower == "image" and not blocked
         with torch.no_grad():
             if linear and isinstance(proj := getattr(visual, "proj", None), nn.Parameter):
                 proj.copy_(adapter.image(proj))
@@ -213,6 +214,8 @@ def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:
                     last.bias.copy_(adapter.image(last.bias))
             else:
                 notes.append(f"the {config.kind} adapter is left out: an open_clip checkpoint has no place for it")
+                of_image = type(adapter).image is not Adapter.image and getattr(config, "tower", "image") != "text"
+                blocked = blocked or of_image
                 continue
         folded.append(adapter)
     return folded, notes

@@ -117,9 +117,13 @@ _ROLES: Mapping[str, tuple[Target, ...]] = {
 
 def _sites(modules: Mapping[str, nn.Module]) -> Iterator[_Site]:
     """The layers of a network that can be adapted."""
+    # Attention whose layers are never called: torch's own adapts its output layer itself, that of open_clip's ResNets
+    # hands the weights of all four to a function.
     inside = tuple(
-        f"{name}." for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
-    )  # torch's attention never calls its output layer, whose update is therefore the attention's own
+        f"{name}."
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "AttentionPool2d"
+    )
     for name, module in modules.items():
         layer: Any = module  # the class is found out by hand, since subclasses may compute something else
         forward = type(module).forward

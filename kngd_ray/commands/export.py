@@ -88,7 +88,8 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
     for exported in written.values():
         if exported is not None:
-            checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of the fit's)"
+            what = "its towers'" if exported.notes and exported.path.name == WEIGHTS else "the fit's"
+            checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
                 display.say(f"  {note}")

@@ -15,7 +15,7 @@ from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration, calibrate
-from kngd_ray.training.classifier import Settled, restore_predictor, save_settled
+from kngd_ray.training.classifier import Settled, read_settled, restore_predictor, save_settled
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.prior import Prior
@@ -150,14 +150,16 @@ class MethodRun:
             raise CheckpointError(
                 f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
             )
+        kept = read_settled(fit_folder).alpha  # of an ensemble that was settled on after the run had ended
         predictor = restore_predictor(
-            checkpoint, self._prepared.evaluator, posterior, class_embeddings=task.class_embeddings
+            checkpoint, self._prepared.evaluator, posterior, alpha=kept, class_embeddings=task.class_embeddings
         )
         try:
-            calibration = calibrate(task, posterior)
+            device = "cpu" if task.towers is None else self._prepared.evaluator.device
+            calibration = calibrate(task, posterior, device)
         except FilterError:  # a fold has fewer shots than the fit that went well
             calibration = Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0)
-        save_settled(fit_folder, Settled(calibration, posterior))
+        save_settled(fit_folder, Settled(calibration, posterior, kept))
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()

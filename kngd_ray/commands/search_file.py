@@ -158,7 +158,7 @@ def _check_judged(options: SearchOptions, space: Space) -> None:
                 "space.tune.parameters would have trials learn from features and from pictures: a search keeps "
                 "tune.parameters; set it for all trials, or run a search for each."
             )
-        if key.startswith("posterior") and not options.cross_validated:
+        if key.startswith(("posterior", "tune.alpha")) and not options.cross_validated:
             raise UsageError(
                 f"space.{key} has no effect with search.objective=evidence: take held_out_nll, or leave it out."
             )

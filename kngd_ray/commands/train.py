@@ -225,7 +225,8 @@ def _show(
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
-    display.table(title, rows, [f"seeds {seeds}; {spread}; tau and temperatures were chosen on the training shots"])
+    chosen = "; tau and temperatures were chosen on the training shots" if config.posterior.folds else ""
+    display.table(title, rows, [f"seeds {seeds}; {spread}{chosen}"])
     protocol.show(rows, display)
 
 

@@ -6,7 +6,7 @@ the held-out predictions choose the posterior temperature tau on a grid (least N
 temperature T of ``p^(1/T)`` for what tau leaves. The test split is never touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
@@ -81,8 +81,10 @@ def assembled(
     if alpha != 1.0:
         head.blend(alpha)
         if belief is not None and family is not None:
-            shrunk = family.predict(belief.covariance, alpha**2, 0.0, lambda share: share)
-            belief = Belief(flatten(trainable(head)), shrunk) if alpha else None
+            # of LoRA's product B A only B is averaged
+            moved = {name: state for name, state in belief.covariance.items() if not name.endswith(".down")}
+            shrunk = family.predict(moved, alpha**2, 0.0, lambda share: share)
+            belief = Belief(flatten(trainable(head)), {**belief.covariance, **shrunk}) if alpha else None
     if isinstance(head, CLIPNetwork):
         return NetworkPredictor(head, family, belief, options)
     return Predictor(head, family, belief, options)
@@ -123,23 +125,25 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
 
 
-def calibrate(task: FitTask, options: PosteriorOptions) -> Calibration:
+def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | str = "cpu") -> Calibration:
     """Choose tau and fit the scaling temperature by cross-validation over the shots.
 
     Args:
         task: the fit to calibrate; its folds are fitted in this process.
         options: posterior options; a given temperature is kept as tau.
+        device: where the folds are fitted.
 
     Returns:
         The choice. Without folds, tau is the given temperature or 1, and nothing is scaled.
     """
     if min(options.folds, len(task.support)) < 2:
         return Calibration(1.0 if options.temperature is None else options.temperature, 1.0)
-    fits = [(fit(part), held) for part, held in held_out_tasks(task, options.folds)]
+    # one after another: a fold of whole towers is let go before the next one is fitted
+    fits = ((fit(part, device=device), held) for part, held in held_out_tasks(task, options.folds))
     return calibration_of(fits, options, task.options.tune.alpha)
 
 
-def calibration_of(fits: Sequence[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:
+def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:
     """Choose tau and fit the scaling temperature on shots that fits have not seen.
 
     Args:
@@ -150,17 +154,21 @@ def calibration_of(fits: Sequence[tuple[Method, Shots]], options: PosteriorOptio
     Returns:
         The choice, and how well it predicts them.
     """
-    predictors = [(predictor_of(method, options, alpha), held) for method, held in fits]
-    labels = torch.cat([held.labels for _, held in fits])
+    predicted: dict[float, list[Tensor]] = {}
+    labels = []
+    for method, held in fits:
+        predictor = predictor_of(method, options, alpha)
+        labels.append(held.labels.cpu())
+        uses_posterior = predictor.belief is not None and options.predict != "mean"
+        given = options.temperature
+        for tau in (given,) if given is not None else (TAU_GRID if uses_posterior else (0.0,)):
+            predicted.setdefault(tau, []).append(predictor.predict(held.inputs, tau).probabilities.cpu())
+    return _chosen({tau: torch.cat(parts) for tau, parts in predicted.items()}, torch.cat(labels))
 
-    def held_out(tau: float) -> Tensor:
-        return torch.cat([p.predict(held.inputs, tau).probabilities for p, held in predictors])
 
-    given = options.temperature
-    uses_posterior = isinstance(fits[0][0], KalmanNGD) and options.predict != "mean"
-    grid = (given,) if given is not None else (TAU_GRID if uses_posterior else (0.0,))
-    predicted = {tau: held_out(tau) for tau in grid}
-    tau = min(grid, key=lambda t: _nll(predicted[t], labels))
+def _chosen(predicted: Mapping[float, Tensor], labels: Tensor) -> Calibration:
+    """The tau whose predictions of held-out shots are the likeliest, and what they say."""
+    tau = min(predicted, key=lambda t: _nll(predicted[t], labels))
     right = (predicted[tau].argmax(1) == labels).double().mean()
     return Calibration(tau, fit_temperature(predicted[tau], labels), _nll(predicted[tau], labels), float(right))
 

@@ -113,6 +113,7 @@ def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
         task.options.adapter,
         seed=task.seed,
         pairs=task.options.pairs,
+        class_embeddings=task.class_embeddings.to(device),
     )
 
 

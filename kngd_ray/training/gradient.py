@@ -31,7 +31,7 @@ class GradientDescent:
         self._parameters = trainable(head)
         self._forward: nn.Module = head
         if self.group.world_size > 1:
-            # of a whole tower a pattern may name weights that no output depends on, such as a logit bias
+            # a pattern may name weights of a tower that no output depends on
             self._forward = DistributedDataParallel(
                 head, broadcast_buffers=False, find_unused_parameters=options.tune.images
             )

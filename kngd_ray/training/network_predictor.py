@@ -14,6 +14,8 @@ from kngd_ray.training.batches import seeded
 from kngd_ray.training.pixels import Pixels
 from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions, Prediction
 
+_AT_ONCE = 64  # pictures
+
 
 class NetworkPredictor:
     """A trained network and its belief, ready to predict.
@@ -85,7 +87,7 @@ class NetworkPredictor:
         return torch.cat(found) if found else torch.empty(0, len(t), dtype=t.dtype)
 
     def _pixels(self, inputs: Pixels | Tensor) -> Iterator[Tensor]:
-        return iter([inputs]) if isinstance(inputs, Tensor) else inputs.pixels(self.head.transform)
+        return iter(inputs.split(_AT_ONCE)) if isinstance(inputs, Tensor) else inputs.pixels(self.head.transform)
 
 
 def check_affordable(options: PosteriorOptions) -> None:

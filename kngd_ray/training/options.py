@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kngd_ray.clip import TuneOptions
-from kngd_ray.clip.adapters import AnyAdapter, ClassResidual
+from kngd_ray.clip.adapters import AnyAdapter, Bottleneck, ClassResidual
 from kngd_ray.filters import Categorical as LikelihoodNoise
 from kngd_ray.filters import (
     CovarianceFamily,
@@ -137,6 +137,10 @@ class FitOptions:
         if not self.observation:
             raise ValueError(
                 "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
+            )
+        if self.tune.alpha != 1 and any(isinstance(adapter, Bottleneck) for adapter in self.adapter):
+            raise ValueError(
+                "tune.alpha averages with pretrained weights, and the bottleneck adapter has none: leave it"
             )
         self._check_towers()
         unlikely = all(model.likelihood is None for model in self.observation)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -423,6 +425,46 @@ def test_a_batch_too_large_for_memory(tiny, monkeypatch, error, settings, words,
         assert word in outcome.sentence
     for word in absent:
         assert word not in outcome.sentence
+
+
+LITTLE = """
+import json, resource, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from helpers.tower_fits import make_task, write_shots
+from kngd_ray.training.job import Job, run_fits
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+large = make_task("full-vdekf", write_shots(folder / "pictures.arrow", 2000))
+small = replace(large, support=large.support.subset(torch.arange(4)))
+large = replace(large, options=replace(large.options, batch_size=2000, epochs=1))
+errors = []
+run_fits(Job({"before": small}, {}, folder), lambda event: errors.append(event.error))
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (60 << 20), held + (60 << 20)))
+run_fits(Job({"large": large, "after": small}, {}, folder), lambda event: errors.append(event.error))
+print(json.dumps([[error for error in errors if error], len(list(folder.glob("fits/after/step-*")))]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is limited as on Linux")
+def test_memory_that_the_system_refuses(tmp_path) -> None:
+    """And the next fit of the job goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    (error,), finished = json.loads(done.stdout)
+    assert error.startswith("a step of 2000 samples does not fit into memory (")
+    assert "lower batch_size" in error
+    assert finished == 1
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])

@@ -301,7 +301,17 @@ def test_gradient_presets_are_what_their_comments_say(preset: str) -> None:
 
 
 def test_every_preset_loads_and_is_tested() -> None:
-    towers = ["adamw_full", "adamw_lora", "clip_cite", "clip_lora", "kalman_cite", "kalman_full", "kalman_lora"]
+    towers = [
+        "adamw_full",
+        "adamw_lora",
+        "clip_cite",
+        "clip_lora",
+        "kalman_cite",
+        "kalman_full",
+        "kalman_lora",
+        "sgd_full",
+        "sgd_lora",
+    ]
     assert presets() == sorted(["adamw", "kalman", "kf_clip", "loko", "sgd", *towers])
     for name in presets():
         assert load_config(None, [f"preset={name}"]).preset == name
@@ -310,7 +320,7 @@ def test_every_preset_loads_and_is_tested() -> None:
         assert settings <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
 
 
-@pytest.mark.parametrize("method", ["kalman", "adamw"])
+@pytest.mark.parametrize("method", ["kalman", "adamw", "sgd"])
 @pytest.mark.parametrize("parameters", ["lora", "full"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_towers_have_presets_of_their_own(method: str, parameters: str, nested: bool) -> None:

@@ -104,7 +104,8 @@ def in_turn(options: FitOptions, stages: Sequence[Prepared], seed: int) -> Matri
             task = FitTask(options, seed, stage.support(seed), texts, scale, prior)
             end = run_fit(task, Path(folder) / domain, stage.identity, SingleProcess(), "cpu", checkpoint_every=0)
             prior = Prior(end, checkpoint.read_manifest(end))
-            predictor = restore_predictor(checkpoint.load(end), texts, scale, PosteriorOptions(predict="mean"))
+            at_mean = PosteriorOptions(predict="mean")
+            predictor = restore_predictor(checkpoint.load(end), stage.model, at_mean, class_embeddings=texts)
             report = evaluate(predictor, stage.tests(seed), Calibration(0.0, 1.0)).report()
             matrix.append([(report[ID] if other == domain else report["ood"][other])["accuracy"] for other in domains])
     return matrix

@@ -167,7 +167,6 @@ PUBLIC = {
         "encode_batch",
         "encode_missing",
         "fill_cache",
-        "find_bad",
         "halves",
         "open_images",
         "read_batches",

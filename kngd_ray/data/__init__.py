@@ -22,7 +22,7 @@ from kngd_ray.data._encode import (
     read_batches,
 )
 from kngd_ray.data._images import ImageSet, open_images
-from kngd_ray.data._pictures import PictureFile, find_bad, halves, restrict
+from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
 
@@ -42,7 +42,6 @@ __all__ = [
     "encode_batch",
     "encode_missing",
     "fill_cache",
-    "find_bad",
     "halves",
     "open_images",
     "read_batches",

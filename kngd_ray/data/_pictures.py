@@ -12,17 +12,15 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from kngd_ray.data._cache import _sweep
-from kngd_ray.data._decode import BadImage, decode
 from kngd_ray.data._encode import read_batches
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, hint, listing
@@ -192,49 +190,6 @@ def _in_one_move(path: Path) -> Iterator[Any]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def find_bad(
-    images: ImageSet,
-    rows: Sequence[int] | Ints,
-    *,
-    on_bad_image: Literal["error", "skip"] = "error",
-    threads: int = 1,
-) -> frozenset[int]:
-    """Decode pictures once, to know before a run which of them cannot be.
-
-    Computing features finds the same; this is for runs that need none.
-
-    Args:
-        images: the data set.
-        rows (M,): which pictures.
-        on_bad_image: "error" raises the first `BadImage`, "skip" returns the indices of all.
-        threads: decode side by side.
-
-    Returns:
-        Those of `rows` that cannot be decoded, empty unless `on_bad_image` is "skip".
-
-    Raises:
-        BadImage: when a picture cannot be decoded and `on_bad_image` is "error".
-    """
-
-    def attempt(blob: bytes, place: str) -> BadImage | None:
-        try:
-            decode(blob, place)
-        except BadImage as error:
-            return error
-        return None
-
-    bad: set[int] = set()
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        for read, blobs in read_batches(images, np.asarray(rows, np.int64), BATCH_ROWS):
-            places = [images.place(row) for row in read.tolist()]
-            for row, error in zip(read.tolist(), pool.map(attempt, blobs, places), strict=True):
-                if error is not None and on_bad_image == "error":
-                    raise error
-                if error is not None:
-                    bad.add(row)
-    return frozenset(bad)
 
 
 def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

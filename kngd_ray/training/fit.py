@@ -192,7 +192,8 @@ class Refusals:
             self._in_a_row += 1
             if self._in_a_row >= self._most:
                 raise FilterError(
-                    f"{self._in_a_row} steps in a row were refused, the last at step {batch.step + 1}: {error}"
+                    f"{self._in_a_row} step{'s in a row were' if self._in_a_row > 1 else ' was'} refused, the last at "
+                    f"step {batch.step + 1}: {error}"
                 ) from error
             return None, str(error)
         self.taken()

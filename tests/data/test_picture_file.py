@@ -16,12 +16,10 @@ import pyarrow as pa
 import pytest
 
 from kngd_ray.data import (
-    BadImage,
     DataConfig,
     ImageSet,
     PictureFile,
     content_key,
-    find_bad,
     halves,
     open_images,
     restrict,
@@ -244,21 +242,6 @@ def test_neither_writing_nor_reading_holds_the_pictures(tmp_path):
     assert len(held) == count
     assert max(held) < 10e6
     assert pa.total_allocated_bytes() - before < 1e6
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_pictures_that_cannot_be_decoded_are_found_once(write_parquet, png, threads):
-    blobs = [png(number) for number in range(40)]
-    blobs[7], blobs[33] = b"not a picture", blobs[33][:50]
-    path = write_parquet(
-        "set.parquet", image=pa.array(blobs, pa.binary()), label=[0, 1] * 20, class_name=["a", "b"] * 20
-    )
-    images = open_images(DataConfig(path=str(path)))
-    assert find_bad(images, np.arange(40), on_bad_image="skip", threads=threads) == {7, 33}
-    assert find_bad(images, [33, 8], on_bad_image="skip") == {33}
-    assert find_bad(images, np.arange(7)) == frozenset()
-    with pytest.raises(BadImage, match=r"set.parquet, row 7: the picture cannot be decoded"):
-        find_bad(images, np.arange(40), threads=threads)
 
 
 @pytest.mark.parametrize(("count", "middle"), [(4, 2), (5, 3), (20, 10), (101, 51)])

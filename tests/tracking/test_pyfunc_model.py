@@ -125,7 +125,7 @@ def test_published_model_in_a_fresh_process(open_record, run_folder, store, expe
     from kngd_ray.sharding import SingleProcess
     from kngd_ray.training.batches import Support
     from kngd_ray.training.calibration import Calibration
-    from kngd_ray.training.classifier import Classifier, identity_of, save_calibration
+    from kngd_ray.training.classifier import Classifier, Settled, identity_of, save_settled
     from kngd_ray.training.fit import FitTask
     from kngd_ray.training.options import FitOptions
     from kngd_ray.training.predict import PosteriorOptions
@@ -138,7 +138,7 @@ def test_published_model_in_a_fresh_process(open_record, run_folder, store, expe
     support = Support(features, torch.arange(6) % 3)
     task = FitTask(FitOptions(epochs=2), 0, support, clip.encode_classes(NAMES, templates), clip.logit_scale)
     run_fit(task, fit, identity_of(clip, ModelConfig(), NAMES, templates), SingleProcess(), "cpu", checkpoint_every=0)
-    save_calibration(fit, Calibration(0.3, 1.0), PosteriorOptions())
+    save_settled(fit, Settled(Calibration(0.3, 1.0), PosteriorOptions()))
     record = open_record()
     record.log_metrics({"id/accuracy": 0.5})
     record.set_model(fit, NAMES)

@@ -72,8 +72,8 @@ class Case:
         options = FitOptions(
             tune=network.options,
             observation=(LogLikelihood(),),
-            # so little that the weights stay where they are, and each step is like the first
-            filter=FilterOptions(covariance=FAMILIES[name], p0=1e-8, towers=1e-8),
+            # little, so that each step is like the first; less would make numbers too small for fast arithmetic
+            filter=FilterOptions(covariance=FAMILIES[name], p0=1e-4, towers=1e-4),
         )
         return StreamedKalmanNGD(network, options, group=group)
 

@@ -173,25 +173,28 @@ class CLIPNetwork(nn.Module):
         return {**parts, "label": labels.to(where), **text}
 
     def example(self, m: int) -> dict[str, Tensor]:
-        """Inputs of m samples that stand for any: seeded noise as pictures, and the first classes."""
+        """Inputs of m samples that stand for any: seeded noise for pictures or embeddings, and the first classes."""
+        labels = torch.arange(m, device=self.class_embeddings.device) % self.classes
+        if not self.image_trained:
+            return self.inputs(labels, feature=self.head.example(m))
         size = self.preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.randn(m, 3, height, width, generator=torch.Generator().manual_seed(0))
-        labels = torch.arange(m, device=self.class_embeddings.device) % self.classes
         return self.inputs(labels, image=images.to(next(self.clip.parameters())))
 
     def classify(self, images: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """Logits of pictures alone, with or without pairs.
 
         Args:
-            images: (m, 3, H, W) transformed pictures.
+            images: (m, 3, H, W) transformed pictures; or (m, d) unit embeddings, where the image tower is not trained.
             class_embeddings: (C', d) instead of those of :meth:`classifier`.
 
         Returns:
             (m, C').
         """
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(self.encode(images), self.classifier() if class_embeddings is None else class_embeddings)
+            z = images if images.dim() == 2 else self.encode(images)
+            return self.head(z, self.classifier() if class_embeddings is None else class_embeddings)
 
     def classifier(self) -> Tensor:
         """Class embeddings (C, d) that :meth:`forward` compares pictures with, before the adapters.

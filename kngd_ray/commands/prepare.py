@@ -51,6 +51,7 @@ class Prepared:
         splits: support set and test sets by seed.
         cache: where the features are.
         skipped: undecodable pictures that were left out.
+        from_pictures: whether fits that train towers learn from pictures, or the image tower is frozen.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Prepared:
     splits: dict[int, Split]
     cache: FeatureCache
     skipped: int
+    from_pictures: bool
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Prepared:
         return self._features(self.splits[seed].support)
 
     def shots(self, seed: int, tune: TuneOptions, folder: Path) -> Shots:
-        """What a fit learns from: features, or pictures where towers are trained.
+        """What a fit learns from: features, or pictures where the image tower is trained.
 
         Args:
             seed: of the support set.
@@ -81,7 +83,7 @@ class Prepared:
         Returns:
             The training shots.
         """
-        if not tune.images:
+        if not (tune.images and self.from_pictures):
             return self.support(seed)
         rows = self.splits[seed].support
         kept = np.unique(np.concatenate([split.support for split in self.splits.values()]))
@@ -112,10 +114,10 @@ class Prepared:
             tune: what was trained; None is nothing.
 
         Returns:
-            Features by set; pictures where towers were trained.
+            Features by set; pictures where the image tower was trained.
         """
         split = self.splits[seed]
-        made = self._pictures if tune is not None and tune.images else self._features
+        made = self._pictures if tune is not None and tune.images and self.from_pictures else self._features
         return {ID: made(split.id_test), **{d: made(rows) for d, rows in split.ood.items()}}
 
     def _pictures(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TestPictures:
@@ -137,6 +139,7 @@ class Task:
         choose: gives the support set and the test sets by seed, without the pictures that it is told.
         splits: what it gives when all pictures can be used.
         model: the CLIP model.
+        from_pictures: whether fits learn from pictures; cached features stand for them while the image tower is frozen.
     """
 
     config: Config
@@ -145,6 +148,7 @@ class Task:
     choose: Choose
     splits: dict[int, Split]
     model: ClipModel
+    from_pictures: bool
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -228,24 +232,26 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
 
 def _task(config: Config, images: ImageSet, whole: ImageSet, choose: Choose) -> Task:
     splits, model = choose(frozenset()), load_model(config.model)
-    if config.tune.images:
-        _check_towers(config, images, model)
-    return Task(config, images, whole, choose, splits, model)
+    from_pictures = config.tune.images and _trains_image_tower(config, images, model)
+    return Task(config, images, whole, choose, splits, model, from_pictures)
 
 
-def _check_towers(config: Config, images: ImageSet, model: ClipModel) -> None:
-    """Refuse what the fits would, before pictures are encoded: a ModelError of what cannot be trained in this model."""
+def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> bool:
+    """Whether fits do, and not the text tower alone.
+
+    Refuses what they would, before pictures are encoded: a ModelError of what cannot be trained in this model.
+    """
     if config.method == "kalman":
         check_affordable(config.posterior)
     nowhere = torch.zeros(1, model.embed_dim)
-    CLIPNetwork(
+    return CLIPNetwork(
         model,
         images.class_names[:1],
         config.data.templates,
         config.tune,
         config.adapter,
         class_embeddings=nowhere,
-    )
+    ).image_trained
 
 
 def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:
@@ -271,7 +277,7 @@ def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = No
             break
         bad |= found
         splits = task.choose(bad)
-    return Prepared(config, model, images, class_embeddings, splits, cache, len(bad))
+    return Prepared(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
 
 
 def encode(

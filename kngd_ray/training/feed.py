@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from kngd_ray.clip import CLIPNetwork, Head, RandomResizedCrop
 from kngd_ray.sharding import Group
-from kngd_ray.training.batches import Batch, BatchSampler
+from kngd_ray.training.batches import Batch, BatchSampler, Support
 from kngd_ray.training.pictures import Pictures, Prefetcher, Sample, augmentation
 
 _THREADS = 16  # more do not decode faster: the rest of a picture's way is one thread's
@@ -34,6 +35,10 @@ def fed(
     rank, world_size, shots = group.rank, group.world_size, sampler.support
     if not isinstance(head, CLIPNetwork):
         yield (sampler.batch(step, rank, world_size) for step in steps)
+        return
+    if isinstance(shots, Support):  # the image tower is frozen
+        for_text = (sampler.batch(step, rank, world_size) for step in steps)
+        yield (replace(batch, inputs=head.inputs(batch.labels, feature=batch.inputs)) for batch in for_text)
         return
     assert isinstance(shots, Pictures)
 

@@ -48,7 +48,7 @@ class NetworkPredictor:
         """Posterior predictive probabilities.
 
         Args:
-            inputs: m pictures, or their pixels (m, 3, H, W).
+            inputs: m pictures, or their pixels (m, 3, H, W); where the image tower is frozen, their features (m, d).
             tau: posterior temperature; 0 is the point prediction.
 
         Returns:

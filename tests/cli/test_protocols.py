@@ -25,7 +25,7 @@ TEMPLATE = ("a photo of a {}.",)
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four classes in two domains."""
-    from conftest import small_table
+    from helpers.emoji import small_table
 
     path = tmp_path_factory.mktemp("four") / "four.parquet"
     pq.write_table(small_table(FOUR), path)

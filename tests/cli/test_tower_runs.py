@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import small_table
+from helpers.emoji import small_table
 from helpers.towers import NAME, tiny_model
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class Runs:
 
     def __init__(self, folder: Path, data: Path, cache: Path) -> None:
         self.folder = folder
-        self._settings = [
+        self.settings = [
             f"data.path={data}",
             f"data.cache_dir={cache}",
             "data.train_domain=noto",
@@ -62,7 +62,7 @@ class Runs:
     def report(self, name: str) -> Any:
         if name not in self._reports:
             logged = str(name == "kalman-lora").lower()
-            settings = [*self._settings, f"tracking.enabled={logged}", *RUNS[name], f"trainer.name={name}"]
+            settings = [*self.settings, f"tracking.enabled={logged}", *RUNS[name], f"trainer.name={name}"]
             self._reports[name] = train(load_config(None, settings), Display(quiet_stdout=True))
         return self._reports[name]
 
@@ -538,3 +538,15 @@ def test_a_search_over_what_is_trained(tune) -> None:
     outcome = tune(LORA, "search.objective=evidence", "search.refit=false", "trainer.name=s", "--json", space=space)
     assert outcome.code == 0, outcome.err
     assert outcome.json["trials"]["finished"] == 2
+
+
+@pytest.mark.parametrize("method", ["kalman", "adamw"])
+def test_a_frozen_image_tower_is_not_run(runs, monkeypatch, method):
+    """Of the text tower alone the pictures are cached features: to learn from, and to be tested on."""
+    runs.report("kalman-full")  # whose zero-shot figures have filled the cache
+    monkeypatch.setattr(CLIPNetwork, "encode", lambda *_: pytest.fail("the image tower was run"))
+    text = (LORA, "tune.include=[transformer.*]", "tune.exclude=[]", f"method={method}", "tracking.enabled=false")
+    name = f"text-{method}"
+    report = train(load_config(None, [*runs.settings, *text, f"trainer.name={name}"]), Display(quiet_stdout=True))
+    assert report["id"]["nll"] != report["zero_shot"]["id"]["nll"]
+    assert not (runs.folder / name / PICTURES).exists()

@@ -95,6 +95,38 @@ def test_factors_may_be_of_two_dtypes():
     assert torch.equal(mixed.part(1, 3).rows(), alike.rows().view(6, 4, 3)[:, 1:3].flatten(1))
 
 
+@pytest.mark.parametrize("rule", ["ekf", "vdekf"])
+@pytest.mark.parametrize("form", ["factors", "shared", "rows"])
+def test_what_is_given_is_left_as_it_is(form, rule):
+    H: Factors | Rows = random_factors(ROWS, COLUMNS, 4, 2, 5, form == "shared")
+    H = Rows(H.rows()) if form == "rows" else H
+    before = [tensor.clone() for tensor in vars(H).values()]
+    P, family = {"variance": torch.rand(N, dtype=DOUBLE)}, Diagonal(rule=rule)
+    kept = P["variance"].clone()
+    gram, work = family.gram_layer(P, H)
+    family.condition_layer(P, H, work, solve_innovation(innovation_covariance(gram), randn(8)))
+    assert all(torch.equal(tensor, was) for tensor, was in zip(vars(H).values(), before, strict=True))
+    assert torch.equal(P["variance"], kept)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_factors_of_two_dtypes(dtypes):
+    H = random_factors(ROWS, COLUMNS, 4, 1, 5, False)
+    mixed = Factors(H.g.to(dtypes[0]), H.x.to(dtypes[1]))
+    P = {"variance": torch.rand(N, dtype=DOUBLE)}
+    rows = mixed.rows().double()
+    assert mixed.rows().dtype == dtypes[1]
+    assert max_error(Diagonal().gram_layer(P, mixed)[0], (rows * P["variance"]) @ rows.mT) < 1e-12
+
+
+@pytest.mark.parametrize(("most", "columns"), [(128, 256), (64, 512), (1000, 40), (1, 256), (0, 3072), (130, 96)])
+def test_rows_of_tiles_do_not_compete_for_a_cache(most, columns):
+    run = diagonal_module._run(most, columns)
+    assert max(1, most - 8) <= max(run, 1) <= max(1, most)
+    if columns % 512 and most > 8:
+        assert 64 <= run * columns % 512 <= 448
+
+
 FORMS = {
     "rows": Rows(random_factors(ROWS, COLUMNS, 6, T=2).rows()),
     "one token": random_factors(ROWS, COLUMNS, 6),

@@ -140,8 +140,8 @@ class FitOptions:
             )
         if self.tune.alpha != 1 and any(isinstance(adapter, Bottleneck) for adapter in self.adapter):
             raise ValueError(
-                f"tune.alpha is {self.tune.alpha}, an average with pretrained weights, and the bottleneck adapter has no "
-                "pretrained weights to average with; set alpha=1, or take the linear or class_residual adapter"
+                f"tune.alpha is {self.tune.alpha}, an average with pretrained weights, and the bottleneck adapter has "
+                "none to average with; set alpha=1, or take the linear or class_residual adapter"
             )
         self._check_towers()
         unlikely = all(model.likelihood is None for model in self.observation)

@@ -29,7 +29,7 @@ from kngd_ray.search.driver import Report
 from kngd_ray.search.objective import Judged
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate
-from kngd_ray.training.fit import FitTask
+from kngd_ray.training.fit import FitTask, Towers
 
 BOTH = ("evidence", "held_out_nll", "held_out_accuracy")
 PRIORS = [{"filter.p0": 0.01 * 3**n, "noise.process.q": 1e-4 * n, "observation.0.r0": 0.5 + n} for n in range(5)]
@@ -151,7 +151,9 @@ def test_a_workload_has_no_test_pictures() -> None:
     work = workload(objective=BOTH)
     sizes = [len(tensor) for tensor in tensors(work)]
     assert sorted(sizes) == sorted([16, 16, 16, 16, CLASSES])
-    assert {f.name for f in fields(Workload)} == {"config", "search", "shots", "class_embeddings", "logit_scale"}
+    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers"}
+    assert {f.name for f in fields(Workload)} == allowed
+    assert {f.name for f in fields(Towers)} == {"model", "class_names", "templates"}
     assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}
 
 

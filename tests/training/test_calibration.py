@@ -50,9 +50,11 @@ def task():
 def test_no_shot_is_predicted_by_a_fit_that_saw_it(method, monkeypatch):
     task = make_task(make_options(method=method), shots=24)
     trained_on: dict[int, Support] = {}
+    kept = []  # so that no two heads have one id
 
-    def watched_fit(fold_task):
-        fitted = fit(fold_task)
+    def watched_fit(fold_task, device):
+        fitted = fit(fold_task, device=device)
+        kept.append(fitted)
         trained_on[id(fitted.head)] = fold_task.support
         return fitted
 

@@ -314,7 +314,7 @@ def poison_batches(monkeypatch, *steps: int) -> None:
     def poisoned(self, step, *place):
         found = batch(self, step, *place)
         if step in steps:
-            found.features.fill_(torch.nan)
+            found.inputs.fill_(torch.nan)
         return found
 
     monkeypatch.setattr(BatchSampler, "batch", poisoned)

@@ -15,6 +15,8 @@ from kngd_ray.config import load_config
 from kngd_ray.errors import ModelError
 from kngd_ray.training.classifier import Classifier, read_settled, save_settled
 
+pytestmark = pytest.mark.slow  # minutes on two cores; what it covers is also seen, in less detail, by quicker tests
+
 onnxruntime = pytest.importorskip("onnxruntime")
 TOWERS = ("method=adamw", "tune.parameters=full", "data.classes=[flower,bird]", "data.shots=1", "epochs=1")
 ALPHA = 0.5

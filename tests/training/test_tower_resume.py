@@ -15,6 +15,8 @@ from kngd_ray.training import checkpoint
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.resumable import latest, run_fit
 
+pytestmark = pytest.mark.slow  # minutes on two cores; what it covers is also seen, in less detail, by quicker tests
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 KILLED_AFTER, KEPT = 5, 4  # the newest checkpoint is of the step before
 

@@ -45,7 +45,7 @@ def recompute(clip: Any, name: str, *, image: bool, text: bool) -> None:
         ModelError: A tower that has to cannot.
     """
     with quiet_open_clip(), suppress(AttributeError, NotImplementedError, AssertionError, ValueError):
-        clip.set_grad_checkpointing(True)  # some towers silently do nothing
+        clip.set_grad_checkpointing(True)  # it fails in as many ways as silently: what has become able is looked at
     modules = [(path.startswith("visual"), module) for path, module in clip.named_modules()]
     able = {visual for visual, module in modules if getattr(module, "grad_checkpointing", False)}
     # open_clip's loop over blocks passes arguments that these do not take.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kngd_ray.clip import Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief
+from kngd_ray.filters import Belief, Transition
 from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
 from kngd_ray.sharding import Group, Placed, ShardedFilter, SingleProcess, StreamedOutcome, covariance_bytes
 from kngd_ray.training.batches import Batch
@@ -92,35 +92,51 @@ class KalmanNGD:
             FilterError: the step was refused; belief, noise and head are as before.
         """
         moved = self.group.bytes_moved
-        options = self._options
-        transition = options.noise.process.transition(batch.step, options.filter.p0)
-        before = self.belief.mu
+        transition = self._options.noise.process.transition(batch.step, self._options.filter.p0)
+        kept = self._keep(transition)
         try:
-            predicted = self.filter.predict(self.belief, transition, self._anchor)
-            scores: tuple[float, ...] | None = None
-            if batch.scored:
-                self._write(predicted.mu)
-                passed = self.observer.linearizer.run(batch.inputs)
-                scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
-            done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
-            if not isfinite(float(done.belief.mu.sum())):
-                raise FilterError(
-                    "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
-                    "lower filter.p0 or raise observation.r0."
-                )
-            noise = self.observer.learned(self.noise, done.seen, done.outcome)
+            done, scores = self._advance(batch, transition)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            self._write(before)
+            self._undo(kept)
             reason = str(error).splitlines()[0].rstrip(".")
             raise FilterError(
                 f"a matrix of the filter could not be factored ({reason}): the step was refused and the belief kept; "
                 "look for non-finite features, or lower filter.p0."
             ) from error
         except BaseException:
-            self._write(before)
+            self._undo(kept)
             raise
-        self.go_on(done.belief, noise)
         return self._stats(batch, done, moved, scores)
+
+    def _keep(self, transition: Transition) -> Tensor | None:
+        """What a refused step is undone with."""
+        return self.belief.mu
+
+    def _undo(self, kept: Tensor | None) -> None:
+        """Put the head back to where a step began."""
+        assert kept is not None
+        self._write(kept)
+
+    def _advance(self, batch: Batch, transition: Transition) -> tuple[Conditioned, tuple[float, ...] | None]:
+        """Take a step: what the batch made of the belief, and its labels' log-probability where it is scored.
+
+        Raises:
+            FilterError: the step is refused.
+        """
+        predicted = self.filter.predict(self.belief, transition, self._anchor)
+        scores: tuple[float, ...] | None = None
+        if batch.scored:
+            self._write(predicted.mu)
+            passed = self.observer.linearizer.run(batch.inputs)
+            scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
+        done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
+        if not isfinite(float(done.belief.mu.sum())):
+            raise FilterError(
+                "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
+                "lower filter.p0 or raise observation.r0."
+            )
+        self.go_on(done.belief, self.observer.learned(self.noise, done.seen, done.outcome))
+        return done, scores
 
     def _stats(self, batch: Batch, done: Conditioned, moved: int, scores: tuple[float, ...] | None) -> StepStats:
         """Figures of a step that was taken; `moved` is what had been received from other ranks before it."""

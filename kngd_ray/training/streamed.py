@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kngd_ray.clip import Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief
+from kngd_ray.filters import Belief, Transition
 from kngd_ray.observations import flatten
 from kngd_ray.sharding import Group, StreamedFilter
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.gradient import wider
 from kngd_ray.training.kalman import Conditioned, KalmanNGD, nested
-from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.training.method import MethodState, batch_scores
 from kngd_ray.training.observing import BatchSeen
 from kngd_ray.training.options import FilterOptions, FitOptions
 
@@ -64,42 +64,23 @@ class StreamedKalmanNGD(KalmanNGD):
             if name.startswith(_TOWERS)
         }
 
-    def step(self, batch: Batch) -> StepStats:
-        """Predict, then condition on one batch, both in place.
+    def _keep(self, transition: Transition) -> Tensor | None:
+        # only a pull on the mean is written before the step can be refused
+        return self.belief.mu.clone() if transition.decay != 1.0 else None
 
-        Args:
-            batch: this rank's part of the global batch.
+    def _undo(self, kept: Tensor | None) -> None:
+        if kept is not None:
+            self.belief.mu.copy_(kept)
 
-        Returns:
-            Figures of the global batch, before the update.
-
-        Raises:
-            FilterError: the step was refused; belief, noise and network are as before.
-        """
-        moved = self.group.bytes_moved
-        options = self._options
-        transition = options.noise.process.transition(batch.step, options.filter.p0)
-        mu = self.belief.mu
-        before = mu.clone() if transition.decay != 1.0 else None
-        try:
-            self.streamed.predict_mean(self.belief, transition, self._anchor)
-            seen = self.observer.observe(batch, self.noise)
-            self._refuse(seen)
-            outcome = self.streamed.update(self.belief, transition, seen.observed)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            self._undo(before)
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise FilterError(
-                f"a matrix of the filter could not be factored ({reason}): the step was refused; lower filter.p0."
-            ) from error
-        except BaseException:
-            self._undo(before)
-            raise
-        done = Conditioned(self.belief, seen, outcome)
-        self.noise = self.observer.learned(self.noise, seen, outcome)
+    def _advance(self, batch: Batch, transition: Transition) -> tuple[Conditioned, tuple[float, ...] | None]:
+        self.streamed.predict_mean(self.belief, transition, self._anchor)
+        seen = self.observer.observe(batch, self.noise)
+        self._refuse(seen)
+        done = Conditioned(self.belief, seen, self.streamed.update(self.belief, transition, seen.observed))
+        self.noise = self.observer.learned(self.noise, seen, done.outcome)
         # the variance of all C logits would take C backward passes: labels are predicted by the mean alone
         scores = (-batch_scores(seen.logits, batch, self.group)["nll"] * batch.total,) if batch.scored else None
-        return self._stats(batch, done, moved, scores)
+        return done, scores
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
@@ -124,7 +105,3 @@ class StreamedKalmanNGD(KalmanNGD):
             f"refused and the belief kept; lower filter.{'towers' if tune.parameters == 'full' else 'p0'}"
             f"{wider(tune)}."
         )
-
-    def _undo(self, before: Tensor | None) -> None:
-        if before is not None:
-            self.belief.mu.copy_(before)

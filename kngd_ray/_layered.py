@@ -25,6 +25,8 @@ class Leaf:
     layer: int
 
 
+_SHOWN = 200  # characters of a wrong value in a message
+
 Node: TypeAlias = "Leaf | dict[str, Node] | list[Node]"
 T = TypeVar("T")
 
@@ -123,7 +125,7 @@ def build(cls: type[T], node: Node, path: str) -> T:
         UsageError: an unknown or missing key, or a value out of its type or range.
     """
     if not isinstance(node, dict):
-        raise UsageError(f"{path}: expected settings of the form key: value, found {_raw(node)!r}.")
+        raise UsageError(f"{path}: expected settings of the form key: value, found {shortened(_raw(node))}.")
     hints = _hints(cls)  # type: ignore[arg-type]
     own = fields(cls)  # type: ignore[arg-type]
     known = [f.name for f in own]
@@ -166,7 +168,7 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         raw = [item.strip() for item in re.split(comma, raw)] if isinstance(raw, str) else [raw]
     given = raw if isinstance(raw, list) else [raw]
     if any(isinstance(item, bool) for item in given) and bool not in (hint, element) and hint != (bool | None):
-        raise UsageError(f"{path}={str(raw).lower()}: expected {_named(hint)}.")
+        raise UsageError(f"{path}={shortened(raw).lower()}: expected {_named(hint)}.")
     try:
         value = _adapter(hint).validate_python(raw)
     except ValidationError as error:
@@ -174,7 +176,9 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         shown = first["input"] if not isinstance(raw, list) else raw
         options = [str(o) for o in (*_literals(hint), *_literals(element))]
         hint_text = nearest(str(first["input"]), options) if options else ""
-        raise UsageError(f"{path}={shown!r}: {first['msg'][0].lower()}{first['msg'][1:]}{hint_text}.") from error
+        raise UsageError(
+            f"{path}={shortened(shown)}: {first['msg'][0].lower()}{first['msg'][1:]}{hint_text}."
+        ) from error
     if isinstance(value, float) and not isfinite(value):
         raise UsageError(f"{path}={raw}: expected a finite number.")
     return value
@@ -189,7 +193,7 @@ def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
     if kind is None and len(choices) == 1:
         (kind,) = choices
     if not isinstance(kind, str) or kind not in choices:
-        given = "nothing" if kind is None else repr(kind)
+        given = "nothing" if kind is None else shortened(kind)
         raise UsageError(f"{path} is {given}{nearest(kind if isinstance(kind, str) else '', list(choices))}.")
     known = [f.name for f in fields(choices[kind])]
     for key, inner in node.items():
@@ -201,6 +205,12 @@ def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
                 f"{path}.{key} is an option of {path}={' or '.join(others)}, and {path} is {kind}: set that as well."
             )
     return build(choices[kind], node, path)
+
+
+def shortened(value: Any) -> str:
+    """A value as it stands in a message: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _raw(node: Node) -> Any:

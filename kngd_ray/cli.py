@@ -42,7 +42,7 @@ _SearchSettings = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]
-_Storage = Annotated[str, typer.Option(help="Where runs live.")]
+_Storage = Annotated[str, typer.Option(help="Where runs live.", envvar="KNGD_STORAGE_PATH")]
 _Target = Annotated[
     str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Name or folder of a run, or a folder in it.")
 ]
@@ -248,6 +248,85 @@ def sync(
     result = send(run, storage_path, _display(as_json), uri=uri)
     if as_json:
         _print_json(result)
+
+
+@app.command()
+def submit(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- COMMAND ARGUMENTS", help="What to run there: -- train data.shots=16", show_default=False
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ray's dashboard: $RAY_API_SERVER_ADDRESS, else port 8265 here.")
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option("--working-dir", metavar="FOLDER", help="What is sent, without data, runs and credentials.")
+    ] = Path(),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and contact nobody.")] = False,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for the job.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not ask the cluster first whether it has what the command needs.")
+    ] = False,
+    status: Annotated[str | None, typer.Option(metavar="JOB", help="How a job stands.")] = None,
+    logs: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job from its beginning.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="End a job.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Run a command on a Ray cluster; ends with the job's own exit code."""
+    asked = {"--status": status, "--logs": logs, "--stop": stop}
+    chosen = [name for name, job in asked.items() if job is not None] + (["a command"] if command else [])
+    if len(chosen) != 1:
+        found = f"there are {' and '.join(chosen)}" if chosen else "there is none"
+        raise UsageError(f"submit takes one of -- COMMAND, --status, --logs and --stop, and {found}.")
+    from kngd_ray.commands import submit as jobs
+
+    display = _display(as_json)
+    if status is not None:
+        result = jobs.status(status, address, display)
+    elif logs is not None:
+        result = jobs.logs(logs, address, display)
+    elif stop is not None:
+        result = jobs.stop(stop, address, display)
+    else:
+        known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
+        known.remove("submit")
+        options = jobs.SubmitOptions(
+            address=address, working_dir=working_dir, dry_run=dry_run, follow=not no_follow, check=not no_check
+        )
+        result = jobs.submit(command or [], known, options, display)
+    if as_json:
+        _print_json(result)
+    if (command or logs) and result["exit_code"]:
+        raise typer.Exit(result["exit_code"])
+
+
+@app.command()
+def doctor(
+    settings: _Settings = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster: that of trainer.address.")] = None,
+    storage_path: Annotated[str | None, typer.Option(help="Where runs would live: trainer.storage_path.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking store: that of tracking.uri.")] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Neither join nor start Ray.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Would a run work here and on the cluster? Versions, Ray, access, GPUs, storage, tracking, model; exit code 1 if not.
+
+    Joins the cluster that train would join, or starts Ray as train would, and leaves nothing behind.
+    """
+    from kngd_ray.config import load_config
+
+    given = {"trainer.address": address, "trainer.storage_path": storage_path, "tracking.uri": uri}
+    file, overrides = _split(settings)
+    config = load_config(file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in given.items() if v is not None)])
+    from kngd_ray.commands.doctor import doctor as run
+
+    result = run(config, _display(as_json), with_ray=not no_ray)
+    if as_json:
+        _print_json(result)
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

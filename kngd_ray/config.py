@@ -10,8 +10,10 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
 * A list with one element can be addressed without its index: ``adapter.width=32``.
 """
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Any, Literal
 
 import yaml
 
-from kngd_ray._layered import Node, T, assign, build, flat, merge, plain
+from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
+from kngd_ray._yaml import LimitError, plain_data, read_text
 from kngd_ray.clip import ModelConfig
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest
@@ -32,33 +35,51 @@ class TrainerConfig:
     """Where and how a run executes.
 
     Attributes:
-        num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray.
+        num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray. A pair ``[least, most]`` starts
+            with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
         use_gpu: give each rank a GPU.
         cpus_per_worker: CPU cores that each rank reserves.
         address: Ray cluster to join; None joins $RAY_ADDRESS or starts one on this machine.
-        storage_path: folder of the runs, shared by all nodes.
+        storage_path: folder of the runs, shared by all nodes; $KNGD_STORAGE_PATH by default, else ``kngd_runs``.
         name: folder of this run inside it; None makes one up. Also what ``--resume`` takes.
         checkpoint_every: steps between checkpoints; the end of a fit always writes one.
         max_failures: how often a job whose worker died is started again.
     """
 
-    num_workers: int = 2
+    num_workers: int | tuple[int, ...] = 2
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     address: str | None = None
-    storage_path: str = "kngd_runs"
+    storage_path: str = field(default_factory=lambda: os.environ.get("KNGD_STORAGE_PATH") or "kngd_runs")
     name: str | None = None
     checkpoint_every: int = 100
     max_failures: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_every", "max_failures"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        pair = (self.num_workers,) if isinstance(self.num_workers, int) else tuple(self.num_workers)
+        if len(pair) not in (1, 2) or pair[0] > pair[-1] or (len(pair) == 2 and pair[0] < 1):
+            raise ValueError(
+                f"num_workers is {list(pair)}; it must be a number, or a pair [least, most] of 1 or more such as [1, 2]"
+            )
+        object.__setattr__(self, "num_workers", pair[0] if pair[0] == pair[-1] else pair)
+        counts = {"checkpoint_every": self.checkpoint_every, "max_failures": self.max_failures}
+        for name, count in {"num_workers": pair[0], **counts}.items():
+            if count < 0:
+                raise ValueError(f"{name} is {count}; it must be 0 or more")
         if not self.cpus_per_worker > 0:
             raise ValueError(f"cpus_per_worker is {self.cpus_per_worker}; a rank needs more than 0")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise ValueError(f"name is {self.name!r}; it names a folder, without slashes or a leading dot")
+
+    @property
+    def least_workers(self) -> int:
+        """Ranks without which a job does not run; 0 is without Ray."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Ranks that a job takes where there is room."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +88,7 @@ class TrackingConfig:
 
     Attributes:
         enabled: log to MLflow at all.
-        uri: tracking store; a database file in this folder by default.
+        uri: tracking store; $MLFLOW_TRACKING_URI by default, else a database file in this folder.
         experiment: MLflow experiment.
         log_model: log a pyfunc model that predicts from picture bytes.
         registered_model: name in the model registry under which the model of the first seed becomes a new version,
@@ -75,7 +96,7 @@ class TrackingConfig:
     """
 
     enabled: bool = True
-    uri: str = "sqlite:///mlflow.db"
+    uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     experiment: str = "kngd_ray"
     log_model: bool = True
     registered_model: str | None = None
@@ -180,7 +201,7 @@ def load_config(
     if not complete and ("preset" in named or preset in presets()):  # a misspelt method is reported as a method
         layers.insert(0, read_preset(str(preset)))
     layers.insert(0, plain(Config()))
-    try:
+    with _depth_errors():
         tree: Node = {}
         for number, layer in enumerate(layers):
             tree = merge(tree, layer, number)
@@ -188,6 +209,17 @@ def load_config(
             tree = assign(tree, path.split("."), value, number, path)
         tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
         return build(Config, tree, "")
+
+
+@contextmanager
+def _depth_errors() -> Iterator[None]:
+    """Turn settings without a bottom into a sentence.
+
+    Raises:
+        UsageError: they are nested too deeply.
+    """
+    try:
+        yield
     except RecursionError as error:
         raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
 
@@ -227,10 +259,11 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: unknown key, ill-typed or out-of-range value.
     """
-    tree: Node = merge({}, plain(config), 0)
-    for number, (path, value) in enumerate(settings.items(), start=1):
-        tree = assign(tree, path.split("."), value, number, path)
-    return build(Config, tree, "")
+    with _depth_errors():
+        tree: Node = merge({}, plain(config), 0)
+        for number, (path, value) in enumerate(settings.items(), start=1):
+            tree = assign(tree, path.split("."), value, number, path)
+        return build(Config, tree, "")
 
 
 def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
@@ -246,7 +279,8 @@ def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
     Raises:
         UsageError: the data does not fit.
     """
-    return build(cls, merge({}, raw, 0), "")
+    with _depth_errors():
+        return build(cls, merge({}, raw, 0), "")
 
 
 def presets() -> list[str]:
@@ -287,11 +321,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, unreadable or not a YAML mapping.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UsageError(f"there is no configuration file {path}{nearest(path.name, siblings)}.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: too large, no UTF-8, or a path with a null character
         raise UsageError(f"the configuration file {path} cannot be read ({error}).") from error
     return _parse_yaml(text, str(path))
 
@@ -312,9 +346,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise UsageError(f"{text!r} is neither a command's option nor of the form key=value.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 30th of February
-        raise UsageError(f"the value of {key} is not valid YAML: {value!r}; quote it.") from error
+        return key.strip(), plain_data(value)
+    except yaml.YAMLError as error:
+        why = f" ({error.problem})" if isinstance(error, LimitError) else ""
+        raise UsageError(f"the value of {key} is not valid YAML{why}: {shortened(value)}; quote it.") from error
 
 
 def to_yaml(config: Any) -> str:
@@ -355,8 +390,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        parsed = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 30th of February
+        parsed = plain_data(text)
+    except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise UsageError(f"{source} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -326,6 +327,7 @@ def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
     """
     import open_clip
 
+    _check_archive(path)
     try:
         # Not strict: it then returns the names that strict loading would bury in a long message.
         keys = open_clip.load_checkpoint(network, str(path), strict=False, weights_only=True)
@@ -346,6 +348,24 @@ def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
         raise ModelError(f"{path} is not a checkpoint of {name}: it has no {keys.missing_keys[0]!r}")
     if keys.unexpected_keys:
         raise ModelError(f"{path} is not a checkpoint of {name}: {name} has no {keys.unexpected_keys[0]!r}")
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is; torch, whose ``.pt`` are archives, never compresses.
+
+    Raises:
+        ModelError: It does.
+    """
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # torch says what is wrong with it
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ModelError(f"{path} unpacks to more than it holds, as no checkpoint of torch does: fetch it again")
 
 
 def _first_difference(network: torch.nn.Module, path: Path) -> str | None:

@@ -52,7 +52,7 @@ def compare(
         TrackingError: nothing in the experiment can be compared.
     """
     path = _page_path(experiment, out)
-    uri = uri or TrackingConfig.uri
+    uri = uri or TrackingConfig().uri
     runs = read_runs(uri, experiment)
     if not runs:
         raise TrackingError(f"experiment {experiment!r} has no runs yet: log some with `kngd-ray train`.")

@@ -28,7 +28,7 @@ def encode(dataset: str, file: Path | None, overrides: Sequence[str], display: D
     """
     config = load_config(file, overrides, forced={"data": {"path": dataset}})
     images = open_images(config.data)
-    workers = config.trainer.num_workers
+    workers = config.trainer.least_workers
     with ray_for(config.trainer):
         model = load_model(config.model)
         cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)

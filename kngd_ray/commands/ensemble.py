@@ -63,7 +63,7 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         config = replace(config, seeds=tuple(checkpoint.manifest["seed"] for checkpoint, _ in fits))
         task = open_task(config)
         with ray_for(config.trainer), display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=config.trainer.num_workers > 0, progress=progress)
+            prepared = prepare(task, use_ray=config.trainer.most_workers > 0, progress=progress)
         for checkpoint, _ in fits:
             check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
         alphas = sorted({round(n / (points - 1), 6) for n in range(points)} | ({alpha} if alpha is not None else set()))

@@ -47,7 +47,7 @@ def evaluate(
     given = _given(file, overrides)
     own = _same(config.data.path, read_config(run).data.path)
     task = open_task(config) if own else open_tests(config, given)
-    workers = config.trainer.num_workers
+    workers = config.trainer.least_workers
     with ray_for(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, use_ray=workers > 0, progress=progress)
     check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)

@@ -310,7 +310,7 @@ def encode(
         from kngd_ray.ray_jobs import ray_stream
 
         stream = ray_stream(
-            images, config.model, encoders=max(config.trainer.num_workers, 1), use_gpu=config.trainer.use_gpu
+            images, config.model, encoders=max(config.trainer.least_workers, 1), use_gpu=config.trainer.use_gpu
         )
         return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
     device = "cuda" if config.trainer.use_gpu and torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractConte
     Returns:
         A context manager.
     """
-    n = trainer.num_workers
+    n = trainer.least_workers
     if not n:
         return nullcontext()
     from kngd_ray.ray_jobs import ray_session

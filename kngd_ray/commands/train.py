@@ -84,7 +84,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
             check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
         with display.pictures("encoding") as progress:
-            use_ray = config.trainer.num_workers > 0
+            use_ray = config.trainer.most_workers > 0
             prepared = prepare(task, use_ray=use_ray, progress=progress)
             protocol = prepare_protocol(config, unseen, prepared, use_ray=use_ray, progress=progress)
         # Only now: a picture that cannot be decoded leaves no empty run behind.

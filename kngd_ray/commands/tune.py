@@ -64,7 +64,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
         # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
         session.enter_context(ray_for(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=trainer.num_workers > 0, progress=progress)
+            prepared = prepare(task, use_ray=trainer.most_workers > 0, progress=progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),

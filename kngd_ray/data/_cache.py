@@ -176,7 +176,7 @@ class FeatureCache:
             raise StorageError(self._trouble("read features in", error)) from error
         try:
             return _from_bytes(data, self._schema)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             log.warning("%s is damaged (%s): set aside, its features are computed again", path, error)
         try:
             path.rename(path.with_suffix(".corrupt"))
@@ -225,10 +225,20 @@ def _from_bytes(data: bytes, schema: Any) -> tuple[Keys, Features]:
         ValueError: when the part is sound but not one of ours, or holds a value that is not finite.
     """
     with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        if not file.schema_arrow.equals(schema):
+            raise ValueError(f"columns {file.schema_arrow.names[:9]} are not those of a feature part")
+        metadata = file.metadata
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        packed = {group.column(n).compression for group in groups for n in range(group.num_columns)}
+        # ours are not compressed, and so never larger in memory than they are on the disk
+        if packed - {"UNCOMPRESSED"} or metadata.num_rows * schema.field("feature").type.list_size * 4 > len(data):
+            raise ValueError("it unpacks to more than it holds")
         table = file.read()
     # The footer has no checksum; a flipped bit there shows as another column name or type.
     if not table.schema.equals(schema):
         raise ValueError(f"columns {table.schema.names} are not those of a feature part")
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a value is missing")
     raw = b"".join(table.column("key").to_pylist())
     features = table.column("feature").combine_chunks().flatten().to_numpy()
     if not np.isfinite(features).all():

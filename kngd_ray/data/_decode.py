@@ -9,6 +9,7 @@ from kngd_ray.errors import DataError
 
 # Pillow's other decoders are for rare formats, and one of them (EPS) runs a program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SCANS = 100  # of a progressive JPEG, which has ten or so: each pass is over the whole picture
 MAX_PIXELS = 80_000_000  # 240 MB as RGB, below the size at which Pillow starts to warn
 
 
@@ -49,6 +50,9 @@ def _load(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} is over {MAX_PIXELS:,} pixels")
+        # a marker that cannot occur within a scan, where 0xff is followed by 0
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
         return ImageOps.exif_transpose(picture)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kngd_ray.data._source import DEFAULT_DOMAIN, SPLITS, Ints, Rows, content_key
+from kngd_ray.data._source import DEFAULT_DOMAIN, SPLITS, Ints, Rows, content_key, read_picture
 from kngd_ray.errors import DataError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -101,7 +101,14 @@ def _pictures(root: Path) -> Iterator[Path]:
         for path in (Path(place, name) for name in folders + pictures):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise DataError(f"{path} is a link out of {root}: copy what it names into the folder")
+            if not _is_text(path.name):
+                raise DataError(f"{str(path)!r} has a name that is no UTF-8: rename it")
         yield from (Path(place, name) for name in pictures)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is Unicode; of bytes that are not, Python makes surrogates, which no file can be written with."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _read(path: str) -> bytes:
@@ -111,6 +118,6 @@ def _read(path: str) -> bytes:
         DataError: when the file cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        return read_picture(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

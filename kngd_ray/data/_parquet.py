@@ -18,10 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kngd_ray.data._source import DEFAULT_DOMAIN, Ints, Rows, content_key, listing
+from kngd_ray.data._source import DEFAULT_DOMAIN, Ints, Rows, content_key, listing, read_picture
 from kngd_ray.errors import DataError
 
 BATCH_ROWS = 256
+BATCH_BYTES = 512 << 20  # of a batch, if every row of it held all that its row group has
+MAX_RATIO, RATIO_FROM = 1000, 64 << 20  # to one is how far pictures never shrink; smaller columns may
+MAX_NAME = 1000  # characters of a class, domain or split
 COLUMNS = ("label", "class_name", "domain", "split")
 
 
@@ -59,7 +62,7 @@ class ParquetFiles:
             stored = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
             done = 0
             with _open(Path(path)) as file:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=["image"]):
+                for batch in file.iter_batches(_batch_rows(file, ["image"]), row_groups=groups, columns=["image"]):
                     here = stored[done : done + len(batch)]
                     done += len(batch)
                     column = batch.column(0)
@@ -91,7 +94,11 @@ def scan_parquet(paths: Sequence[Path]) -> Rows:
 
 
 def _scan_file(path: Path) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
-    """Return the sizes of a file's row groups, its columns (None where it has none) and picture hashes."""
+    """Return the sizes of a file's row groups, its columns (None where it has none) and picture hashes.
+
+    Raises:
+        DataError: when it does not hold the rows that it declares, or names that are none.
+    """
     keys: list[bytes] = []
     with _open(path) as file:
         schema = file.schema_arrow
@@ -100,14 +107,58 @@ def _scan_file(path: Path) -> tuple[list[int], dict[str, list[Any]], list[bytes]
         stored = {name: name for name in COLUMNS if name in schema.names} | {"label": label}
         columns: dict[str, list[Any]] = {name: [] for name in stored}
         wanted = ["image", *dict.fromkeys(stored.values())]
-        for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
+        _check_sizes(file, path, wanted)
+        once: dict[str, str] = {}  # a name is held once, however many rows have it
+        for batch in file.iter_batches(_batch_rows(file, wanted), columns=wanted):
             keys += [content_key(_picture(value, path)) for value in batch.column("image")]
             for name, column in stored.items():
-                columns[name] += batch.column(column).to_pylist()
+                columns[name] += [
+                    once.setdefault(value, value) if isinstance(value, str) else value
+                    for value in batch.column(column).to_pylist()
+                ]
+        if sum(sizes) != len(keys):
+            raise DataError(f"{path} declares {sum(sizes):,} rows and holds {len(keys):,}: fetch or write it again")
+        for name in once:
+            if len(name) > MAX_NAME:
+                raise DataError(f"{path} has a name of {len(name):,} characters, {name[:40]!r}...: shorten it")
     if "class_name" not in columns:
         known = _hugging_face_names(schema)
         columns["class_name"] = [_name(value, known) for value in columns["label"]]
     return sizes, {name: columns.get(name, [None] * len(keys)) for name in COLUMNS}, keys
+
+
+def _check_sizes(file: Any, path: Path, columns: Sequence[str]) -> None:
+    """Refuse a file that says of itself what no file of pictures is like, before it is unpacked.
+
+    Raises:
+        DataError: when it declares more rows than it has bytes, or a column that unpacks to very much more than it.
+    """
+    metadata, size = file.metadata, path.stat().st_size
+    rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if rows > size or min((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), default=0) < 0:
+        raise DataError(f"{path} declares {rows:,} rows in {size:,} bytes: it is damaged, or no file of pictures")
+    for chunk in _chunks(file, columns):
+        packed, unpacked = min(chunk.total_compressed_size, size), chunk.total_uncompressed_size
+        if unpacked > max(RATIO_FROM, MAX_RATIO * packed):
+            raise DataError(
+                f"{path}: its column `{chunk.path_in_schema}` unpacks from {packed:,} bytes to {unpacked:,}, "
+                "as no pictures do: write it again with fewer copies of them"
+            )
+
+
+def _batch_rows(file: Any, columns: Sequence[str]) -> int:
+    """How many rows to unpack at once: a value that is stored once may stand in each of them."""
+    largest = max((chunk.total_uncompressed_size for chunk in _chunks(file, columns)), default=1)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+
+
+def _chunks(file: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """Yield what the footer says of the parts of some columns."""
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] in columns:
+                yield chunk
 
 
 @contextmanager
@@ -120,7 +171,8 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, TypeError, LookupError, MemoryError) as error:
+        # ValueError: text that is no UTF-8; the rest is what a footer made up can lead to
         with path.open("rb") as stream:
             if stream.read(4) != b"PAR1":
                 raise DataError(f"{path} is not a parquet file: name one in data.path") from error
@@ -173,9 +225,10 @@ def _picture(value: Any, path: Path) -> bytes:
         target = Path(os.path.realpath(os.path.join(folder, entry["path"])))
         if not target.is_relative_to(folder):
             raise DataError(f"{path} names a picture outside its folder, {entry['path']}: move it there")
-        return target.read_bytes()
+        return read_picture(target)
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        raise DataError(f"{path} names a picture that cannot be read, {entry['path']!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} names a picture that cannot be read, {entry['path']!r}: {reason}") from error
 
 
 def _hugging_face_names(schema: Any) -> list[str]:
@@ -183,7 +236,7 @@ def _hugging_face_names(schema: Any) -> list[str]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features["label"]["names"]]
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, RecursionError):
         return []
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -15,6 +16,7 @@ Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 
 DEFAULT_DOMAIN = "all"
+MAX_FILE = 1 << 30  # bytes of a picture's file; the largest that can be decoded has 640 MB of pixels
 SPLITS = {"train": "train", "test": "test", "val": "test", "validation": "test"}
 
 
@@ -53,6 +55,21 @@ def content_key(data: bytes) -> bytes:
     Hexadecimal because NumPy's fixed-width bytes drop trailing zero bytes, which digests may end in.
     """
     return hashlib.sha256(data).hexdigest().encode()
+
+
+def read_picture(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Raises:
+        OSError: when it cannot be read, or is no file: a pipe would be waited for, a device never end.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(0, "it is no regular file")
+    if found.st_size > MAX_FILE:
+        raise OSError(0, f"it has {found.st_size:,} bytes, more than a picture")
+    with open(path, "rb") as file:
+        return file.read(MAX_FILE)
 
 
 def hint(name: str, options: Sequence[str]) -> str:

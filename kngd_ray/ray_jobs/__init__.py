@@ -1,11 +1,24 @@
 """Everything that runs on Ray: the session, Train jobs, searches on Tune, feature encoding with Ray Data.
 
-Importing this package imports Ray, which takes seconds: commands do so when they need it.
+Importing one of these names imports Ray and what else it needs, which takes seconds: commands do so when they need it.
 """
 
-from kngd_ray.ray_jobs.encode import ray_stream
-from kngd_ray.ray_jobs.session import ray_session
-from kngd_ray.ray_jobs.train import run_job
-from kngd_ray.ray_jobs.tune import run_search
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kngd_ray.ray_jobs.encode import ray_stream
+    from kngd_ray.ray_jobs.session import ray_session
+    from kngd_ray.ray_jobs.train import run_job
+    from kngd_ray.ray_jobs.tune import run_search
 
 __all__ = ["ray_session", "ray_stream", "run_job", "run_search"]
+
+# Each from its own module: who looks at a job on a cluster needs neither torch nor Ray Train.
+_HOMES = {"ray_session": "session", "ray_stream": "encode", "run_job": "train", "run_search": "tune"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

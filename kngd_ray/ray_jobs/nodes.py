@@ -1,10 +1,13 @@
 """A question put to every node of the cluster, since a path that exists on one need not exist on another."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.state import state
+from ray._private.worker import get_dashboard_url
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -17,11 +20,13 @@ class NodeAnswer:
         node: its address, with a number where several nodes share one.
         answer: what the question returned there; None if it failed.
         error: why it failed, in one line; None if it did not.
+        resources: what the node offers Ray, such as CPU and GPU.
     """
 
     node: str
     answer: Any = None
     error: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def ask_nodes(question: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[NodeAnswer]:
@@ -53,16 +58,57 @@ def ask_nodes(question: Callable[..., Any], *arguments: Any, timeout_s: float = 
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
     addresses = [node["NodeManagerAddress"] for node in nodes]
     answers = []
-    for number, (address, reference) in enumerate(zip(addresses, asked, strict=True)):
+    for number, (node, reference) in enumerate(zip(nodes, asked, strict=True)):
+        address = addresses[number]
         shared = addresses.count(address) > 1
         name = f"{address} #{addresses[: number + 1].count(address)}" if shared else address
-        if reference not in ready:
-            answers.append(NodeAnswer(name, error=f"no answer within {timeout_s:g} s"))
-            continue
-        try:
-            answers.append(NodeAnswer(name, ray.get(reference, timeout=timeout_s)))
-        except (RayError, GetTimeoutError) as error:
-            cause = getattr(error, "cause", None) or error
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            answers.append(NodeAnswer(name, error=lines[0].rstrip(".")))
+        answer, error = None, None
+        if reference in ready:
+            try:
+                answer = ray.get(reference, timeout=timeout_s)
+            except (RayError, GetTimeoutError) as failure:
+                cause = getattr(failure, "cause", None) or failure
+                lines = str(cause).strip().splitlines() or [type(cause).__name__]
+                error = lines[0].rstrip(".")
+        else:
+            ray.cancel(reference, force=True)  # or it would hold a process there for as long as it hangs
+            error = f"no answer within {timeout_s:g} s"
+        answers.append(NodeAnswer(name, answer, error, node["Resources"]))
     return answers
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What Ray says of the cluster that was joined or started.
+
+    Attributes:
+        address: of its head.
+        dashboard: host and port of its dashboard, empty without one.
+        nodes: how many are alive.
+        resources: what they offer together.
+        most: what its autoscaler may bring up; empty without one.
+    """
+
+    address: str
+    dashboard: str
+    nodes: int
+    resources: Mapping[str, float]
+    most: Mapping[str, float]
+
+
+def cluster_facts() -> ClusterFacts:
+    """Describe the cluster; Ray must be up."""
+    return ClusterFacts(
+        ray.get_runtime_context().gcs_address,
+        get_dashboard_url() or "",
+        sum(node["Alive"] for node in ray.nodes()),
+        ray.cluster_resources(),
+        most_resources(),
+    )
+
+
+def most_resources() -> dict[str, float]:
+    """What the cluster's autoscaler may bring up; empty without one. Ray must be up."""
+    with suppress(Exception):  # not of Ray's public interface
+        return dict(state.get_max_resources_from_cluster_config() or {})
+    return {}

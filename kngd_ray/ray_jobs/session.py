@@ -1,17 +1,33 @@
-"""One Ray instance for a command: joined where there is a cluster, started on loopback where not."""
+"""One Ray instance for a command: joined where there is a cluster, started where not, with nobody else let in.
+
+An instance of our own listens on loopback only and asks for Ray's token. Ray of itself would do neither wholly: on
+Linux it turns a loopback address that it is given into the machine's outward one, and it writes the token that it
+makes for everybody to read.
+"""
 
 import logging
 import os
+import re
+import secrets
 import socket
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
+from ray._private import ray_constants, services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._raylet import AuthenticationTokenLoader
+from ray.exceptions import AuthenticationError, RayError
 
 from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs.nodes import most_resources
 
-# Read by Ray when it starts; what the user has set stays. Token authentication stays at Ray's default, on.
+# Read by Ray when it starts; what the user has set stays.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come twice
@@ -24,52 +40,186 @@ _ENVIRONMENT = {
 }
 
 _KNOCK_SECONDS = 5.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @contextmanager
 def ray_session(
-    address: str | None, *, cpus: float = 0.0, gpus: float = 0.0, dashboard: bool = False
+    address: str | None,
+    *,
+    cpus: float = 0.0,
+    gpus: float = 0.0,
+    dashboard: bool = False,
+    temp_dir: Path | None = None,
 ) -> Iterator[None]:
     """Make Ray available; an instance that was already up is used and left up.
 
     Args:
-        address: cluster to join; None joins $RAY_ADDRESS or starts an instance on this machine.
+        address: cluster to join; None joins $RAY_ADDRESS, or the cluster that this user runs on this machine, or
+            starts an instance here, as ``local`` always does.
         cpus: CPU cores that the work needs at once.
         gpus: GPUs that the work needs at once.
         dashboard: start it, on loopback, with an instance of our own.
+        temp_dir: where an instance of our own keeps its logs and sockets; a short path. None is Ray's default.
 
     Yields:
         Nothing.
 
     Raises:
-        KngdError: the cluster cannot be reached or is too small.
+        KngdError: the cluster cannot be reached, refuses, is of another version or is too small.
     """
     owned = not ray.is_initialized()
     if owned:
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        for library in ("ray.data", "ray.train"):
+        for library in ("ray.data", "ray.train", "ray._private.authentication"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        joins = address or os.environ.get("RAY_ADDRESS")
+        joins = _to_join(address)
         try:
-            if joins:
-                _knock(joins)
-            here = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
-            where_ray = {"address": joins} if joins else here
             with _silent_stderr():
-                ray.init(**where_ray, log_to_driver=False, logging_level="ERROR")
-        except (OSError, RuntimeError, ValueError) as error:
-            where = f"the Ray cluster at {joins}" if joins else "a Ray instance on this machine"
-            raise KngdError(
-                f"cannot reach {where} ({str(error).splitlines()[0]}): check trainer.address and the cluster, or set "
-                "trainer.num_workers=0 to run without Ray."
-            ) from error
+                if joins is None:
+                    _start(dashboard, temp_dir)
+                else:
+                    _join(joins)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            with suppress(Exception):  # what has come up of it
+                ray.shutdown()
+            raise KngdError(_refusal(joins, error)) from error
     try:
         _check_size(cpus, gpus)
         yield
     finally:
         if owned:
             ray.shutdown()
+
+
+def _to_join(address: str | None) -> str | None:
+    """Where a cluster is to be joined; None where there is none and one is started."""
+    asked = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if asked != "auto":
+        return None if asked == "local" else asked
+    found = _running_here()
+    return found or (address or os.environ.get("RAY_ADDRESS")) or None
+
+
+def _running_here() -> str | None:
+    """Address of the cluster that `ray start` left word of on this machine.
+
+    Only word of this user or of root is taken: the folder is one that everybody may write to. A cluster that was
+    killed leaves its word behind, and Ray would go on calling it for a minute.
+    """
+    word = Path(get_ray_address_file(None))
+    try:
+        if word.stat().st_uid not in (os.getuid(), 0):
+            return None
+        found = word.read_text().strip()
+        _knock(found)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found
+
+
+def _start(dashboard: bool, temp_dir: Path | None) -> None:
+    _ensure_token()
+    with _loopback():
+        ray.init(
+            "local",
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=None if temp_dir is None else str(temp_dir),
+            **_QUIET,
+        )
+
+
+def _join(address: str) -> None:
+    _knock(address)
+    here = _host(address) in _LOOPBACK
+    if here or _host(address) in {services.get_node_ip_address(), ""}:
+        # Ray sends its token only where it is told to or found the cluster itself, lest a stranger gets it: so may we
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    with _loopback() if here else nullcontext():
+        ray.init(address, **_QUIET)
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 for this machine's address, as it does by default on macOS and Windows."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    constant, variable = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"  # the variable is for the processes of the instance
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        if variable is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = variable
+
+
+def _ensure_token() -> None:
+    """See that there is a token which nobody but this user can read; where the user named one, it is the user's."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            _write_token(path)
+        elif path.stat().st_uid == os.getuid() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o600)  # Ray made it, for everybody to read
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: a token for this instance alone
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _write_token(path: Path) -> None:
+    """In one move and only if there is none yet: of two processes that start at once, both get the same."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(own, path)
+    finally:
+        own.unlink()
+
+
+def _refusal(joins: str | None, error: Exception) -> str:
+    """What is wrong with a cluster, and what to do about it."""
+    text = str(error)
+    if joins is None:
+        return (
+            f"cannot start Ray on this machine ({_first_line(text)}): see what kngd-ray doctor finds, or set "
+            "trainer.num_workers=0 to run without Ray."
+        )
+    versions = re.findall(r"^\s*(?:Ray|Python): (\S+)", text, re.MULTILINE)
+    if "ersion mismatch" in text and len(versions) == 4:
+        return (
+            f"the Ray cluster at {joins} runs Ray {versions[0]} on Python {versions[1]}, and this process Ray "
+            f"{versions[2]} on Python {versions[3]}: install the cluster's versions here, or send the command there "
+            "with kngd-ray submit."
+        )
+    if isinstance(error, AuthenticationError) or "nauthenticated" in text or "UNAUTHENTICATED" in text:
+        return (
+            f"the Ray cluster at {joins} refuses access: set RAY_AUTH_MODE=token and put the token of its head into "
+            "~/.ray/auth_token, or name the file that holds it in RAY_AUTH_TOKEN_PATH."
+        )
+    return (
+        f"cannot reach the Ray cluster at {joins} ({_first_line(text)}): check trainer.address and the cluster, or set "
+        "trainer.num_workers=0 to run without Ray."
+    )
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip().rstrip(".:") for line in text.splitlines() if line.strip()), "no reason given")
 
 
 @contextmanager
@@ -86,17 +236,27 @@ def _silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
+def _host(address: str) -> str:
+    return address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+
+
 def _knock(address: str) -> None:
     """Fail within seconds where nobody listens; Ray itself would go on trying for minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if separator and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    host, port = _host(address), address.rpartition(":")[2]
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _check_size(cpus: float, gpus: float) -> None:
+    """See that the work fits at all.
+
+    Raises:
+        KngdError: it does not.
+    """
     resources = ray.cluster_resources()
+    most = most_resources()
     for name, needed in (("CPU", cpus), ("GPU", gpus)):
-        there = resources.get(name, 0.0)
+        there = max(resources.get(name, 0.0), most.get(name, 0.0))
         if needed > there:
             raise KngdError(
                 f"the run needs {needed:g} {name}s at once and Ray has {there:g}: lower trainer.num_workers "

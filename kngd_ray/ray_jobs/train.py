@@ -14,21 +14,27 @@ import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kngd_ray.config import TrainerConfig
-from kngd_ray.errors import FilterError, KngdError
+from kngd_ray.errors import FilterError, KngdError, StorageError
+from kngd_ray.ray_jobs.mailbox import Cluster, Mailbox
 from kngd_ray.search import Fitted, fitted_from
 from kngd_ray.sharding import Group, ProcessGroup, SingleProcess
+from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.training.fit import FitTask, StepRecord
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.method import StepStats
 
 _FLUSH_SECONDS = 0.2
+_DRIVER = "driver"  # file beside Ray's own: the job whose workers may write checkpoints
 
 
 def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
     """Run a job to its end on the workers of a Ray Train job; Ray must be up.
+
+    Workers that a driver has left behind when it was killed write no checkpoint any more once another has taken over.
 
     Args:
         job: the fits.
@@ -36,16 +42,23 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         on_event: told of steps, in this thread.
 
     Raises:
-        KngdError: a worker failed more often than is allowed; what was finished is kept.
+        KngdError: a worker failed more often than is allowed, or the cluster has gone; what was finished is kept.
     """
     # Ray Data leaves the actors of an execution that failed to the garbage collector, and their cores would be missing
     # to the workers of this job, which would wait for them without end.
     gc.collect()
-    queue = Queue(actor_options={"num_cpus": 0})
+    name = f"job-{uuid4().hex[:8]}"
+    records = job.folder / "ray"
+    with storage_errors(records):
+        records.mkdir(parents=True, exist_ok=True)
+    write_text(records / _DRIVER, name)
+    # on this node, not on one that may be lost while the job goes on elsewhere
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     torch_trainer = TorchTrainer(
         _train_loop,
         # The job travels through the object store: once, however many workers there are.
-        train_loop_config={"job": ray.put(job), "queue": queue},
+        train_loop_config={"job": ray.put(job), "queue": queue, "driver": name},
         scaling_config=ScalingConfig(
             num_workers=trainer.num_workers,
             use_gpu=trainer.use_gpu,
@@ -54,15 +67,16 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         # Checkpoints are ours, in the run's folder: Ray is not asked to copy or to choose them (a report of one
         # costs seconds), and since it resumes a name that it has seen by its own records, each job is new to it.
         run_config=RunConfig(
-            name=f"job-{uuid4().hex[:8]}",
-            storage_path=str(job.folder / "ray"),
+            name=name,
+            storage_path=str(records),
             failure_config=FailureConfig(max_failures=trainer.max_failures),
         ),
     )
+    mailbox = Mailbox(queue, Cluster(trainer))
     running = _Running(torch_trainer)
     while True:
         ended = not running.is_alive()  # asked before the look: what an ended job has sent is there
-        events = _waiting(queue)
+        events = mailbox.wait()
         for event in events:
             on_event(event)
         if ended and not events:
@@ -125,15 +139,6 @@ class _Running(Thread):
             self.error = error
 
 
-def _waiting(queue: Queue) -> list[FitEvent]:
-    """What workers have sent; waits a little for something to come."""
-    try:
-        events: list[FitEvent] = queue.get(timeout=_FLUSH_SECONDS)
-    except Empty:
-        return []
-    return events
-
-
 @dataclass
 class _EventSender:
     """Sends events to the driver through an actor, a few times a second: a step is shorter than a call."""
@@ -159,11 +164,30 @@ def _train_loop(config: dict[str, Any]) -> None:
     sender = _EventSender(config["queue"])
     group: Group = ProcessGroup() if dist.is_initialized() and dist.get_world_size() > 1 else SingleProcess()
 
+    def before_checkpoint() -> None:
+        _still_driven(job.folder, config["driver"])
+        sender.flush()  # a job that resumes from the checkpoint does not send its steps again
+
     try:
-        # flushed before each checkpoint: a job that resumes from it does not send those steps again
-        run_fits(job, sender.send, group=group, device=get_device(), before_checkpoint=sender.flush)
+        run_fits(job, sender.send, group=group, device=get_device(), before_checkpoint=before_checkpoint)
     finally:
         sender.flush()
+
+
+def _still_driven(folder: Path, name: str) -> None:
+    """Refuse to write beside the workers of another driver.
+
+    Raises:
+        KngdError: another one has taken over.
+        StorageError: the storage is not what it was.
+    """
+    place = folder / "ray" / _DRIVER
+    try:
+        driver = place.read_text()
+    except OSError as error:
+        raise StorageError(f"cannot read {place} ({error}): it must be on storage that all nodes share.") from error
+    if driver != name:
+        raise KngdError(f"another process has taken over {folder.name}: this one ends.")
 
 
 def _explained(error: TrainingFailedError) -> KngdError:

@@ -54,7 +54,7 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
     gc.collect()  # actors that Ray Data left to the collector hold cores
     options = driver.options
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    each = trainer.num_workers * trainer.cpus_per_worker if mode == "train" else options.cpus_per_trial
+    each = trainer.most_workers * trainer.cpus_per_worker if mode == "train" else options.cpus_per_trial
     room = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     if mode != "train" and each > room:
         raise KngdError(

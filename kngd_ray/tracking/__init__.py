@@ -11,6 +11,7 @@ A server that is down loses nothing. This is the only package that imports MLflo
 something is published.
 """
 
+from kngd_ray.tracking._check import check_store
 from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram
 from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
@@ -24,6 +25,7 @@ __all__ = [
     "Publisher",
     "Record",
     "Status",
+    "check_store",
     "ensemble_curve",
     "learning_curve",
     "publish",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kngd_ray import storage
 from kngd_ray.storage import write_text
 
 RECORDS = "records"
@@ -29,17 +30,36 @@ def read_steps(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
             if number < start or not line.endswith(b"\n"):
                 continue
             try:
-                yield json.loads(line)
-            except ValueError:
-                yield {"step": -1, "time": 0, "metrics": {}}
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            yield found if _is_step(found) else {"step": -1, "time": 0, "metrics": {}}
+
+
+def _is_step(line: Any) -> bool:
+    """Whether a line is one that a record writes."""
+    if not isinstance(line, dict) or not all(type(line.get(key)) is int for key in ("step", "time")):
+        return False
+    metrics = line.get("metrics")
+    return isinstance(metrics, dict) and all(_is_value(value) for value in metrics.values())
+
+
+def _is_value(value: Any) -> bool:
+    return type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
+    """A JSON object, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
+        value = storage.read_json(path)
     except FileNotFoundError:
         return None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no object")
     return value
 
 

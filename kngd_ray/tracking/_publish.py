@@ -52,7 +52,8 @@ def publish(run_folder: Path, uri: str, experiment: str) -> dict[str, str]:
         published: dict[str, str] = {}
         for folder, parent in folders:
             sender = Sender(server, folder, memory.of(folder.name), memory.save)
-            run_id = sender.send(published.get(parent or ""))
+            with _damage(folder):
+                run_id = sender.send(published.get(parent or ""))
             if run_id is not None:
                 published[folder.name] = run_id
         return published
@@ -75,11 +76,14 @@ class _Memory:
             logger.warning("%s is damaged: the store is asked what it has", path)
             self._all = {}
         self._all |= {"uri": server.shown, "experiment": experiment}
-        stores = self._all.setdefault("stores", {})
+        stores = self._all.get("stores")
+        if not isinstance(stores, dict):
+            stores = self._all["stores"] = {}
         key = f"{server.shown} {experiment}"
         made = [server.experiment_id, server.experiment_created]
-        if stores.get(key, {}).get("made") != made:  # a new store, or a database that was deleted and begun again
-            stores[key] = {"made": made, "runs": {}}
+        known = stores.get(key)
+        if not (isinstance(known, dict) and known.get("made") == made and isinstance(known.get("runs"), dict)):
+            stores[key] = {"made": made, "runs": {}}  # a new store, or a database that was deleted and begun again
         self._runs: dict[str, dict[str, Any]] = stores[key]["runs"]
 
     def of(self, id: str) -> dict[str, Any]:
@@ -94,18 +98,34 @@ class _Memory:
 def _by_parents(run_folder: Path) -> list[tuple[Path, str | None]]:
     """Folders of all records with their parents' ids, parents before children."""
     folders = {path.parent.name: path.parent for path in sorted((run_folder / RECORDS).glob(f"*/{META}"))}
-    parents = {id: (read_json(folder / META) or {}).get("parent") for id, folder in folders.items()}
+    parents: dict[str, str | None] = {}
+    for id, folder in folders.items():
+        with _damage(folder):
+            parents[id] = (read_json(folder / META) or {}).get("parent")
     ordered: dict[str, None] = {}
-
-    def visit(id: str) -> None:
-        parent = parents[id]
-        if parent in folders and parent not in ordered and parent != id:
-            visit(parent)
-        ordered.setdefault(id)
-
     for id in folders:
-        visit(id)
+        line: dict[str, None] = {}  # the record, its parent and so on, as far as none was met before
+        above: str | None = id
+        while isinstance(above, str) and above in folders and above not in ordered and above not in line:
+            line[above] = None
+            above = parents[above]
+        ordered |= dict.fromkeys(reversed(line))
     return [(folders[id], parents[id]) for id in ordered]
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Name the record whose files are not as a record writes them.
+
+    Raises:
+        TrackingError: they are not.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TrackingError(
+            f"the record {folder} is damaged ({error}): restore its files, or move it away to send the others."
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ _ANSWERS = (  # (what the message holds, what to say); the first that fits
         "refuses access: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     (("database is locked",), "is locked by another process: end it or wait"),
+    (("disk is full", "No space left"), "has no space left: free some"),
     (("readonly database", "unable to open database"), "cannot be written: check the file and its permissions"),
     (("file is not a database",), "is no SQLite database: check tracking.uri"),
     (

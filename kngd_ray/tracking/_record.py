@@ -14,6 +14,7 @@ Such values stay here; MLflow gets the finite ones. Nothing in this module needs
 """
 
 import json
+import logging
 import math
 import re
 import time
@@ -35,6 +36,8 @@ from kngd_ray.tracking._files import (
     read_steps,
     write_json,
 )
+
+logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FLUSH_LINES = 200
@@ -95,7 +98,7 @@ class Record:
         folder = run_folder / RECORDS / id
         with storage_errors(folder):
             (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
-            meta = read_json(folder / META) or {"id": id, "uid": uuid.uuid4().hex, "start": _now()}
+            meta = _known(folder / META) or {"id": id, "uid": uuid.uuid4().hex, "start": _now()}
             meta |= {
                 "name": name,
                 "parent": parent,
@@ -159,7 +162,8 @@ class Record:
     def steps(self) -> list[dict[str, float]]:
         """All steps so far, those before a resume too, as ``{"step": 3, "train/nll": 0.4, ...}``."""
         self.flush()
-        return [{"step": line["step"], **_values(line["metrics"])} for line in read_steps(self.folder / STEPS)]
+        lines = [line for line in read_steps(self.folder / STEPS) if line["step"] >= 0]  # others were damaged
+        return [{"step": line["step"], **_values(line["metrics"])} for line in lines]
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Note final metrics; a name noted before gets the new value.
@@ -168,7 +172,7 @@ class Record:
             metrics: name to value; non-finite values are kept, but not sent to MLflow.
         """
         path = self.folder / METRICS
-        write_json(path, (read_json(path) or {}) | {key: _strict(value) for key, value in metrics.items()})
+        write_json(path, _known(path) | {key: _strict(value) for key, value in metrics.items()})
 
     def set_tag(self, key: str, value: object) -> None:
         """Note a tag.
@@ -208,6 +212,15 @@ class Record:
         self.flush()
         self._meta |= {"status": status, "end": _now()}
         write_json(self.folder / META, self._meta)
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What a file of the record holds already; a damaged one is begun again, which is better than no run."""
+    try:
+        return read_json(path) or {}
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): begun again", path, error)
+        return {}
 
 
 def _strict(value: float) -> float | str:

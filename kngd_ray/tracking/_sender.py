@@ -68,7 +68,11 @@ class Sender:
         return run
 
     def _run(self, meta: dict[str, Any], parent: str | None) -> str | None:
-        """The run's id, created if need be; None if the run was deleted."""
+        """The run's id, created if need be; None if the run was deleted.
+
+        Raises:
+            ValueError: the record's uid is none of ours.
+        """
         known = self._sent.get("run_id")
         stage = self._server.stage(known) if known is not None else None
         if stage == "deleted":
@@ -76,6 +80,8 @@ class Sender:
             return None
         if stage is None:
             self._sent.clear()
+            if not meta["uid"].isalnum():  # it becomes part of a search
+                raise ValueError(f"its uid is {meta['uid']!r}")
             tags = {_key(key): value[:_MAX_TAG] for key, value in meta["tags"].items()}
             run_id = self._server.create_run(meta["uid"], meta["name"], tags, meta["start"], parent)
             self._keep(run_id=run_id, steps=0, tags=meta["tags"])
@@ -135,7 +141,11 @@ class Sender:
         state = self._sent.get("model", {})
         if wanted is None or state.get("ready") == wanted:
             return
-        fit = self._folder.parents[1] / wanted["folder"]
+        fit = (self._folder.parents[1] / wanted["folder"]).resolve()
+        inside = fit.is_relative_to(self._folder.parents[1].resolve())
+        if not inside or any(path.is_symlink() for path in fit.rglob("*")):
+            logger.warning("%s leads out of the run's folder, so run %s has no model", fit, self._folder.name)
+            return
         if not fit.is_dir():
             logger.warning("%s is gone, so run %s has no model", fit, self._folder.name)
             return
@@ -200,11 +210,12 @@ def _mtime_ms(path: Path) -> int:
 
 
 def _files(root: Path) -> list[tuple[str, list[int]]]:
-    """Names, sizes and times of the files below a folder, without those still being written."""
+    """Names, sizes and times of the files below a folder, without those still being written, and what links lead to."""
     found = []
+    inside = root.resolve()
     for path in sorted(root.rglob("*")):
         with suppress(FileNotFoundError):  # gone since
-            if path.suffix != ".tmp" and path.is_file():
+            if path.suffix != ".tmp" and path.is_file() and path.resolve() == inside / path.relative_to(root):
                 stat = path.stat()
                 found.append((path.relative_to(root).as_posix(), [stat.st_size, stat.st_mtime_ns]))
     return found

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kngd_ray.errors import CheckpointError
 from kngd_ray.sharding import Group
-from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.storage import read_json, storage_errors, write_text
 from kngd_ray.training.method import MethodState
 
 FORMAT = "kngd_ray.checkpoint"
@@ -37,6 +37,18 @@ MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
 _STATE = "state.safetensors"
 _CHECKSUM = "manifest_sha256"
+# Types of entries; those of the format itself are always there, the others say what the weights belong to.
+_ENTRIES: dict[str, type] = {
+    "files": dict,
+    "parameters": dict,
+    "pieces": list,
+    "step": int,
+    "steps": int,
+    "seed": int,
+    "options": dict,
+    "class_names": list,
+    "templates": list,
+}
 
 
 class VersionError(CheckpointError):
@@ -111,6 +123,7 @@ def load(folder: Path) -> Checkpoint:
         CheckpointError: missing, torn, altered or written by a newer version.
     """
     manifest = read_manifest(folder)
+    ranks = len(manifest["pieces"])
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -125,13 +138,16 @@ def load(folder: Path) -> Checkpoint:
         weights = load_file(folder / _WEIGHTS)
         replicated = load_file(folder / _STATE)
         parts: dict[str, list[Tensor]] = {}
-        for rank in range(len(manifest["pieces"])):
-            piece = load_file(folder / _covariance_file(rank, len(manifest["pieces"])))
-            for name, tensor in piece.items():
+        for rank in range(ranks):
+            for name, tensor in load_file(folder / _covariance_file(rank, ranks)).items():
                 parts.setdefault(name, []).append(tensor)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); use an earlier checkpoint.") from error
-    covariance = {name: torch.cat(pieces) for name, pieces in parts.items()}
+        covariance = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} cannot be read ({reason}); use an earlier checkpoint.") from error
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    if found != manifest["parameters"]:
+        raise CheckpointError(f"{folder} holds other weights than its manifest names; use an earlier checkpoint.")
     return Checkpoint(folder, manifest, MethodState(weights, replicated, covariance))
 
 
@@ -150,7 +166,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from error
     except (OSError, ValueError) as error:
@@ -164,7 +180,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
         raise CheckpointError(f"{path} is not what was written: the file was altered; use an earlier checkpoint.")
-    return manifest
+    return _Manifest(manifest, path)
+
+
+class _Manifest(dict[str, Any]):
+    """A manifest's entries, of the types that the format gives them; one that it lacks is a CheckpointError.
+
+    The checksum tells damage, not intent: whoever makes a manifest up can compute it too.
+
+    Args:
+        entries: what was read.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: an entry that no checkpoint has like this.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], path: Path | None = None) -> None:
+        super().__init__(entries)
+        self._path = path
+        for key, kind in _ENTRIES.items():
+            if not isinstance(self.get(key, kind()), kind):
+                self._refuse(key)
+        if not all(isinstance(shape, list) and _whole(shape) for shape in self["parameters"].values()):
+            self._refuse("parameters")
+        ranks = len(self["pieces"])
+        names = [_WEIGHTS, _STATE, *(_covariance_file(rank, ranks) for rank in range(ranks))]
+        if sorted(self["files"]) != sorted(names) or not all(_is_digest(value) for value in self["files"].values()):
+            self._refuse("files")
+        if not all(isinstance(text, str) for key in ("class_names", "templates") for text in self.get(key, [])):
+            self._refuse("class_names")
+
+    def __missing__(self, key: str) -> Any:
+        self._refuse(key)
+
+    def _refuse(self, key: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self._path} is no manifest of a fit: its {key} is missing or not as the format has it; "
+            "use another checkpoint."
+        )
+
+
+def _whole(numbers: list[Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("bytes"), int) and isinstance(value.get("sha256"), str)
 
 
 def _to_disk(path: Path) -> None:

@@ -84,7 +84,7 @@ def test_towers_are_averaged_with_the_pretrained_ones(command, lora) -> None:
     predictor = restore_predictor(checkpoint, prepared.model, config.posterior, alpha=1.0)
     networks = [n for n in predictor.head.modules() if hasattr(n, "up")]
     assert networks
-    assert max(float(n.up.abs().max()) for n in networks) > 1e-3
+    assert max(float(n.up.detach().abs().max()) for n in networks) > 1e-3
     for point in report["curve"]:
         with predictor.head.blended(point["alpha"]):
             expected = evaluate(predictor, tests, calibration).report()

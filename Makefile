@@ -2,12 +2,15 @@
 # make test    install, then run the tests (under 20 minutes); make test-slow runs the long ones too
 # make lint    format, docstrings, types
 # make bench   the benchmarks
+# make lock    what CI installs, at exact versions with hashes: .ci/requirements.lock; LOCK=.ci/requirements.lock installs it
+# make audit   known vulnerabilities of what the lock pins
+LOCK ?=
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench lock audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kngd-ray train seeds=0,1,2 baselines=adamw
@@ -31,10 +34,23 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step_cost --markdown
 	$(BIN)/python -m benchmarks.peers --markdown
 
+lock: $(VENV)/.installed
+	$(BIN)/python .ci/lock
+
+audit:
+	$(PYTHON) .ci/audit
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/.installed: pyproject.toml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+ifeq ($(LOCK),)
+	$(PIP) -e ".[test]"
+else
+	$(PIP) --require-hashes --no-deps -r $(LOCK)
+	$(PIP) --no-deps --no-build-isolation -e .
+endif
 	touch $@

@@ -311,9 +311,10 @@ def doctor(
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Neither join nor start Ray.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Would a run work here and on the cluster? Versions, Ray, access, GPUs, storage, tracking, model; exit code 1 if not.
+    """Check what a run needs, here and on every node: versions, Ray and who it lets in, GPUs, storage, tracking, model.
 
-    Joins the cluster that train would join, or starts Ray as train would, and leaves nothing behind.
+    Joins the cluster that train would join, or starts Ray as train would, and leaves nothing behind; exit code 1 if a
+    check failed.
     """
     from kngd_ray.config import load_config
 

@@ -39,7 +39,8 @@ class TrainerConfig:
             with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
         use_gpu: give each rank a GPU.
         cpus_per_worker: CPU cores that each rank reserves.
-        address: Ray cluster to join; None joins $RAY_ADDRESS or starts one on this machine.
+        address: Ray cluster to join; None joins $RAY_ADDRESS or the cluster that you run on this machine, or starts
+            one; ``local`` always starts one.
         storage_path: folder of the runs, shared by all nodes; $KNGD_STORAGE_PATH by default, else ``kngd_runs``.
         name: folder of this run inside it; None makes one up. Also what ``--resume`` takes.
         checkpoint_every: steps between checkpoints; the end of a fit always writes one.
@@ -388,13 +389,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _problem(error: Exception) -> str:
+    return (getattr(error, "problem", None) or str(error)).partition("\n")[0]
+
+
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
         parsed = plain_data(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise UsageError(f"{source} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error
+        raise UsageError(f"{source} is not valid YAML{line}: {_problem(error)}.") from error
     if parsed is None:
         return {}
     if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):

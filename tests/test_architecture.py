@@ -32,7 +32,7 @@ LAYERS = (
     "commands",
     "cli",
 )
-SHARED = {"config", "_layered", "errors", "storage", "__init__"}
+SHARED = {"config", "_layered", "_yaml", "errors", "storage", "__init__"}
 STANDARD_ONLY = ("errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
@@ -44,7 +44,7 @@ ONLY_IN = {
     "matplotlib": {"tracking"},
     "open_clip": {"clip"},
     "pydantic": {"_layered"},
-    "yaml": {"config"},
+    "yaml": {"config", "_yaml"},
     "typer": {"cli"},
     "rich": {"commands"},
     "pyarrow": {"data", "ray_jobs"},
@@ -180,6 +180,7 @@ PUBLIC = {
         "Publisher",
         "Record",
         "Status",
+        "check_store",
         "ensemble_curve",
         "learning_curve",
         "publish",
@@ -225,6 +226,19 @@ COMMANDS = {
     "encode": ["dataset", "settings", "--json"],
     "compare": ["experiment", "--parent", "--metric", "--baseline", "--uri", "--out", "--json"],
     "sync": ["run", "--uri", "--storage-path", "--json"],
+    "doctor": ["settings", "--address", "--storage-path", "--uri", "--no-ray", "--json"],
+    "submit": [
+        "command",
+        "--address",
+        "--working-dir",
+        "--dry-run",
+        "--no-follow",
+        "--no-check",
+        "--status",
+        "--logs",
+        "--stop",
+        "--json",
+    ],
 }
 
 

@@ -22,7 +22,7 @@ from kngd_ray.data._source import DEFAULT_DOMAIN, Ints, Rows, content_key, listi
 from kngd_ray.errors import DataError
 
 BATCH_ROWS = 256
-BATCH_BYTES = 512 << 20  # of a batch, if every row of it held all that its row group has
+BATCH_BYTES = 256 << 20  # of a batch, if every row of it held all that its row group has
 MAX_RATIO, RATIO_FROM = 1000, 64 << 20  # to one is how far pictures never shrink; smaller columns may
 MAX_NAME = 1000  # characters of a class, domain or split
 COLUMNS = ("label", "class_name", "domain", "split")
@@ -112,15 +112,13 @@ def _scan_file(path: Path) -> tuple[list[int], dict[str, list[Any]], list[bytes]
         for batch in file.iter_batches(_batch_rows(file, wanted), columns=wanted):
             keys += [content_key(_picture(value, path)) for value in batch.column("image")]
             for name, column in stored.items():
-                columns[name] += [
-                    once.setdefault(value, value) if isinstance(value, str) else value
-                    for value in batch.column(column).to_pylist()
-                ]
+                values = batch.column(column).to_pylist()
+                columns[name] += [once.setdefault(v, v) if isinstance(v, str) else v for v in values]
+            for text in once:
+                if len(text) > MAX_NAME:
+                    raise DataError(f"{path} has a name of {len(text):,} characters, {text[:40]!r}...: shorten it")
         if sum(sizes) != len(keys):
             raise DataError(f"{path} declares {sum(sizes):,} rows and holds {len(keys):,}: fetch or write it again")
-        for name in once:
-            if len(name) > MAX_NAME:
-                raise DataError(f"{path} has a name of {len(name):,} characters, {name[:40]!r}...: shorten it")
     if "class_name" not in columns:
         known = _hugging_face_names(schema)
         columns["class_name"] = [_name(value, known) for value in columns["label"]]

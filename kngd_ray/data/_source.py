@@ -69,7 +69,7 @@ def read_picture(path: str | os.PathLike[str]) -> bytes:
     if found.st_size > MAX_FILE:
         raise OSError(0, f"it has {found.st_size:,} bytes, more than a picture")
     with open(path, "rb") as file:
-        return file.read(MAX_FILE)
+        return file.read()
 
 
 def hint(name: str, options: Sequence[str]) -> str:

@@ -20,8 +20,11 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants, services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._raylet import AuthenticationTokenLoader
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined] # its stub lacks them
 from ray.exceptions import AuthenticationError, RayError
 
 from kngd_ray.errors import KngdError
@@ -32,7 +35,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints would come twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a fit of seconds should not wait 2 s for its end
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of a rank that waits for one that raised; 30 by default
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -135,11 +138,32 @@ def _start(dashboard: bool, temp_dir: Path | None) -> None:
 def _join(address: str) -> None:
     _knock(address)
     here = _host(address) in _LOOPBACK
-    if here or _host(address) in {services.get_node_ip_address(), ""}:
-        # Ray sends its token only where it is told to or found the cluster itself, lest a stranger gets it: so may we
+    plain = ":" in address and "://" not in address
+    ours = here or _host(address) in {services.get_node_ip_address(), ""}
+    if ours and "RAY_AUTH_MODE" not in os.environ and not (plain and _lets_in(address)):
+        # Ray sends its token only where it is told to or found the cluster itself, lest a stranger gets it: so may we.
+        # But not to a cluster that asks for none: we would then ask its workers for one, and hear from none of them.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if plain:
+        # says within a second that a token is wrong, for which ray.init takes 20; without a token it ends the process
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        _ask(address)
     with _loopback() if here else nullcontext():
         ray.init(address, **_QUIET)
+
+
+def _ask(address: str) -> None:
+    """Ask a head something."""
+    GcsClient(address=address).internal_kv_exists(b"CLUSTER_METADATA", namespace=b"cluster", timeout=_KNOCK_SECONDS)
+
+
+def _lets_in(address: str) -> bool:
+    """Whether a head answers as this process is now."""
+    try:
+        _ask(address)
+    except (RuntimeError, RayError):
+        return False
+    return True
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -162,10 +186,19 @@ def _loopback() -> Iterator[None]:
 
 
 def _ensure_token() -> None:
-    """See that there is a token which nobody but this user can read; where the user named one, it is the user's."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+    """See that there is a token which nobody but this user can read; where the user named one, it is the user's.
+
+    Raises:
+        KngdError: the file that the user named is not there.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if named:
+        if not Path(named).is_file():  # Ray would end the process
+            raise KngdError(
+                f"RAY_AUTH_TOKEN_PATH names {named}, which is not there: write Ray's token into it, or unset it."
+            )
         return
     try:
         path = Path.home() / ".ray" / "auth_token"

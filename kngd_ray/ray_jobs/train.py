@@ -54,7 +54,8 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     write_text(records / _DRIVER, name)
     # on this node, not on one that may be lost while the job goes on elsewhere
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    # asked several times a second: Ray would keep a record of each call, for as long as the cluster lives
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False})
     torch_trainer = TorchTrainer(
         _train_loop,
         # The job travels through the object store: once, however many workers there are.

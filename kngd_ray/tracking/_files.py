@@ -60,6 +60,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no object")
+    json.dumps(value, allow_nan=False)  # what is read is written again, as strict as before
     return value
 
 

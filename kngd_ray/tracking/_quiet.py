@@ -29,7 +29,8 @@ def quiet() -> Iterator[None]:
 
         before = {name: logging.getLogger(name).level for name in _LOGGERS}
         for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
+            # an error with its traceback too, as of a full disk: what is raised besides becomes a sentence of ours
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             yield
         finally:

@@ -98,7 +98,9 @@ class Record:
         folder = run_folder / RECORDS / id
         with storage_errors(folder):
             (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
-            meta = _known(folder / META) or {"id": id, "uid": uuid.uuid4().hex, "start": _now()}
+            meta = _known(folder / META)
+            if not (_is_text(meta.get("uid")) and type(meta.get("start")) is int and _are_texts(meta)):
+                meta = {"id": id, "uid": uuid.uuid4().hex, "start": _now()}
             meta |= {
                 "name": name,
                 "parent": parent,
@@ -221,6 +223,16 @@ def _known(path: Path) -> dict[str, Any]:
     except ValueError as error:
         logger.warning("%s is damaged (%s): begun again", path, error)
         return {}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(meta: Mapping[str, Any]) -> bool:
+    """Whether params and tags are names and texts, as this module writes them."""
+    both = [meta.get("params", {}), meta.get("tags", {})]
+    return all(isinstance(each, dict) and all(map(_is_text, each.values())) for each in both)
 
 
 def _strict(value: float) -> float | str:

@@ -212,6 +212,29 @@ def test_parse_validates_plain_data() -> None:
         parse(TrainerConfig, {"num_worker": 3})
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "least", "most", "shown"),
+    [
+        ("3", 3, 3, 3, 3),
+        ("0", 0, 0, 0, 0),
+        ("[1, 2]", (1, 2), 1, 2, "1,2"),
+        ("1,4", (1, 4), 1, 4, "1,4"),
+        ("[2, 2]", 2, 2, 2, 2),
+        ("[2]", 2, 2, 2, 2),
+    ],
+)
+def test_workers_are_a_number_or_a_range(
+    file, given: str, kept: int | tuple[int, int], least: int, most: int, shown: int | str
+) -> None:
+    config = load_config(None, [f"trainer.num_workers={given}"])
+    trainer = config.trainer
+    assert trainer.num_workers == kept
+    assert trainer == TrainerConfig(num_workers=kept)
+    assert (trainer.least_workers, trainer.most_workers) == (least, most)
+    assert flatten(config)["trainer.num_workers"] == shown
+    assert load_config(file(to_yaml(config))) == config
+
+
 def test_flat_names() -> None:
     flat = flatten(load_config(None, ["seeds=0,1", "noise.observation=ema", "data.classes=a,b"]))
     assert flat["filter.covariance"] == "diagonal"

@@ -12,19 +12,17 @@ from helpers.cases import make_options, make_task
 from helpers.compare import max_error
 from helpers.failing import FailsOnOneRank
 from helpers.resuming import IDENTITY, everything_in
+from helpers.workloads import long_task
 from ray import cloudpickle
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError, StorageError
-from kngd_ray.filters import Ema, RandomWalk
-from kngd_ray.observations import Categorical
 from kngd_ray.ray_jobs import ray_session, run_job
 from kngd_ray.ray_jobs.train import _explained
 from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job, run_fits
-from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 from kngd_ray.training.resumable import latest
 
 pytestmark = pytest.mark.ray
@@ -43,20 +41,6 @@ def workers() -> list[psutil.Process]:
         p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
     ]
     return sorted(named, key=lambda p: p.create_time())
-
-
-def long_task(steps: int) -> FitTask:
-    """A fit of some seconds: exact Gauss-Newton rows of 20 classes, estimated noise, a process that moves."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(160, 256, generator=generator), dim=1)
-    classes = torch.nn.functional.normalize(torch.randn(20, 256, generator=generator), dim=1)
-    options = FitOptions(
-        epochs=steps // 5,
-        observation=(Categorical(samples=4),),
-        filter=FilterOptions(p0=0.03),
-        noise=NoiseOptions(process=RandomWalk(q=1e-5), observation=Ema(form="diagonal")),
-    )
-    return FitTask(options, 0, Support(features, torch.arange(160) % 20), classes, 18.0)
 
 
 def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> None:

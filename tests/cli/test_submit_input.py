@@ -1,0 +1,551 @@
+"""``kngd-ray submit`` without a cluster: what is refused before anything is sent, and how servers are misread."""
+
+import asyncio
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import ray
+import typer.main
+from aiohttp import web
+
+from kngd_ray import __version__, cli
+from kngd_ray.commands import reach, submit
+from kngd_ray.commands.display import Display
+from kngd_ray.commands.package import Package
+from kngd_ray.commands.reach import VALUED, Arguments, find_out, probe, take_apart
+from kngd_ray.config import TrackingConfig, TrainerConfig, load_config
+from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs import submission
+from kngd_ray.ray_jobs.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
+
+FAILED, USAGE = 1, 2
+SECRET = "planted-5e0b77aa"
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "KNGD_STORAGE_PATH", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("data.shots: 4\n")
+    (folder / "shots.parquet").write_text(SECRET)
+    (folder / ".env").write_text(SECRET)
+    return folder
+
+
+def refused(outcome, code: int, *words: str) -> None:
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert word in outcome.sentence
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_contacts_nobody(command, project, monkeypatch) -> None:
+    def contacted(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(socket, "create_connection", contacted)
+    monkeypatch.setattr(socket.socket, "connect", contacted)
+    arguments = ["submit", "--working-dir", project, "--dry-run", "--address", "http://nowhere.example.org:8265"]
+    outcome = command(*arguments, "--json", "--", "train", "run.yaml", "data.path=/shared/a b.parquet")
+    assert outcome.code == 0
+    entrypoint = "python -m kngd_ray.cli train run.yaml 'data.path=/shared/a b.parquet'"
+    unsent = {"job_id": None, "status": "NOT SENT", "exit_code": None, "files": 1, "bytes": 14}
+    assert outcome.json == unsent | {"entrypoint": entrypoint, "sent": ["run.yaml"]}
+    assert f"would run on http://nowhere.example.org:8265: {entrypoint}" in outcome.err
+    assert "left out by the defaults: shots.parquet" in outcome.err
+    assert "left out as credentials (rename what is none): .env" in outcome.err
+    assert "kngd_ray itself is not sent" in outcome.err
+    assert SECRET not in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["one of -- COMMAND, --status, --logs and --stop", "there is none"]),
+        (["--status", "a", "--stop", "b"], ["there are --status and --stop"]),
+        (["--logs", "a", "--", "train"], ["there are --logs and a command"]),
+        (["--", "trian"], ["no command 'trian'", "did you mean train?"]),
+        (["--", "submit"], ["no command 'submit'"]),
+        (["--working-dir", "gone", "--", "train"], ["--working-dir gone", "no such folder"]),
+        (["--dry-run", "--", "train", "rnu.yaml"], ["rnu.yaml is not among", "did you mean run.yaml?"]),
+        (["--dry-run", "--address", "ray://head:10001", "--", "train"], ["'ray://head:10001'", "http://HOST:8265"]),
+        (["--dry-run", "--address", "head:port", "--", "train"], ["http://HOST:8265"]),
+    ],
+)
+def test_wrong_usage(command, project, monkeypatch, arguments: list[str], words: list[str]) -> None:
+    monkeypatch.chdir(project)
+    refused(command("submit", *arguments), USAGE, *words)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        f"tracking.uri=postgresql://me:{SECRET}@db.example.org/mlflow",
+        f"tracking.uri=https://{SECRET}@tracking.example.org",
+        f"tracking.uri=https://tracking.example.org?token={SECRET}",
+    ],
+)
+def test_a_secret_among_the_arguments_is_refused_and_not_repeated(command, project, argument: str) -> None:
+    outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train", argument)
+    refused(outcome, USAGE, "tracking.uri=", "dashboard", "MLFLOW_TRACKING_PASSWORD")
+    assert SECRET not in outcome.out + outcome.err
+
+
+def test_a_settings_file_that_is_left_out_is_refused(command, project) -> None:
+    (project / "run.yaml").write_text(f"tracking.uri: postgresql://me:{SECRET}@db/mlflow\n")
+    (project / "main.py").touch()
+    outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train", "run.yaml")
+    refused(outcome, USAGE, "run.yaml is left out of what is sent", "password")
+    assert SECRET not in outcome.out + outcome.err
+
+
+def test_too_much_is_refused_by_the_limit_of_ray(command, project, monkeypatch) -> None:
+    assert package_limit() == 100 * 2**20
+    with (project / "dump.csv").open("wb") as file:
+        file.truncate(package_limit())
+    outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train")
+    refused(outcome, USAGE, "Ray takes less than 100.0 MiB", ".rayignore", "/dump.csv (100.0 MiB)")
+    (project / ".rayignore").write_text("/dump.csv\n")
+    assert command("submit", "--working-dir", project, "--dry-run", "--", "train").code == 0
+
+
+# The address, and who answers there
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "address"),
+    [
+        (None, {}, DEFAULT_ADDRESS),
+        ("http://head:8265/", {"RAY_API_SERVER_ADDRESS": "http://other:1"}, "http://head:8265"),
+        ("head:8265", {}, "http://head:8265"),
+        (None, {"RAY_API_SERVER_ADDRESS": "https://head", "RAY_ADDRESS": "http://other:1"}, "https://head"),
+        (None, {"RAY_ADDRESS": "http://head:8265"}, "http://head:8265"),
+        (None, {"RAY_ADDRESS": "10.0.0.5:6379"}, DEFAULT_ADDRESS),
+    ],
+)
+def test_where_the_dashboard_is(monkeypatch, given: str | None, variables: dict[str, str], address: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dashboard_address(given) == address
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+Serve = Callable[[Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]], str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start a small web server that answers as a function says; returns its address."""
+    servers = []
+
+    def start(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                code, body = answer(self)
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_nobody_listens(command, project) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    outcome = command("submit", "--address", address, "--working-dir", project, "--", "train")
+    refused(outcome, FAILED, f"nobody answers at {address} (Connection refused)", "--address")
+
+
+def test_the_address_given_wins_over_the_environment(command, monkeypatch) -> None:
+    """Ray's own client takes the variables first."""
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    refused(command("submit", "--address", address, "--status", "a"), FAILED, address)
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:9"
+
+
+def test_a_port_that_does_not_speak_http(command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                connection.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00")  # how HTTP/2, and so gRPC, begins
+                connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        outcome = command("submit", "--address", address, "--status", "a")
+        server.shutdown(socket.SHUT_RDWR)
+    refused(outcome, FAILED, f"what listens at {address} is no web server", "not Ray's own port (6379)")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(401, ["asks for a token, and none was sent"]), (403, ["does not accept this token"])],
+)
+def test_tokens(command, serve: Serve, code: int, words: list[str]) -> None:
+    address = serve(lambda _: (code, b"no"))
+    outcome = command("submit", "--address", address, "--status", "a")
+    refused(outcome, FAILED, *words, "RAY_AUTH_MODE=token", "~/.ray/auth_token", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.mark.parametrize(("code", "body"), [(404, b"?"), (200, b"<html>"), (200, b"{}"), (500, b"oops")])
+def test_another_web_server(command, serve: Serve, code: int, body: bytes) -> None:
+    outcome = command("submit", "--address", serve(lambda _: (code, body)), "--status", "a")
+    refused(outcome, FAILED, "is no Ray dashboard", "http://HOST:8265")
+
+
+def test_another_version_of_ray(command, project, serve: Serve) -> None:
+    answer = json.dumps({"version": "4", "ray_version": "2.9.3", "ray_commit": "", "session_name": ""}).encode()
+    address = serve(lambda _: (200, answer))
+    outcome = command("submit", "--address", address, "--working-dir", project, "--", "train")
+    refused(outcome, FAILED, "runs Ray 2.9.3", f"this machine has {ray.__version__}", "--no-check")
+
+
+def test_an_unknown_job_names_the_recent_ones(command, serve: Serve) -> None:
+    jobs = [
+        {
+            "type": "SUBMISSION",
+            "submission_id": f"train-2026-{n}",
+            "status": "SUCCEEDED",
+            "entrypoint": "python",
+            "start_time": n,
+        }
+        for n in range(8)
+    ]
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        if request.path == "/api/version":
+            return 200, json.dumps({"version": "4", "ray_version": ray.__version__, "ray_commit": ""}).encode()
+        if request.path == "/api/jobs/":
+            return 200, json.dumps(jobs).encode()
+        return 404, b"Job does not exist."
+
+    address = serve(answer)
+    for option in ("--status", "--logs", "--stop"):
+        outcome = command("submit", "--address", address, option, "train-2026-70")
+        refused(outcome, USAGE, "there is no job train-2026-70", "did you mean train-2026-7?", "train-2026-3")
+        assert "train-2026-2" not in outcome.sentence
+    jobs.clear()
+    refused(command("submit", "--address", address, "--status", "a"), USAGE, "which has had none")
+
+
+# The check, as it runs on the cluster; without Ray where the command needs none
+
+
+def faults(*arguments: str) -> list[str]:
+    found = find_out(arguments[0], arguments[1:])
+    for fault in found.faults:
+        assert fault.sentence.endswith(".")
+    return [fault.sentence for fault in found.faults]
+
+
+def test_options_with_values_are_those_of_the_command_line() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    declared = {
+        option
+        for name, command in commands.items()
+        if name != "submit"
+        for parameter in command.params
+        if parameter.param_type_name == "option" and not parameter.is_flag
+        for option in parameter.opts
+    }
+    assert declared <= set(VALUED)
+
+
+def test_a_command_line_is_taken_apart() -> None:
+    words = ["--json", "run", "--out", "/shared/a", "data.shots=4", "--points=5"]
+    assert take_apart("ensemble", words) == Arguments(
+        "ensemble", ["run", "data.shots=4"], {"--out": "/shared/a", "--points": "5"}
+    )
+
+
+def test_nothing_is_wrong_and_nothing_stays_behind(command) -> None:
+    assert faults("train", *command.settings()) == []
+    assert not command.runs.exists()
+    command.runs.mkdir()
+    assert faults("train", *command.settings()) == []
+    assert list(command.runs.iterdir()) == []
+
+
+def test_the_line_that_the_job_prints(command, capfd, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["reach", "train", *command.settings("data.path=/gone.parquet")])
+    reach.main()
+    (line,) = capfd.readouterr().out.splitlines()
+    found = json.loads(line)[reach.MARK]
+    assert set(found) == {"kngd_ray", "ray", "python", "nodes", "faults"}
+    assert found["ray"] == ray.__version__
+    assert not found["faults"][0]["usage"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.path=gone.parquet", ["data.path: gone.parquet cannot be read", "data is not sent"]),
+        ("data.path=/gone.parquet", ["cannot be read on the node of the job (No such file or directory)", "all nodes"]),
+        ("model.pretrained=/gone.safetensors", ["model.pretrained: /gone.safetensors cannot be read"]),
+        ("data.cache_dir=/proc/features", ["feature cache /proc/features cannot be written", "set data.cache_dir"]),
+        ("trainer.storage_path=/proc/runs", ["trainer.storage_path=/proc/runs cannot be written"]),
+        ("trainer.storage_path=kngd_runs", ["trainer.storage_path=kngd_runs", "KNGD_STORAGE_PATH"]),
+        ("prior=monday", ["there is no run monday"]),
+        ("data.shot=4", ["did you mean data.shots?"]),
+    ],
+)
+def test_what_the_check_finds(command, setting: str, words: list[str]) -> None:
+    found = faults(
+        "train", *command.settings(*([setting, "model.name=ViT-B-32"] if "pretrained" in setting else [setting]))
+    )
+    assert len(found) == 1
+    for word in words:
+        assert word in found[0]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("sqlite:///mlflow.db", ["tracking.uri=sqlite:///mlflow.db", "MLFLOW_TRACKING_URI"]),
+        ("http://127.0.0.1:9", ["the tracking store http://127.0.0.1:9"]),
+        ("ftp://a", ["no MLflow store"]),
+    ],
+)
+def test_tracking_is_checked(command, uri: str, words: list[str]) -> None:
+    (found,) = faults("train", *command.settings("tracking.enabled=true", f"tracking.uri={uri}"))
+    for word in words:
+        assert word in found
+
+
+def test_other_commands_are_checked(command) -> None:
+    assert "there is no run monday" in faults("evaluate", "monday", "--storage-path", str(command.runs))[0]
+    assert "--out here lies in" in faults("export", "monday", "--out", "here", "--storage-path", str(command.runs))[0]
+    assert "data.path: gone cannot be read" in faults("encode", "gone", "trainer.num_workers=0")[0]
+    assert faults("tune") == ["name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH."]
+    assert faults("sync", "/shared/run") == []
+
+
+def test_results_that_would_go_with_the_job_are_a_matter_of_settings(command) -> None:
+    for settings in (["trainer.storage_path=a"], ["tracking.enabled=true", "tracking.uri=sqlite:///a.db"]):
+        found = find_out("train", command.settings(*settings))
+        assert [fault.usage for fault in found.faults] == [True]
+
+
+def test_a_node_that_does_not_share_the_storage_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reach, "_SEEN_SECONDS", 0.0)
+    answer = probe({}, str(tmp_path), "mark-of-another-machine")
+    assert answer["apart"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mark").write_text(reach._TEXT)
+    assert not probe({}, str(tmp_path), "mark")["apart"]
+    answers = [
+        ("10.0.0.1", answer | {"apart": False}, None),
+        ("10.0.0.2", answer, None),
+        ("10.0.0.3", None, "it hangs"),
+    ]
+    sentences = [fault.sentence for fault in reach._faults(answers, {}, tmp_path)]
+    assert any("10.0.0.3 did not answer (it hangs)" in sentence for sentence in sentences)
+    assert any("another folder on 10.0.0.2 than" in sentence for sentence in sentences)
+
+
+def test_nodes_with_another_version_or_without_the_file_are_named(tmp_path: Path) -> None:
+    fine = probe({}, None, None)
+    lacking = {**fine, "unreadable": {"/data/a.parquet": "No such file or directory"}}
+    answers = [("n1", fine, None), ("n2", {**fine, "kngd_ray": "0.0.1"}, None), ("n3", lacking, None)]
+    sentences = [fault.sentence for fault in reach._faults(answers, {"/data/a.parquet": "data.path"}, tmp_path)]
+    assert len(sentences) == 2
+    assert "n2 has kngd_ray 0.0.1" in sentences[0]
+    assert "/data/a.parquet cannot be read on n3 (No such" in sentences[1]
+
+
+# What is made of the check's answer
+
+
+@dataclass
+class Answered:
+    """Stands where a cluster does: a check that has ended, and what it has printed."""
+
+    lines: list[str]
+    exit_code: int = 1
+
+    def submit(self, *_: object) -> None:
+        pass
+
+    def wait(self, job_id: str, _: float) -> JobState:
+        return JobState(job_id, "FAILED", "python", self.exit_code, "runtime environment failed\nmore", 1.0)
+
+    def log(self, _: str) -> list[str]:
+        return self.lines
+
+
+def check(lines: list[str], tmp_path: Path, *, brings: bool = False, exit_code: int = 1) -> str | None:
+    package = Package(tmp_path, {"kngd_ray/__init__.py": 1} if brings else {"run.yaml": 1})
+    cluster = Answered(lines, exit_code)
+    try:
+        submit._check(cluster, ["train"], package, tmp_path, Display(quiet_stdout=True))  # type: ignore[arg-type]
+    except KngdError as error:
+        return str(error)
+    return None
+
+
+def answer_of(version: str = __version__, *sentences: str) -> list[str]:
+    found = {"kngd_ray": version, "python": "3.9", "faults": [{"sentence": s, "usage": False} for s in sentences]}
+    return ["something first", json.dumps({reach.MARK: found})]
+
+
+@pytest.mark.parametrize(
+    ("lines", "exit_code", "words"),
+    [
+        (["python: Error while finding module", "No module named kngd_ray"], 1, "the cluster has no kngd_ray"),
+        (["ModuleNotFoundError: No module named 'kngd_ray'"], 1, "the cluster has no kngd_ray"),
+        (["python: No module named kngd_ray.commands.reach"], 1, "an older kngd_ray"),
+        (["ModuleNotFoundError: No module named 'open_clip'"], 1, "Python has no open_clip"),
+        (["/bin/sh: 1: python: not found"], 127, "finds no `python`"),
+        (["Traceback", "ValueError: odd"], 1, "said last: ValueError: odd; see kngd-ray submit --logs check-"),
+        ([], 1, "said last: runtime environment failed"),
+    ],
+)
+def test_a_check_without_an_answer_says_why(tmp_path: Path, lines: list[str], exit_code: int, words: str) -> None:
+    assert words in (check(lines, tmp_path, exit_code=exit_code) or "")
+
+
+def test_another_version_is_refused_unless_it_is_sent(tmp_path: Path) -> None:
+    sentence = check(answer_of("0.0.9"), tmp_path)
+    assert sentence is not None
+    assert f"the cluster has kngd_ray 0.0.9 and this machine {__version__}" in sentence
+    assert check(answer_of("0.0.9"), tmp_path, brings=True) is None
+    assert check(answer_of(), tmp_path) is None
+
+
+def test_each_fault_is_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert check(answer_of(__version__, "one thing."), tmp_path) == "one thing."
+    assert "2 things are wrong" in (check(answer_of(__version__, "one thing.", "another."), tmp_path) or "")
+    assert "- one thing.\n- another.\n" in capfd.readouterr().err
+
+
+# Following a log, from a dashboard that breaks off
+
+
+class Flaky:
+    """A dashboard with one job, whose log it sends a piece at a time; each connection ends as it is told to."""
+
+    def __init__(self, log: str, breaks: list[int]) -> None:
+        self.log, self.breaks = log, breaks
+        self.loop = asyncio.new_event_loop()
+        self.port = 0
+        threading.Thread(target=self.serve, daemon=True).start()
+        while not self.port:
+            time.sleep(0.01)
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def serve(self) -> None:
+        app = web.Application()
+        app.router.add_get("/api/version", self.version)
+        app.router.add_get("/api/jobs/{job}", self.job)
+        app.router.add_get("/api/jobs/{job}/logs/tail", self.tail)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self.loop.run_until_complete(self.runner.setup())
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        self.loop.run_until_complete(site.start())
+        self.port = self.runner.addresses[0][1]
+        self.loop.run_forever()
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(timeout=30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
+
+    async def job(self, request: web.Request) -> web.Response:
+        status = "RUNNING" if self.breaks else "FAILED"
+        found = {"type": "SUBMISSION", "submission_id": request.match_info["job"], "entrypoint": "python"}
+        return web.json_response({**found, "status": status, "driver_exit_code": None if self.breaks else -9})
+
+    async def tail(self, request: web.Request) -> web.WebSocketResponse:
+        socket_ = web.WebSocketResponse()
+        await socket_.prepare(request)
+        end = self.breaks.pop(0) if self.breaks else len(self.log)
+        for start in range(0, end, 7):
+            await socket_.send_str(self.log[start : min(start + 7, end)])
+        if end == len(self.log):
+            await socket_.close()
+        elif request.transport is not None:
+            request.transport.abort()
+        return socket_
+
+
+def test_a_log_that_breaks_off_goes_on_where_it_was(command) -> None:
+    noise = "2026-11-22 13:51:15,961\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+    noise += "Running entrypoint for job train-1: python -m kngd_ray.cli train\n"
+    own = [f"step {n} of 40, :key: [bold]±{n}" for n in range(40)]
+    epilogue = "\nJob supervisor actor died: The actor died\n\tpid: 1\nThe actor is dead"
+    server = Flaky(noise + "\n".join(own) + epilogue, [len(noise) + 30, 0, len(noise) + 400])
+    outcome = command("submit", "--address", server.address, "--logs", "train-1")
+    server.close()
+    assert outcome.out.splitlines() == own
+    assert outcome.code == 137, "killed by signal 9"
+    assert "job train-1 FAILED, exit code 137" in outcome.err
+
+
+def test_a_connection_that_stays_lost(command, monkeypatch) -> None:
+    monkeypatch.setattr(submission, "_RECONNECT_SECONDS", 1.0)
+    server = Flaky("first\nsecond\nthird\n", [6] * 1000)
+    timer = threading.Timer(2.0, server.close)
+    timer.start()
+    outcome = command("submit", "--address", server.address, "--logs", "train-1")
+    timer.join()
+    refused(outcome, FAILED, f"the connection to {server.address} is lost", "kngd-ray submit --logs train-1")
+    assert outcome.out.splitlines() == ["first"]
+
+
+# Defaults from the environment
+
+
+def test_defaults_that_hold_on_a_cluster(monkeypatch) -> None:
+    assert load_config().trainer.storage_path == "kngd_runs"
+    assert load_config().tracking.uri == "sqlite:///mlflow.db"
+    monkeypatch.setenv("KNGD_STORAGE_PATH", "/shared/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert TrainerConfig().storage_path == load_config().trainer.storage_path == "/shared/runs"
+    assert TrackingConfig().uri == load_config().tracking.uri == "http://tracking:5000"
+    assert load_config(overrides=["trainer.storage_path=/own"]).trainer.storage_path == "/own"
+    assert replace(load_config().tracking, enabled=False).uri == "http://tracking:5000"
+    monkeypatch.setenv("KNGD_STORAGE_PATH", "")
+    assert load_config().trainer.storage_path == "kngd_runs"
+
+
+def test_the_storage_option_follows_the_environment(command, monkeypatch) -> None:
+    monkeypatch.setenv("KNGD_STORAGE_PATH", str(command.folder / "elsewhere"))
+    refused(command("sync", "monday"), FAILED, f"no run monday in {command.folder / 'elsewhere'}")

@@ -39,7 +39,7 @@ from kngd_ray.training.method import MethodState
 from kngd_ray.training.resumable import latest
 
 RESULTS = Path(__file__).parent / "results" / "reliability_storage.json"
-STEPS = 160
+STEPS = 120
 FLIPS = 1000
 
 
@@ -64,7 +64,7 @@ class Tries:
             f"trainer.storage_path={storage}",
             f"trainer.name={name}",
             "tracking.enabled=false",
-            f"epochs={STEPS // 4}",
+            f"epochs={STEPS // 3}",
             "batch_size=4",
             "posterior.folds=0",
             *more,
@@ -128,7 +128,7 @@ class Tries:
             server.start()
             if "kngd-ray sync" in finished(process):
                 sync(place / "runs")
-            nothing_is_missing(server, 2000)
+            nothing_is_missing(server, 3 * 500)
         except AssertionError as error:
             print(error)
             return False

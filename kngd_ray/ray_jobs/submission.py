@@ -33,6 +33,7 @@ _RECONNECT_SECONDS = 60.0
 _SILENT_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 60.0
+_AGENT_SECONDS = 60.0
 _RECENT = 5
 # A job that is stopped ends as by Ctrl-C, so that its run is closed in MLflow; Ray's default is SIGTERM, then 3 s.
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
@@ -44,6 +45,7 @@ _CHATTY = (
     "ray._private.runtime_env.packaging",
     "ray._private.authentication",
 )
+_NO_AGENT = "No available agent"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOW_TO_SHOW_IT = (
     "set RAY_AUTH_MODE=token and put the head's token into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
@@ -155,14 +157,26 @@ class Cluster:
             entrypoint: its command line, for a shell.
             package: archive of its working folder.
             metadata: kept with it.
-        """
+
+        Raises:
+            KngdError: the cluster does not take it.
+        """  # noqa: DOC501
+        asked_until = time.monotonic() + _AGENT_SECONDS
         with self._refusals():
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job_id,
-                runtime_env={"working_dir": str(package), "env_vars": _STOPPING},
-                metadata=dict(metadata),
-            )
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=job_id,
+                        runtime_env={"working_dir": str(package), "env_vars": _STOPPING},
+                        metadata=dict(metadata),
+                    )
+                except RuntimeError as error:  # of a head that has just been started, or is busy
+                    if _NO_AGENT not in str(error) or time.monotonic() > asked_until:
+                        raise
+                    time.sleep(_POLL_SECONDS)
+                else:
+                    return
 
     def job(self, job_id: str) -> JobState:
         """Look at a job.
@@ -293,6 +307,11 @@ class Cluster:
             if "404" in str(error):
                 raise KngdError(
                     f"what answers at {self.address} is no Ray dashboard: give http://HOST:8265."
+                ) from error
+            if _NO_AGENT in str(error):
+                raise KngdError(
+                    f"the cluster at {self.address} has no agent on its head to start jobs with: another Ray on that "
+                    "machine may hold its port (52365), then start this one with --dashboard-agent-listen-port."
                 ) from error
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise KngdError(f"the cluster at {self.address} refuses: {line}") from error

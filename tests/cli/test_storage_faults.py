@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = 160
+STEPS = 120
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def settings(data: Path, cache: Path, storage: Path, *more: str) -> list[str]:
         "trainer.checkpoint_every=1",
         f"trainer.storage_path={storage}",
         "tracking.enabled=false",
-        f"epochs={STEPS // 4}",
+        f"epochs={STEPS // 3}",
         "batch_size=4",
         "posterior.folds=0",
         "posterior.draws=4",
@@ -196,5 +196,5 @@ def test_a_tracking_database_on_a_full_disk(disk: Disk, small_data: Path, shared
         disk.command(program()[0], "-c", code, uri), capture_output=True, text=True, timeout=300, check=True
     )
     sent = json.loads(read.stdout.splitlines()[-1])
-    assert sent["x/kalman-seed0"] == list(range(1, 41))
+    assert sent["x/kalman-seed0"] == list(range(1, 31))
     assert len(sent) == 2

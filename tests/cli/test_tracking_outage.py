@@ -155,7 +155,7 @@ def test_a_server_that_is_gone_for_a_minute(
     assert stderr.count("does not answer") <= 1, "an outage is told of once"
     if "kngd-ray sync" in stderr:  # the run was faster than the minute
         sync(tmp_path / "runs")
-    nothing_is_missing(server, 6000)
+    nothing_is_missing(server, 3 * 1500)
 
 
 def test_a_server_that_stays_away_until_sync(
@@ -174,4 +174,4 @@ def test_a_server_that_stays_away_until_sync(
     server.start()
     for _ in range(2):
         sync(tmp_path / "runs")
-    nothing_is_missing(server, 1600)
+    nothing_is_missing(server, 3 * 400)

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.few_shot.probe import Probe
 from benchmarks.step_cost.memory import allocated
 from benchmarks.step_cost.report import environment, fill
-from kngd_ray.clip import CLIPHead
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.summary import over_seeds
 from kngd_ray.config import load_config
@@ -79,23 +79,6 @@ class Fitted:
     choice: Any = None
 
 
-class Probe(nn.Module):
-    """The head with a class residual, in units of logits."""
-
-    def __init__(self, task: FitTask, head: CLIPHead | None = None) -> None:
-        super().__init__()
-        zero_shot = task.logit_scale * task.class_embeddings
-        self.register_buffer("zero_shot", zero_shot)
-        self.residual = nn.Linear(zero_shot.shape[1], zero_shot.shape[0], bias=False)
-        with torch.no_grad():
-            (delta,) = head.parameters() if head is not None else [torch.zeros_like(zero_shot)]
-            self.residual.weight.copy_(task.logit_scale * delta)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (m, C) of unit image embeddings (m, d)."""
-        return features @ self.zero_shot.mT + self.residual(features)
-
-
 def zero_shot(task: FitTask, options: PosteriorOptions) -> Fitted:
     """CLIP as it is."""
     head = build_head(task)
@@ -118,7 +101,8 @@ def laplace(structure: str) -> Callable[[FitTask, PosteriorOptions], Fitted]:
         shots = DataLoader(TensorDataset(task.support.features, task.support.labels), task.options.batch_size)
 
         def train() -> Any:
-            model = Probe(task, fit(task).head)  # type: ignore[arg-type]
+            (delta,) = fit(task).head.parameters()
+            model = Probe(task.class_embeddings, task.logit_scale, delta)
             found = Laplace(model, "classification", subset_of_weights="all", hessian_structure=structure)
             found.fit(shots)
             found.optimize_prior_precision(
@@ -153,7 +137,7 @@ def ivon(task: FitTask, options: PosteriorOptions) -> Fitted:
 
 def _ivon(task: FitTask, settings: _Settings, draws: int) -> Predict:
     torch.manual_seed(task.seed)
-    model = Probe(task)
+    model = Probe(task.class_embeddings, task.logit_scale)
     lr, samples, hess_init = settings
     optimizer = IVON(model.parameters(), lr=lr, ess=samples * len(task.support), hess_init=hess_init)
     sampler = BatchSampler(task.support, task.options.batch_size, task.options.epochs, task.seed)

@@ -181,14 +181,18 @@ def export(
 @app.command()
 def predict(
     target: _Target,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files, or folders of them.")],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also a gallery, the least certain first.", show_default=False),
+    ] = None,
     storage_path: _Storage = "kngd_runs",
     as_json: _Json = False,
 ) -> None:
-    """Class probabilities of pictures, with their uncertainty."""
+    """Class of pictures, its probability with an interval, and how unlike the training pictures they are."""
     from kngd_ray.commands.predict import predict as run
 
-    result = run(target, images, storage_path, _display(as_json))
+    result = run(target, images, storage_path, _display(as_json), html=html)
     if as_json:
         _print_json(result)
 

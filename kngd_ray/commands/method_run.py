@@ -7,6 +7,7 @@ from typing import Any
 
 from kngd_ray.commands import run_folder
 from kngd_ray.commands.environment import describe_environment
+from kngd_ray.commands.model_card import write_card
 from kngd_ray.commands.prepare import Prepared
 from kngd_ray.commands.protocols import Protocol
 from kngd_ray.commands.summary import flat_metrics, over_seeds
@@ -14,10 +15,11 @@ from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
-from kngd_ray.training.calibration import Calibration, calibrate
+from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.classifier import Settled, read_settled, restore_predictor, save_settled
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
+from kngd_ray.training.novelty import calibrate_and_compare
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import latest
 
@@ -102,8 +104,10 @@ class MethodRun:
         seconds = sum(report.pop("seconds") for report in reports)
         combined = over_seeds(reports)
         named = self._protocol.named
+        over_zero = over_seeds([zero_shot[seed] for seed in done])
         if self._parent is not None:
             self._parent.log_metrics(flat_metrics(combined))
+            self._card(self._parent, self.name, replace(self.config, seeds=tuple(done)), combined, over_zero)
         return {
             "run_id": None,
             "method": self.name,
@@ -112,7 +116,7 @@ class MethodRun:
             "steps": self.tasks[done[0]].sampler.steps,
             "refused": refused,
             "seconds": seconds,
-            "zero_shot": named(over_seeds([zero_shot[seed] for seed in done])),
+            "zero_shot": named(over_zero),
             **named(combined),
         }
 
@@ -141,6 +145,23 @@ class MethodRun:
         write_text(record.artifacts / "environment.json", describe_environment())
         return record
 
+    def _card(
+        self, record: Record, name: str, config: Config, report: Mapping[str, Any], zero_shot: Mapping[str, Any]
+    ) -> None:
+        """Write the model card of a fit, or of those of all seeds, after they were settled."""
+        settled = {seed: read_settled(self._folder / "fits" / self.fit(seed)) for seed in config.seeds}
+        write_card(
+            record.artifacts,
+            f"{self._folder.name}, {name}",
+            config,
+            self._prepared,
+            report,
+            zero_shot,
+            steps=self.tasks[config.seeds[0]].sampler.steps,
+            calibrations={seed: found.calibration for seed, found in settled.items()},
+            compared=all(found.novelty is not None for found in settled.values()),
+        )
+
     def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
         name, task = self.fit(seed), self.tasks[seed]
         record, posterior = self._records[name], self.config.posterior
@@ -156,10 +177,13 @@ class MethodRun:
         )
         try:
             device = "cpu" if task.towers is None else self._prepared.evaluator.device
-            calibration = calibrate(task, posterior, device)
+            calibration, novelty = calibrate_and_compare(task, posterior, device)
         except FilterError:  # a fold has fewer shots than the fit that went well
-            calibration = Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0)
-        save_settled(fit_folder, Settled(calibration, posterior, kept))
+            calibration, novelty = (
+                Calibration(posterior.temperature if posterior.temperature is not None else 1.0, 1.0),
+                None,
+            )
+        save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
@@ -176,6 +200,7 @@ class MethodRun:
                 "time/fit_s": seconds,
             }
         )
+        self._card(record, name, replace(self.config, seeds=(seed,)), report, zero_shot)
         figures = record.artifacts / "figures"
         figures.mkdir(exist_ok=True)
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}

@@ -1,64 +1,133 @@
 """``kngd-ray predict``: class, probability and uncertainty of picture files."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.commands.display import Display
+from kngd_ray.commands.gallery import Card, check_place, gallery
 from kngd_ray.commands.run_folder import find_fit
-from kngd_ray.data import decode
+from kngd_ray.data import BadImage, decode
 from kngd_ray.errors import DataError
+from kngd_ray.storage import write_text
 from kngd_ray.training.classifier import Classifier
-from kngd_ray.training.predict import entropy
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_BATCH = 64  # decoded pictures held at once
 
 
-def predict(target: str, images: Sequence[str], storage_path: str, display: Display) -> list[dict[str, Any]]:
+def predict(
+    target: str, images: Sequence[str], storage_path: str, display: Display, *, html: Path | None = None
+) -> list[dict[str, Any]]:
     """Classify picture files.
 
     Args:
         target: run, fit or checkpoint.
-        images: the files.
+        images: the files; of a folder, all pictures in it and below, but for those that cannot be decoded.
         storage_path: where runs live.
         display: where the table is shown.
+        html: where a gallery is written; None writes none.
 
     Returns:
-        Per picture: ``image``, ``class``, ``probability``, ``logit_std`` (of that class), ``entropy``
-        (nats) and ``probabilities`` by class.
+        Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (90 % credible
+        interval), ``unlike`` (share of the training shots, held out, that the fit is surer of), ``logit_std`` (of
+        that class), ``entropy`` (nats) and ``probabilities`` by class. None for what is not known.
 
     Raises:
-        DataError: a file is missing or unreadable.
+        DataError: a file is missing or unreadable, or there is no picture.
     """
-    pictures = []
-    for name in images:
-        try:
-            pictures.append(decode(Path(name).read_bytes(), name))
-        except OSError as error:
-            raise DataError(f"the picture {name} cannot be read ({error.strerror}): check the path.") from error
+    if html is not None:
+        check_place(html)
+    files = list(_files(images))
+    if not files:
+        raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
-    prediction = classifier.predict(pictures)
-    entropies = entropy(prediction.probabilities)
     rows: list[dict[str, Any]] = []
-    for n, name in enumerate(images):
-        p, spread = prediction.probabilities[n], prediction.logit_std[n]
-        best = int(p.argmax())
-        rows.append({
-            "image": name,
-            "class": classifier.class_names[best],
-            "probability": float(p[best]),
-            "logit_std": float(spread[best]),
-            "entropy": float(entropies[n]),
-            "probabilities": dict(zip(classifier.class_names, p.tolist(), strict=True)),
-        })
-    table = Table("image", "class", "probability", "logit std", "entropy (nats)")
+    cards: list[Card] = []
+    left_out: list[str] = []
+    for start in range(0, len(files), _BATCH):
+        batch = [
+            (str(path), picture) for path, named in files[start : start + _BATCH] if (picture := _open(path, named))
+        ]
+        left_out += [str(path) for path, _ in files[start : start + _BATCH] if str(path) not in dict(batch)]
+        if not batch:
+            continue
+        said = classifier.judge([picture for _, picture in batch]).rows(classifier.class_names)
+        for (name, picture), row in zip(batch, said, strict=True):
+            row["probabilities"] = dict(zip(classifier.class_names, row["probabilities"], strict=True))
+            rows.append({"image": name, **row, "entropy": row["uncertainty"]})
+            del rows[-1]["uncertainty"]
+            if html is not None:
+                cards.append(Card.of(rows[-1], picture))
+    if left_out:
+        display.say(f"undecodable pictures left out: {len(left_out)}, the first is {left_out[0]}")
+    if not rows:
+        raise DataError(f"none of the pictures in {', '.join(images)} can be decoded.")
+    display.out.print(_table(rows))
+    if html is not None:
+        write_text(html, gallery(f"predictions of {folder.name}", cards, compared=classifier.novelty is not None))
+        display.say(f"gallery: {html}")
+    return rows
+
+
+def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
+    """The picture files, and whether each was named itself; those of folders in the order of their names.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions.") from error
+
+    for name in images:
+        path = Path(name)
+        if not path.is_dir():
+            yield path, True
+            continue
+        found = []
+        for place, folders, files in os.walk(path, onerror=refuse):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            found += [Path(place, file) for file in files if Path(file).suffix.lower() in _SUFFIXES and file[0] != "."]
+        yield from ((file, False) for file in sorted(found))
+
+
+def _open(path: Path, named: bool) -> Image.Image | None:
+    """A picture; None of one that cannot be decoded and was not named itself.
+
+    Raises:
+        DataError: one that was named cannot be decoded, or a file cannot be read.
+        BadImage: it cannot be decoded.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
+        return decode(path.read_bytes(), str(path))
+    except BadImage:
+        if named:
+            raise
+        return None
+    except OSError as error:
+        raise DataError(f"the picture {path} cannot be read ({error.strerror}): check the path.") from error
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("image", "class", "probability", "90 % interval", "unlike the shots", "logit std", "entropy (nats)")
     for row in rows:
+        low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
         table.add_row(
             escape(row["image"]),
             escape(row["class"]),
-            *(f"{row[key]:.3f}" for key in ("probability", "logit_std", "entropy")),
+            f"{row['probability']:.3f}",
+            "–" if low is None else f"{low:.3f} to {high:.3f}",
+            "–" if unlike is None else f"{unlike:.2f}",
+            f"{row['logit_std']:.3f}",
+            f"{row['entropy']:.3f}",
         )
-    display.out.print(table)
-    return rows
+    return table

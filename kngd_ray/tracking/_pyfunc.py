@@ -34,6 +34,9 @@ def save_pyfunc(
         outputs=Schema([
             ColSpec(DataType.string, "class"),
             ColSpec(DataType.double, "probability"),
+            ColSpec(DataType.double, "probability_low", required=False),
+            ColSpec(DataType.double, "probability_high", required=False),
+            ColSpec(DataType.double, "unlike", required=False),
             ColSpec(DataType.double, "uncertainty"),
             ColSpec(DataType.double, "logit_std"),
             ColSpec(Array(DataType.double), "probabilities"),

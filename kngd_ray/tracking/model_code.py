@@ -4,9 +4,13 @@ Nothing is pickled. A table with a column ``image`` of picture files' bytes beco
 
 - ``class``: name of the most probable class;
 - ``probability``: its posterior predictive probability;
+- ``probability_low``, ``probability_high``: 90 % credible interval of that probability;
+- ``unlike``: share of the training shots, held out, that the fit is surer of: 0.99 is more unlike than 99 % of them;
 - ``uncertainty``: entropy of the posterior predictive distribution, nats;
 - ``logit_std``: posterior standard deviation of that class's logit;
 - ``probabilities``: of all classes, in the order of ``class_names`` in the model's metadata.
+
+What is not known (without a posterior there is no interval, of older fits no ``unlike``) is missing.
 """
 
 from pathlib import Path
@@ -17,6 +21,16 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 _BATCH = 32  # decoded pictures held at once
+_COLUMNS = [
+    "class",
+    "probability",
+    "probability_low",
+    "probability_high",
+    "unlike",
+    "uncertainty",
+    "logit_std",
+    "probabilities",
+]
 
 
 class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
@@ -48,30 +62,19 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
             params: unused.
 
         Returns:
-            m rows: class, probability, uncertainty, logit_std, probabilities.
+            m rows with the columns above.
         """
         from kngd_ray.data import decode
-        from kngd_ray.training.predict import entropy
 
         del context, params
         rows: list[dict[str, Any]] = []
         pictures = [bytes(data) for data in model_input["image"]]
         for start in range(0, len(pictures), _BATCH):
             batch = [decode(data, f"row {start + n}") for n, data in enumerate(pictures[start : start + _BATCH])]
-            found = self.classifier.predict(batch)
-            p = found.probabilities.double()
-            uncertainty = entropy(p)
-            top = p.argmax(1)
-            for n, c in enumerate(top.tolist()):
-                rows.append({
-                    "class": self.classifier.class_names[c],
-                    "probability": float(p[n, c]),
-                    "uncertainty": float(uncertainty[n]),
-                    "logit_std": float(found.logit_std[n, c]),
-                    "probabilities": p[n].tolist(),
-                })
-        columns = ["class", "probability", "uncertainty", "logit_std", "probabilities"]
-        return pd.DataFrame(rows, columns=columns, index=model_input.index)
+            rows += self.classifier.judge(batch).rows(self.classifier.class_names)
+        found = pd.DataFrame(rows, columns=_COLUMNS, index=model_input.index)
+        # numbers also where all are missing
+        return found.astype(dict.fromkeys(["probability_low", "probability_high", "unlike"], "float64"))
 
 
 set_model(ClassifierModel())

@@ -20,8 +20,9 @@ from kngd_ray.training.calibration import AnyPredictor, Calibration, assembled
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
 from kngd_ray.training.kalman import KalmanNGD, nested
+from kngd_ray.training.novelty import Novelty, probability_interval, total_variance
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
+from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor, entropy
 from kngd_ray.training.resumable import SOURCE, latest
 
 CALIBRATION = "calibration.json"
@@ -120,11 +121,13 @@ class Settled:
         calibration: tau and the scaling temperature.
         posterior: how the posterior enters.
         alpha: weight ensembling with the pretrained model; None is as the fit was told.
+        novelty: what pictures are compared with to say how unlike the shots they are; None where that is not known.
     """
 
     calibration: Calibration = field(default_factory=lambda: Calibration(1.0, 1.0))
     posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
     alpha: float | None = None
+    novelty: Novelty | None = None
 
 
 def save_settled(folder: Path, settled: Settled) -> None:
@@ -155,9 +158,56 @@ def read_settled(folder: Path) -> Settled:
     try:
         raw = json.loads(path.read_text())
         posterior = parse(PosteriorOptions, raw["posterior"])
-        return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"))
+        compared = raw.get("novelty")  # runs of earlier versions have none
+        novelty = None if compared is None else Novelty(tuple(float(q) for q in compared["quantiles"]))
+        return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"), novelty)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it to predict with tau = 1.") from error
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is said of m pictures.
+
+    Attributes:
+        probabilities: (m, C) posterior predictive probabilities.
+        logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
+        interval: (m, 2) 90 % credible interval of the most probable class's probability; None where the posterior has
+            no part in the prediction.
+        unlike: (m,) share of the training shots, held out, that the fit is surer of; None where that is not known.
+    """
+
+    probabilities: Tensor
+    logit_std: Tensor
+    interval: Tensor | None = None
+    unlike: Tensor | None = None
+
+    def rows(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Per picture, in plain numbers, what is said of it.
+
+        Args:
+            class_names: the classes, in label order.
+
+        Returns:
+            ``class``, ``probability``, ``probability_low``, ``probability_high``, ``unlike``, ``uncertainty`` (entropy,
+            nats), ``logit_std`` (of that class) and ``probabilities`` (a list); None for what is not known.
+        """
+        p = self.probabilities.double()
+        entropies = entropy(p)
+        found = []
+        for n, c in enumerate(p.argmax(1).tolist()):
+            low, high = (None, None) if self.interval is None else self.interval[n].tolist()
+            found.append({
+                "class": class_names[c],
+                "probability": float(p[n, c]),
+                "probability_low": low,
+                "probability_high": high,
+                "unlike": None if self.unlike is None else float(self.unlike[n]),
+                "uncertainty": float(entropies[n]),
+                "logit_std": float(self.logit_std[n, c]),
+                "probabilities": p[n].tolist(),
+            })
+        return found
 
 
 class Classifier:
@@ -168,15 +218,22 @@ class Classifier:
         predictor: the trained head and its belief.
         class_names: the classes, in label order.
         calibration: tau and the scaling temperature.
+        novelty: what pictures are compared with; None where there is nothing to compare with.
     """
 
     def __init__(
-        self, model: ClipModel, predictor: AnyPredictor, class_names: Sequence[str], calibration: Calibration
+        self,
+        model: ClipModel,
+        predictor: AnyPredictor,
+        class_names: Sequence[str],
+        calibration: Calibration,
+        novelty: Novelty | None = None,
     ) -> None:
         self.model = model
         self.predictor = predictor
         self.class_names = tuple(class_names)
         self.calibration = calibration
+        self.novelty = novelty
 
     @classmethod
     def load(cls, folder: Path, model: ModelConfig | None = None) -> "Classifier":
@@ -204,7 +261,10 @@ class Classifier:
             )
         settled = read_settled(fit_folder)
         predictor = restore_predictor(checkpoint, clip, settled.posterior, alpha=settled.alpha)
-        return cls(clip, predictor, manifest["class_names"], settled.calibration)
+        told = parse(FitOptions, manifest["options"]).tune.alpha
+        # the shots were measured at the weights that the fit was told to predict by, not at those of a later ensemble
+        novelty = settled.novelty if settled.alpha in (None, told) else None
+        return cls(clip, predictor, manifest["class_names"], settled.calibration, novelty)
 
     def predict(self, images: Sequence[Image.Image]) -> Prediction:
         """Posterior predictive probabilities of pictures.
@@ -215,10 +275,30 @@ class Classifier:
         Returns:
             Probabilities and logit spread, (m, C) each.
         """
+        return self.predictor.predict(self._inputs(images), self.calibration.tau)
+
+    def judge(self, images: Sequence[Image.Image]) -> Judgement:
+        """Predictions of pictures with all that is known of their uncertainty.
+
+        Args:
+            images: m RGB pictures.
+
+        Returns:
+            Probabilities, spread of the logits, interval and likeness.
+        """
+        inputs = self._inputs(images)
+        found = self.predictor.predict(inputs, self.calibration.tau)
+        interval = probability_interval(self.predictor, inputs, found, self.calibration.tau)
+        unlike = None
+        if self.novelty is not None and isinstance(self.predictor, Predictor):
+            unlike = self.novelty.score(total_variance(self.predictor, inputs))
+        return Judgement(found.probabilities, found.logit_std, interval, unlike)
+
+    def _inputs(self, images: Sequence[Image.Image]) -> Tensor:
+        """What the predictor takes of pictures: features of the pretrained tower, or pixels for a trained one."""
         if isinstance(self.predictor, Predictor):
-            return self.predictor.predict(self.model.encode_images(list(images)), self.calibration.tau)
-        pixels = torch.stack([self.model.transform(image.convert("RGB")) for image in images])
-        return self.predictor.predict(pixels, self.calibration.tau)
+            return self.model.encode_images(list(images))
+        return torch.stack([self.model.transform(image.convert("RGB")) for image in images])
 
 
 def open_fit(folder: Path) -> tuple[Checkpoint, Path]:

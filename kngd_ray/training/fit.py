@@ -11,7 +11,7 @@ from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
-from kngd_ray.training.batches import Batch, BatchSampler, Shots
+from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
@@ -147,7 +147,10 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     """
     head = build_head(task, device)
     if task.prior is None:
-        return build_method(task, head, group)
+        method = build_method(task, head, group)
+        if isinstance(method, KalmanNGD) and isinstance(task.support, Support):
+            method.inform(task.to(device).support)
+        return method
     prior = task.prior.load()
     with torch.no_grad():
         for name, p in trainable(head).items():

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from kngd_ray.clip import Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Transition
+from kngd_ray.filters import Belief, Factors, Kronecker, Transition
 from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
 from kngd_ray.sharding import Group, Placed, ShardedFilter, SingleProcess, StreamedOutcome, covariance_bytes
-from kngd_ray.training.batches import Batch
+from kngd_ray.training.batches import Batch, Support
 from kngd_ray.training.method import MethodState, StepStats, batch_scores
 from kngd_ray.training.observing import BatchSeen, Observer
 from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import TAU_GRID, moderated
 
+_AT_ONCE = 1024  # shots
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -78,6 +79,29 @@ class KalmanNGD:
         self.filter = ShardedFilter(self.family, self.observer.layers, self.group, prior.gate, prior.serial)
         self.placed: Placed[Any] = self.filter
         self.belief = self.filter.init(self._anchor, prior.p0)
+
+    def inform(self, shots: Support) -> None:
+        """Let the prior know how the inputs of each layer vary within classes, if the family asks for it.
+
+        Args:
+            shots: all of the fit, on every rank.
+        """
+        family = self.family
+        if not isinstance(family, Kronecker) or family.columns == "identity":
+            return
+        inputs: dict[str, list[Tensor]] = {}
+        for features in shots.features.split(_AT_ONCE):
+            passed = self.observer.linearizer.run(features)
+            H = passed.jacobian(torch.ones_like(passed.logits).unsqueeze(1))
+            for layer in self.observer.layers:
+                found = H[layer.name] if layer.factored else None
+                if isinstance(found, Factors) and found.own_x:
+                    inputs.setdefault(layer.name, []).append(found.x.mean(1))
+        informed = {
+            name: family.informed_layer(state, torch.cat(inputs[name]), shots.labels) if name in inputs else state
+            for name, state in self.belief.covariance.items()
+        }
+        self.belief = Belief(self.belief.mu, informed)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.

@@ -11,6 +11,7 @@ from kngd_ray.filters import (
     Diagonal,
     Fixed,
     GateModel,
+    Kronecker,
     Layerwise,
     NoGate,
     NoiseModel,
@@ -172,6 +173,11 @@ class FitOptions:
             raise ValueError(
                 f"filter.covariance is {self.filter.covariance.kind}; over towers (tune.parameters="
                 f"{self.tune.parameters}) it can be diagonal, kronecker or block_diagonal"
+            )
+        if isinstance(self.filter.covariance, Kronecker) and self.filter.covariance.columns != "identity":
+            raise ValueError(
+                f"filter.covariance.columns is {self.filter.covariance.columns}, for which shots must be features; "
+                "over towers leave it out"
             )
         for name, value, plain in (("serial", self.filter.serial, 0), ("iterations", self.filter.iterations, 1)):
             if value != plain:

@@ -301,7 +301,8 @@ def test_predict_of_a_missing_and_a_broken_picture(command) -> None:
     broken = command.folder / "broken.png"
     broken.write_bytes(b"no picture")
     refused(command("predict", command.run("p"), broken), FAILED, "broken.png: the picture cannot be decoded")
-    refused(command("predict", command.run("p"), command.folder), FAILED, "cannot be read")
+    (command.folder / "empty").mkdir()
+    refused(command("predict", command.run("p"), command.folder / "empty"), FAILED, "there is no picture in")
 
 
 # Numbers

@@ -186,7 +186,8 @@ def test_predict_as_table_and_json(command) -> None:
     rows = outcome.json
     assert [row["image"] for row in rows] == [str(f) for f in files]
     for row in rows:
-        assert set(row) == {"image", "class", "probability", "logit_std", "entropy", "probabilities"}
+        about = {"probability_low", "probability_high", "unlike", "logit_std", "entropy"}
+        assert set(row) == {"image", "class", "probability", "probabilities"} | about
         assert set(row["probabilities"]) == {"bird", "flower", "building"}
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["class"]]

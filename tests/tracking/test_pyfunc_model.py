@@ -4,8 +4,15 @@ import base64
 import io
 import json
 import math
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +24,11 @@ from PIL import Image
 from kngd_ray.data import BadImage
 from kngd_ray.tracking import publish, save_pyfunc
 from kngd_ray.tracking._pyfunc import _EXAMPLE
+from kngd_ray.training.classifier import Judgement
 
 NAMES = ("cat", "dog", "newt")
-COLUMNS = ["class", "probability", "uncertainty", "logit_std", "probabilities"]
+COLUMNS = ["class", "probability", "probability_low", "probability_high", "unlike", "uncertainty", "logit_std"]
+COLUMNS += ["probabilities"]
 
 
 def png(number: int) -> bytes:
@@ -37,12 +46,12 @@ class Stub:
     def __init__(self):
         self.batches = []
 
-    def predict(self, images):
+    def judge(self, images):
         self.batches.append(len(images))
         wanted = torch.tensor([image.width % 3 for image in images])
         p = torch.full((len(images), 3), 0.25)
         p[torch.arange(len(images)), wanted] = 0.5
-        return SimpleNamespace(probabilities=p, logit_std=p * 2)
+        return Judgement(p, p * 2, unlike=p[:, 0])
 
 
 @pytest.fixture
@@ -70,13 +79,15 @@ def test_columns_and_their_values(model):
     assert out["logit_std"].eq(1.0).all()
     assert out["uncertainty"].to_numpy() == pytest.approx(1.5 * math.log(2))
     assert out["probabilities"][101] == [0.25, 0.5, 0.25]
+    assert out["probability_low"].isna().all()
+    assert list(out["unlike"][:3]) == [0.5, 0.25, 0.25]
     assert model.classifier.batches == [32, 8]
 
 
 def test_certainty_has_no_entropy_and_no_rows_no_predictions(model):
     model.classifier = SimpleNamespace(
         class_names=NAMES,
-        predict=lambda images: SimpleNamespace(probabilities=torch.eye(3)[: len(images)], logit_std=torch.zeros(3, 3)),
+        judge=lambda images: Judgement(torch.eye(3)[: len(images)], torch.zeros(3, 3)),
     )
     assert model.predict(None, pd.DataFrame({"image": [picture(3)]}))["uncertainty"].item() == 0
     assert list(model.predict(None, pd.DataFrame({"image": []})).columns) == COLUMNS
@@ -163,6 +174,76 @@ def test_published_model_in_a_fresh_process(open_record, run_folder, store, expe
         assert row["probability"] == pytest.approx(float(p[c]), rel=1e-4)
         assert row["logit_std"] == pytest.approx(float(spread[c]), rel=1e-3)
         assert row["uncertainty"] == pytest.approx(-float((p * p.log()).sum()), rel=1e-3)
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A fit of nine pictures, and the pictures."""
+    from kngd_ray.clip import ModelConfig, load_model
+    from kngd_ray.sharding import SingleProcess
+    from kngd_ray.training.batches import Support
+    from kngd_ray.training.classifier import Settled, identity_of, save_settled
+    from kngd_ray.training.fit import FitTask
+    from kngd_ray.training.novelty import calibrate_and_compare
+    from kngd_ray.training.options import FitOptions
+    from kngd_ray.training.predict import PosteriorOptions
+    from kngd_ray.training.resumable import run_fit
+
+    clip, fit, templates = load_model(ModelConfig()), tmp_path / "fit", ["a photo of a {}."]
+    pictures = [png(n) for n in range(9)]
+    features = clip.encode_images([Image.open(io.BytesIO(data)) for data in pictures])
+    support = Support(features, torch.arange(9) % 3)
+    task = FitTask(FitOptions(epochs=2), 0, support, clip.encode_classes(NAMES, templates), clip.logit_scale)
+    run_fit(task, fit, identity_of(clip, ModelConfig(), NAMES, templates), SingleProcess(), "cpu", checkpoint_every=0)
+    posterior = PosteriorOptions(temperature=0.3, folds=3)
+    calibration, novelty = calibrate_and_compare(task, posterior)
+    save_settled(fit, Settled(calibration, posterior, None, novelty))
+    return fit, pictures
+
+
+@pytest.mark.slow
+def test_served_model_answers_bytes_with_what_the_fit_says(fitted, tmp_path):
+    from kngd_ray.training.classifier import Classifier
+
+    fit, pictures = fitted
+    save_pyfunc(fit, tmp_path / "model", NAMES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ["-m", "mlflow", "models", "serve", "-m", tmp_path / "model", "--env-manager", "local", "-h", "127.0.0.1"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, *serve, "-p", str(port), "-w", "1"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "PATH": path}, start_new_session=True
+        )
+    try:
+        sent = [[base64.b64encode(data).decode()] for data in pictures[:3]]
+        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": sent}}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    rows = json.load(answer)["predictions"]
+                break
+            except urllib.error.HTTPError as error:
+                pytest.fail(error.read().decode())
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(1)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    expected = Classifier.load(fit).judge([Image.open(io.BytesIO(data)) for data in pictures[:3]]).rows(NAMES)
+    assert [set(row) for row in rows] == [set(COLUMNS)] * 3
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["class"] == wanted["class"]
+        for key in COLUMNS[1:]:
+            assert row[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), key
 
 
 def test_fit_that_is_gone_does_not_hold_up_the_rest(open_record, run_folder, store, experiment, client, caplog):

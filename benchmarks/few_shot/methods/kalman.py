@@ -1,0 +1,111 @@
+"""Kalman by presets that are fixed: nothing is searched, tau comes from folds over the shots of each case."""
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.few_shot.methods._base import Method
+from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings, Watch
+from kngd_ray.config import load_config, to_yaml
+from kngd_ray.errors import FilterError
+from kngd_ray.search import fit_together
+from kngd_ray.sharding import SingleProcess
+from kngd_ray.training.calibration import Calibration, calibration_of, held_out_tasks, predictor_of
+from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
+from kngd_ray.training.method import Method as Optimiser
+from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
+
+OVERRIDES = (
+    "epochs=3",
+    "batch_size=32",
+    "adapter=[class_residual]",
+    "observation=[{kind: log_likelihood, r0: 1.0}, {kind: cosine, r0: 0.25}]",
+    "filter.covariance={kind: kronecker, columns: within_class, shrinkage: 5}",
+    "filter.p0=0.05",
+    "filter.iterations=3",
+    "noise.tempering=none",
+    "posterior.predict=linearised",
+)
+
+
+def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
+    """A preset as a method.
+
+    Args:
+        name: of the method.
+        preset: shipped, or a file.
+        overrides: over it.
+
+    Returns:
+        The method.
+    """
+    config = load_config(overrides=["method=kalman", f"preset={preset}", *overrides])
+    options, posterior = config.fit_options, config.posterior
+
+    def fitted(problem: Problem, settings: Settings) -> list[Outcome]:
+        tasks = [problem.task(case, options) for case in problem.cases]
+        found = calibrations(tasks, posterior)
+        return [
+            _outcome(problem, case, task, posterior, chosen)
+            for case, task, chosen in zip(problem.cases, tasks, found, strict=True)
+        ]
+
+    return Method(name, fitted, recipe=to_yaml(options) + to_yaml(posterior))
+
+
+def calibrations(tasks: Sequence[FitTask], posterior: PosteriorOptions) -> list[Calibration]:
+    """What :func:`~kngd_ray.training.calibration.calibrate` finds for each, the folds of all fitted together."""
+    parts = [held_out_tasks(task, posterior.folds) for task in tasks]
+    fits = iter(fit_together([part for of_task in parts for part, _ in of_task]))
+    found = []
+    for of_task in parts:
+        held = [(next(fits), shots) for _, shots in of_task]
+        sound = [(one.method, shots) for one, shots in held if not isinstance(one, FilterError)]
+        found.append(calibration_of(sound, posterior) if sound else Calibration(1.0, 1.0))
+    return found
+
+
+def _outcome(problem: Problem, case: Case, task: FitTask, posterior: PosteriorOptions, chosen: Calibration) -> Outcome:
+    watch = Watch([case], task.sampler.steps, every=task.sampler.steps)
+    taken: list[StepRecord] = []
+
+    def look(step: int, optimiser: Optimiser) -> None:
+        if watch.due(step):
+            with torch.no_grad():
+                watch.see(step, optimiser.head(watch.features[0]).unsqueeze(0))
+
+    failed = None
+    try:
+        look(0, begin(task, SingleProcess()))
+        done = fit(task, on_step=taken.append, on_checkpoint=look, checkpoint_every=1)
+    except FilterError as error:  # it predicts as its prior does
+        done, failed = begin(task, SingleProcess()), str(error)
+    predictor = predictor_of(done, posterior)
+    assert isinstance(predictor, Predictor)
+    found = {name: _predicted(predictor, test.features, chosen.tau) for name, test in case.tests.items()}
+    (curve,) = watch.curves(median(record.milliseconds for record in taken) / 1e3) if taken else (None,)
+    return Outcome(
+        {name: p for name, (p, _) in found.items()},
+        {name: variance for name, (_, variance) in found.items()},
+        curve,
+        {"tau": chosen.tau, "held_out_nll": chosen.held_out_nll, "failed": failed},
+    )
+
+
+def _predicted(predictor: Predictor, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Probabilities at tau, and the variance of the logits at tau = 1."""
+    if predictor.options.predict != "linearised":
+        spread = predictor.predict(features, 1.0).logit_std
+        return predictor.predict(features, tau).probabilities, spread.square().mean(1)
+    variance = predictor.logit_variance(features)
+    with torch.no_grad():
+        return moderated(predictor.head(features), tau * variance).softmax(1), variance.mean(1)
+
+
+KF_CLIP = method("kf_clip", "kf_clip")
+LOKO = method("loko", "loko")
+DIAGONAL = method("kalman_diagonal", "kalman")
+OURS = method("ours", "kalman", OVERRIDES)
+OURS_SINGLE_PASS = method("ours_single_pass", "kalman", [*OVERRIDES, "epochs=1"])

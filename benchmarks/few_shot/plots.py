@@ -1,0 +1,103 @@
+"""The report's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.few_shot.claims import mean_curve
+from kngd_ray.training.metrics import ECE_BINS
+
+COLOURS = {
+    "ours": "#1f5f9e",
+    "adamw": "#d1752b",
+    "ivon": "#6a9f58",
+    "laplace": "#967662",
+    "gda": "#d1615d",
+    "tip_adapter_f": "#a77c9f",
+    "clip_adapter": "#e7ca60",
+    "kalman_diagonal": "#7fb3d5",
+    "zero_shot": "#8c8c8c",
+}
+RELIABILITY, CURVES = "reliability.png", "curves.png"
+_LEAST_IN_BIN = 0.002  # share of the pictures, below which a bin is noise
+
+
+def reliability(frame: pd.DataFrame, path: Path) -> None:
+    """Accuracy against confidence, all problems together.
+
+    Args:
+        frame: all rows.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    for axes, where in zip(figure.subplots(1, 2), ("id", "ood"), strict=True):
+        axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
+        for method in _drawn(frame):
+            rows = frame[frame["method"] == method]
+            count, confidence, right = (
+                np.sum(np.stack(rows[f"bins_{where}_{name}"].map(np.asarray).tolist()), axis=0)
+                for name in ("count", "confidence", "right")
+            )
+            kept = count > max(_LEAST_IN_BIN * count.sum(), 0)
+            axes.plot(
+                confidence[kept] / count[kept],
+                right[kept] / count[kept],
+                color=COLOURS[method],
+                marker="o",
+                markersize=3,
+                label=method,
+                linewidth=2 if method == "ours" else 1.2,
+            )
+        axes.set_title(f"{where.upper()}, {ECE_BINS} bins", fontsize=10)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        _plain(axes)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def curves(frame: pd.DataFrame, path: Path) -> None:
+    """Accuracy against steps, for each data set at its most shots, means over domains and support sets.
+
+    Args:
+        frame: all rows.
+        path: of the picture.
+    """
+    with_steps = frame[frame["steps"].notna()]
+    names = sorted(with_steps["data"].unique())
+    if not names:
+        Figure(figsize=(4, 2)).savefig(path)
+        return
+    figure = Figure(figsize=(4.4 * len(names), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False)
+    for column, data in enumerate(names):
+        rows = with_steps[with_steps["data"] == data]
+        shots = rows["shots"].max()
+        rows = rows[rows["shots"] == shots]
+        for axes, where in zip(panels[:, column], ("id", "ood"), strict=True):
+            for method in _drawn(rows):
+                own = rows[rows["method"] == method]
+                at = np.unique(np.geomspace(1, own["steps"].max(), 120).astype(int)).astype(float)
+                accuracy = 100 * mean_curve(own, f"curve_{where}", at)
+                axes.plot(at, accuracy, color=COLOURS[method], label=method, linewidth=2 if method == "ours" else 1.2)
+            axes.set_xscale("log")
+            axes.set_xlabel("steps")
+            axes.set_ylabel(f"{where.upper()} accuracy %")
+            axes.set_title(f"{data}, {shots} shots", fontsize=10)
+            _plain(axes)
+    panels[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _drawn(frame: pd.DataFrame) -> Sequence[str]:
+    there = set(frame["method"])
+    return [method for method in COLOURS if method in there]
+
+
+def _plain(axes) -> None:  # type: ignore[no-untyped-def]
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=8)

@@ -1,0 +1,115 @@
+"""A fit without folders: what it learned stays in memory, in the form of a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kngd_ray.errors import FilterError, UsageError
+from kngd_ray.sharding import SingleProcess
+from kngd_ray.storage import storage_errors
+from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.checkpoint import Checkpoint, save
+from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.method import MethodState
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare
+from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.prior import Prior
+from kngd_ray.training.resumable import describe
+
+
+@dataclass(frozen=True)
+class Held(Prior):
+    """A posterior in memory as the prior of the next fit.
+
+    Attributes:
+        state: of the earlier fit.
+    """
+
+    state: MethodState
+
+    @classmethod
+    def of(cls, kept: Checkpoint) -> "Held":
+        """From a checkpoint.
+
+        Args:
+            kept: in memory or read.
+
+        Returns:
+            The prior.
+        """
+        return cls(kept.folder, {"files": {}, "shots": kept.manifest["shots"]}, kept.state)
+
+    def load(self) -> MethodState:
+        """The state itself."""
+        return self.state
+
+
+def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
+    """Run a fit to its end.
+
+    Args:
+        task: what to fit.
+        identity: what the weights belong to; see :func:`kngd_ray.training.classifier.identity_of`.
+
+    Returns:
+        The checkpoint that a run would have written, without a folder.
+    """
+    state, steps = fit(task).state(), task.sampler.steps
+    manifest = describe(task, identity) | {
+        "step": steps,
+        "steps": steps,
+        "parameters": {name: list(p.shape) for name, p in state.weights.items()},
+        "pieces": list(state.pieces),
+    }
+    return Checkpoint(Path(), manifest, state)
+
+
+def settle(task: FitTask, posterior: PosteriorOptions) -> tuple[Calibration, Novelty | None]:
+    """Choose tau on the shots, as far as they can be held out.
+
+    Args:
+        task: the fit.
+        posterior: how the posterior enters predictions.
+
+    Returns:
+        The calibration, at the given tau or 1 where a fold cannot be fitted, and what pictures are compared with.
+    """
+    try:
+        return calibrate_and_compare(task, posterior)
+    except FilterError:  # a fold has fewer pictures than the fit that went well
+        return Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0), None
+
+
+def check_continues(before: Checkpoint, identity: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a posterior as the prior of another task.
+
+    Args:
+        before: the earlier fit.
+        identity: what the weights of the next one belong to.
+        options: of the next one, plain data.
+
+    Raises:
+        UsageError: model, classes, prompts, adapter or covariance are others.
+    """
+    then = before.manifest["options"]
+    for what, a, b in (
+        *((key, before.manifest[key], identity[key]) for key in ("model", "class_names", "templates")),
+        ("adapter", then["adapter"], options["adapter"]),
+        ("filter.covariance", then["filter"]["covariance"], options["filter"]["covariance"]),
+    ):
+        if a != b:
+            raise UsageError(f"{what} was changed since the last fit: call fit, which starts anew.")
+
+
+def write(folder: Path, kept: Checkpoint) -> None:
+    """Write a checkpoint where :func:`~kngd_ray.training.resumable.latest` finds it.
+
+    Args:
+        folder: of the fit; it is made if it is missing.
+        kept: the checkpoint.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    description = {key: value for key, value in kept.manifest.items() if key not in ("parameters", "pieces", "files")}
+    save(folder / f"step-{kept.manifest['step']:08d}-000000", kept.state, description, SingleProcess())

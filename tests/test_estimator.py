@@ -1,0 +1,237 @@
+"""KalmanCLIP: scikit-learn's conventions, pictures and labels of every kind, and nothing of Ray or MLflow."""
+
+import io
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.emoji import CLASSES, small_table
+from PIL import Image
+
+from kngd_ray import KalmanCLIP
+from kngd_ray.errors import CheckpointError, DataError, UsageError
+from kngd_ray.estimator import NotFittedError
+from kngd_ray.training.classifier import Classifier
+
+QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3, "posterior.draws": 8}
+
+
+def rows(split: str, domain: str = "noto") -> tuple[list[bytes], list[str]]:
+    found = [r for r in small_table().to_pylist() if (r["split"], r["domain"]) == (split, domain)]
+    return [r["image"] if isinstance(r["image"], bytes) else r["image"]["bytes"] for r in found], [
+        r["class_name"] for r in found
+    ]
+
+
+@pytest.fixture(scope="module")
+def train():
+    return rows("train")
+
+
+@pytest.fixture(scope="module")
+def tests():
+    return rows("test")
+
+
+@pytest.fixture(scope="module")
+def fitted(train):
+    return KalmanCLIP(settings={"posterior.folds": 3, "posterior.temperature": 0.3}).fit(*train)
+
+
+def test_three_lines(fitted, tests) -> None:
+    p, std = fitted.predict_proba(tests[0], return_std=True)
+    assert list(fitted.classes_) == sorted(CLASSES)
+    assert p.shape == std.shape == (12, 3)
+    assert p.sum(1) == pytest.approx(np.ones(12))
+    assert (std > 0).all()
+    assert (std <= 0.5).all()
+    assert list(fitted.predict(tests[0])) == [fitted.classes_[c] for c in p.argmax(1)]
+    assert fitted.score(*tests) == np.mean(fitted.predict(tests[0]) == np.array(tests[1]))
+    assert fitted.score(*tests) >= 0.75
+    assert np.array_equal(fitted.predict_proba(tests[0]), p)
+    assert fitted.predict_proba([]).shape == (0, 3)
+
+
+def test_unlike(fitted, train, tests) -> None:
+    scores = fitted.unlike(tests[0])
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert np.isnan(KalmanCLIP(settings=QUICK).fit(*train).unlike(tests[0][:2])).all()
+
+
+def test_pictures_of_every_kind_are_the_same_picture(fitted, tests, tmp_path) -> None:
+    data = tests[0][0]
+    file = tmp_path / "x.png"
+    file.write_bytes(data)
+    from kngd_ray.data import decode
+
+    picture = decode(data, "x")
+    array = np.asarray(picture)
+    p = fitted.predict_proba([data, file, str(file), picture, array, array / 255.0])
+    assert np.abs(p - p[0]).max() < 1e-5
+    grey = np.zeros((8, 9), np.uint8)
+    assert fitted.predict_proba([grey, grey[:, :, None]]).shape == (2, 3)
+    assert fitted.predict_proba(np.stack([array, array])).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([1, 2, 0], None),
+        (np.array([3, 5, 4]), {3: "bird", 4: "building", 5: "flower"}),
+        ([("a", 1), ("b", 2), ("c", 3)], None),
+        ([True, 7, "x"], None),
+        ([2.5, 1.5, 0.5], None),
+    ],
+)
+def test_labels_of_every_kind(train, labels, names) -> None:
+    kinds = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    y = [kinds[CLASSES.index(name)] for name in train[1]]
+    clf = KalmanCLIP(class_names=names, settings=QUICK).fit(train[0], y)
+    assert set(clf.classes_.tolist()) == set(kinds)
+    assert set(clf.predict(train[0]).tolist()) <= set(kinds)
+    assert clf.score(train[0], y) > 0.8
+    assert clf.class_names_ == tuple(str(c) if names is None else names[c] for c in clf.classes_.tolist())
+
+
+def test_random_state(train) -> None:
+    settings = {**QUICK, "batch_size": 4}
+
+    def p(state):
+        return KalmanCLIP(settings=settings, random_state=state).fit(*train).predict_proba(train[0][:3])
+
+    assert np.array_equal(p(1), p(1))
+    assert not np.array_equal(p(1), p(2))
+    assert np.array_equal(p(np.random.RandomState(3)), p(np.random.RandomState(3)))
+    for state in (None, np.random.default_rng(0)):
+        assert p(state).shape == (3, 3)
+    with pytest.raises(ValueError, match="random_state"):
+        p("now")
+
+
+def test_partial_fit_continues_the_posterior(train, tests) -> None:
+    pictures, labels = train
+    settings = {**QUICK, "epochs": 1, "batch_size": 64, "noise.tempering": "none"}
+    first, second = slice(0, None, 2), slice(1, None, 2)
+    clf = KalmanCLIP(settings=settings).partial_fit(pictures[first], labels[first], classes=CLASSES)
+    before = {name: t.clone() for name, t in clf.checkpoint_.state.covariance.items()}
+    clf.partial_fit(pictures[second], labels[second])
+    for name, now in clf.checkpoint_.state.covariance.items():
+        assert (now <= before[name] + 1e-12).all(), "variances do not grow"
+        assert (now < before[name]).any()
+    assert clf.checkpoint_.manifest["prior"] is not None
+    clf.partial_fit(pictures[:1], labels[:1])  # a single picture
+    assert clf.score(*tests) > 0.5
+    with pytest.raises(UsageError, match="'tree' is new"):
+        clf.partial_fit(pictures[:1], ["tree"])
+    with pytest.raises(UsageError, match="adapter was changed"):
+        clf.set_params(settings={**settings, "adapter": "linear"}).partial_fit(pictures[:1], labels[:1])
+    with pytest.raises(UsageError, match="one class"):
+        KalmanCLIP(settings=settings).partial_fit(pictures[:1], labels[:1])
+
+
+def test_save_and_load(fitted, tests, tmp_path) -> None:
+    folder = fitted.save(tmp_path / "kept")
+    loaded = KalmanCLIP.load(folder)
+    assert np.array_equal(loaded.predict_proba(tests[0]), fitted.predict_proba(tests[0]))
+    assert np.array_equal(loaded.unlike(tests[0]), fitted.unlike(tests[0]))
+    judged = Classifier.load(folder).judge([Image.open(io.BytesIO(data)).convert("RGB") for data in tests[0][:2]])
+    assert judged.interval is not None
+    loaded.partial_fit(*tests).save(tmp_path / "more")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        fitted.save(folder)
+    with pytest.raises(CheckpointError, match="no saved KalmanCLIP"):
+        KalmanCLIP.load(tmp_path)
+    (file,) = folder.glob("step-*/weights.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError):
+        KalmanCLIP.load(folder)
+
+
+def test_pickles_without_the_model(fitted, tests) -> None:
+    fitted.predict(tests[0][:1])
+    data = pickle.dumps(fitted)
+    assert len(data) < 1 << 20
+    assert np.array_equal(pickle.loads(data).predict_proba(tests[0]), fitted.predict_proba(tests[0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "X", "y", "error", "says"),
+    [
+        ({}, [b"x"], ["a"], UsageError, "one class"),
+        ({}, [b"x", b"y"], ["a"], UsageError, "2 pictures and 1 labels"),
+        ({}, [b"x", b"y"], ["a", "b"], DataError, "picture 0: the picture cannot be decoded"),
+        ({}, ["no.png", "no.png"], ["a", "b"], DataError, "no.png cannot be read"),
+        ({}, np.zeros((2, 5)), ["a", "b"], DataError, "picture 0 is float64 of shape"),
+        ({}, [b"x", b"y"], ["a", []], UsageError, "label 1"),
+        ({"settings": {"p0": 1}}, [b"x", b"y"], ["a", "b"], UsageError, "filter.p0"),
+        ({"settings": {"data.shots": 1}}, [b"x", b"y"], ["a", "b"], UsageError, "data.shots"),
+        ({"preset": "adamw"}, [b"x", b"y"], ["a", "b"], UsageError, "for adamw"),
+        ({"preset": "kalman_lora"}, [b"x", b"y"], ["a", "b"], UsageError, "trains towers"),
+        ({"class_names": {"a": "cat"}}, [b"x", b"y"], ["a", "b"], UsageError, "no name of the label 'b'"),
+        ({"class_names": {"a": "cat", "b": "cat"}}, [b"x", b"y"], ["a", "b"], UsageError, "one name"),
+    ],
+)
+def test_mistakes_are_one_sentence(make, X, y, error, says) -> None:
+    with pytest.raises(error, match=says):
+        KalmanCLIP(**make).fit(X, y)
+
+
+def test_unfitted() -> None:
+    for ask in ("predict", "predict_proba", "unlike"):
+        with pytest.raises(NotFittedError, match="not fitted"):
+            getattr(KalmanCLIP(), ask)([b""])
+    with pytest.raises(ValueError, match="no parameter 'p0'"):
+        KalmanCLIP().set_params(p0=1)
+    with pytest.raises(UsageError, match="one picture"):
+        KalmanCLIP(settings=QUICK).fit(b"ab", ["a", "b"])
+
+
+def test_with_scikit_learn(train) -> None:
+    base = pytest.importorskip("sklearn.base")
+    selection = pytest.importorskip("sklearn.model_selection")
+    validation = pytest.importorskip("sklearn.utils.validation")
+    settings = {"epochs": 1, **QUICK}
+    clf = KalmanCLIP(settings=settings, random_state=4)
+    copy = base.clone(clf)
+    assert copy is not clf
+    assert copy.get_params() == clf.get_params()
+    assert base.is_classifier(clf)
+    with pytest.raises(NotFittedError):
+        clf.predict(train[0])
+    scores = selection.cross_val_score(clf, *train, cv=3)
+    assert scores.shape == (3,)
+    assert scores.mean() > 0.6
+    search = selection.GridSearchCV(clf, {"settings": [settings, {**settings, "filter.p0": 1e-6}]}, cv=2).fit(*train)
+    validation.check_is_fitted(search.best_estimator_)
+    assert search.best_estimator_.score(*train) > 0.8
+
+
+CHECKS = (  # of check_estimator, those that fit no matrix of numbers
+    "check_no_attributes_set_in_init",
+    "check_parameters_default_constructible",
+    "check_get_params_invariance",
+    "check_set_params",
+    "check_do_not_raise_errors_in_init_or_set_param",
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_estimator_tags_renamed",
+    "check_valid_tag_types",
+)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_checks_of_scikit_learn(name) -> None:
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    check = getattr(checks, name, None)
+    if check is None:
+        pytest.skip("this scikit-learn has no such check")
+    check("KalmanCLIP", KalmanCLIP())
+
+
+def test_needs_neither_ray_nor_mlflow_nor_scikit_learn_and_imports_lightly() -> None:
+    light = "import sys, kngd_ray; assert 'torch' not in sys.modules; assert 'KalmanCLIP' in dir(kngd_ray)"
+    heavy = "kngd_ray.KalmanCLIP; assert not {'ray', 'mlflow', 'sklearn', 'pandas'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"{light}; {heavy}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -148,8 +148,9 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     head = build_head(task, device)
     if task.prior is None:
         method = build_method(task, head, group)
-        if isinstance(method, KalmanNGD) and isinstance(task.support, Support):
-            method.inform(task.to(device).support)
+        shots = task.to(device).support
+        if isinstance(method, KalmanNGD) and isinstance(shots, Support):
+            method.inform(shots)
         return method
     prior = task.prior.load()
     with torch.no_grad():

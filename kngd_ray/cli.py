@@ -357,6 +357,8 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
+    # names come from files: those with control characters would write on the terminal what they like
+    sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
     ended = sentence if sentence.endswith((".", "?")) else f"{sentence}."
     sys.stderr.write(f"kngd-ray: {ended}\n")
     sys.exit(code)

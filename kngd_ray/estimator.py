@@ -10,10 +10,10 @@
 Everything happens in this process: no Ray, no MLflow, and nothing is written until :meth:`KalmanCLIP.save`.
 """
 
-import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -149,8 +149,7 @@ class KalmanCLIP:
         return f"KalmanCLIP({', '.join(changed)})"
 
     def __sklearn_tags__(self) -> Any:
-        # only scikit-learn asks
-        sk = importlib.import_module("sklearn.utils")
+        sk = sys.modules["sklearn.utils"]  # only scikit-learn asks
         tags = sk.Tags(
             estimator_type="classifier",
             target_tags=sk.TargetTags(required=True),

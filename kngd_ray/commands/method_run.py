@@ -189,8 +189,8 @@ class MethodRun:
         report = evaluation.report()
         report |= self._protocol.figures(predictor, calibration, report[ID])
         steps = record.steps()
-        seconds = sum(step["time/step_ms"] for step in steps) / 1e3
-        refused = sum(int(step["train/refused"]) for step in steps)
+        seconds = sum(step.get("time/step_ms", 0.0) for step in steps) / 1e3
+        refused = sum(int(step.get("train/refused", 0)) for step in steps)
         record.log_metrics(
             flat_metrics(report)
             | flat_metrics(zero_shot, "zero_shot/")

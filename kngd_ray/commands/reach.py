@@ -29,6 +29,7 @@ MARK = "kngd_ray_reach"  # the key by which the line is found in the job's log
 # Options of the commands that take a value; :mod:`kngd_ray.cli` declares them.
 VALUED = (
     "--resume", "--storage-path", "--points", "--out", "--parent", "--metric", "--baseline", "--uri", "--address",
+    "--html",
 )  # fmt: skip
 _LOG = ("train", "tune")
 _WRITE_RUNS = (*_LOG, "evaluate", "ensemble")

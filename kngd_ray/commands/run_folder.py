@@ -8,7 +8,6 @@
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from uuid import uuid4
 from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
-from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.storage import read_json, storage_errors, write_text
 from kngd_ray.tracking import redact, resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
 
@@ -159,8 +158,13 @@ def _winner(folder: Path) -> Path:
     if not (folder / SEARCH).is_file():
         return folder
     results = folder / RESULTS
-    run = json.loads(results.read_text())["run"] if results.is_file() else None
-    if run is None:
+    try:
+        run = read_json(results)["run"] if results.is_file() else None
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{results} is damaged ({error}): delete it, then continue with kngd-ray tune --resume {folder.name}."
+        ) from error
+    if not isinstance(run, str):
         raise CheckpointError(
             f"{folder.name} is a search that has not fitted its winner: continue it with kngd-ray tune --resume "
             f"{folder.name}, or fit its champion.yaml with kngd-ray train."

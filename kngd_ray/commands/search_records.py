@@ -1,6 +1,5 @@
 """What a search leaves for MLflow: a record of its own, and one of each trial below it."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from kngd_ray.commands.search_file import SearchConfig, search_yaml
 from kngd_ray.commands.summary import flat_metrics
 from kngd_ray.config import flatten, to_yaml
 from kngd_ray.search import JOURNAL, Claimed, TrialResult, plain_space
-from kngd_ray.storage import write_text
+from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Record, Status
 
 PARENT = "search"
@@ -91,7 +90,7 @@ class SearchRecords:
         """
         for result in results:
             meta = self._folder / "records" / _id(result.number) / "meta.json"
-            if meta.is_file() and json.loads(meta.read_text())["status"] == _STATUS[result.state]:
+            if _status(meta) == _STATUS[result.state]:
                 self._chart(result, best)
             else:
                 self.end(result, best)
@@ -135,6 +134,15 @@ class SearchRecords:
         }
         name = self._folder.name if parent is None else f"{self._folder.name}/{record_id}"
         return Record.open(self._folder, record_id, name=name, params=params, tags=tags, parent=parent)
+
+
+def _status(meta: Path) -> str | None:
+    """What a record says became of its trial; None where there is none, or a damaged one."""
+    try:
+        found = read_json(meta)
+    except (OSError, ValueError):
+        return None
+    return found.get("status") if isinstance(found, dict) else None
 
 
 def _id(number: int) -> str:

@@ -30,7 +30,7 @@ from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, rea
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.search import Driver, SearchStudy, TrialResult, Workload, fit_alone, fit_together, mode_of, run_here
 from kngd_ray.search.figures import study_figures
-from kngd_ray.storage import write_text
+from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.options import FitOptions
 
@@ -215,8 +215,12 @@ class _Search:
         done = self._study.results()
         self._records.mend(done, best[0].objective if best else {})
         results = self._folder / run_folder.RESULTS
-        known = json.loads(results.read_text()) if results.is_file() else None
-        if known is not None and known["trials"] == report["trials"]:  # nothing has been added since
+        try:
+            known = read_json(results) if results.is_file() else None
+        except ValueError as error:
+            self._display.say(f"{results} is damaged ({error}): written again")
+            known = None
+        if isinstance(known, dict) and known.get("trials") == report["trials"]:  # nothing has been added since
             self._display.search(known)
             return known
         if not best:

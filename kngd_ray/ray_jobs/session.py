@@ -214,7 +214,7 @@ def _ensure_token() -> None:
 
 def _write_token(path: Path) -> None:
     """In one move and only if there is none yet: of two processes that start at once, both get the same."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -15,7 +15,7 @@ from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
 from kngd_ray.filters import Belief
 from kngd_ray.observations import trainable
-from kngd_ray.storage import write_text
+from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import AnyPredictor, Calibration, assembled
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
@@ -156,7 +156,7 @@ def read_settled(folder: Path) -> Settled:
     if not path.is_file():
         return Settled()
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
         posterior = parse(PosteriorOptions, raw["posterior"])
         compared = raw.get("novelty")  # runs of earlier versions have none
         novelty = None if compared is None else Novelty(tuple(float(q) for q in compared["quantiles"]))
@@ -251,7 +251,7 @@ class Classifier:
         """
         checkpoint, fit_folder = open_fit(folder)
         manifest = checkpoint.manifest
-        trained_on = manifest["model"]["fingerprint"]
+        trained_on = str(manifest["model"].get("fingerprint")) if isinstance(manifest["model"], dict) else ""
         clip = load_model(model or parse(ModelConfig, manifest[SOURCE]))
         if clip.fingerprint != trained_on:
             raise CheckpointError(

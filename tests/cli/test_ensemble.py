@@ -1,5 +1,7 @@
 """Weights between the pretrained and the trained model: their curve, and one of them kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,7 @@ from kngd_ray.commands.prepare import open_task, prepare
 from kngd_ray.commands.run_folder import read_config
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
-from kngd_ray.training.classifier import Settled, open_fit, read_settled, restore_predictor
+from kngd_ray.training.classifier import open_fit, read_settled, restore_predictor
 from kngd_ray.training.evaluation import evaluate
 
 FIGURES = ("accuracy", "nll", "ece", "brier")
@@ -63,7 +65,7 @@ def test_a_kept_alpha_is_used_from_then_on(command) -> None:
     one = command("ensemble", fit, "alpha=0.33", "--points", "2", "--json").json
     assert [point["alpha"] for point in one["curve"]] == [0, 0.33, 1]
     assert (one["alpha"], one["kept"], one["figure"]) == (0.33, True, str(fit / "ensemble.png"))
-    assert read_settled(fit) == Settled(before[1].calibration, before[1].posterior, 0.33)
+    assert read_settled(fit) == replace(before[1], alpha=0.33)
     assert read_settled(run / "fits" / "kalman-seed0") == before[0]
     shown = command("ensemble", run, "--points", "3")
     assert "use alpha=0.33 and 1" in shown.err

@@ -24,9 +24,10 @@ OVERRIDES = (
     "observation=[{kind: log_likelihood, r0: 1.0}, {kind: cosine, r0: 0.25}]",
     "filter.covariance={kind: kronecker, columns: within_class, shrinkage: 5}",
     "filter.p0=0.05",
-    "filter.iterations=3",
+    "filter.iterations=6",
     "noise.tempering=none",
     "posterior.predict=linearised",
+    "posterior.temperature=0.3",
 )
 
 

@@ -132,6 +132,7 @@ def test_a_password_in_the_address_is_kept_for_its_owner_alone(folder: Path) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_no_secret_is_in_the_logs_of_ray(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Workers inherit the environment, and Ray writes much: none of it is in what it writes."""
     import tempfile

@@ -40,11 +40,20 @@ def cluster() -> Iterator[Cluster]:
         found.shutdown()
 
 
+def below(node: object) -> list[psutil.Process]:
+    """What a node's raylet has started."""
+    raylets = [info[0].process for kind, info in node.all_processes.items() if "raylet" in kind]  # type: ignore[attr-defined]
+    return [child for raylet in raylets for child in psutil.Process(raylet.pid).children(recursive=True)]
+
+
+def has_a_rank(node: object) -> bool:
+    """Whether a Ray Train worker runs there."""
+    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in below(node))
+
+
 def switch_off(cluster: Cluster, node: object) -> None:
     """SIGKILL to a node's processes, its workers first: a machine takes all along."""
-    raylets = [info[0].process for kind, info in node.all_processes.items() if "raylet" in kind]  # type: ignore[attr-defined]
-    below = [child for raylet in raylets for child in psutil.Process(raylet.pid).children(recursive=True)]
-    for process in below:
+    for process in below(node):
         process.kill()
     cluster.remove_node(node, allow_graceful=False)
 
@@ -62,7 +71,8 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(
     cluster: Cluster, tmp_path: Path, spare: bool, ranks: int, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("fault", f"a node dies, {'a spare one is there' if spare else 'no spare'}, num_workers: [1, 2]")
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    # the spare one is there beforehand: the fit might end while a node starts
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3 if spare else 2)]
     cluster.wait_for_nodes()
     job = Job({FIT: long_task(STEPS)}, IDENTITY, tmp_path / "job", checkpoint_every=5)
     last, off, went_on = 0, 0.0, 0.0
@@ -74,10 +84,7 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(
             return
         step = event.record["step"]
         if not off and step >= 20:
-            if spare:
-                cluster.add_node(num_cpus=1)
-                cluster.wait_for_nodes()
-            switch_off(cluster, nodes[1])
+            switch_off(cluster, next(node for node in reversed(nodes) if has_a_rank(node)))
             off = time.monotonic()
             time.sleep(1)  # what the other rank still writes
             shutil.copytree(job.folder / "fits", tmp_path / "copy" / "fits")

@@ -15,9 +15,10 @@ from kngd_ray.commands.compare_page import MARK, page
 from kngd_ray.commands.compare_rows import Found, find_rows
 from kngd_ray.commands.compare_tables import Figure, Line, Metric, Table, build_tables
 from kngd_ray.commands.display import Display
+from kngd_ray.commands.pages import check_place
 from kngd_ray.config import TrackingConfig
-from kngd_ray.errors import StorageError, TrackingError, UsageError
-from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.errors import TrackingError
+from kngd_ray.storage import write_text
 from kngd_ray.tracking import read_runs, redact
 
 _SHOWN_TRIALS = 20
@@ -51,7 +52,8 @@ def compare(
     Raises:
         TrackingError: nothing in the experiment can be compared.
     """
-    path = _page_path(experiment, out)
+    path = out or Path(f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '_', experiment)}.html")
+    check_place(path, MARK, "compare", "--out")
     uri = uri or TrackingConfig().uri
     runs = read_runs(uri, experiment)
     if not runs:
@@ -77,26 +79,6 @@ def compare(
         "left_out": dict(found.left_out),
         "groups": [_plain(table) for table in tables],
     }
-
-
-def _page_path(experiment: str, out: Path | None) -> Path:
-    """Where the page goes, known to be free or a page of ours before anything is read.
-
-    Raises:
-        UsageError: another file is there.
-        StorageError: its folder is not there.
-    """
-    path = out or Path(f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '_', experiment)}.html")
-    if not path.parent.is_dir():
-        raise StorageError(f"cannot write {path}: there is no folder {path.parent}.")
-    if path.exists():
-        ours = False
-        if path.is_file():
-            with storage_errors(path), path.open("rb") as file:
-                ours = MARK.encode() in file.read(2000)
-        if not ours:
-            raise UsageError(f"{path} is there and is no page of `kngd-ray compare`: give --out another name.")
-    return path
 
 
 def _show(table: Table, found: Found, display: Display) -> None:

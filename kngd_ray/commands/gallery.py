@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from pathlib import Path
 from string import Template
 from typing import Any
 
 from PIL import Image
-
-from kngd_ray.errors import StorageError, UsageError
-from kngd_ray.storage import storage_errors
 
 MARK = '<meta name="generator" content="kngd-ray predict">'
 """What tells a page of ours from another file."""
@@ -58,27 +54,6 @@ class Card:
         """What the cards are sorted by: how unlike the shots, if that is known, then entropy."""
         unlike = self.row["unlike"]
         return (-1.0 if unlike is None else unlike, self.row["entropy"])
-
-
-def check_place(path: Path) -> None:
-    """Refuse to write where another file is, before anything is computed.
-
-    Args:
-        path: of the page.
-
-    Raises:
-        UsageError: a file that is no gallery is there.
-        StorageError: the folder is missing.
-    """
-    if not path.absolute().parent.is_dir():
-        raise StorageError(f"cannot write {path}: there is no folder {path.absolute().parent}.")
-    if path.exists():
-        ours = False
-        if path.is_file():
-            with storage_errors(path), path.open("rb") as file:
-                ours = MARK.encode() in file.read(2000)
-        if not ours:
-            raise UsageError(f"{path} is there and is no page of `kngd-ray predict`: give --html another name.")
 
 
 def gallery(title: str, cards: Sequence[Card], *, compared: bool) -> str:

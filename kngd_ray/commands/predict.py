@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.commands.display import Display
-from kngd_ray.commands.gallery import Card, check_place, gallery
+from kngd_ray.commands.gallery import MARK, Card, gallery
+from kngd_ray.commands.pages import check_place
 from kngd_ray.commands.run_folder import find_fit
 from kngd_ray.data import BadImage, decode
 from kngd_ray.errors import DataError
@@ -42,7 +43,7 @@ def predict(
         DataError: a file is missing or unreadable, or there is no picture.
     """
     if html is not None:
-        check_place(html)
+        check_place(html, MARK, "predict", "--html")
     files = list(_files(images))
     if not files:
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")

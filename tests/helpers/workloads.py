@@ -8,6 +8,16 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 
+# settings of a command slow enough to be caught in the middle: 4 classes, exact rows of a head of 65,536 weights
+SLOW_RUN = (
+    "adapter=linear",
+    "observation=categorical",
+    "epochs=40",
+    "batch_size=32",
+    "posterior.folds=0",
+    "trainer.checkpoint_every=5",
+)
+
 
 def long_task(steps: int) -> FitTask:
     """Exact Gauss-Newton rows of 20 classes, estimated noise, a process that moves."""

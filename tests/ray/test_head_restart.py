@@ -12,21 +12,13 @@ import pytest
 import torch
 from helpers.heads import Head, ray_head
 from helpers.resuming import everything_in
+from helpers.workloads import SLOW_RUN
 
 from kngd_ray.training.resumable import latest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# slow enough to be caught in the middle: 4 classes, exact rows of a head of 65,536 weights
-FIT = [
-    "adapter=linear",
-    "observation=categorical",
-    "epochs=40",
-    "batch_size=32",
-    "posterior.folds=0",
-    "trainer.checkpoint_every=5",
-    "tracking.enabled=false",
-]
+FIT = (*SLOW_RUN, "tracking.enabled=false")
 
 
 def start(head: Head, *arguments: str) -> subprocess.Popen[str]:

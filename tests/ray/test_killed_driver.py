@@ -12,20 +12,11 @@ import psutil
 import pytest
 import torch
 from helpers.resuming import everything_in
+from helpers.workloads import SLOW_RUN
 
 from kngd_ray.training.resumable import latest
 
 pytestmark = pytest.mark.ray
-
-# slow enough to be caught in the middle: 4 classes, exact rows of a head of 65,536 weights
-FIT = [
-    "adapter=linear",
-    "observation=categorical",
-    "epochs=40",
-    "batch_size=32",
-    "posterior.folds=0",
-    "trainer.checkpoint_every=5",
-]
 
 
 def command(*arguments: str) -> list[str]:
@@ -36,12 +27,12 @@ def command(*arguments: str) -> list[str]:
 def test_a_killed_run_is_resumed_bitwise(workers: int, settings: Callable[..., list[str]], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     whole = subprocess.run(
-        command(*settings("whole", workers), *FIT, "--json"), capture_output=True, text=True, timeout=300
+        command(*settings("whole", workers), *SLOW_RUN, "--json"), capture_output=True, text=True, timeout=300
     )
     assert whole.returncode == 0, whole.stderr
 
     driver = subprocess.Popen(
-        command(*settings("killed", workers), *FIT), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        command(*settings("killed", workers), *SLOW_RUN), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     fit = runs / "killed" / "fits" / "kalman-seed0"
     deadline = time.monotonic() + 200

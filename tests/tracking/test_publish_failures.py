@@ -1,21 +1,17 @@
 """Stores that are down, refuse or lie: one sentence within seconds, no secrets, nothing lost."""
 
 import http.server
-import os
-import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers.mlflow_server import Server
 
 from kngd_ray.errors import TrackingError
 from kngd_ray.tracking import Publisher, publish, redact, resolve_uri
@@ -200,40 +196,6 @@ def test_publisher_survives_what_nobody_expects(finished, store, monkeypatch):
     assert problems == ["publishing failed: ZeroDivisionError('division by zero')"]
 
 
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real server over the store in a folder; its process group is its own."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=folder)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-                assert time.monotonic() < deadline, "no server after a minute"
-                time.sleep(0.1)
-        yield server
-    finally:
-        kill(server)
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 @pytest.mark.slow
 def test_server_killed_in_the_middle_and_restarted(open_record, run_folder, own_store, monkeypatch):
     from mlflow import MlflowClient
@@ -244,25 +206,24 @@ def test_server_killed_in_the_middle_and_restarted(open_record, run_folder, own_
     (record.artifacts / "a").mkdir()
     (record.artifacts / "a" / "a.txt").write_text("a")
     record.finish()
-    folder, port = Path(own_store.removeprefix("sqlite:///")).parent, free_port()
-    uri = f"http://127.0.0.1:{port}"
     log_batch = MlflowClient.log_batch
     sent: list[int] = []
-    with mlflow_server(folder, port) as server:
+    server = Server(Path(own_store.removeprefix("sqlite:///")).parent)
+    try:
 
         def fatal(self, *args, **options):
             if options["metrics"]:
                 if len(sent) == 1:
-                    kill(server)
+                    server.kill()
                 sent.append(len(options["metrics"]))
             return log_batch(self, *args, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_batch", fatal)
-            message = refusal(run_folder, uri)
+            message = refusal(run_folder, server.uri)
         assert "does not answer" in message
         assert sent == [1000, 1000]
-    with mlflow_server(folder, port):
+        server.start()
         sent.clear()
 
         def counted(self, *args, **options):
@@ -271,11 +232,13 @@ def test_server_killed_in_the_middle_and_restarted(open_record, run_folder, own_
 
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_batch", counted)
-            ids = publish(run_folder, uri, "x")
+            ids = publish(run_folder, server.uri, "x")
         assert sent == [1000, 500]  # the first thousand is not sent again
-        client = MlflowClient(uri)
+        client = MlflowClient(server.uri)
         run = client.get_run(ids["seed-0"])
         assert (run.info.status, run.data.params) == ("FINISHED", {"a": "1"})
         assert [m.step for m in client.get_metric_history(ids["seed-0"], "nll")] == list(range(1, 2501))
         assert [a.path for a in client.list_artifacts(ids["seed-0"], "a")] == ["a/a.txt"]
         assert len(client.search_runs([run.info.experiment_id])) == 1
+    finally:
+        server.kill()

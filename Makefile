@@ -7,6 +7,7 @@
 LOCK ?=
 PYTHON ?= python3.11
 VENV ?= .venv
+PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
@@ -16,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kngd-ray train seeds=0,1,2 baselines=adamw
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_JOBS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -56,13 +56,14 @@ class Problem:
         return FitTask(options, case.seed, case.support, self.class_embeddings, self.logit_scale)
 
     def folds(self, count: int) -> "Problem":
-        """The cross-validation over the shots of the first case: its cases' only test set is what they do not see."""
-        first = self.cases[0]
-        fold = fold_of(first.support.labels, count)
-        cases = [
-            Case(first.support.subset(fold != f), {ID: first.support.subset(fold == f)}, first.seed)
-            for f in range(count)
-        ]
+        """The cross-validation over the shots of each case: its cases' only test set is what they do not see."""
+        cases = []
+        for case in self.cases:
+            fold = fold_of(case.support.labels, count)
+            cases += [
+                Case(case.support.subset(fold != f), {ID: case.support.subset(fold == f)}, case.seed)
+                for f in range(count)
+            ]
         return replace(self, cases=cases, watched=False)
 
     def zero_shot(self, features: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Compute what is missing, problem by problem."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -117,16 +117,23 @@ class Runner:
             self._problems = {key: self.data.problem(domain, shots, range(self.plan.seeds))}
         return self._problems[key]
 
+    def _searched_on(self, shots: int) -> Problem:
+        """A support set of each domain that is trained on: what suits one alone may fail on another."""
+        able = [domain for domain in self.data.domains if shots <= self.data.most_shots[domain]]
+        problems = [self.data.problem(domain, shots, [0]) for domain in able]
+        return replace(problems[0], cases=[case for problem in problems for case in problem.cases])
+
     def _settings(self, shots: int, method: Method) -> tuple[str, Settings]:
         """What a method is fitted with, and the name of what decides its figures."""
         owner = self.methods[method.searched_as] if method.searched_as is not None else method
         if owner.space is None:
             return recipe_of(method.recipe, self.data.dev), {}
         of = max(shots, _LEAST_SEARCHED)
-        recipe = recipe_of(owner.name, owner.recipe, self.plan.trials, FOLDS, dict(owner.usual))
+        others = self.data.domains[1:]
+        recipe = recipe_of(owner.name, owner.recipe, self.plan.trials, FOLDS, dict(owner.usual), *others)
         found = self.store.search(self.data.name, of, owner.name, recipe)
         if found is None:
-            found = search(owner, self.data.problem(self.data.domains[0], of, [0]), self.plan.trials)
+            found = search(owner, self._searched_on(of), self.plan.trials)
             self.store.keep_search(self.data.name, of, owner.name, recipe, found)
             self.say(f"{self.data.name} {of} shots {owner.name}: searched in {found['seconds']} s: {_short(found)}")
         return recipe_of(method.recipe, recipe, found["settings"], self.data.dev), found["settings"]

@@ -18,11 +18,11 @@ _MIN_P = 1e-12
 
 
 def search(method: Method, problem: Problem, trials: int) -> dict[str, Any]:
-    """Search the settings of a method on the first case of a problem.
+    """Search the settings of a method.
 
     Args:
         method: one that is searched.
-        problem: whose first support set decides; two shots a class or more.
+        problem: whose support sets decide together; two shots a class or more.
         trials: settings tried, the usual one first.
 
     Returns:

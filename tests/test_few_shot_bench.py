@@ -102,7 +102,7 @@ def test_tau_of_all_cases_is_that_of_each(problem):
     method = METHODS["ours"]
     assert method.space is None
     outcomes = method.fit(problem, {})
-    config = kalman.load_config(overrides=["method=kalman", "preset=kalman", *kalman.OVERRIDES])
+    config = kalman.load_config(overrides=["method=kalman"])
     for case, outcome in zip(problem.cases, outcomes, strict=True):
         alone = calibrate(problem.task(case, config.fit_options), config.posterior)
         assert outcome.chosen["tau"] == alone.tau
@@ -243,7 +243,7 @@ def test_another_preset_is_computed_again(tmp_path, emoji):
     store, data = Store(tmp_path), DataSet(emoji)
     plan = Plan(shots=[1], seeds=1, methods=["ours"], trials=1, domains=["noto"])
     (before,) = Runner(data, plan, store, lambda text: None).run()
-    other = kalman.method("ours", "kalman", [*kalman.OVERRIDES, "filter.p0=0.01"])
+    other = kalman.method("ours", "kalman", ["filter.p0=0.01"])
     (after,) = Runner(data, plan, store, lambda text: None, methods={"ours": other}).run()
     assert before["id_nll"].item() != after["id_nll"].item()
     assert len(store.rows("small", "ours")) == 1

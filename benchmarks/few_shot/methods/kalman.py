@@ -17,20 +17,6 @@ from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
 
-OVERRIDES = (
-    "epochs=3",
-    "batch_size=32",
-    "adapter=[class_residual]",
-    "observation=[{kind: log_likelihood, r0: 1.0}, {kind: cosine, r0: 0.25}]",
-    "filter.covariance={kind: kronecker, columns: within_class, shrinkage: 5}",
-    "filter.p0=0.05",
-    "filter.iterations=6",
-    "noise.tempering=none",
-    "posterior.predict=linearised",
-    "posterior.temperature=0.3",
-)
-
-
 def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
     """A preset as a method.
 
@@ -107,6 +93,6 @@ def _predicted(predictor: Predictor, features: Tensor, tau: float) -> tuple[Tens
 
 KF_CLIP = method("kf_clip", "kf_clip")
 LOKO = method("loko", "loko")
-DIAGONAL = method("kalman_diagonal", "kalman")
-OURS = method("ours", "kalman", OVERRIDES)
-OURS_SINGLE_PASS = method("ours_single_pass", "kalman", [*OVERRIDES, "epochs=1"])
+DIAGONAL = method("kalman_diagonal", "kalman_diagonal")
+OURS = method("ours", "kalman")
+OURS_SINGLE_PASS = method("ours_single_pass", "kalman", ["epochs=1"])

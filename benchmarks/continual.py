@@ -41,8 +41,8 @@ from kngd_ray.training.resumable import run_fit
 
 ROWS = {
     "adamw": ["method=adamw"],
-    "diagonal": ["method=kalman", "filter.covariance=diagonal"],
-    "kronecker": ["method=kalman", "filter.covariance=kronecker"],
+    "diagonal": ["method=kalman", "preset=kalman_diagonal"],
+    "kronecker": ["method=kalman", "preset=kalman_diagonal", "filter.covariance=kronecker"],
 }
 COLOURS = {"adamw": "#d1752b", "diagonal": "#7fb3d5", "kronecker": "#1f5f9e"}
 BASELINE = "adamw"

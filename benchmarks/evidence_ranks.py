@@ -135,7 +135,7 @@ def spearman(rows: Sequence[dict[str, Any]], score: str, target: str) -> float |
 def measure(args: argparse.Namespace) -> None:
     """Judge, fit and test the priors of one data set, and keep what came out."""
     torch.set_num_threads(args.threads)
-    overrides = [f"data.path={args.data}", f"data.shots={args.shots}", "seeds=0,1,2"]
+    overrides = ["preset=kalman_diagonal", f"data.path={args.data}", f"data.shots={args.shots}", "seeds=0,1,2"]
     if args.domain:
         overrides.append(f"data.train_domain={args.domain}")
     search = load_search(SEARCH, overrides)

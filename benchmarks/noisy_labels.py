@@ -108,7 +108,7 @@ def settings() -> Iterator[tuple[str, FitOptions, list[FitOptions]]]:
             for lr, epochs in product((1e-3, 3e-3, 1e-2), (1, 2, 5, 10))
         ],
     )
-    kalman = load_config(overrides=["method=kalman"]).fit_options
+    kalman = load_config(overrides=["method=kalman", "preset=kalman_diagonal"]).fit_options
     for (name, observation), (gate_name, gate) in product(OBSERVATIONS.items(), GATES.items()):
         start = replace(kalman, observation=observation, filter=replace(kalman.filter, gate=gate))
         gates = [gate] if isinstance(gate, NoGate) else [replace(gate, quantile=q) for q in (0.9, 0.99)]

@@ -26,6 +26,7 @@ from kngd_ray.commands.environment import describe_environment
 RESULTS = Path(__file__).parent / "results"
 SEARCH = """
 method: kalman
+preset: kalman_diagonal
 search: {{objective: {objective}, batch: {batch}, seeds: [0, 1, 2], sampler: random, refit: false}}
 space:
   filter.p0: {{low: 1.0e-3, high: 3.0, log: true}}

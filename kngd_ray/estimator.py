@@ -86,7 +86,8 @@ class KalmanCLIP:
     Attributes:
         classes_: labels in the order of the columns of :meth:`predict_proba`.
         class_names_: what they are called in prompts.
-        calibration_: posterior temperature tau and scaling temperature, chosen on the training pictures alone.
+        calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it (those
+            of the preset ``kalman`` do), and scaling temperature, likewise.
         checkpoint_: weights and covariance, as a checkpoint holds them.
     """
 
@@ -180,7 +181,8 @@ class KalmanCLIP:
     ) -> Self:
         """Learn from more pictures: the posterior so far is the prior. Give each picture once.
 
-        Tau is chosen anew on the new pictures, unless there are fewer than two for each fold.
+        What is chosen on pictures (tau, unless it is given) is chosen anew on the new ones, unless there are fewer than
+        two for each fold.
 
         Args:
             X: N pictures.

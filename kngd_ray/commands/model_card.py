@@ -136,7 +136,11 @@ def _figures(
             shown = " | ".join(cell(figures[key], factor) for key, _, factor in _FIGURES)
             rows.append(f"| {title} | {who} | {shown} |")
     taus = ", ".join(f"{c.tau:g}" for c in calibrations.values())
-    chosen = "by cross-validation over the training pictures" if config.posterior.folds else "not chosen, but given"
+    posterior = config.posterior
+    asked = posterior.folds and posterior.temperature is None
+    chosen = "by cross-validation over the training pictures" if asked else "not chosen, but given"
+    used = config.method == "kalman" and posterior.predict != "mean"
+    by = f"`{posterior.predict}`, posterior temperature tau {taus}, {chosen}" if used else "by the weights alone"
     held = [c.held_out_accuracy for c in calibrations.values() if c.held_out_accuracy is not None]
     return _lines(
         "## Figures",
@@ -147,8 +151,7 @@ def _figures(
         f"|---|---|{'---|' * len(_FIGURES)}",
         *rows,
         "",
-        f"Predictions: `{config.posterior.predict}`, posterior temperature tau {taus}, {chosen}. No temperature "
-        "scaling is applied to these figures.",
+        f"Predictions: {by}. No temperature scaling is applied to these figures.",
         *([f"Accuracy on held-out training pictures: {100 * float(np.mean(held)):.1f} %."] if held else []),
     )
 
@@ -178,8 +181,8 @@ def _limits(config: Config, report: Mapping[str, Any]) -> str:
         a, b = (100 * _mean(figures["accuracy"]) for figures in (report["id"], ood))
         limits.append(
             f"On domains that it has not seen its accuracy is {b:.1f} %, against {a:.1f} % on its own, and its "
-            f"calibration error {_mean(ood['ece']):.3f} against {_mean(report['id']['ece']):.3f}: tau is chosen on "
-            "training pictures, which do not speak for other domains."
+            f"calibration error {_mean(ood['ece']):.3f} against {_mean(report['id']['ece']):.3f}: training pictures do "
+            "not speak for other domains."
         )
     if config.method != "kalman":
         limits.append(

@@ -225,9 +225,19 @@ def _show(
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
-    chosen = "; tau and temperatures were chosen on the training shots" if config.posterior.folds else ""
-    display.table(title, rows, [f"seeds {seeds}; {spread}{chosen}"])
+    display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
     protocol.show(rows, display)
+
+
+def _chosen(config: Config) -> str:
+    """What the shots were asked for beside the weights; not for a tau that is given."""
+    posterior = config.posterior
+    if not posterior.folds:
+        return ""
+    given = posterior.temperature
+    tau = "tau and " if given is None else f"tau is {given:g}, "
+    used = config.method == "kalman" and posterior.predict != "mean"
+    return f"; {tau if used else ''}temperatures were chosen on the training shots"
 
 
 def data_name(config: Config) -> str:

@@ -2,8 +2,9 @@
 
 A model is right about nearly all of the shots it was fitted on, so they say nothing about its
 calibration. Here the shots are cut into folds, each fold is predicted by a fit on the others, and
-the held-out predictions choose the posterior temperature tau on a grid (least NLL) and fit the
-temperature T of ``p^(1/T)`` for what tau leaves. The test split is never touched.
+the held-out predictions choose the posterior temperature tau on a grid (least NLL, or the most
+probable tau where it has a prior) and fit the temperature T of ``p^(1/T)`` for what tau leaves. The test
+split is never touched.
 """
 
 from collections.abc import Iterable, Mapping
@@ -148,7 +149,7 @@ def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptio
 
     Args:
         fits: fits of one task on parts of its shots, each with the shots held out from it.
-        options: posterior options; a given temperature is kept as tau.
+        options: posterior options; a given temperature is kept as tau. Of fits without a posterior tau is 0.
         alpha: weight ensembling with the pretrained model.
 
     Returns:
@@ -159,16 +160,18 @@ def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptio
     for method, held in fits:
         predictor = predictor_of(method, options, alpha)
         labels.append(held.labels.cpu())
-        uses_posterior = predictor.belief is not None and options.predict != "mean"
-        given = options.temperature
-        for tau in (given,) if given is not None else (TAU_GRID if uses_posterior else (0.0,)):
+        if predictor.belief is not None and options.temperature is not None:
+            taus: tuple[float, ...] = (options.temperature,)
+        else:
+            taus = TAU_GRID if predictor.belief is not None and options.predict != "mean" else (0.0,)
+        for tau in taus:
             predicted.setdefault(tau, []).append(predictor.predict(held.inputs, tau).probabilities.cpu())
-    return _chosen({tau: torch.cat(parts) for tau, parts in predicted.items()}, torch.cat(labels))
+    return _chosen({tau: torch.cat(parts) for tau, parts in predicted.items()}, torch.cat(labels), options)
 
 
-def _chosen(predicted: Mapping[float, Tensor], labels: Tensor) -> Calibration:
-    """The tau whose predictions of held-out shots are the likeliest, and what they say."""
-    tau = min(predicted, key=lambda t: _nll(predicted[t], labels))
+def _chosen(predicted: Mapping[float, Tensor], labels: Tensor, options: PosteriorOptions) -> Calibration:
+    """The tau that is likeliest given held-out shots, under its prior, and what they say at it."""
+    tau = min(predicted, key=lambda t: len(labels) * _nll(predicted[t], labels) - options.log_prior(t))
     right = (predicted[tau].argmax(1) == labels).double().mean()
     return Calibration(tau, fit_temperature(predicted[tau], labels), _nll(predicted[tau], labels), float(right))
 

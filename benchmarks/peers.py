@@ -13,8 +13,8 @@ with s the logit scale and T the class embeddings, an ``nn.Linear`` without bias
 constant zero-shot logits: the form that laplace-torch and IVON are given. A zero-mean prior on Delta' is then a prior
 around the zero-shot classifier for them too, as it is for Kalman.
 
-adamw, kalman     the presets
-kalman diagonal   preset ``kalman_diagonal``, its tau by cross-validation over the training shots, as in ``kngd-ray train``
+adamw, kalman     the presets; kalman's tau by cross-validation over the training shots, as in ``kngd-ray train``
+kalman diagonal   the same of the preset ``kalman_diagonal``
 laplace ...       around AdamW's solution, generalised Gauss-Newton; the prior's precision by marginal likelihood on the
                   training shots, prediction by the probit approximation of the linearised model
 ivon              from the start; step size, effective sample size and initial Hessian by the NLL of held-out training

@@ -22,7 +22,8 @@ from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
 
 PRESETS = ("adamw", "kf_clip", "kalman_diagonal", "kalman")
-COLOURS = {"zero-shot": "#8c8c8c", "adamw": "#d1752b", "kf_clip": "#b9d4e8", "kalman_diagonal": "#7fb3d5", "kalman": "#1f5f9e"}
+COLOURS = {"zero-shot": "#8c8c8c", "adamw": "#d1752b"}
+COLOURS |= {"kf_clip": "#b9d4e8", "kalman_diagonal": "#7fb3d5", "kalman": "#1f5f9e"}
 
 
 def main() -> None:

@@ -86,8 +86,8 @@ class KalmanCLIP:
     Attributes:
         classes_: labels in the order of the columns of :meth:`predict_proba`.
         class_names_: what they are called in prompts.
-        calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it (those
-            of the preset ``kalman`` do), and scaling temperature, likewise.
+        calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it, and
+            scaling temperature, likewise.
         checkpoint_: weights and covariance, as a checkpoint holds them.
     """
 

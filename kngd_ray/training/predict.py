@@ -28,8 +28,8 @@ class PosteriorOptions:
             logits by their variance tau H P H^T; ``mean`` uses theta = mu alone.
         draws: number of draws.
         temperature: tau; None chooses it by cross-validation over the training shots.
-        tau_median: median of a log-normal prior of the tau to choose: a handful of held-out shots moves it less than many
-            do; None leaves the choice to the shots alone.
+        tau_median: median of a log-normal prior of the tau to choose, which a handful of held-out shots moves less than
+            many do; None leaves the choice to the shots alone.
         tau_spread: standard deviation of log tau under that prior.
         folds: parts of that cross-validation, which also fits the temperature scaling; 0 turns both off.
     """

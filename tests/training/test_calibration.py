@@ -1,5 +1,6 @@
 """tau and T come from held-out training shots: nothing is predicted by a fit that saw it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import (
     TAU_GRID,
     Calibration,
+    _chosen,
     calibrate,
     fit_temperature,
     fold_of,
@@ -108,8 +110,16 @@ def test_evaluating_on_other_test_data_leaves_the_calibration_alone(task):
     assert first.plain != second.plain
 
 
-def test_a_given_temperature_is_kept(task):
-    assert calibrate(task, PosteriorOptions(temperature=0.05)).tau == 0.05
+@pytest.mark.parametrize("predict", ["draws", "linearised", "mean"])
+def test_a_given_temperature_is_kept(task, predict):
+    assert calibrate(task, PosteriorOptions(predict=predict, temperature=0.05)).tau == 0.05
+
+
+def test_without_a_posterior_there_is_no_temperature():
+    """A baseline is given the posterior options of the run that it is beside."""
+    task = make_task(make_options(method="adamw"), shots=24)
+    assert calibrate(task, PosteriorOptions(temperature=0.05)) == calibrate(task, PosteriorOptions())
+    assert calibrate(task, PosteriorOptions(temperature=0.05)).tau == 0.0
 
 
 @pytest.mark.parametrize(("given", "tau"), [(None, 1.0), (0.2, 0.2)])
@@ -174,3 +184,25 @@ def test_report_of_an_evaluation():
     assert report["id"]["temperature_scaled"]["accuracy"] == report["id"]["accuracy"]
     assert report["id"]["temperature_scaled"]["nll"] != report["id"]["nll"]
     assert evaluate(predictor, {"id": tests["id"]}, Calibration(0.0, 2.0)).report()["ood"] == {}
+
+
+def test_a_prior_holds_tau_where_shots_are_few_and_yields_where_they_are_many():
+    options = PosteriorOptions(tau_median=0.1, tau_spread=0.5)
+    assert options.log_prior(0.1) == 0.0 == PosteriorOptions().log_prior(1.0)
+    assert options.log_prior(0.1 * math.e) == options.log_prior(0.1 / math.e) == pytest.approx(-2.0)
+    assert options.log_prior(0.0) == -math.inf
+
+    def chosen(count: int) -> float:
+        # at tau = 1 each shot is 0.5 nats likelier than at 0.1
+        labels = torch.zeros(count, dtype=torch.long)
+        at = {0.1: torch.tensor([0.3, 0.7]), 1.0: torch.tensor([0.3 * math.exp(0.5), 1 - 0.3 * math.exp(0.5)])}
+        return _chosen({tau: p.expand(count, 2) for tau, p in at.items()}, labels, options).tau
+
+    assert chosen(4) == 0.1
+    assert chosen(40) == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"tau_median": 0.0}, {"tau_spread": 0.0}, {"tau_median": -1.0}])
+def test_a_prior_of_tau_has_a_median_and_a_spread(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PosteriorOptions(**wrong)

@@ -17,6 +17,7 @@ from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
 
+
 def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
     """A preset as a method.
 

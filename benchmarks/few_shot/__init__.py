@@ -13,7 +13,7 @@ cases of a problem are fitted as one stack of tensors where the method allows (:
 Fairness: a method with settings of its own gets ``--trials`` trials of Optuna's TPE for each data set and number of
 shots, the first being the method's usual setting, judged by the NLL that threefold cross-validation gives to the shots
 of seed 0, of all domains together (of one shot per class nothing can be held out: there the settings of two are taken).
-The presets of Kalman are fixed, and choose tau by folds over the shots of each case. Nothing is chosen on test pictures.
+Kalman's presets are fixed, and choose tau by folds over the shots of each case. Nothing is chosen on test pictures.
 
 ``--dev`` is for choosing presets: its test sets are training pictures, those of the trained domain that are not in the
 support set and those of the other domains. (In the shipped emoji the same emoji is a training picture in every style,

@@ -21,7 +21,14 @@ COLOURS = {
     "kalman_diagonal": "#7fb3d5",
     "zero_shot": "#8c8c8c",
 }
-RELIABILITY, CURVES = "reliability.png", "curves.png"
+NAMES = {"ours": "kalman (the default)", "adamw": "adamw, 60 trials", "zero_shot": "zero-shot"}
+RELIABILITY, CURVES, SHOTS = "reliability.png", "curves.png", "shots.png"
+_PANELS = (
+    ("id_accuracy", "ID accuracy %"),
+    ("ood_accuracy", "OOD accuracy %"),
+    ("id_nll", "ID NLL"),
+    ("ood_nll", "OOD NLL"),
+)
 _LEAST_IN_BIN = 0.002  # share of the pictures, below which a bin is noise
 
 
@@ -48,7 +55,7 @@ def reliability(frame: pd.DataFrame, path: Path) -> None:
                 color=COLOURS[method],
                 marker="o",
                 markersize=3,
-                label=method,
+                label=NAMES.get(method, method),
                 linewidth=2 if method == "ours" else 1.2,
             )
         axes.set_title(f"{where.upper()}, {ECE_BINS} bins", fontsize=10)
@@ -56,6 +63,39 @@ def reliability(frame: pd.DataFrame, path: Path) -> None:
         axes.set_ylabel("accuracy")
         _plain(axes)
     axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def shots(frame: pd.DataFrame, path: Path) -> None:
+    """Figures against shots per class: the mean over data sets of the mean over their domains and support sets.
+
+    Args:
+        frame: all rows; shots that a data set has no rows of are left out.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(3.1 * len(_PANELS), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(_PANELS))
+    for axes, (name, title) in zip(panels, _PANELS, strict=True):
+        factor = 100 if name.endswith("accuracy") else 1
+        table = frame.pivot_table(index=["method", "shots"], columns="data", values=name).dropna(axis=1, how="all")
+        for method in _drawn(frame):
+            means = factor * table.loc[method].dropna().mean(1)
+            axes.plot(
+                means.index,
+                means,
+                color=COLOURS[method],
+                marker="o",
+                markersize=3,
+                label=NAMES.get(method, method),
+                linewidth=2.4 if method == "ours" else 1.2,
+                zorder=3 if method == "ours" else 2,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(frame["shots"].unique()), [str(n) for n in sorted(frame["shots"].unique())])
+        axes.set_xlabel("shots per class")
+        axes.set_title(title, fontsize=10)
+        _plain(axes)
+    panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 
@@ -82,7 +122,13 @@ def curves(frame: pd.DataFrame, path: Path) -> None:
                 own = rows[rows["method"] == method]
                 at = np.unique(np.geomspace(1, own["steps"].max(), 120).astype(int)).astype(float)
                 accuracy = 100 * mean_curve(own, f"curve_{where}", at)
-                axes.plot(at, accuracy, color=COLOURS[method], label=method, linewidth=2 if method == "ours" else 1.2)
+                axes.plot(
+                    at,
+                    accuracy,
+                    color=COLOURS[method],
+                    label=NAMES.get(method, method),
+                    linewidth=2 if method == "ours" else 1.2,
+                )
             axes.set_xscale("log")
             axes.set_xlabel("steps")
             axes.set_ylabel(f"{where.upper()} accuracy %")

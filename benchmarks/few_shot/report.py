@@ -72,6 +72,7 @@ def write_report(store: Store, methods: Sequence[str]) -> Path:
         must = claims(frame)
         plots.reliability(frame, store.folder / plots.RELIABILITY)
         plots.curves(frame, store.folder / plots.CURVES)
+        plots.shots(frame, store.folder / plots.SHOTS)
         body = _body(frame, [method for method in methods if method in set(frame["method"])], must)
     store.folder.mkdir(parents=True, exist_ok=True)
     page = store.folder / PAGE
@@ -97,6 +98,8 @@ def _body(frame: pd.DataFrame, methods: Sequence[str], must: Sequence[Claim]) ->
         "wins / ties / losses are problems, a tie where the interval over support sets contains 0.</p>",
         "<h2>What must hold</h2>",
         _must(must),
+        "<h2>Against shots</h2>",
+        f'<img src="{plots.SHOTS}" alt="accuracy and NLL against shots per class">',
         "<h2>Means over all problems</h2>",
         _means(frame, methods),
     ]

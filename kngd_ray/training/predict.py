@@ -16,7 +16,7 @@ DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every 
 _ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
 _EMBEDDED = 1 << 20  # numbers of adapted embeddings computed at once: more does not fit the caches
 _LINEARISED = 64  # samples at once
-TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of which a posterior temperature is chosen
+TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 1.0)  # of which a posterior temperature is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class PosteriorOptions:
     draws: int = 32
     temperature: float | None = None
     tau_median: float | None = None
-    tau_spread: float = 0.5
+    tau_spread: float = 0.25
     folds: int = 4
 
     def log_prior(self, tau: float) -> float:

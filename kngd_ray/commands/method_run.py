@@ -179,10 +179,7 @@ class MethodRun:
             device = "cpu" if task.towers is None else self._prepared.evaluator.device
             calibration, novelty = calibrate_and_compare(task, posterior, device)
         except FilterError:  # a fold has fewer shots than the fit that went well
-            calibration, novelty = (
-                Calibration(posterior.temperature if posterior.temperature is not None else 1.0, 1.0),
-                None,
-            )
+            calibration, novelty = Calibration(posterior.unasked, 1.0), None
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)

@@ -126,6 +126,37 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
 
 
+def calibration_folds(labels: Tensor, folds: int) -> Tensor:
+    """Cut shots as :func:`fold_of` does, but single ones not at all.
+
+    Args:
+        labels: (N,) classes.
+        folds: number of folds, N at most.
+
+    Returns:
+        (N,) fold of each shot; all 0 where no class has two.
+    """
+    return fold_of(labels, folds) if int(labels.bincount().max()) > 1 else torch.zeros_like(labels)
+
+
+def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
+    """The fits that choose tau, and the shots that each has not seen.
+
+    Those of a cross-validation; but where no class has two shots every fold would lack its classes altogether, and say
+    nothing of a fit that knows them. Then it is the belief before the first step, which has seen none of the shots.
+
+    Args:
+        task: the fit.
+        folds: number of folds; the shots are cut into as many at most as there are.
+
+    Returns:
+        By fold of :func:`calibration_folds` the fit, and the fold.
+    """
+    if int(task.support.labels.bincount().max()) > 1:
+        return held_out_tasks(task, folds)
+    return [(replace(task, options=replace(task.options, epochs=0)), task.support)]
+
+
 def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | str = "cpu") -> Calibration:
     """Choose tau and fit the scaling temperature by cross-validation over the shots.
 
@@ -135,12 +166,12 @@ def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | s
         device: where the folds are fitted.
 
     Returns:
-        The choice. Without folds, tau is the given temperature or 1, and nothing is scaled.
+        The choice. Without folds, tau is the given temperature, or the median of its prior, or 1; nothing is scaled.
     """
     if min(options.folds, len(task.support)) < 2:
-        return Calibration(1.0 if options.temperature is None else options.temperature, 1.0)
+        return Calibration(options.unasked, 1.0)
     # one after another: a fold of whole towers is let go before the next one is fitted
-    fits = ((fit(part, device=device), held) for part, held in held_out_tasks(task, options.folds))
+    fits = ((fit(part, device=device), held) for part, held in calibration_tasks(task, options.folds))
     return calibration_of(fits, options, task.options.tune.alpha)
 
 

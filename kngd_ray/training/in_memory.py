@@ -73,12 +73,12 @@ def settle(task: FitTask, posterior: PosteriorOptions) -> tuple[Calibration, Nov
         posterior: how the posterior enters predictions.
 
     Returns:
-        The calibration, at the given tau or 1 where a fold cannot be fitted, and what pictures are compared with.
+        The calibration, at the tau of no folds where one cannot be fitted, and what pictures are compared with.
     """
     try:
         return calibrate_and_compare(task, posterior)
     except FilterError:  # a fold has fewer pictures than the fit that went well
-        return Calibration(1.0 if posterior.temperature is None else posterior.temperature, 1.0), None
+        return Calibration(posterior.unasked, 1.0), None
 
 
 def check_continues(before: Checkpoint, identity: Mapping[str, Any], options: Mapping[str, Any]) -> None:

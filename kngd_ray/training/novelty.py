@@ -20,7 +20,14 @@ from kngd_ray.filters import variances
 from kngd_ray.observations import Linearizer
 from kngd_ray.sharding import covariance_bytes
 from kngd_ray.training.batches import Shots
-from kngd_ray.training.calibration import AnyPredictor, Calibration, calibrate, calibration_of, fold_of, held_out_tasks
+from kngd_ray.training.calibration import (
+    AnyPredictor,
+    Calibration,
+    calibrate,
+    calibration_folds,
+    calibration_of,
+    calibration_tasks,
+)
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
@@ -100,7 +107,7 @@ def calibrate_and_compare(
     sizes: list[int] = []
 
     def fits() -> Iterator[tuple[Method, Shots]]:
-        for part, held in held_out_tasks(task, options.folds):
+        for part, held in calibration_tasks(task, options.folds):
             method = fit(part, device=device)
             yield method, held
             # after it was predicted with: weight ensembling has then moved its head
@@ -112,7 +119,7 @@ def calibrate_and_compare(
     if not seen:
         return calibration, None
     by_fold = torch.cat(seen)
-    fold = fold_of(task.support.labels, min(options.folds, len(task.support))).cpu()
+    fold = calibration_folds(task.support.labels, min(options.folds, len(task.support))).cpu()
     variance = torch.empty_like(by_fold)
     variance[torch.cat([(fold == f).nonzero().squeeze(1) for f in range(len(seen))])] = by_fold
     return calibration, Novelty.of(variance * _shrinkage(task, variance, device, max(sizes)))

@@ -38,7 +38,7 @@ class PosteriorOptions:
     draws: int = 32
     temperature: float | None = None
     tau_median: float | None = None
-    tau_spread: float = 0.25
+    tau_spread: float = 0.5
     folds: int = 4
 
     def log_prior(self, tau: float) -> float:
@@ -46,6 +46,11 @@ class PosteriorOptions:
         if self.tau_median is None:
             return 0.0
         return -0.5 * (log(tau / self.tau_median) / self.tau_spread) ** 2 if tau > 0 else -inf
+
+    @property
+    def unasked(self) -> float:
+        """Tau where there are no held-out shots to ask: the given one, or the median of its prior, or 1."""
+        return next((tau for tau in (self.temperature, self.tau_median) if tau is not None), 1.0)
 
     def __post_init__(self) -> None:
         if self.draws < 1:

@@ -351,7 +351,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(command, monkeypatch, method: str) -
     assert sum(refusals(command.run("nan"), method)) == 9
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "dense"])
+@pytest.mark.parametrize("covariance", ["kronecker", "diagonal", "dense"])
 def test_singular_s_is_jittered(command, written, covariance: str) -> None:
     """Four copies of one shot, observed as good as exactly: S has rank one, and P all but loses a direction."""
 
@@ -459,7 +459,7 @@ def test_unreachable_server_loses_nothing(command) -> None:
     experiment = client.get_experiment_by_name("kngd_ray")
     (sent,) = client.search_runs([experiment.experiment_id])
     assert sent.data.metrics["id/accuracy"] == pytest.approx(outcome.json["id"]["accuracy"])
-    assert sent.data.params["filter.covariance"] == "diagonal"
+    assert sent.data.params["filter.covariance"] == "kronecker"
     history = client.get_metric_history(sent.info.run_id, "train/innovation_rms")
     assert [point.step for point in history] == list(range(1, 10))
     assert sent.info.status == "FINISHED"

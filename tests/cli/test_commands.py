@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from kngd_ray.commands.train import _chosen
 from kngd_ray.config import load_config
 from kngd_ray.training.metrics import Scores
 
@@ -55,6 +56,8 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
     assert outcome.code == 0, outcome.err
     assert "zero-shot" in outcome.out
     assert "kalman, 9 steps" in outcome.out
+    note = "seeds 0; one seed, no interval; tau and temperatures were chosen on the training shots"
+    assert outcome.out.splitlines()[-1] == note
     assert "Traceback" not in outcome.err
     run = command.run("first")
     assert {p.name for p in run.iterdir()} >= {"config.yaml", "fits", "records", "results.json"}
@@ -62,6 +65,19 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
     (fit,) = (run / "fits").iterdir()
     assert fit.name == "kalman-seed0"
     assert len(list(fit.glob("step-00000009-*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["posterior.temperature=0.2"], "; tau is 0.2, temperatures were chosen on the training shots"),
+        (["posterior.predict=mean"], "; temperatures were chosen on the training shots"),
+        (["method=adamw"], "; temperatures were chosen on the training shots"),
+        (["posterior.folds=0"], ""),
+    ],
+)
+def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: str) -> None:
+    assert _chosen(load_config(None, settings)) == said
 
 
 def test_train_json_of_one_seed(command) -> None:

@@ -109,7 +109,7 @@ def test_groups_and_names(comparison) -> None:
     assert set(rows_of(many)) == {
         "zero-shot",
         "adamw",
-        "kalman filter.p0=0.1",
+        "kalman filter.p0=0.07",
         "kalman (wide/kalman)",
         "kalman (again/kalman)",
         "kalman kf_clip",
@@ -122,7 +122,7 @@ def test_groups_and_names(comparison) -> None:
 def test_figures_and_differences_are_those_of_the_fits(comparison, store) -> None:
     rows = rows_of(comparison("--json").json["groups"][0])
     adamw = [m for m in store.records("main") if m not in kalman_of(store)]
-    for metric, figure in rows["kalman filter.p0=0.1"]["figures"].items():
+    for metric, figure in rows["kalman filter.p0=0.07"]["figures"].items():
         kalman = [m[metric] for m in kalman_of(store)]
         base = [m[metric] for m in adamw]
         assert list(figure["values"].values()) == kalman

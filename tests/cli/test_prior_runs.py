@@ -174,8 +174,8 @@ def first(command, earlier: Path) -> Path:
         (["data.templates=['a drawing of a {}.']"], ["data.templates=['a photo of a {}.']", "a drawing"]),
         (["adapter=linear"], ["adapter.0=class_residual, this run has linear"]),
         (["adapter=class_residual,linear"], ["adapter.1=None, this run has linear"]),
-        (["filter.covariance=dense"], ["filter.covariance=diagonal, this run has dense"]),
-        (["filter.covariance.rule=vdekf"], ["filter.covariance.rule=ekf, this run has vdekf"]),
+        (["filter.covariance=dense"], ["filter.covariance=kronecker, this run has dense"]),
+        (["filter.covariance.shrinkage=3"], ["filter.covariance.shrinkage=10.0, this run has 3.0"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )

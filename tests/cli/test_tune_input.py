@@ -184,8 +184,8 @@ def test_presets_that_noise_priors_starts_from_lie_in_its_space() -> None:
         {
             "observation": "log_likelihood,cosine",
             "observation.0.r0": 1.0,
-            "observation.1.r0": 1.0,
-            "filter.p0": 0.1,
+            "observation.1.r0": 0.25,
+            "filter.p0": 0.07,
             "noise.observation": "fixed",
             **shared,
         },
@@ -209,7 +209,7 @@ def test_a_search_starts_at_the_same_file_from_whatever_folder(
     monkeypatch.chdir(command.folder)
     search = load_search(smoke, ["search.start=kalman,mine.yaml"])
     assert search.options.start == ("kalman", str(command.folder / "mine.yaml"))
-    assert [point["filter.p0"] for point in search.points] == [0.1, 0.7]
+    assert [point["filter.p0"] for point in search.points] == [0.07, 0.7]
     saved = tmp_path / "saved.yaml"
     saved.write_text(search_yaml(search))
     (tmp_path / "elsewhere").mkdir()

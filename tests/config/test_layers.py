@@ -20,9 +20,10 @@ from kngd_ray.config import (
     to_yaml,
 )
 from kngd_ray.errors import UsageError
-from kngd_ray.filters import Dense, Diagonal, Ema, Fixed, RandomWalk
+from kngd_ray.filters import Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
 from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import PosteriorOptions
 
 
 @pytest.fixture
@@ -38,17 +39,18 @@ def file(tmp_path):
 # What wins
 
 
-def test_defaults_are_the_preset_of_the_default_method() -> None:
-    config = load_config()
-    assert config.method == config.preset == "kalman"
-    assert config.fit_options == FitOptions(**{
-        name: getattr(config, name) for name in ("method", "epochs", "batch_size", "adapter", "observation")
-    })
-    assert config == load_config(None, ["preset=kalman"])
+def test_the_default_is_the_preset_of_the_default_method() -> None:
+    assert load_config().method == load_config().preset == "kalman"
+    assert load_config() == load_config(None, ["preset=kalman"])
+
+
+def test_defaults_of_the_dataclasses_are_those_of_kalman_diagonal() -> None:
+    """The other presets build on them, and are not to change with the preset that is the default."""
+    assert load_config(None, ["preset=kalman_diagonal"]) == Config(preset="kalman_diagonal")
 
 
 def test_each_layer_wins_over_those_below(file) -> None:
-    assert load_config().epochs == 5
+    assert load_config().epochs == 4
     assert load_config(None, ["preset=loko"]).epochs == 1
     path = file("preset: loko\nepochs: 7")
     assert load_config(path).epochs == 7
@@ -90,8 +92,8 @@ def test_an_empty_file_changes_nothing(file) -> None:
 
 
 def test_dotted_keys_in_a_file_mean_what_they_mean_on_the_command_line(file) -> None:
-    settings = ["adapter=bottleneck", "adapter.width=8", "observation.0.r0=2", "filter.covariance.rule=vdekf"]
-    path = file("adapter: bottleneck\nadapter.width: 8\nobservation.0.r0: 2\nfilter.covariance.rule: vdekf")
+    settings = ["adapter=bottleneck", "adapter.width=8", "observation.0.r0=2", "filter.covariance.shrinkage=3"]
+    path = file("adapter: bottleneck\nadapter.width: 8\nobservation.0.r0: 2\nfilter.covariance.shrinkage: 3")
     assert load_config(path) == load_config(None, settings)
 
 
@@ -106,13 +108,18 @@ def test_a_bare_name_is_short_for_its_kind() -> None:
 
 
 def test_an_option_keeps_the_kind() -> None:
-    assert load_config(None, ["filter.covariance.rule=vdekf"]).filter.covariance == Diagonal(rule="vdekf")
+    diagonal = load_config(None, ["preset=kalman_diagonal", "filter.covariance.rule=vdekf"])
+    assert diagonal.filter.covariance == Diagonal(rule="vdekf")
+    kronecker = load_config(None, ["filter.covariance.shrinkage=3"])
+    assert kronecker.filter.covariance == Kronecker(columns="within_class", shrinkage=3.0)
     assert load_config(None, ["noise.process.q=1e-4"]).noise.process == RandomWalk(q=1e-4)
 
 
 def test_a_new_kind_drops_options_of_earlier_layers(file) -> None:
-    config = load_config(None, ["filter.covariance.rule=vdekf", "filter.covariance=dense"])
+    config = load_config(None, ["filter.covariance.shrinkage=3", "filter.covariance=dense"])
     assert config.filter.covariance == Dense()
+    config = load_config(None, ["filter.covariance=diagonal"])
+    assert config.filter.covariance == Diagonal(), "columns and shrinkage were the preset's"
     config = load_config(None, ["preset=loko", "noise.observation=fixed"])
     assert config.noise.observation == Fixed(), "beta and form were the preset's"
     path = file("preset: loko\nnoise: {observation: fixed}")
@@ -162,7 +169,7 @@ def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> Non
 
 def test_elements_by_number() -> None:
     config = load_config(None, ["observation.0.r0=2", "observation.1=categorical"])
-    assert config.observation == (LogLikelihood(r0=2.0), Categorical())
+    assert config.observation == (LogLikelihood(r0=2.0), Categorical(r0=0.25)), "of the second, r0 is the preset's"
 
 
 @pytest.mark.parametrize(
@@ -237,14 +244,14 @@ def test_workers_are_a_number_or_a_range(
 
 def test_flat_names() -> None:
     flat = flatten(load_config(None, ["seeds=0,1", "noise.observation=ema", "data.classes=a,b"]))
-    assert flat["filter.covariance"] == "diagonal"
-    assert flat["filter.covariance.rule"] == "ekf"
+    assert flat["filter.covariance"] == "kronecker"
+    assert flat["filter.covariance.columns"] == "within_class"
     assert flat["noise.process"] == "random_walk"
     assert flat["noise.process.q"] == 0.0
     assert flat["noise.observation"] == "ema"
     assert flat["noise.observation.beta"] == 0.9
     assert flat["observation.0"] == "log_likelihood"
-    assert flat["observation.1.r0"] == 1.0
+    assert flat["observation.1.r0"] == 0.25
     assert flat["adapter.0"] == "class_residual"
     assert flat["seeds"] == "0,1"
     assert flat["data.classes"] == "a,b"
@@ -268,11 +275,28 @@ def test_overrides_are_yaml() -> None:
             "kalman",
             {
                 "method": "kalman",
+                "epochs": 4,
+                "adapter": (ClassResidual(),),
+                "observation": (LogLikelihood(r0=1.0), Cosine(r0=0.25)),
+                "covariance": Kronecker(columns="within_class", shrinkage=10.0),
+                "iterations": 6,
+                "tempering": "none",
+                "r": Fixed(),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=0.25, tau_spread=0.25),
+            },
+        ),
+        (
+            "kalman_diagonal",
+            {
+                "method": "kalman",
                 "epochs": 5,
                 "adapter": (ClassResidual(),),
                 "observation": (LogLikelihood(r0=1.0), Cosine(r0=1.0)),
                 "covariance": Diagonal(rule="ekf"),
+                "iterations": 1,
+                "tempering": "passes",
                 "r": Fixed(),
+                "posterior": PosteriorOptions(),
             },
         ),
         (
@@ -283,7 +307,10 @@ def test_overrides_are_yaml() -> None:
                 "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
                 "observation": (Cosine(r0=0.1),),
                 "covariance": Diagonal(rule="ekf"),
+                "iterations": 1,
+                "tempering": "none",
                 "r": Fixed(),
+                "posterior": PosteriorOptions(),
             },
         ),
         (
@@ -294,7 +321,10 @@ def test_overrides_are_yaml() -> None:
                 "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
                 "observation": (Probability(r0=0.1),),
                 "covariance": Diagonal(rule="ekf"),
+                "iterations": 1,
+                "tempering": "none",
                 "r": Ema(beta=0.95, form="diagonal"),
+                "posterior": PosteriorOptions(),
             },
         ),
     ],
@@ -307,7 +337,10 @@ def test_filter_presets_are_what_their_comments_say(preset: str, expected: dict[
         "adapter": config.adapter,
         "observation": config.observation,
         "covariance": config.filter.covariance,
+        "iterations": config.filter.iterations,
+        "tempering": config.noise.tempering,
         "r": config.noise.observation,
+        "posterior": config.posterior,
     }
     assert found == expected
     assert config.noise.process == RandomWalk(q=0.0)
@@ -335,11 +368,12 @@ def test_every_preset_loads_and_is_tested() -> None:
         "sgd_full",
         "sgd_lora",
     ]
-    assert presets() == sorted(["adamw", "kalman", "kf_clip", "loko", "sgd", *towers])
+    assert presets() == sorted(["adamw", "kalman", "kalman_diagonal", "kf_clip", "loko", "sgd", *towers])
     for name in presets():
         assert load_config(None, [f"preset={name}"]).preset == name
-        # and of towers, that a fold of a cross-validation is not one more fit
-        settings = set(read_preset(name)) - ({"posterior"} if name in towers else set())
+        # and of the default, how its posterior predicts; of towers, that a fold of a cross-validation
+        # is not one more fit
+        settings = set(read_preset(name)) - ({"posterior"} if name in ("kalman", *towers) else set())
         assert settings <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
 
 

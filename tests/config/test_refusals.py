@@ -28,7 +28,7 @@ def refusal(*settings: str, file: Path | None = None) -> str:
         # misspelt: the nearest valid name
         ("data.shot=4", ["unknown key 'data.shot'", "did you mean data.shots?", "valid:", "train_domain"]),
         ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
-        ("filter.covariance.rul=ekf", ["did you mean filter.covariance.rule?"]),
+        ("filter.covariance.shrinkag=3", ["did you mean filter.covariance.shrinkage?"]),
         ("observation.0.r=1", ["unknown key 'observation.0.r'", "r0"]),
         ("tracking.url=x", ["did you mean tracking.uri?"]),
         ("filter.=3", ["unknown key 'filter.'"]),

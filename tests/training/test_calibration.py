@@ -9,6 +9,7 @@ from helpers.cases import CLASSES, make_options, make_support, make_task, rng
 from helpers.compare import max_error
 from torch.nn.functional import nll_loss
 
+from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import calibration
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import (
@@ -16,13 +17,15 @@ from kngd_ray.training.calibration import (
     Calibration,
     _chosen,
     calibrate,
+    calibration_folds,
+    calibration_tasks,
     fit_temperature,
     fold_of,
     predictor_of,
     scale,
 )
 from kngd_ray.training.evaluation import evaluate
-from kngd_ray.training.fit import fit
+from kngd_ray.training.fit import begin, fit
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
 
@@ -122,10 +125,14 @@ def test_without_a_posterior_there_is_no_temperature():
     assert calibrate(task, PosteriorOptions(temperature=0.05)).tau == 0.0
 
 
-@pytest.mark.parametrize(("given", "tau"), [(None, 1.0), (0.2, 0.2)])
-def test_without_folds_nothing_is_fitted(task, given, tau, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "median", "tau"),
+    [(None, None, 1.0), (0.2, None, 0.2), (None, 0.25, 0.25), (0.2, 0.25, 0.2), (0.0, 0.25, 0.0)],
+)
+def test_without_folds_nothing_is_fitted(task, given, median, tau, monkeypatch):
     monkeypatch.setattr(calibration, "fit", None)
-    assert calibrate(task, PosteriorOptions(folds=0, temperature=given)) == Calibration(tau, 1.0)
+    options = PosteriorOptions(folds=0, temperature=given, tau_median=median)
+    assert calibrate(task, options) == Calibration(tau, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:std")  # of no samples
@@ -206,3 +213,19 @@ def test_a_prior_holds_tau_where_shots_are_few_and_yields_where_they_are_many():
 def test_a_prior_of_tau_has_a_median_and_a_spread(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PosteriorOptions(**wrong)
+
+
+def test_single_shots_are_asked_before_the_first_step():
+    task = make_task(make_options(), shots=60)
+    firsts = torch.tensor([int((task.support.labels == c).nonzero()[0]) for c in range(CLASSES)])
+    task = replace(task, support=task.support.subset(firsts))
+    ((part, held),) = calibration_tasks(task, 4)
+    assert part.options.epochs == 0
+    assert held is task.support
+    assert calibration_folds(task.support.labels, 4).tolist() == [0] * CLASSES
+    options = PosteriorOptions(predict="linearised")
+    found = calibrate(task, options)
+    prior = predictor_of(begin(task, SingleProcess()), options)
+    nll = {tau: float(nll_loss(prior.predict(held.inputs, tau).probabilities.log(), held.labels)) for tau in TAU_GRID}
+    assert found.tau == min(nll, key=nll.__getitem__)
+    assert found.held_out_nll == pytest.approx(nll[found.tau], rel=1e-5)

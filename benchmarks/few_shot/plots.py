@@ -91,7 +91,7 @@ def shots(frame: pd.DataFrame, path: Path) -> None:
                 zorder=3 if method == "ours" else 2,
             )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(frame["shots"].unique()), [str(n) for n in sorted(frame["shots"].unique())])
+        axes.set_xticks(list(means.index), [str(n) for n in means.index])
         axes.set_xlabel("shots per class")
         axes.set_title(title, fontsize=10)
         _plain(axes)
@@ -107,34 +107,35 @@ def curves(frame: pd.DataFrame, path: Path) -> None:
         path: of the picture.
     """
     with_steps = frame[frame["steps"].notna()]
-    names = sorted(with_steps["data"].unique())
-    if not names:
+    most = with_steps[with_steps["shots"] == with_steps.groupby("data")["shots"].transform("max")]
+    drawn = [
+        (data, where)
+        for where in ("id", "ood")
+        for data, rows in most.groupby("data")
+        if rows[f"{where}_accuracy"].any()
+    ]
+    if not drawn:
         Figure(figsize=(4, 2)).savefig(path)
         return
-    figure = Figure(figsize=(4.4 * len(names), 6.4), layout="constrained")
-    panels = figure.subplots(2, len(names), squeeze=False)
-    for column, data in enumerate(names):
-        rows = with_steps[with_steps["data"] == data]
-        shots = rows["shots"].max()
-        rows = rows[rows["shots"] == shots]
-        for axes, where in zip(panels[:, column], ("id", "ood"), strict=True):
-            for method in _drawn(rows):
-                own = rows[rows["method"] == method]
-                at = np.unique(np.geomspace(1, own["steps"].max(), 120).astype(int)).astype(float)
-                accuracy = 100 * mean_curve(own, f"curve_{where}", at)
-                axes.plot(
-                    at,
-                    accuracy,
-                    color=COLOURS[method],
-                    label=NAMES.get(method, method),
-                    linewidth=2 if method == "ours" else 1.2,
-                )
-            axes.set_xscale("log")
-            axes.set_xlabel("steps")
-            axes.set_ylabel(f"{where.upper()} accuracy %")
-            axes.set_title(f"{data}, {shots} shots", fontsize=10)
-            _plain(axes)
-    panels[0, 0].legend(fontsize=7)
+    wide = min(len(drawn), 3)
+    figure = Figure(figsize=(3.9 * wide, 3.0 * -(-len(drawn) // wide)), layout="constrained")
+    panels = figure.subplots(-(-len(drawn) // wide), wide, squeeze=False).flatten()
+    for axes in panels[len(drawn) :]:
+        axes.set_axis_off()
+    for axes, (data, where) in zip(panels, drawn, strict=False):
+        rows = most[most["data"] == data]
+        for method in _drawn(rows):
+            own = rows[rows["method"] == method]
+            at = np.unique(np.geomspace(1, own["steps"].max(), 120).astype(int)).astype(float)
+            accuracy = 100 * mean_curve(own, f"curve_{where}", at)
+            width = 2.4 if method == "ours" else 1.2
+            axes.plot(at, accuracy, color=COLOURS[method], label=NAMES.get(method, method), linewidth=width)
+        axes.set_xscale("log")
+        axes.set_xlabel("steps")
+        axes.set_ylabel(f"{where.upper()} accuracy %")
+        axes.set_title(f"{data}, {rows['shots'].iloc[0]} shots, {where.upper()}", fontsize=10)
+        _plain(axes)
+    panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 

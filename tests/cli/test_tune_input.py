@@ -184,8 +184,8 @@ def test_presets_that_noise_priors_starts_from_lie_in_its_space() -> None:
         {
             "observation": "log_likelihood,cosine",
             "observation.0.r0": 1.0,
-            "observation.1.r0": 0.25,
-            "filter.p0": 0.07,
+            "observation.1.r0": 1.0,
+            "filter.p0": 0.1,
             "noise.observation": "fixed",
             **shared,
         },

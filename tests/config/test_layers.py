@@ -282,7 +282,7 @@ def test_overrides_are_yaml() -> None:
                 "iterations": 6,
                 "tempering": "none",
                 "r": Fixed(),
-                "posterior": PosteriorOptions(predict="linearised", tau_median=0.25, tau_spread=0.25),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=0.2, tau_spread=0.5),
             },
         ),
         (

@@ -140,6 +140,18 @@ def test_partial_fit_continues_the_posterior(train, tests, preset) -> None:
         KalmanCLIP(settings=settings).partial_fit(pictures[:1], labels[:1])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_first_part_may_be_a_picture_or_two(train, count) -> None:
+    """Of the first and the third class: one fold holds out both."""
+    known = sorted(CLASSES)
+    chosen = [train[1].index(known[c]) for c in (0, 2)][:count]
+    pictures, labels = ([part[n] for n in chosen] for part in train)
+    clf = KalmanCLIP(settings={"epochs": 1}).partial_fit(pictures, labels, classes=known)
+    assert list(clf.predict(pictures)) == labels
+    clf.partial_fit(*train)
+    assert clf.score(*train) > 0.8
+
+
 def test_save_and_load(fitted, tests, tmp_path) -> None:
     folder = fitted.save(tmp_path / "kept")
     loaded = KalmanCLIP.load(folder)

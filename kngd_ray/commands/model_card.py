@@ -138,7 +138,7 @@ def _figures(
     taus = ", ".join(f"{c.tau:g}" for c in calibrations.values())
     posterior = config.posterior
     asked = posterior.folds and posterior.temperature is None
-    chosen = "by cross-validation over the training pictures" if asked else "not chosen, but given"
+    chosen = "chosen on the training pictures" if asked else "not chosen, but given"
     used = config.method == "kalman" and posterior.predict != "mean"
     by = f"`{posterior.predict}`, posterior temperature tau {taus}, {chosen}" if used else "by the weights alone"
     held = [c.held_out_accuracy for c in calibrations.values() if c.held_out_accuracy is not None]

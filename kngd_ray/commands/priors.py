@@ -94,7 +94,7 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
     before, after = flatten(earlier), flatten(options)
     for key in before | after:
         if any(key == name or key.startswith(f"{name}.") for name in about) and before.get(key) != after.get(key):
-            return f"was trained with {key}={before.get(key)}, this run has {after.get(key)}"
+            return f"was trained with {key}={before.get(key)}, this run has {after.get(key)}: set it as it was"
     return None
 
 

@@ -36,8 +36,8 @@ class Calibration:
     Attributes:
         tau: posterior temperature.
         scaling: T of the temperature scaling p^(1/T).
-        held_out_nll: NLL of the held-out shots at tau, nats per sample; None without folds.
-        held_out_accuracy: share of the held-out shots classified right at tau; None without folds.
+        held_out_nll: NLL of the held-out shots at tau, nats per sample; None without folds, and of single shots.
+        held_out_accuracy: share of the held-out shots classified right at tau; None likewise.
     """
 
     tau: float
@@ -126,17 +126,16 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
 
 
-def calibration_folds(labels: Tensor, folds: int) -> Tensor:
-    """Cut shots as :func:`fold_of` does, but single ones not at all.
+def single(labels: Tensor) -> bool:
+    """Whether no class has two shots.
 
     Args:
         labels: (N,) classes.
-        folds: number of folds, N at most.
 
     Returns:
-        (N,) fold of each shot; all 0 where no class has two.
+        Whether a fold lacks the classes of its shots altogether.
     """
-    return fold_of(labels, folds) if int(labels.bincount().max()) > 1 else torch.zeros_like(labels)
+    return int(labels.bincount().max()) < 2
 
 
 def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
@@ -150,9 +149,9 @@ def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
         folds: number of folds; the shots are cut into as many at most as there are.
 
     Returns:
-        By fold of :func:`calibration_folds` the fit, and the fold.
+        For each fold the fit, and the fold; of single shots there is one.
     """
-    if int(task.support.labels.bincount().max()) > 1:
+    if not single(task.support.labels):
         return held_out_tasks(task, folds)
     return [(replace(task, options=replace(task.options, epochs=0)), task.support)]
 
@@ -172,7 +171,9 @@ def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | s
         return Calibration(options.unasked, 1.0)
     # one after another: a fold of whole towers is let go before the next one is fitted
     fits = ((fit(part, device=device), held) for part, held in calibration_tasks(task, options.folds))
-    return calibration_of(fits, options, task.options.tune.alpha)
+    found = calibration_of(fits, options, task.options.tune.alpha)
+    # of single shots these would be figures of a fit that has learned nothing
+    return replace(found, held_out_nll=None, held_out_accuracy=None) if single(task.support.labels) else found
 
 
 def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:

@@ -24,9 +24,10 @@ from kngd_ray.training.calibration import (
     AnyPredictor,
     Calibration,
     calibrate,
-    calibration_folds,
     calibration_of,
-    calibration_tasks,
+    fold_of,
+    held_out_tasks,
+    single,
 )
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import KalmanNGD
@@ -107,7 +108,7 @@ def calibrate_and_compare(
     sizes: list[int] = []
 
     def fits() -> Iterator[tuple[Method, Shots]]:
-        for part, held in calibration_tasks(task, options.folds):
+        for part, held in held_out_tasks(task, options.folds):
             method = fit(part, device=device)
             yield method, held
             # after it was predicted with: weight ensembling has then moved its head
@@ -115,11 +116,16 @@ def calibrate_and_compare(
                 seen.append(_variance(method, held, task.options.tune.alpha))
                 sizes.append(covariance_bytes(method.belief.covariance))
 
-    calibration = calibration_of(fits(), options, task.options.tune.alpha)
+    if single(task.support.labels):
+        calibration = calibrate(task, options, device)
+        # tau is not chosen by these; a belief that has seen no shot would be as sure of one picture as of another
+        _ = [*fits()] if task.options.method == "kalman" and task.towers is None else []
+    else:
+        calibration = calibration_of(fits(), options, task.options.tune.alpha)
     if not seen:
         return calibration, None
     by_fold = torch.cat(seen)
-    fold = calibration_folds(task.support.labels, min(options.folds, len(task.support))).cpu()
+    fold = fold_of(task.support.labels, min(options.folds, len(task.support))).cpu()
     variance = torch.empty_like(by_fold)
     variance[torch.cat([(fold == f).nonzero().squeeze(1) for f in range(len(seen))])] = by_fold
     return calibration, Novelty.of(variance * _shrinkage(task, variance, device, max(sizes)))

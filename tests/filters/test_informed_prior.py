@@ -56,6 +56,14 @@ def test_one_shot_per_class_says_nothing(labels: torch.Tensor) -> None:
     assert torch.equal(family.informed_layer(before, shots()[0], labels)["A"], before["A"])
 
 
+def test_no_shots_say_nothing() -> None:
+    """Of a few shots a fold may hold out all."""
+    family = Kronecker(columns="within_class")
+    x, labels = shots()
+    before = prior(family)
+    assert torch.equal(family.informed_layer(before, x[:0], labels[:0])["A"], before["A"])
+
+
 def test_shrinkage_must_be_positive() -> None:
     with pytest.raises(ValueError, match="shrinkage is 0; it must be above 0"):
         Kronecker(shrinkage=0)

@@ -114,6 +114,20 @@ def test_new_pictures_of_the_classes_rank_as_the_shots_and_others_above_them(opt
     assert float(far.mean()) > float(near.mean()) + 0.15
 
 
+def test_single_shots_are_compared_by_fits_of_the_others() -> None:
+    """Not by the belief that chooses tau for them: it has seen no picture, and is as sure of all."""
+    task = replace(task_of(filter=FilterOptions(covariance=Kronecker(), p0=0.05)), support=pictures(C, 2))
+    posterior = PosteriorOptions(predict="linearised")
+    calibration, novelty = calibrate_and_compare(task, posterior)
+    assert calibration == calibrate(task, posterior)
+    assert len(set(novelty.quantiles)) == C
+    predictor = predictor_of(fit(task), posterior)
+    near = novelty.score(total_variance(predictor, pictures(200, 7).features))
+    centres = normalize(torch.randn(C, D, generator=seeded(11)), dim=1)
+    far = novelty.score(total_variance(predictor, pictures(200, 7, centres).features))
+    assert float(far.mean()) > float(near.mean()) + 0.15
+
+
 def test_nothing_to_compare_with(monkeypatch) -> None:
     task = task_of()
     assert calibrate_and_compare(task, PosteriorOptions(folds=0)) == (Calibration(1.0, 1.0), None)

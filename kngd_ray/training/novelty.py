@@ -118,8 +118,10 @@ def calibrate_and_compare(
 
     if single(task.support.labels):
         calibration = calibrate(task, options, device)
-        # tau is not chosen by these; a belief that has seen no shot would be as sure of one picture as of another
-        _ = [*fits()] if task.options.method == "kalman" and task.towers is None else []
+        if task.options.method == "kalman" and task.towers is None:
+            # they choose no tau; but a belief that has seen no shot would be as sure of one picture as of another
+            for _ in fits():
+                pass
     else:
         calibration = calibration_of(fits(), options, task.options.tune.alpha)
     if not seen:

@@ -97,6 +97,7 @@ class Predictor:
         self.options = options
         self._deviations: Tensor | None = None
         self._linearizer: Linearizer | None = None
+        self._known: tuple[Tensor, Tensor] | None = None  # features and their variance: taus are tried on the same ones
 
     def predict(self, features: Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
@@ -128,6 +129,8 @@ class Predictor:
         Returns:
             (m, C) variances at tau = 1; zeros without a posterior.
         """
+        if self._known is not None and self._known[0] is features:
+            return self._known[1]
         with torch.no_grad():
             logits: Tensor = self.head(features)
         if self.belief is None or self.family is None or not len(features):
@@ -140,7 +143,8 @@ class Predictor:
         for x, like in zip(features.split(_LINEARISED), logits.split(_LINEARISED), strict=True):
             H = self._linearizer.run(x).jacobian(eye.expand(len(x), C, C))
             found.append(variances(self.family, self.belief.covariance, H, like))
-        return torch.cat(found)
+        self._known = features, torch.cat(found)
+        return self._known[1]
 
     def _over_draws(self, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """Mean probabilities and standard deviation of the logits over the draws."""

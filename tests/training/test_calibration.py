@@ -228,3 +228,14 @@ def test_single_shots_are_asked_before_the_first_step():
     nll = {tau: float(nll_loss(prior.predict(held.inputs, tau).probabilities.log(), held.labels)) for tau in TAU_GRID}
     assert found.tau == min(nll, key=nll.__getitem__)
     assert (found.held_out_nll, found.held_out_accuracy) == (None, None), "not of a fit that has learned nothing"
+
+
+def test_a_variance_that_is_kept_is_of_the_same_features():
+    options = PosteriorOptions(predict="linearised")
+    task = make_task(make_options())
+    method = fit(task)
+    used, x = predictor_of(method, options), task.support.features
+    for features in (x, x, x[:4], x):
+        torch.testing.assert_close(
+            used.logit_variance(features), predictor_of(method, options).logit_variance(features), rtol=0, atol=0
+        )

@@ -51,7 +51,7 @@ def calibrations(tasks: Sequence[FitTask], posterior: PosteriorOptions) -> list[
     for of_task in parts:
         held = [(next(fits), shots) for _, shots in of_task]
         sound = [(one.method, shots) for one, shots in held if not isinstance(one, FilterError)]
-        found.append(calibration_of(sound, posterior) if sound else Calibration(1.0, 1.0))
+        found.append(calibration_of(sound, posterior) if sound else Calibration(posterior.unasked, 1.0))
     return found
 
 

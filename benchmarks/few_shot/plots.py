@@ -73,29 +73,28 @@ def shots(frame: pd.DataFrame, path: Path) -> None:
         frame: all rows; shots that a data set has no rows of are left out.
         path: of the picture.
     """
-    figure = Figure(figsize=(3.1 * len(_PANELS), 3.0), layout="constrained")
-    panels = figure.subplots(1, len(_PANELS))
-    for axes, (name, title) in zip(panels, _PANELS, strict=True):
-        factor = 100 if name.endswith("accuracy") else 1
-        table = frame.pivot_table(index=["method", "shots"], columns="data", values=name).dropna(axis=1, how="all")
+    tables = {
+        title: frame.pivot_table(index=["method", "shots"], columns="data", values=name) * scale
+        for name, title in _PANELS
+        if frame[name].notna().any()
+        for scale in [100 if name.endswith("accuracy") else 1]
+    }
+    figure = Figure(figsize=(3.1 * len(tables) + 1.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (title, table) in zip(panels, tables.items(), strict=True):
+        means = table.dropna().mean(axis=1).unstack("shots")
         for method in _drawn(frame):
-            means = factor * table.loc[method].dropna().mean(1)
-            axes.plot(
-                means.index,
-                means,
-                color=COLOURS[method],
-                marker="o",
-                markersize=3,
-                label=NAMES.get(method, method),
-                linewidth=2.4 if method == "ours" else 1.2,
-                zorder=3 if method == "ours" else 2,
-            )
+            if method in means.index:
+                own = means.loc[method].dropna()
+                width = 2.4 if method == "ours" else 1.2
+                label = NAMES.get(method, method)
+                axes.plot(own.index, own, color=COLOURS[method], marker="o", markersize=3, label=label, linewidth=width)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(means.index), [str(n) for n in means.index])
+        axes.set_xticks(list(means.columns), [str(n) for n in means.columns])
         axes.set_xlabel("shots per class")
         axes.set_title(title, fontsize=10)
         _plain(axes)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=130)
 
 

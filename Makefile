@@ -7,7 +7,7 @@
 LOCK ?=
 PYTHON ?= python3.11
 VENV ?= .venv
-PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 

@@ -1,22 +1,48 @@
 """Shared by all tests; its place also puts ``tests/`` on the import path, so that they can import :mod:`helpers`."""
 
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # The tensors here are tiny: more threads would only contend, and sums could depend on the machine's cores.
 torch.set_num_threads(1)
+
+# Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def _starts_ray(item: pytest.Item) -> bool:
     return item.get_closest_marker("ray") is not None
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (pytest-xdist) go the files; those that start Ray, the longest, go first and one after another.
-
-    Two Ray instances would fight over ports and cores, and a file's fixtures are shared by its tests.
-    """
+    """Those that start Ray, the longest, go first."""
     items.sort(key=lambda item: not _starts_ray(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item) else item.nodeid.partition("::")[0]))
+
+
+class _ByFile(LoadScopeScheduling):
+    """Side by side (pytest-xdist) go the files, whose tests share fixtures; those that start Ray one after another.
+
+    Two Ray instances would fight over ports and cores. A class of our own, since the groups of ``--dist loadgroup`` are
+    written into an attribute that pytest 9.2 does not read: tests would be dealt out one by one.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = nodeid.partition("::")[0]
+        return "ray" if "mark.ray" in _text(self.config.rootpath / file) else file
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """How they are dealt out."""
+    return _ByFile(config, log)

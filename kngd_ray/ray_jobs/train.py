@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -205,6 +206,11 @@ def _explained(error: TrainingFailedError) -> KngdError:
         else:
             reason = _last_line(cause)
         return KngdError(f"worker {rank} failed: {reason}; the run can be continued with --resume.")
+    if isinstance(getattr(error, "controller_failure", None), RayActorError):  # Ray Train does not start these again
+        return KngdError(
+            "a worker died while it was handed its work (out of memory, killed, or its node is gone); the run can be "
+            "continued with --resume."
+        )
     return KngdError(f"the Ray Train job failed: {_last_line(error)}; the run can be continued with --resume.")
 
 

@@ -243,7 +243,7 @@ def test_locked_by_another_process(command) -> None:
         assert holder.stdout.readline() == "held\n"
         refused(command("train", "--resume", command.run("busy")), USAGE, "the run busy is being driven by another")
     finally:
-        holder.communicate("\n", timeout=20)
+        holder.communicate("\n", timeout=120)
     assert command("train", "--resume", command.run("busy")).code == 0, "the lock goes with its process"
 
 
@@ -437,7 +437,7 @@ def test_unreachable_server_loses_nothing(command) -> None:
     settings = ["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9", "tracking.log_model=false"]
     began = time.monotonic()
     outcome = command("train", *command.settings(*settings, "trainer.name=offline"), "--json")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200  # MLflow itself would try again for four minutes
     assert outcome.code == 0, outcome.err
     assert outcome.json["run_id"] is None
     assert "Traceback" not in outcome.err
@@ -479,7 +479,7 @@ def program(command, *arguments: Any) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "kngd_ray.cli", *(str(a) for a in arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=command.folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -28,7 +28,7 @@ class RankError(AssertionError):
     """A rank raised, died or did not finish in time; the message names it and holds its traceback."""
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call ``work(group, *args)`` on every rank.
 
     Args:

@@ -110,7 +110,7 @@ def end(process: subprocess.Popen[Any]) -> None:
     except psutil.NoSuchProcess:
         return
     process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     for member in alive:
         member.kill()
     process.wait()

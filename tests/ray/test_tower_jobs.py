@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.compare import max_error
 from helpers.resuming import everything_in
+from helpers.workers import own_workers
 
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.config import TrainerConfig, load_config
@@ -64,12 +65,6 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name in expected:
         assert max_error(found[name], expected[name]) <= tolerance, name
-
-
-def own_workers() -> list[psutil.Process]:
-    """The Ray Train workers that this process has started, oldest first."""
-    family = psutil.Process().children(recursive=True)
-    return sorted((p for p in family if "RayTrainWorker" in " ".join(p.cmdline())), key=lambda p: p.create_time())
 
 
 def test_a_killed_worker_of_a_full_fine_tuning_changes_nothing(

@@ -1,10 +1,8 @@
 """Fits as Ray Train jobs: equal to one process, and bitwise unmoved by the death of a worker."""
 
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from helpers import failing
@@ -12,9 +10,11 @@ from helpers.cases import make_options, make_task
 from helpers.compare import max_error
 from helpers.failing import FailsOnOneRank
 from helpers.resuming import IDENTITY, everything_in
+from helpers.workers import own_workers
 from helpers.workloads import long_task
 from ray import cloudpickle
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.exceptions import ActorDiedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError, StorageError
@@ -33,14 +33,6 @@ def final(folder: Path, fit: str) -> dict[str, torch.Tensor]:
     assert found is not None
     assert found.manifest["step"] == found.manifest["steps"]
     return everything_in(found.folder)
-
-
-def workers() -> list[psutil.Process]:
-    """The processes of this machine that run a Ray Train worker, oldest first."""
-    named = [
-        p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
-    ]
-    return sorted(named, key=lambda p: p.create_time())
 
 
 def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> None:
@@ -66,7 +58,7 @@ def test_a_killed_worker_changes_nothing(ray_up: None, tmp_path: Path) -> None:
 
     def kill(event: FitEvent) -> None:
         if not killed and event.record is not None and event.record["step"] >= 20:
-            victim = workers()[-1]
+            victim = own_workers()[-1]
             victim.kill()
             killed.append(victim.pid)
 
@@ -92,15 +84,13 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_pat
 
 @pytest.mark.parametrize(("reason", "rank"), [("ValueError", 1), ("StorageError", 0), ("death", 1)])
 def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: Path, reason: str, rank: int) -> None:
-    """In the middle of a fit, while the other rank waits for it in a collective."""
+    """In the middle of a fit, while the other rank waits in a collective for 30 minutes: no test may last so long."""
     task = long_task(200)
     support = FailsOnOneRank(task.support.features, task.support.labels, rank=rank, reason=reason)
     broken = FitTask(task.options, 0, support, task.class_embeddings, 18.0)
     steps: list[int] = []
-    heard = [time.monotonic()]
 
     def on_event(event: FitEvent) -> None:
-        heard.append(time.monotonic())
         if event.record is not None:
             steps.append(event.record["step"])
 
@@ -114,7 +104,6 @@ def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: 
             )
     finally:
         cloudpickle.unregister_pickle_by_value(failing)
-    assert time.monotonic() - heard[-1] < 30  # since the step before; starting the workers is not counted
     assert str(error.value).startswith(f"worker {rank} failed: ")
     assert ("its process died" if reason == "death" else "a distinctive reason") in str(error.value)
     assert type(error.value) is (StorageError if reason == "StorageError" else KngdError)
@@ -142,6 +131,13 @@ def test_a_rank_that_lost_its_peer_is_not_to_blame(failures: dict[int, Exception
     found = _explained(WorkerGroupError("all of it", failures))
     assert str(found).startswith(says)
     assert "\n" not in str(found)
+
+
+def test_a_worker_that_died_before_it_had_its_work() -> None:
+    """Ray Train takes it for its own fault, and does not start it again."""
+    says = "a worker died while it was handed its work (out of memory, killed, or its node is gone); the run can be"
+    assert str(_explained(ControllerError(ActorDiedError()))).startswith(says)
+    assert str(_explained(ControllerError(ValueError("else.")))).startswith("the Ray Train job failed: else; the run")
 
 
 def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(ray_up: None, tmp_path: Path) -> None:
@@ -175,5 +171,5 @@ def test_an_unreachable_cluster_is_one_sentence() -> None:
         "    with ray_session('127.0.0.1:1'): pass\n"
         "except KngdError as error: print('SENTENCE', error)\n"
     )
-    found: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    found: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "SENTENCE cannot reach the Ray cluster at 127.0.0.1:1" in found.stdout, found.stderr

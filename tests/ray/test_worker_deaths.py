@@ -4,16 +4,15 @@ import json
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
 from helpers.dying import EVERY, POINTS, fit_or_die
 from helpers.ranks import RankError, run_ranks
 from helpers.resuming import IDENTITY, everything_in
+from helpers.workers import own_workers
 from helpers.workloads import long_task
 
 from kngd_ray.config import TrainerConfig
@@ -82,16 +81,6 @@ def _is_sound(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def own_workers() -> list[psutil.Process]:
-    """The Ray Train workers below this process, oldest first."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append((process.create_time(), process.pid, process))
-    return [process for *_, process in sorted(found)]
 
 
 def committed(folder: Path) -> int:

@@ -20,7 +20,7 @@ def alone() -> dict:
 
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids="W={}".format)
 def ranks(request) -> list[dict]:
-    return run_ranks(request.param, run_everything, timeout=300)
+    return run_ranks(request.param, run_everything)
 
 
 @pytest.mark.parametrize("case", KALMAN_CASES)

@@ -23,7 +23,7 @@ def whole() -> dict:
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 3, 4], ids="W={}".format)
 def ranks(request) -> list[dict]:
-    return run_ranks(request.param, run_streams, timeout=300) if request.param else [run_streams(SingleProcess())]
+    return run_ranks(request.param, run_streams) if request.param else [run_streams(SingleProcess())]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -309,7 +309,7 @@ ABANDONED = """
 
 def test_an_abandoned_iterator_keeps_no_process(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(ABANDONED), str(tmp_path / "p")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "left", "")
 
 

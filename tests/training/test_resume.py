@@ -191,7 +191,7 @@ def straight(tmp_path_factory) -> dict[str, Path]:
 def killed_on_four(tmp_path_factory) -> Path:
     """Checkpoints after step 4, written by four ranks that were then killed."""
     folder = tmp_path_factory.mktemp("four")
-    run_ranks(4, run_all, folder, 5, timeout=120)
+    run_ranks(4, run_all, folder, 5)
     return folder
 
 
@@ -202,11 +202,7 @@ def test_any_number_of_ranks_continues_what_four_wrote(world_size, killed_on_fou
         found = latest(folder / family)
         assert found.manifest["step"] == 4
         assert len(found.manifest["pieces"]) == 4
-    ends = (
-        run_ranks(world_size, run_all, folder, None, timeout=120)
-        if world_size > 1
-        else [run_all(SingleProcess(), folder, None)]
-    )
+    ends = run_ranks(world_size, run_all, folder, None) if world_size > 1 else [run_all(SingleProcess(), folder, None)]
     assert len({str(end) for end in ends}) == 1
     for family, end in ends[0].items():
         assert len(checkpoint.load(end).manifest["pieces"]) == world_size
@@ -218,7 +214,7 @@ def test_any_number_of_ranks_continues_what_four_wrote(world_size, killed_on_fou
 
 
 def test_four_ranks_resume_bitwise(killed_on_four, tmp_path):
-    resumed = run_ranks(4, run_all, Path(shutil.copytree(killed_on_four, tmp_path / "copy")), None, timeout=120)[0]
-    straight = run_ranks(4, run_all, tmp_path / "straight", None, timeout=120)[0]
+    resumed = run_ranks(4, run_all, Path(shutil.copytree(killed_on_four, tmp_path / "copy")), None)[0]
+    straight = run_ranks(4, run_all, tmp_path / "straight", None)[0]
     for family in KALMAN:
         assert_same_bits(resumed[family], straight[family])

@@ -49,7 +49,7 @@ def runs(request, shots, tmp_path_factory) -> Runs:
         2: [(straight[2], None), (killed[2], KILLED_AFTER), (resumed[2, 2], None), (resumed[1, 2], None)],
     }
     alone = run_runs(SingleProcess(), parts[1], copies, shots, dtype)
-    ranks = run_ranks(2, run_runs, parts[2], copies, shots, dtype, timeout=300)
+    ranks = run_ranks(2, run_runs, parts[2], copies, shots, dtype)
     assert str(ranks[0]) == str(ranks[1])
     (late,) = run_runs(SingleProcess(), [(resumed[2, 1], None)], copies, shots, dtype)
     return Runs(

@@ -23,7 +23,7 @@ def alone() -> dict:
 
 @pytest.fixture(scope="module", params=[2, 4], ids="W={}".format)
 def ranks(request) -> list[dict]:
-    return run_ranks(request.param, run_towers, timeout=300)
+    return run_ranks(request.param, run_towers)
 
 
 @pytest.mark.parametrize("case", KALMAN)

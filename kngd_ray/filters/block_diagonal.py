@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
-from kngd_ray.filters.dense import root, rounded_up
+from kngd_ray.filters.dense import root, rounded_up, symmetric
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 
 _COVARIANCE = "covariance"
@@ -94,7 +94,7 @@ class BlockDiagonal(Layerwise):
         X = torch.linalg.solve_triangular(innovation.cholesky.to(work.dtype), columns, upper=False)
         X = X.view(M, count, b).transpose(0, 1)
         posterior = torch.baddbmm(blocks, X.mT, X, alpha=-1.0)
-        posterior = rounded_up((posterior + posterior.mT) / 2, blocks)
+        posterior = rounded_up(symmetric(posterior), blocks)
         return {_COVARIANCE: _by_weight(posterior, P)}
 
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:

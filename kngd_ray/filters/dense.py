@@ -81,7 +81,7 @@ class Dense:
             return P
         X = innovation.whiten(work["U"])
         posterior = _matrix(P) - X @ X.mT
-        return {_ALL: {"covariance": (posterior + posterior.mT) / 2}}
+        return {_ALL: {"covariance": symmetric(posterior)}}
 
     def sample(self, P: Covariance, draws: int, generator: Generator) -> Tensor:
         """(draws, n) z L^T with P = L L^T."""
@@ -116,6 +116,21 @@ def root(P: Tensor) -> Tensor:
         return L
     variances, axes = torch.linalg.eigh(P)
     return axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
+
+
+def symmetric(P: Tensor) -> Tensor:
+    """The symmetric part of matrices.
+
+    Not even X^T X is symmetric to the last bit on every processor, and no later update would take an antisymmetric part
+    away.
+
+    Args:
+        P: (..., n, n).
+
+    Returns:
+        (..., n, n) symmetric to the last bit.
+    """
+    return (P + P.mT) / 2
 
 
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ from torch import Generator, Tensor
 
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
-from kngd_ray.filters.dense import ROUNDING, root, rounded_up
+from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 from kngd_ray.filters.unchecked import checked, cholesky
@@ -297,12 +297,10 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     K_new = torch.addmm(K, W.mT, W, alpha=1.0 / i)
     trace = o + (iE * K_new).sum() / i
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
-    # As U^T U and V^T V, what is subtracted is symmetric to the last bit, and B and A stay so: no later update
-    # would take an antisymmetric part away.
     U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
     B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
     A_new = torch.addmm(A * (trace / o).to(A.dtype), V.mT, V, alpha=-1.0 / o)
-    return {"B": rounded_up(B_new, B), "A": rounded_up(A_new, A)}
+    return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new), A)}
 
 
 def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> LayerState:
@@ -310,11 +308,11 @@ def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> La
     Y = torch.linalg.solve_triangular(cholesky.to(B.dtype), Bh.flatten(1), upper=False).view_as(Bh)
     YA = (Y @ A).transpose(0, 1).reshape(o, -1)  # (o, M i): the sum over matrices and columns is one product
     B_new = torch.addmm(B, YA, Y.transpose(0, 1).reshape(o, -1).mT, alpha=-1.0 / i)
-    B_new = rounded_up((B_new + B_new.mT) / 2, B)
+    B_new = rounded_up(symmetric(B_new), B)
     solved = torch.linalg.solve(B_new, torch.cat([B, YA], 1))
     trace = solved[:, :o].diagonal().sum()
     A_new = torch.addmm(A * (trace / o), YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), alpha=-1.0 / o)
-    return {"B": B_new, "A": rounded_up((A_new + A_new.mT) / 2, A)}
+    return {"B": B_new, "A": rounded_up(symmetric(A_new), A)}
 
 
 def _root_of_rest(Q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

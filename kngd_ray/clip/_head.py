@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from kngd_ray.clip.adapters import AdapterConfig, Bottleneck, HeadShape
+from kngd_ray.clip.adapters import AdapterConfig, Bottleneck, ClassResidualAdapter, HeadShape
 from kngd_ray.errors import UsageError
 
 
@@ -22,6 +22,7 @@ class CLIPHead(nn.Module):
         seed: of the adapters' random weights.
 
     Attributes:
+        gamma: factor of the zero-shot logits, 1 in CLIP itself; below 1 the classes' texts are believed less.
         averages: whether the trained weights can be averaged with the pretrained model's, see :meth:`blend`.
     """
 
@@ -36,6 +37,7 @@ class CLIPHead(nn.Module):
     ) -> None:
         super().__init__()
         self.logit_scale = logit_scale
+        self.gamma = 1.0
         self.averages = not any(isinstance(config, Bottleneck) for config in adapters)
         self.register_buffer("class_embeddings", class_embeddings, persistent=False)
         shape = HeadShape(class_embeddings.shape[1], class_embeddings.shape[0])
@@ -60,10 +62,16 @@ class CLIPHead(nn.Module):
             z = adapter.image(z)  # type: ignore[operator]
             t = adapter.text(t)  # type: ignore[operator]
         z, t = normalize(z, dim=-1), normalize(t, dim=-1)
-        cosines = z @ t.mT
+        cosines = self.gamma * (z @ t.mT)
         for adapter in self.adapters:
             cosines = adapter.cosines(z, cosines)  # type: ignore[operator]
         return self.logit_scale * cosines
+
+    @property
+    def residual(self) -> ClassResidualAdapter | None:
+        """The class residual, where it is the only adapter and the logits are a linear function of its weights."""
+        only = self.adapters[0] if len(self.adapters) == 1 else None
+        return only if isinstance(only, ClassResidualAdapter) else None
 
     def example(self, m: int) -> Tensor:
         """Inputs (m, d) of m samples that stand for any: seeded unit embeddings."""
@@ -72,7 +80,7 @@ class CLIPHead(nn.Module):
         return normalize(z.to(t), dim=-1)
 
     def blend(self, alpha: float) -> None:
-        """Average with the zero-shot head in place: the adapters' weights, which start at 0, times alpha.
+        """Average with the zero-shot head in place: the adapters' weights, which start at 0, times alpha; gamma too.
 
         Args:
             alpha: 0 is the zero-shot head, 1 changes nothing.
@@ -82,6 +90,7 @@ class CLIPHead(nn.Module):
         """
         check_alpha(alpha, self.averages)
         if alpha != 1:
+            self.gamma = 1.0 + alpha * (self.gamma - 1.0)
             with torch.no_grad():
                 for weight in self.parameters():
                     weight.mul_(alpha)

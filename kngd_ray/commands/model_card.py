@@ -76,7 +76,7 @@ def _model(config: Config, prepared: Prepared, steps: int) -> str:
         f"- CLIP model: {_plain(model.name)}{weights}, fingerprint `{model.fingerprint[:16]}`",
         f"- {trained}; adapters: {adapters}",
         f"- method: {config.method}, preset {_plain(Path(str(config.preset)).name)}, {steps} steps of up to "
-        f"{config.batch_size} pictures, {config.epochs} passes",
+        f"{config.batch_size or 'all'} pictures, {config.epochs} passes",
         *(
             []
             if config.prior is None

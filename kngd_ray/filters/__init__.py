@@ -16,18 +16,25 @@ from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows, scal
 from kngd_ray.filters.kronecker import Kronecker
 from kngd_ray.filters.low_rank import DiagonalLowRank
 from kngd_ray.filters.noise import Categorical, Ema, Fixed, ObservationNoise, Seen, Whitening
+from kngd_ray.filters.prior_mean import Calibrated, ZeroShot
 from kngd_ray.filters.process import Forgetting, OrnsteinUhlenbeck, Process, RandomWalk, Transition
+from kngd_ray.filters.softmax import Classified, SoftmaxPosterior
+from kngd_ray.filters.softmax import condition as condition_softmax
+from kngd_ray.filters.softmax import modes as softmax_modes
 
 # The registries: configuration chooses among these by `kind`, and offers the fields of each as its options.
 CovarianceFamily = Dense | Diagonal | BlockDiagonal | DiagonalLowRank | Kronecker
 ProcessModel = RandomWalk | OrnsteinUhlenbeck | Forgetting
 NoiseModel = Fixed | Ema | Categorical
 GateModel = NoGate | Inflate | Skip
+PriorMean = ZeroShot | Calibrated
 
 __all__ = [
     "Belief",
     "BlockDiagonal",
+    "Calibrated",
     "Categorical",
+    "Classified",
     "Covariance",
     "CovarianceFamily",
     "Dense",
@@ -52,17 +59,22 @@ __all__ = [
     "ObservationNoise",
     "OrnsteinUhlenbeck",
     "Part",
+    "PriorMean",
     "Process",
     "ProcessModel",
     "RandomWalk",
     "Rows",
     "Seen",
     "Skip",
+    "SoftmaxPosterior",
     "Transition",
     "Whitening",
     "Work",
+    "ZeroShot",
+    "condition_softmax",
     "innovation_covariance",
     "scaled",
+    "softmax_modes",
     "solve_innovation",
     "update",
     "variances",

@@ -50,7 +50,8 @@ T (o + i) is over four times o i, matrices h_m are less work than a forward pass
 Prior: B = p0 I and A = I, or A = (W + c I)^-1 up to its scale, W the covariance of the layer's inputs within the
 classes of the shots and c their mean variance times `shrinkage`: Delta x of a linear classifier is then as certain a
 priori in directions in which pictures of one class differ as in those in which they do not. It is the prior under which
-a Gaussian classifier with a shared covariance is an ordinary point.
+a Gaussian classifier with a shared covariance is an ordinary point. Around the offset that all images share it is a
+prior over functions (:mod:`~kngd_ray.filters.informed`).
 
 Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
 
@@ -67,6 +68,7 @@ from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
+from kngd_ray.filters.informed import measured_columns, within_class_covariance
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 from kngd_ray.filters.unchecked import checked, cholesky
 
@@ -90,18 +92,29 @@ class Kronecker(Layerwise):
     Attributes:
         kind: the family's name.
         tokens: whether all pairs of tokens are counted, or one token stands for those of a sample; see the module.
-        columns: the prior's A: ``identity``, or ``within_class``, from the inputs that the shots give to a layer.
-        shrinkage: of ``within_class`` towards the identity; large is the identity.
+        columns: the prior's A: ``identity``; ``within_class``, the inverse of how the inputs that the shots give to a
+            layer vary within classes; or ``function``, that metric around the offset that all images share, see
+            :mod:`~kngd_ray.filters.informed`.
+        shrinkage: of the metric towards the identity, in mean variances within classes, of ``function`` in typical
+            ones; large is the identity.
+        offset: of ``function``, the variance of the shots, in typical ones, along which half of their mean counts as
+            particular to them; 0 takes all of their mean for the common offset.
+        bias: of ``function``, the prior variance of a logit at the common offset, where that around the shots is 1.
     """
 
     kind: Literal["kronecker"] = "kronecker"
     tokens: Literal["exact", "reduced"] = "exact"
-    columns: Literal["identity", "within_class"] = "identity"
+    columns: Literal["identity", "within_class", "function"] = "identity"
     shrinkage: float = 5.0
+    offset: float = 0.01
+    bias: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.shrinkage > 0:
             raise ValueError(f"shrinkage is {self.shrinkage}; it must be above 0")
+        for name, value in (("offset", self.offset), ("bias", self.bias)):
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
 
     @property
     def reach(self) -> float:
@@ -137,18 +150,31 @@ class Kronecker(Layerwise):
         """
         if self.columns == "identity" or not len(x):  # a fold may hold out all there is
             return P
-        A = P["A"]
+        return {**P, "A": self.columns_of(x, labels).to(P["A"])}
+
+    def columns_of(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The prior's A, as inputs of a layer tell it.
+
+        Args:
+            x: (m, i) inputs of the layer, m at least 1.
+            labels: (m,) classes.
+
+        Returns:
+            (i, i) float64 with tr(A) = i; the identity where no class has two inputs that differ.
+        """
         x = x.double()
-        means = x.new_zeros(int(labels.max()) + 1, x.shape[1])
-        counts = torch.bincount(labels, minlength=len(means)).to(x).clamp_min(1).unsqueeze(1)
-        rest = x - (means.index_add_(0, labels, x) / counts)[labels]
-        W = rest.mT @ rest / max(len(x) - len(labels.unique()), 1)
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        if self.columns == "identity":
+            return eye
+        if self.columns == "function":
+            return measured_columns(x, labels, shrinkage=self.shrinkage, reach=self.offset, bias=self.bias)
+        W = within_class_covariance(x, labels)
         mean = W.diagonal().mean()
-        if not mean > torch.finfo(A.dtype).eps * x.square().mean():
-            return P
+        if not mean > torch.finfo(torch.float32).eps * x.square().mean():
+            return eye
         W.diagonal().add_(self.shrinkage * mean)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(W))
-        return {**P, "A": (inverse * (len(A) / inverse.diagonal().sum())).to(A)}
+        return inverse * (len(W) / inverse.diagonal().sum())
 
     def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
         """The product with the partial traces of scale * P + q I."""

@@ -92,6 +92,18 @@ class ObservationModel(Protocol):
         """
         ...
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """What a sample costs at noise 1, of a model with a likelihood.
+
+        Args:
+            logits: (m, C) class logits.
+            labels: (m,) int64 true classes.
+
+        Returns:
+            (m,) negative log-likelihoods, nats; None of residuals, which cost half their square.
+        """
+        ...
+
     def observe_pairs(
         self, outputs: Tensor, labels: Tensor, logit_scale: float, own: slice, classes: int
     ) -> Observation:
@@ -139,6 +151,10 @@ class Noisy:
     def draws(self, classes: int) -> int:
         """None."""
         return 0
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """None: residuals cost half their square."""
+        return None
 
     def observe_pairs(
         self, outputs: Tensor, labels: Tensor, logit_scale: float, own: slice, classes: int

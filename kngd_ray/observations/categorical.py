@@ -59,6 +59,10 @@ class Categorical(Noisy):
         """One per sampled label."""
         return self.samples
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(m,) negative log-likelihoods, nats."""
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """C rows per sample, or 1 + samples."""
         target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)

@@ -29,6 +29,10 @@ class LogLikelihood(Noisy):
     kind: Literal["log_likelihood"] = "log_likelihood"
     r0: float = 1.0
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(m,) negative log-likelihoods, nats."""
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
     def observe(self, logits: Tensor, labels: Tensor, logit_scale: float, uniforms: Tensor) -> Observation:
         """One row per sample with V = e_y - p."""
         target = torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)

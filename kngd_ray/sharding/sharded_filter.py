@@ -38,9 +38,11 @@ class ShardedUpdate(StreamedOutcome):
 
     Attributes:
         belief: mean (n,) of all weights, covariance of the own parts.
+        weights: (M,) S^-1 nu; None where the batch was conditioned on in runs.
     """
 
     belief: Belief
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Conditioned:
     innovation: Innovation
     predicted: Tensor
     weight: Tensor
+    innovation_weights: Tensor
 
 
 class ShardedFilter(Placed[Family]):
@@ -130,6 +133,7 @@ class ShardedFilter(Placed[Family]):
             jitter=max(part.innovation.jitter for part in done),
             predicted=torch.cat([part.predicted for part in done]),
             weight=torch.cat([part.weight for part in done]),
+            weights=done[0].innovation_weights if len(done) == 1 else None,
         )
 
     def variances(self, belief: Belief, H: Jacobian, samples: Sequence[int], like: Tensor) -> Tensor:
@@ -165,7 +169,7 @@ class ShardedFilter(Placed[Family]):
         step = family.gain(P, H, gram, work, innovation.weights)
         posterior = family.update(P, H, gram, work, innovation)
         weight = torch.ones_like(nu) if weight is None else weight
-        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight)
+        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights)
 
     def _shift(self, H: Jacobian, moved: Mapping[str, Tensor], nu: Tensor) -> Tensor:
         """H (mu - mu-) (M,) of a mean that earlier observations have moved."""

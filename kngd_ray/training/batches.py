@@ -116,7 +116,7 @@ class BatchSampler:
 
     Args:
         support: the training shots.
-        batch_size: global batch size; the last batch of an epoch may be smaller.
+        batch_size: global batch size, 0 for all shots; the last batch of an epoch may be smaller.
         epochs: passes over the shots.
         seed: of the shuffles; each epoch has its own.
         prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
@@ -126,6 +126,7 @@ class BatchSampler:
     def __init__(self, support: Shots, batch_size: int, epochs: int, seed: int, *, prequential: bool = False) -> None:
         self.support = support
         self.seed = seed
+        batch_size = batch_size or max(len(support), 1)
         self._batch_size = batch_size
         self.steps_per_epoch = -(-len(support) // batch_size)
         self.steps = self.steps_per_epoch * epochs

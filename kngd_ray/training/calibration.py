@@ -16,11 +16,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from kngd_ray.clip import CLIPNetwork, Head
+from kngd_ray.clip import CLIPHead, CLIPNetwork, Head
 from kngd_ray.filters import Belief, Family
 from kngd_ray.observations import flatten, trainable
-from kngd_ray.training.batches import Shots
-from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.batches import Shots, Support
+from kngd_ray.training.fit import FitTask, build_head, fit
+from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.informing import decided
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
 from kngd_ray.training.network_predictor import NetworkPredictor
@@ -91,25 +93,6 @@ def assembled(
     return Predictor(head, family, belief, options)
 
 
-def fold_of(labels: Tensor, folds: int) -> Tensor:
-    """Cut shots into folds, each class spread over them as evenly as it goes.
-
-    Args:
-        labels: (N,) classes.
-        folds: number of folds.
-
-    Returns:
-        (N,) fold of each shot. With fewer shots than folds in a class, some folds hold out the whole
-        class: it is then predicted from the prior.
-    """
-    fold = torch.empty_like(labels)
-    for c in labels.unique():
-        members = (labels == c).nonzero().squeeze(1)
-        # offset by class, so that single-shot classes do not all leave together
-        fold[members] = (torch.arange(len(members), device=labels.device) + int(c)) % folds
-    return fold
-
-
 def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     """The fits of a cross-validation over the shots.
 
@@ -126,16 +109,24 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
 
 
-def single(labels: Tensor) -> bool:
-    """Whether no class has two shots.
+def decided_task(task: FitTask) -> FitTask:
+    """The fit with what its shots decide of the prior's variance given: parts of the shots need not decide it again.
 
     Args:
-        labels: (N,) classes.
+        task: the fit.
 
     Returns:
-        Whether a fold lacks the classes of its shots altogether.
+        The fit.
     """
-    return int(labels.bincount().max()) < 2
+    prior = task.options.filter
+    if task.options.method != "kalman" or task.prior is not None or not prior.logit_spread:
+        return task
+    assert isinstance(task.support, Support)
+    head = build_head(task)
+    assert isinstance(head, CLIPHead)
+    _, variance = decided(head, prior, task.support)
+    fixed = replace(prior, logit_variance=variance, logit_spread=0.0)
+    return replace(task, options=replace(task.options, filter=fixed))
 
 
 def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
@@ -169,6 +160,7 @@ def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | s
     """
     if min(options.folds, len(task.support)) < 2:
         return Calibration(options.unasked, 1.0)
+    task = decided_task(task)
     # one after another: a fold of whole towers is let go before the next one is fitted
     fits = ((fit(part, device=device), held) for part, held in calibration_tasks(task, options.folds))
     found = calibration_of(fits, options, task.options.tune.alpha)

@@ -20,6 +20,7 @@ from kngd_ray.training.calibration import AnyPredictor, Calibration, assembled
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
 from kngd_ray.training.kalman import KalmanNGD, nested
+from kngd_ray.training.method import load_head
 from kngd_ray.training.novelty import Novelty, probability_interval, total_variance
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor, entropy
@@ -101,6 +102,7 @@ def restore_predictor(
         for name, p in parameters.items():
             p.copy_(checkpoint.state.weights[name])
     alpha = options.tune.alpha if alpha is None else alpha
+    load_head(head, checkpoint.state)
     if options.method != "kalman":
         return assembled(head, None, None, posterior, alpha)
     if isinstance(head, CLIPNetwork):

@@ -14,8 +14,9 @@ from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
-from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.method import Method, MethodState, StepStats
+from kngd_ray.training.informing import inform
+from kngd_ray.training.kalman import P0, KalmanNGD
+from kngd_ray.training.method import Method, MethodState, StepStats, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.streamed import StreamedKalmanNGD
@@ -150,15 +151,18 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
         method = build_method(task, head, group)
         shots = task.to(device).support
         if isinstance(method, KalmanNGD) and isinstance(shots, Support):
-            method.inform(shots)
+            inform(method, task.options.filter, shots)
         return method
     prior = task.prior.load()
     with torch.no_grad():
         for name, p in trainable(head).items():
             p.copy_(prior.weights[name])
+    load_head(head, prior)
     # Built on these weights: they are the mu_0 that an Ornstein-Uhlenbeck process returns to.
     method = build_method(task, head, group)
-    method.load(replace(prior, replicated=method.state().replicated))
+    # Noise and moments start anew; what the earlier fit took from its shots is part of its posterior.
+    kept = {key: value for key, value in prior.replicated.items() if key in (P0, *head_state(head))}
+    method.load(replace(prior, replicated=method.state().replicated | kept))
     return method
 
 

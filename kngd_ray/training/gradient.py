@@ -11,7 +11,7 @@ from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import Batch
-from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.training.method import MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 
 
@@ -81,7 +81,7 @@ class GradientDescent:
 
     def state(self) -> MethodState:
         """Weights and the optimiser's moments by parameter name."""
-        replicated = {}
+        replicated = head_state(self.head)
         for name, p in self._parameters.items():
             for key, value in self._optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -94,6 +94,7 @@ class GradientDescent:
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(state.weights[name])
+        load_head(self.head, state)
         by_parameter: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in state.replicated.items():
             moment, name = key.split("/", 1)

@@ -102,10 +102,9 @@ def run_fits(
             if not _out_of_memory(error):
                 raise
             said = next(iter(str(error).splitlines()), "").rstrip(".")  # Python's own MemoryError says nothing
-            reason = (
-                f"step of {task.options.batch_size} samples does not fit into memory{f' ({said})' if said else ''}: "
-                f"{_thriftier(task.options)}."
-            )
+            said = f" ({said})" if said else ""
+            count = task.options.batch_size or len(task.support)
+            reason = f"step of {count} samples does not fit into memory{said}: {_thriftier(task.options)}."
             if group.world_size > 1:  # the other ranks wait for this one: the job ends
                 raise KngdError(f"the fit {name}: a {reason}") from error
             send(FitEvent(name, error=f"a {reason}"))

@@ -1,25 +1,37 @@
 """The Kalman filter as an optimiser of a head's trainable weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kngd_ray.clip import Head
+from kngd_ray.clip import CLIPHead, Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Factors, Kronecker, Transition
+from kngd_ray.filters import Belief, Covariance, NoGate, Transition
+from kngd_ray.filters.unchecked import checked
 from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
-from kngd_ray.sharding import Group, Placed, ShardedFilter, SingleProcess, StreamedOutcome, covariance_bytes
-from kngd_ray.training.batches import Batch, Support
-from kngd_ray.training.method import MethodState, StepStats, batch_scores
+from kngd_ray.sharding import (
+    Group,
+    Placed,
+    ShardedFilter,
+    ShardedUpdate,
+    SingleProcess,
+    StreamedOutcome,
+    covariance_bytes,
+)
+from kngd_ray.training.at_mode import AtMode, ModeStep
+from kngd_ray.training.batches import Batch
+from kngd_ray.training.method import MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.observing import BatchSeen, Observer
 from kngd_ray.training.options import FilterOptions, FitOptions
-from kngd_ray.training.predict import TAU_GRID, moderated
+from kngd_ray.training.predict import TAU_GRID, centring, moderated
 
-_AT_ONCE = 1024  # shots
+_ROUNDED = 1e-9  # of the objective, within which a step counts as one that does not raise it
+P0 = "prior/p0"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -38,6 +50,31 @@ class Conditioned:
     outcome: StreamedOutcome
 
     @property
+    def logits(self) -> Tensor:
+        """(m, C) of the local samples at the predicted mean."""
+        return self.seen.logits
+
+    @property
+    def nis(self) -> float:
+        """Nu^T S^-1 nu."""
+        return self.outcome.nis
+
+    @property
+    def observations(self) -> int:
+        """M."""
+        return self.seen.nu.numel()
+
+    @property
+    def jitter(self) -> float:
+        """What S needed on its diagonal to factor."""
+        return self.outcome.jitter
+
+    @property
+    def gated(self) -> int:
+        """Observations that the gate weighed down or left out."""
+        return int((self.outcome.weight < 1).sum())
+
+    @property
     def innovation_rms(self) -> Tensor:
         """Root mean square of nu, a scalar."""
         return self.seen.nu.square().mean().sqrt()
@@ -46,6 +83,24 @@ class Conditioned:
     def log_evidence(self) -> Tensor:
         """Log N(nu; 0, S) of the innovations as they were before whitening, a scalar."""
         return self.outcome.log_evidence - self.seen.whitening.log_volume.double()
+
+
+class _Aim(NamedTuple):
+    """Where an update goes from the point of its linearisation, in the norm of P-^-1 around the predicted mean."""
+
+    whole: Tensor  # squared distance of the updated mean
+    across: Tensor  # its product with the point that it was linearised at
+
+    @classmethod
+    def of(cls, update: ShardedUpdate, seen: BatchSeen) -> "_Aim":
+        """From w = S^-1 nu: mu - mu- = P- H^T w, and H P- H^T w = nu - w, nu those of the linear model at mu-."""
+        assert update.weights is not None
+        w, nu = update.weights.double(), seen.observed.nu.double()
+        return cls(w @ (nu - w), w @ (nu - seen.plain.double()))
+
+    def distance(self, here: Tensor, size: Tensor) -> Tensor:
+        """Squared distance after a part of the step, begun at a squared distance."""
+        return (1 - size) ** 2 * here + 2 * size * (1 - size) * self.across + size**2 * self.whole
 
 
 class KalmanNGD:
@@ -70,7 +125,10 @@ class KalmanNGD:
         self.observer = Observer(head, options, seed, self.group)
         prior = options.filter
         self.family = prior.covariance
+        self.p0 = prior.p0
         self._place(prior)
+        at_mode = options.at_mode and isinstance(head, CLIPHead)
+        self.to_mode = ModeStep(head, self.filter, prior) if at_mode else None
         self.noise = self.observer.initial_noise(self.belief.mu)
 
     def _place(self, prior: FilterOptions) -> None:
@@ -80,28 +138,17 @@ class KalmanNGD:
         self.placed: Placed[Any] = self.filter
         self.belief = self.filter.init(self._anchor, prior.p0)
 
-    def inform(self, shots: Support) -> None:
-        """Let the prior know how the inputs of each layer vary within classes, if the family asks for it.
+    def begin_at(self, covariance: Covariance, *, gamma: float, p0: float) -> None:
+        """Start from a prior that shots have informed, before the first step.
 
         Args:
-            shots: all of the fit, on every rank.
+            covariance: P of the own parts.
+            gamma: how much of the zero-shot logits is believed.
+            p0: prior variance of a weight, as far as one number says it; what a process relaxes to.
         """
-        family = self.family
-        if not isinstance(family, Kronecker) or family.columns == "identity":
-            return
-        inputs: dict[str, list[Tensor]] = {}
-        for features in shots.features.split(_AT_ONCE):
-            passed = self.observer.linearizer.run(features)
-            H = passed.jacobian(torch.ones_like(passed.logits).unsqueeze(1))
-            for layer in self.observer.layers:
-                found = H[layer.name] if layer.factored else None
-                if isinstance(found, Factors) and found.own_x:
-                    inputs.setdefault(layer.name, []).append(found.x.mean(1))
-        informed = {
-            name: family.informed_layer(state, torch.cat(inputs[name]), shots.labels) if name in inputs else state
-            for name, state in self.belief.covariance.items()
-        }
-        self.belief = Belief(self.belief.mu, informed)
+        assert isinstance(self.head, CLIPHead)
+        self.belief = Belief(self.belief.mu, covariance)
+        self.head.gamma, self.p0 = gamma, p0
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -116,7 +163,7 @@ class KalmanNGD:
             FilterError: the step was refused; belief, noise and head are as before.
         """
         moved = self.group.bytes_moved
-        transition = self._options.noise.process.transition(batch.step, self._options.filter.p0)
+        transition = self._options.noise.process.transition(batch.step, self.p0)
         kept = self._keep(transition)
         try:
             done, scores = self._advance(batch, transition)
@@ -141,7 +188,7 @@ class KalmanNGD:
         assert kept is not None
         self._write(kept)
 
-    def _advance(self, batch: Batch, transition: Transition) -> tuple[Conditioned, tuple[float, ...] | None]:
+    def _advance(self, batch: Batch, transition: Transition) -> tuple[Conditioned | AtMode, tuple[float, ...] | None]:
         """Take a step: what the batch made of the belief, and its labels' log-probability where it is scored.
 
         Raises:
@@ -153,26 +200,34 @@ class KalmanNGD:
             self._write(predicted.mu)
             passed = self.observer.linearizer.run(batch.inputs)
             scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
-        done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
+        done: Conditioned | AtMode
+        if self.to_mode is not None:
+            if predicted.mu is not self.belief.mu:
+                self._write(predicted.mu)
+            done = self.to_mode.condition(predicted, batch, self.observer.r0)
+        else:
+            done = self.condition(predicted, lambda mu, displaced: self._observe(batch, mu, displaced))
         if not isfinite(float(done.belief.mu.sum())):
             raise FilterError(
                 "the update moved a weight to NaN or infinity: the step was refused and the belief kept; "
                 "lower filter.p0 or raise observation.r0."
             )
-        self.go_on(done.belief, self.observer.learned(self.noise, done.seen, done.outcome))
+        noise = self.noise if isinstance(done, AtMode) else self.observer.learned(self.noise, done.seen, done.outcome)
+        self.go_on(done.belief, noise)
         return done, scores
 
-    def _stats(self, batch: Batch, done: Conditioned, moved: int, scores: tuple[float, ...] | None) -> StepStats:
+    def _stats(
+        self, batch: Batch, done: Conditioned | AtMode, moved: int, scores: tuple[float, ...] | None
+    ) -> StepStats:
         """Figures of a step that was taken; `moved` is what had been received from other ranks before it."""
-        rms, gated = torch.stack([done.innovation_rms, (done.outcome.weight < 1).sum()]).tolist()
         return StepStats(
-            **batch_scores(done.seen.logits, batch, self.group),
-            innovation_rms=rms,
-            nis=done.outcome.nis,
-            nis_per_observation=done.outcome.nis / done.seen.nu.numel(),
+            **batch_scores(done.logits, batch, self.group),
+            innovation_rms=float(done.innovation_rms),
+            nis=done.nis,
+            nis_per_observation=done.nis / max(done.observations, 1),
             log_evidence=float(done.log_evidence),
-            jitter=done.outcome.jitter,
-            gated=int(gated),
+            jitter=done.jitter,
+            gated=done.gated,
             bytes_moved=self.group.bytes_moved - moved,
             covariance_bytes=covariance_bytes(self.belief.covariance),
             log_predictive=scores,
@@ -191,7 +246,7 @@ class KalmanNGD:
         """
         logits = passed.logits.detach()
         C = logits.shape[1]
-        H = passed.jacobian(torch.eye(C, dtype=logits.dtype, device=logits.device).expand(len(logits), C, C))
+        H = passed.jacobian(centring(C, logits).expand(len(logits), C, C))
         variance = self.filter.variances(predicted, H, batch.sizes, logits)[batch.own]
         label = batch.labels.unsqueeze(1)
         found = [moderated(logits, tau * variance).log_softmax(1).gather(1, label).double().sum() for tau in TAU_GRID]
@@ -199,6 +254,10 @@ class KalmanNGD:
 
     def condition(self, predicted: Belief, observe: Callable[[Tensor, Tensor | None], BatchSeen]) -> Conditioned:
         """Condition on a batch, relinearised at its own result as often as is asked for: a function of tensors.
+
+        An iterated EKF whose steps are halved until the objective, ``|mu - mu-|^2 / 2`` in the norm of P-^-1 plus what
+        the data cost, does not rise. Every point is a mixture of updates P- H^T w, so that its norm takes products of
+        M numbers alone.
 
         Args:
             predicted: the belief before.
@@ -209,10 +268,42 @@ class KalmanNGD:
         """
         first = observe(predicted.mu, None)
         outcome = first_outcome = self.filter.update(predicted, first.observed)
-        for _ in range(self._options.filter.iterations - 1):
-            seen = observe(outcome.belief.mu, predicted.mu - outcome.belief.mu)
-            outcome = self.filter.update(predicted, seen.observed)
-        return Conditioned(outcome.belief, first, first_outcome)
+        options = self._options.filter
+        if options.iterations == 1:
+            return Conditioned(outcome.belief, first, first_outcome)
+        if outcome.weights is None or not isinstance(options.gate, NoGate):
+            # in runs, or gated, there is no objective to compare points by
+            for _ in range(options.iterations - 1):
+                seen = observe(outcome.belief.mu, predicted.mu - outcome.belief.mu)
+                outcome = self.filter.update(predicted, seen.observed)
+            return Conditioned(outcome.belief, first, first_outcome)
+        mu, distance, cost = predicted.mu, first.energy.new_zeros(()), self.group.sum(first.energy)
+        aim = _Aim.of(outcome, first)
+        size, logits = torch.ones_like(distance), first.logits
+        for _ in range(options.iterations):
+            there, far = mu.lerp(outcome.belief.mu, size.to(mu)), aim.distance(distance, size)
+            seen = observe(there, predicted.mu - there)
+            total = far / 2 + self.group.sum(seen.energy)
+            falls = total <= cost + _ROUNDED * cost.abs()
+            if checked() and not bool(falls) and bool(total.isfinite()):
+                size = size / 2
+                continue
+            # what is not finite is refused here
+            new = self.filter.update(predicted, seen.observed)
+            if checked():
+                moved = ((seen.logits - logits).abs() > options.tolerance).any().double()
+                mu, distance, cost, outcome, aim, logits = there, far, total, new, _Aim.of(new, seen), seen.logits
+                if not bool(self.group.sum(moved)) and bool(size == 1.0):
+                    break
+                size = torch.ones_like(size)
+            else:  # of many trials each goes its own way
+                keep = partial(_either, falls)
+                mu, distance, cost = keep(there, mu), keep(far, distance), keep(total, cost)
+                aim = _Aim(*map(keep, _Aim.of(new, seen), aim))
+                belief = Belief(keep(new.belief.mu, outcome.belief.mu), _either_of(falls, new, outcome))
+                outcome = replace(new, belief=belief)
+                size = torch.where(falls, torch.ones_like(size), size / 2)
+        return Conditioned(Belief(mu, outcome.belief.covariance), first, first_outcome)
 
     def go_on(self, belief: Belief, noise: Tensor) -> None:
         """Continue from a belief and a noise state, as this rank holds them."""
@@ -224,7 +315,11 @@ class KalmanNGD:
         owned = self.placed.ownership.parts
         return MethodState(
             weights={name: p.detach().clone() for name, p in self.parameters.items()},
-            replicated={"noise": self.noise},
+            replicated={
+                "noise": self.noise,
+                P0: torch.tensor(self.p0, dtype=torch.float64),
+                **head_state(self.head),
+            },
             covariance={
                 f"{name}{_KEY}{key}": tensor
                 for name, state in self.belief.covariance.items()
@@ -239,6 +334,9 @@ class KalmanNGD:
             for name, p in self.parameters.items():
                 p.copy_(state.weights[name])
         self.noise = state.replicated["noise"].to(self.noise)
+        if P0 in state.replicated and self._options.filter.logit_variance is not None:
+            self.p0 = float(state.replicated[P0])
+        load_head(self.head, state)
         self.belief = Belief(flatten(self.parameters), self.placed.own(nested(state.covariance, self._anchor)))
 
     def _observe(self, batch: Batch, mu: Tensor, displaced: Tensor | None) -> BatchSeen:
@@ -250,6 +348,20 @@ class KalmanNGD:
         with torch.no_grad():
             for name, value in unflatten(mu, self.parameters).items():
                 self.parameters[name].copy_(value)
+
+
+def _either(first: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new tensor where a condition holds, else the old one."""
+    return torch.where(first, new, old)
+
+
+def _either_of(first: Tensor, new: ShardedUpdate, old: ShardedUpdate) -> Covariance:
+    """The covariance of the new update where a condition holds, else of the old one."""
+    before = old.belief.covariance
+    return {
+        name: {key: torch.where(first, value, before[name][key]) for key, value in state.items()}
+        for name, state in new.belief.covariance.items()
+    }
 
 
 def nested(covariance: Mapping[str, Tensor], like: Tensor) -> dict[str, dict[str, Tensor]]:

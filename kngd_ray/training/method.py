@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kngd_ray.clip import Head
+from kngd_ray.clip import CLIPHead, Head
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch
 
@@ -81,6 +81,34 @@ class Method(Protocol):
     def load(self, state: MethodState) -> None:
         """Continue from a state, its covariance complete."""
         ...
+
+
+_GAMMA = "head/gamma"
+
+
+def head_state(head: Head) -> dict[str, Tensor]:
+    """What a head is told beside its weights: gamma, where it is not CLIP's own.
+
+    Args:
+        head: of a fit.
+
+    Returns:
+        Replicated tensors of a state.
+    """
+    if not isinstance(head, CLIPHead) or head.gamma == 1.0:
+        return {}
+    return {_GAMMA: torch.tensor(head.gamma, dtype=torch.float64)}
+
+
+def load_head(head: Head, state: MethodState) -> None:
+    """Tell a head what :func:`head_state` says.
+
+    Args:
+        head: of the fit that continues, or predicts.
+        state: of the fit.
+    """
+    if isinstance(head, CLIPHead):
+        head.gamma = float(state.replicated.get(_GAMMA, 1.0))
 
 
 class BatchScores(TypedDict):

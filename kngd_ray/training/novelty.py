@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kngd_ray.errors import CheckpointError, FilterError
-from kngd_ray.filters import variances
-from kngd_ray.observations import Linearizer
 from kngd_ray.sharding import covariance_bytes
 from kngd_ray.training.batches import Shots
 from kngd_ray.training.calibration import (
@@ -25,11 +23,11 @@ from kngd_ray.training.calibration import (
     Calibration,
     calibrate,
     calibration_of,
-    fold_of,
+    decided_task,
     held_out_tasks,
-    single,
 )
 from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
@@ -40,7 +38,6 @@ _Z = 1.6448536269514722  # standard deviations to either side of a normal's mean
 _LEFT_OUT = 8  # shots of which each is left out of a fit of its own
 _TOGETHER = 1 << 28  # bytes of covariances that advance together
 _KEPT = 512  # quantiles: more shots tell no more
-_AT_ONCE = 64  # samples
 _DIGITS = 6
 
 
@@ -104,6 +101,7 @@ def calibrate_and_compare(
     """
     if min(options.folds, len(task.support)) < 2:
         return calibrate(task, options, device), None
+    task = decided_task(task)
     seen: list[Tensor] = []
     sizes: list[int] = []
 
@@ -190,28 +188,6 @@ def total_variance(predictor: Predictor, features: Tensor) -> Tensor:
     return predictor.logit_variance(features).mean(1)
 
 
-def variance_along(predictor: Predictor, features: Tensor, cotangent: Tensor) -> Tensor:
-    """Posterior variance of linear functions of the logits, correlations between classes included.
-
-    Args:
-        predictor: a head and its belief.
-        features: (m, d) unit image embeddings.
-        cotangent: (m, k, C) the functions.
-
-    Returns:
-        (m, k) variances at tau = 1; zeros without a posterior.
-    """
-    like = cotangent[:, :, 0]
-    if predictor.belief is None or predictor.family is None or not len(features):
-        return torch.zeros_like(like)
-    linearizer = Linearizer(predictor.head, features[:1])
-    found = []
-    for x, V in zip(features.split(_AT_ONCE), cotangent.split(_AT_ONCE), strict=True):
-        H = linearizer.run(x).jacobian(V)
-        found.append(variances(predictor.family, predictor.belief.covariance, H, V[:, :, 0]))
-    return torch.cat(found).clamp_min(0)
-
-
 def probability_interval(
     predictor: AnyPredictor, features: Tensor, prediction: Prediction, tau: float
 ) -> Tensor | None:
@@ -244,7 +220,7 @@ def probability_interval(
         # d u / d l: 1 for the class itself, and minus the share that each of the others has among them
         cotangent = (chosen - others.softmax(1)).unsqueeze(1)
         u = (logits.gather(1, top).squeeze(1) - others.logsumexp(1)).double()
-        sigma = (tau * variance_along(predictor, features, cotangent).squeeze(1)).sqrt().double()
+        sigma = (tau * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double()
     else:
         u, sigma = torch.logit(best, eps=1e-12), prediction.logit_std.gather(1, top).squeeze(1).double()
     low, high = torch.sigmoid(u - _Z * sigma), torch.sigmoid(u + _Z * sigma)
@@ -268,5 +244,12 @@ def probability_std(predictor: Predictor, features: Tensor, tau: float) -> Tenso
         p: Tensor = predictor.head(features).softmax(1)
     if predictor.belief is None or tau == 0:
         return torch.zeros_like(p)
-    softmax_gradient = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
-    return torch.minimum(tau * variance_along(predictor, features, softmax_gradient), p * (1 - p)).sqrt()
+    if (product := predictor.product(features)) is not None:
+        spread, B = product
+        # row c of diag(p) - p p^T is p_c (e_c - p)
+        pB = p @ B.to(p)
+        rows = p.square() * (B.diagonal().to(p) - 2 * pB + (pB * p).sum(1, keepdim=True)).clamp_min(0)
+        variance = spread.to(p).unsqueeze(1) * rows
+    else:
+        variance = predictor.variance_along(features, p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1))
+    return torch.minimum(tau * variance, p * (1 - p)).sqrt()

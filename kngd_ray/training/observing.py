@@ -29,6 +29,9 @@ class BatchSeen:
         nu: (s, k) innovations before whitening.
         base: (s, k) noise variances known from the likelihood.
         channel: (s, k) channels of the noise.
+        plain: (M,) whitened innovations of the global batch where it was linearised.
+        energy: what the data cost there, a scalar of the local samples in float64: half the squares of whitened
+            residuals, and negative log-likelihoods over their noise.
     """
 
     logits: Tensor
@@ -37,6 +40,8 @@ class BatchSeen:
     nu: Tensor
     base: Tensor
     channel: Tensor
+    plain: Tensor
+    energy: Tensor
 
 
 class Observer:
@@ -66,6 +71,11 @@ class Observer:
         self._gated = not isinstance(options.filter.gate, NoGate)
         # Each of E passes over the same shots counts 1/E: together they are as much evidence as the shots are.
         self._passes = max(options.epochs, 1) if options.noise.tempering == "passes" else 1
+
+    @property
+    def r0(self) -> float:
+        """Noise variance of the first model's rows, tempered."""
+        return self._models[0].r0 * self._passes
 
     def initial_noise(self, like: Tensor) -> Tensor:
         """The noise state before the first step, of the dtype and device of `like`."""
@@ -117,7 +127,8 @@ class Observer:
         H = passed.jacobian(own.rows(local.cotangent))
         whitened = whitening.innovations(nu)
         judged = self._judged(whitened, R, *form) if self._gated else None
-        whitened = whitened.flatten()
+        energy = self._energy(passed.logits, batch, whitened[batch.own], R[batch.own])
+        whitened = plain = whitened.flatten()
         if displaced is not None:
             pieces = displaced.split([layer.size for layer in self.layers])
             shift = torch.stack([H[x.name].times(v) for x, v in zip(self.layers, pieces, strict=True)]).sum(0)
@@ -126,7 +137,22 @@ class Observer:
         observed = Observed(
             H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes, self._seed * 1_000_003 + batch.step
         )
-        return BatchSeen(passed.logits[:, : self._classes], observed, whitening, nu, base, channel)
+        logits = passed.logits[:, : self._classes]
+        return BatchSeen(logits, observed, whitening, nu, base, channel, plain, energy)
+
+    def _energy(self, outputs: Tensor, batch: Batch, whitened: Tensor, R: Tensor) -> Tensor:
+        """What the local samples cost: outputs (m, D), whitened innovations (m, k), noise (m, k) or (m, k, k)."""
+        variances = R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)
+        logits, row = outputs[:, : self._classes], 0
+        found = outputs.new_zeros((), dtype=torch.float64)
+        for model, k in zip(self._models, self._rows, strict=True):
+            loss = model.loss(logits, batch.labels)
+            if loss is None:
+                found = found + 0.5 * whitened[:, row : row + k].double().square().sum()
+            else:
+                found = found + (loss.double() / variances[:, row].double()).sum()
+            row += k
+        return found
 
     def learned(
         self, noise: Tensor, seen: BatchSeen, outcome: StreamedOutcome, model: NoiseModel | None = None

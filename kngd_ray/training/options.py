@@ -1,6 +1,7 @@
 """Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 from kngd_ray.clip import TuneOptions
@@ -15,10 +16,12 @@ from kngd_ray.filters import (
     Layerwise,
     NoGate,
     NoiseModel,
+    PriorMean,
     ProcessModel,
     RandomWalk,
+    ZeroShot,
 )
-from kngd_ray.observations import Cosine, LogLikelihood, Model
+from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model
 from kngd_ray.training.losses import CrossEntropy, Loss
 
 
@@ -29,25 +32,44 @@ class FilterOptions:
     Attributes:
         covariance: covariance family.
         p0: prior variance of every weight around its initial value; of a tower's own weights, see `towers`.
+        logit_variance: prior variance of a logit around its mean over the shots, nats^2, in the place of `p0`, which
+            follows from it and the shots: the same on any CLIP, whatever its logit scale. None takes `p0`.
+        logit_spread: standard deviation of log `logit_variance` under a log-normal prior: it is then the median, and
+            folds over the shots choose; 0 keeps it. For a class residual that is fitted to its mode.
+        mean: how much of the zero-shot logits is believed a priori.
         towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
             layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.
         gate: what is done about observations that the belief finds too surprising.
         serial: samples conditioned on at once within a batch, each run knowing those before it (so does the gate);
             0 is all of them. The work of the exact diagonal and of
             the block-diagonal form grows with the square of it, so a large batch is cheaper in small runs.
-        iterations: linearisations per step; above 1 the batch is linearised again at the new mean (iterated EKF).
+        iterations: linearisations per step, at most; above 1 the batch is linearised again at the new mean (iterated
+            EKF), and a step that raises the objective is halved.
+        tolerance: change of a logit in nats below which a step is at its mode, and is linearised no further.
     """
 
     covariance: CovarianceFamily = field(default_factory=Diagonal)
     p0: float = 0.1
+    logit_variance: float | None = None
+    logit_spread: float = 0.0
+    mean: PriorMean = field(default_factory=ZeroShot)
     towers: float = 0.01
     gate: GateModel = field(default_factory=NoGate)
     serial: int = 0
     iterations: int = 1
+    tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
         if not self.p0 > 0:
             raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
+        if self.logit_variance is not None and not (isfinite(self.logit_variance) and self.logit_variance > 0):
+            raise ValueError(f"logit_variance is {self.logit_variance}; a prior variance must be finite and above 0")
+        if not self.logit_spread >= 0:
+            raise ValueError(f"logit_spread is {self.logit_spread}; a standard deviation must be 0 or more")
+        if self.logit_spread and self.logit_variance is None:
+            raise ValueError("logit_spread is for a logit_variance to choose; give its median as logit_variance")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be above 0 nats")
         if not self.towers > 0:
             raise ValueError(f"towers is {self.towers}; a prior variance must be above 0")
         if self.serial < 0:
@@ -109,7 +131,7 @@ class FitOptions:
     Attributes:
         method: the optimiser.
         epochs: passes over the support set.
-        batch_size: global batch, all ranks together.
+        batch_size: global batch, all ranks together; 0 is all shots.
         tune: what is trained beside the adapters: nothing, LoRA in the towers, or the towers' own weights.
         adapter: adapters on the towers' embeddings, applied in this order.
         observation: observation models, their rows stacked.
@@ -131,8 +153,8 @@ class FitOptions:
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}; give 0 or more passes")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; a batch needs at least 1 sample")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size is {self.batch_size}; give the samples of a batch, or 0 for all shots")
         if not self.adapter and not self.tune.images:
             raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
         if not self.observation:
@@ -145,6 +167,12 @@ class FitOptions:
                 "none to average with; set alpha=1, or take the linear or class_residual adapter"
             )
         self._check_towers()
+        if self.filter.logit_spread and not self.at_mode:
+            raise ValueError(
+                "filter.logit_spread needs fits that go to their mode: adapter=class_residual alone, one observation "
+                "(categorical or log_likelihood), filter.covariance=kronecker without a gate, filter.iterations above "
+                "1; leave it out, or set it to 0"
+            )
         unlikely = all(model.likelihood is None for model in self.observation)
         if isinstance(self.noise.observation, LikelihoodNoise) and unlikely:
             raise ValueError(
@@ -158,6 +186,23 @@ class FitOptions:
         if self.method == "kalman":
             return any(model.pairs for model in self.observation)
         return self.optimizer.loss.pairs
+
+    @property
+    def at_mode(self) -> bool:
+        """Whether each step ends at the mode of a linear softmax classifier, which needs no rows of H."""
+        model = self.observation[0]
+        return (
+            self.method == "kalman"
+            and not self.tune.images
+            and len(self.adapter) == len(self.observation) == 1
+            and isinstance(self.adapter[0], ClassResidual)
+            and (isinstance(model, LogLikelihood) or (isinstance(model, Categorical) and not model.samples))
+            and isinstance(self.filter.covariance, Kronecker)
+            and isinstance(self.filter.gate, NoGate)
+            and isinstance(self.noise.observation, Fixed)
+            and self.filter.iterations > 1
+            and not self.filter.serial
+        )
 
     def _check_towers(self) -> None:
         """What only whole towers can do, and what they cannot.
@@ -178,6 +223,10 @@ class FitOptions:
             raise ValueError(
                 f"filter.covariance.columns is {self.filter.covariance.columns}, for which shots must be features; "
                 "over towers leave it out"
+            )
+        if self.filter.logit_variance is not None or self.filter.mean != ZeroShot():
+            raise ValueError(
+                "filter.logit_variance and filter.mean are for adapters on frozen features; over towers leave them out"
             )
         for name, value, plain in (("serial", self.filter.serial, 0), ("iterations", self.filter.iterations, 1)):
             if value != plain:

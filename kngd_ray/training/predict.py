@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from kngd_ray.filters import Belief, Family, variances
+from kngd_ray.clip import CLIPHead
+from kngd_ray.filters import Belief, Family, Kronecker, variances
 from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 
@@ -16,7 +17,8 @@ DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every 
 _ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
 _EMBEDDED = 1 << 20  # numbers of adapted embeddings computed at once: more does not fit the caches
 _LINEARISED = 64  # samples at once
-TAU_GRID = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 1.0)  # of which a posterior temperature is chosen
+# of which a posterior temperature is chosen
+TAU_GRID = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,8 @@ class PosteriorOptions:
     """How the posterior enters predictions.
 
     Attributes:
-        predict: ``draws`` averages softmax over theta ~ N(mu, tau P); ``linearised`` moderates the
-            logits by their variance tau H P H^T; ``mean`` uses theta = mu alone.
+        predict: ``draws`` averages softmax over theta ~ N(mu, tau P); ``linearised`` integrates the softmax over
+            logits of covariance tau H P H^T, by a closed form; ``mean`` uses theta = mu alone.
         draws: number of draws.
         temperature: tau; None chooses it by cross-validation over the training shots.
         tau_median: median of a log-normal prior of the tau to choose, which a handful of held-out shots moves less than
@@ -71,7 +73,8 @@ class Prediction:
 
     Attributes:
         probabilities: (m, C) posterior predictive probabilities.
-        logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
+        logit_std: (m, C) posterior standard deviation of the logits less their mean over classes; zeros without a
+            posterior.
     """
 
     probabilities: Tensor
@@ -121,7 +124,7 @@ class Predictor:
         return Prediction(torch.cat([p for p, _ in parts]), torch.cat([spread for _, spread in parts]))
 
     def logit_variance(self, features: Tensor) -> Tensor:
-        """Linearised posterior variance diag(H P H^T) of the class logits.
+        """Linearised posterior variance of the class logits around their mean over classes, which no softmax sees.
 
         Args:
             features: (m, d) unit image embeddings.
@@ -133,18 +136,59 @@ class Predictor:
             return self._known[1]
         with torch.no_grad():
             logits: Tensor = self.head(features)
-        if self.belief is None or self.family is None or not len(features):
-            return torch.zeros_like(logits)
         C = logits.shape[1]
-        eye = torch.eye(C, dtype=logits.dtype, device=logits.device)
+        centred = centring(C, logits)
+        if (product := self.product(features)) is not None:
+            found = torch.outer(product[0], (centred @ product[1] @ centred).diagonal()).to(logits)
+        else:
+            found = self.variance_along(features, centred.expand(len(logits), C, C))
+        self._known = features, found
+        return found
+
+    def product(self, features: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The joint posterior covariance of the logits, where it is a product.
+
+        The logits of a class residual under a Kronecker posterior B (x) A are jointly Gaussian with covariance
+        s^2 (x^T A x) B for each sample.
+
+        Args:
+            features: (m, d) unit image embeddings.
+
+        Returns:
+            (m,) s^2 x^T A x and (C, C) B, at tau = 1; None of other heads and families.
+        """
+        residual = self.head.residual if isinstance(self.head, CLIPHead) else None
+        if residual is None or self.belief is None or not isinstance(self.family, Kronecker):
+            return None
+        (P,) = self.belief.covariance.values()
+        x = residual.inputs(features).to(P["A"])
+        assert isinstance(self.head, CLIPHead)
+        return self.head.logit_scale**2 * ((x @ P["A"]) * x).sum(1).clamp_min(0), P["B"]
+
+    def variance_along(self, features: Tensor, cotangent: Tensor) -> Tensor:
+        """Posterior variance of linear functions of the logits, correlations between classes included.
+
+        Args:
+            features: (m, d) unit image embeddings.
+            cotangent: (m, k, C) the functions.
+
+        Returns:
+            (m, k) variances at tau = 1; zeros without a posterior.
+        """
+        like = cotangent[:, :, 0]
+        if self.belief is None or self.family is None or not len(features):
+            return torch.zeros_like(like)
+        if (product := self.product(features)) is not None:
+            spread, B = product
+            V = cotangent.to(B)
+            return (spread.unsqueeze(1) * ((V @ B) * V).sum(2)).clamp_min(0).to(like)
         if self._linearizer is None:
             self._linearizer = Linearizer(self.head, features[:1])
         found = []
-        for x, like in zip(features.split(_LINEARISED), logits.split(_LINEARISED), strict=True):
-            H = self._linearizer.run(x).jacobian(eye.expand(len(x), C, C))
-            found.append(variances(self.family, self.belief.covariance, H, like))
-        self._known = features, torch.cat(found)
-        return self._known[1]
+        for x, V in zip(features.split(_LINEARISED), cotangent.split(_LINEARISED), strict=True):
+            H = self._linearizer.run(x).jacobian(V)
+            found.append(variances(self.family, self.belief.covariance, H, V[:, :, 0]))
+        return torch.cat(found).clamp_min(0)
 
     def _over_draws(self, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """Mean probabilities and standard deviation of the logits over the draws."""
@@ -157,7 +201,8 @@ class Predictor:
 
         with torch.no_grad():
             drawn = vmap(logits_at, chunk_size=max(1, _EMBEDDED // max(1, features.numel())))(self._draw())
-        return drawn.softmax(2).mean(0), drawn.std(0, correction=0)
+        spread = (drawn - drawn.mean(2, keepdim=True)).std(0, correction=0)
+        return drawn.softmax(2).mean(0), spread
 
     def _draw(self) -> Tensor:
         """(draws, n) deviations from N(0, P), the same for every call so that samples are comparable."""
@@ -170,16 +215,35 @@ class Predictor:
 
 
 def moderated(logits: Tensor, variance: Tensor) -> Tensor:
-    """Logits whose softmax is about the mean of that of uncertain ones: MacKay's probit moderation of each.
+    """Logits whose softmax is about the mean of that of uncertain ones, which are jointly Gaussian.
+
+    Of two classes it is MacKay's probit moderation (arXiv 2002.10118, eq. 8) of the difference of their logits, of more
+    that of the mean variance of all differences. What a softmax does not see, a constant added to all logits and its
+    variance, has no part in it; and the most probable class stays the same.
 
     Args:
         logits: (m, C) means.
-        variance: (m, C) variances.
+        variance: (m, C) variances of the logits less their mean over classes.
 
     Returns:
-        (m, C) logits (arXiv 2002.10118, eq. 8).
+        (m, C) logits.
     """
-    return logits / (1 + pi / 8 * variance).sqrt()
+    # sum_c Var(l_c - mean l) is (C - 1) / 2 times the mean of Var(l_a - l_b) over pairs of classes
+    of_pairs = variance.sum(1, keepdim=True) * (2 / max(logits.shape[1] - 1, 1))
+    return logits / (1 + pi / 8 * of_pairs).sqrt()
+
+
+def centring(classes: int, like: Tensor) -> Tensor:
+    """The matrix that takes from logits their mean over classes.
+
+    Args:
+        classes: C.
+        like: of its dtype and device.
+
+    Returns:
+        (C, C) I - 1 / C.
+    """
+    return torch.eye(classes, dtype=like.dtype, device=like.device) - 1.0 / classes
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -123,9 +123,12 @@ def shape_of(task: FitTask) -> Hashable | None:
 
     Returns:
         The same for fits that :func:`fit_together` takes together; None where a fit can only run alone: gradient
-        descent is a step of the autograd engine, a gate visits observations one by one, and towers fill a process.
+        descent is a step of the autograd engine, a gate visits observations one by one, towers fill a process, a step
+        to the mode takes as many linearisations as it needs, and shots that inform gamma give each head its own.
     """
     options = task.options
+    if options.at_mode or options.filter.mean.kind != "zero_shot":
+        return None
     if options.method != "kalman" or task.towers is not None or not isinstance(options.filter.gate, NoGate):
         return None
     assert isinstance(task.support, Support)

@@ -95,6 +95,7 @@ def _over(head: CLIPHead, class_embeddings: Tensor) -> CLIPHead:
         A head that shares its weights.
     """
     other = CLIPHead(class_embeddings, head.logit_scale)
+    other.gamma = head.gamma
     other.adapters = nn.ModuleList([
         _LeftOut(adapter) if _knows_classes(adapter) else adapter for adapter in head.adapters
     ])

@@ -249,7 +249,7 @@ def test_the_iterated_filter_converges_to_the_posterior_mode(adapter):
         epochs=1,
         adapter=ADAPTERS[adapter],
         observation=(Cosine(r0=r0),),
-        filter=FilterOptions(covariance=FAMILIES["dense"], p0=p0, iterations=60),
+        filter=FilterOptions(covariance=FAMILIES["dense"], p0=p0, iterations=60, tolerance=1e-12),
     )
     head = make_head(options.adapter)
     parameters, mu = trainable(head), flatten(trainable(head))

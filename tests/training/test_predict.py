@@ -49,11 +49,12 @@ def test_linearised_variance_is_the_variance_of_draws_on_a_linear_head(family, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linearised_variance_in_closed_form(family, x):
-    """Logit c of a class residual is s z^T delta_c: its variance is s^2 z^T P_cc z."""
+    """Logit c of a class residual is s z^T delta_c: less its mean over classes its variance is that of C P C^T."""
     method = fitted(family)
-    P = covariance_of(method)
-    blocks = torch.stack([P[c * DIM : (c + 1) * DIM, c * DIM : (c + 1) * DIM] for c in range(CLASSES)])
-    expected = LOGIT_SCALE**2 * torch.einsum("md,cde,me->mc", x, blocks, x)
+    P = covariance_of(method).view(CLASSES, DIM, CLASSES, DIM)
+    centre = torch.eye(CLASSES, dtype=P.dtype) - 1 / CLASSES
+    joint = torch.einsum("md,cdke,me->mck", x, P, x)
+    expected = LOGIT_SCALE**2 * (centre @ joint @ centre).diagonal(dim1=1, dim2=2)
     found = predictor_of(method, PosteriorOptions()).logit_variance(x)
     assert max_error(found, expected) < 1e-11
 
@@ -108,7 +109,11 @@ def test_draws_average_the_softmax(x):
 def test_linearised_is_the_probit_moderation(x):
     p = predictor(predict="linearised")
     variance = 0.5 * p.logit_variance(x)
-    expected = (p.head(x) / (1 + math.pi / 8 * variance).sqrt()).softmax(1)
+    P = covariance_of(fitted("ekf")).view(CLASSES, DIM, CLASSES, DIM)
+    joint = 0.5 * LOGIT_SCALE**2 * torch.einsum("md,cdke,me->mck", x, P, x)
+    own = joint.diagonal(dim1=1, dim2=2)
+    pairs = (own.unsqueeze(2) + own.unsqueeze(1) - 2 * joint).sum((1, 2)) / (CLASSES * (CLASSES - 1))
+    expected = (p.head(x) / (1 + math.pi / 8 * pairs.unsqueeze(1)).sqrt()).softmax(1)
     found = p.predict(x, 0.5)
     assert max_error(found.probabilities, expected.detach()) < 1e-12
     assert max_error(found.logit_std, variance.sqrt()) < 1e-12

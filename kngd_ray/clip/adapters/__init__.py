@@ -6,7 +6,7 @@ A new adapter is one module beside :mod:`~kngd_ray.clip.adapters.linear` and one
 
 from kngd_ray.clip.adapters._base import Adapter, AdapterConfig, HeadShape, Tower
 from kngd_ray.clip.adapters.bottleneck import Bottleneck
-from kngd_ray.clip.adapters.class_residual import ClassResidual
+from kngd_ray.clip.adapters.class_residual import ClassResidual, ClassResidualAdapter
 from kngd_ray.clip.adapters.linear import Linear
 
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
@@ -18,6 +18,7 @@ __all__ = [
     "AnyAdapter",
     "Bottleneck",
     "ClassResidual",
+    "ClassResidualAdapter",
     "HeadShape",
     "Linear",
     "Tower",

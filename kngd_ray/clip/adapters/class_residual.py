@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kngd_ray.clip.adapters._base import Adapter, HeadShape
 
@@ -18,20 +19,39 @@ class ClassResidual:
 
     Attributes:
         kind: the adapter's name.
+        bias: whether a constant stands beside the features, Delta (C, d + 1): a prior over functions of [z, 1] can
+            measure features from any point, and so need not depend on an offset that all images share.
     """
 
     kind: Literal["class_residual"] = "class_residual"
+    bias: bool = False
 
     def build(self, shape: HeadShape) -> Adapter:
         """A new adapter that is the identity."""
-        return _ClassResidualAdapter(shape)
+        return ClassResidualAdapter(shape, bias=self.bias)
 
 
-class _ClassResidualAdapter(Adapter):
-    def __init__(self, shape: HeadShape) -> None:
+class ClassResidualAdapter(Adapter):
+    """The adapter itself.
+
+    Args:
+        shape: of the head.
+        bias: whether the layer sees a constant beside the features.
+
+    Attributes:
+        delta: the one linear layer, of which the logits are a linear function.
+    """
+
+    def __init__(self, shape: HeadShape, *, bias: bool) -> None:
         super().__init__()
-        self.delta = nn.Linear(shape.embed_dim, shape.classes, bias=False)
+        self._bias = bias
+        self.delta = nn.Linear(shape.embed_dim + bias, shape.classes, bias=False)
         torch.nn.init.zeros_(self.delta.weight)
 
+    def inputs(self, z: Tensor) -> Tensor:
+        """What the layer sees of unit image embeddings z (m, d): (m, d), or (m, d + 1) with a constant 1."""
+        return pad(z, (0, 1), value=1.0) if self._bias else z
+
     def cosines(self, z: Tensor, cosines: Tensor) -> Tensor:
-        return cosines + self.delta(z)
+        """Add the residual."""
+        return cosines + self.delta(self.inputs(z))

@@ -1,0 +1,115 @@
+r"""A prior over functions, measured on the shots: how much a linear layer's outputs may vary, and with what.
+
+A covariance A (i, i) over the columns of a weight says how alike a layer's outputs are a priori, x^T A x'.
+Here it is taken from the shots so that it means the same in any coordinates of the features ::
+
+    k(x, x') = (x - c)^T M (x' - c) / r^2 + bias          x with a constant 1 behind it
+
+* ``M = (W + shrinkage w I)^-1`` is the metric in which pictures of one class are a ball: W their covariance within
+  classes, w its typical eigenvalue, tr(W^2) / tr(W). It does not change when features are rotated, or get further
+  coordinates in which nothing varies.
+* ``c`` is the offset that all images share, the cone of a CLIP. The mean of a few shots has more in it, such as their
+  drawing style, which images out of distribution do not share; measured from it, they would be moved by all that was
+  learned. But shots vary along what is particular to them. So c is their mean less what they themselves vary along,
+  the ridge regression's point of least norm in their affine hull: ``c = reach t (V + reach t I)^-1 mean``, V the
+  covariance of all shots and t its typical eigenvalue.
+* ``r^2`` is the mean of ``(x - mean)^T M (x - mean)`` over the shots: k varies by 1 around them.
+"""
+
+import torch
+from torch import Tensor
+
+from kngd_ray.filters.dense import symmetric
+
+
+def within_class_covariance(x: Tensor, labels: Tensor) -> Tensor:
+    """How inputs vary within their classes.
+
+    Args:
+        x: (N, i) inputs.
+        labels: (N,) int64 classes.
+
+    Returns:
+        (i, i) pooled covariance; 0 where no class has two inputs.
+    """
+    means = x.new_zeros(int(labels.max()) + 1, x.shape[1])
+    counts = torch.bincount(labels, minlength=len(means)).to(x).clamp_min(1).unsqueeze(1)
+    rest = x - (means.index_add_(0, labels, x) / counts)[labels]
+    return rest.mT @ rest / max(len(x) - len(labels.unique()), 1)
+
+
+def typical(P: Tensor) -> Tensor:
+    """Typical eigenvalue of a covariance: their mean, each weighed by itself.
+
+    Args:
+        P: (i, i) covariance.
+
+    Returns:
+        Scalar tr(P^2) / tr(P); 0 of the zero matrix.
+    """
+    trace = P.diagonal().sum()
+    return P.square().sum() / trace if trace > 0 else trace
+
+
+def common_offset(x: Tensor, reach: float) -> Tensor:
+    """The offset that all images share, as far as shots tell.
+
+    Args:
+        x: (N, i) inputs.
+        reach: variance, in typical ones, along which half of the mean counts as particular to the shots.
+
+    Returns:
+        (i,) c.
+    """
+    mean = x.mean(0)
+    centred = x - mean
+    if len(x) <= x.shape[1]:  # V has no more axes than there are shots
+        gram = symmetric(centred @ centred.mT) / len(x)
+        ridge = reach * typical(gram)
+        if not ridge > 0:
+            return mean
+        gram.diagonal().add_(ridge)
+        inner = torch.linalg.solve(gram, centred @ mean / len(x))
+        return mean - centred.mT @ inner
+    V = symmetric(centred.mT @ centred) / len(x)
+    ridge = reach * typical(V)
+    if not ridge > 0:
+        return mean
+    V.diagonal().add_(ridge)
+    return ridge * torch.linalg.solve(V, mean)
+
+
+def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: float, bias: float) -> Tensor:
+    """The covariance of columns that shots give.
+
+    Args:
+        x: (N, i) float64 inputs of the layer; where their last column is 1, offset and bias are part of it.
+        labels: (N,) int64 classes.
+        shrinkage: of the metric towards that of the features, in typical variances within classes.
+        reach: as of :func:`common_offset`.
+        bias: variance of the output at the offset, where that around the shots' mean is 1.
+
+    Returns:
+        (i, i) A with tr(A) = i; the identity where the shots do not vary.
+    """
+    i = x.shape[1]
+    constant = i > 1 and bool((x[:, -1] == 1).all())
+    features = x[:, :-1] if constant else x
+    W = within_class_covariance(features, labels)
+    ridge = shrinkage * typical(W)
+    M = torch.eye(len(W), dtype=W.dtype, device=W.device)
+    # pictures that are alike to rounding say nothing of how pictures vary
+    if ridge > torch.finfo(torch.float32).eps * features.square().sum(1).mean():
+        M = torch.cholesky_inverse(torch.linalg.cholesky(W / ridge + M))
+    centred = features - features.mean(0)
+    varied = ((centred @ M) * centred).sum(1).mean()
+    if not varied > 0:
+        return torch.eye(i, dtype=x.dtype, device=x.device)
+    if not constant:
+        return M * (i / M.diagonal().sum())
+    c = common_offset(features, reach)
+    A = x.new_empty(i, i)
+    A[:-1, :-1], A[-1, :-1] = M, -(M @ c)
+    A[:-1, -1] = A[-1, :-1]
+    A[-1, -1] = c @ M @ c + bias * varied
+    return A * (i / A.diagonal().sum())

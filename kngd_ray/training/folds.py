@@ -1,0 +1,35 @@
+"""Shots cut into folds, to be predicted by those who have not seen them."""
+
+import torch
+from torch import Tensor
+
+
+def fold_of(labels: Tensor, folds: int) -> Tensor:
+    """Cut shots into folds, each class spread over them as evenly as it goes.
+
+    Args:
+        labels: (N,) classes.
+        folds: number of folds.
+
+    Returns:
+        (N,) fold of each shot. With fewer shots than folds in a class, some folds hold out the whole
+        class: it is then predicted from the prior.
+    """
+    fold = torch.empty_like(labels)
+    for c in labels.unique():
+        members = (labels == c).nonzero().squeeze(1)
+        # offset by class, so that single-shot classes do not all leave together
+        fold[members] = (torch.arange(len(members), device=labels.device) + int(c)) % folds
+    return fold
+
+
+def single(labels: Tensor) -> bool:
+    """Whether no class has two shots.
+
+    Args:
+        labels: (N,) classes.
+
+    Returns:
+        Whether a fold lacks the classes of its shots altogether.
+    """
+    return int(labels.bincount().max()) < 2

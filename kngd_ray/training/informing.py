@@ -1,0 +1,164 @@
+"""What a fit takes from its shots before the first step: the prior.
+
+Three things, each only where the options ask for it: how far the zero-shot logits are believed (``filter.mean``), with
+what the outputs of a layer may vary (``filter.covariance.columns``), and by how much (``filter.logit_variance``).
+"""
+
+from math import log
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kngd_ray.clip import CLIPHead
+from kngd_ray.filters import Classified, Covariance, Factors, Kronecker, softmax_modes
+from kngd_ray.training.batches import Support
+from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.options import FilterOptions
+
+_AT_ONCE = 1024  # shots
+_MEASURED = 256  # shots that a prior variance of logits is measured on
+_CLASSES = 4  # likewise
+_FOLDS = 3
+_VARIANCES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # nats^2
+_TOLERANCE = 0.01  # nats: folds are compared, not kept
+_LINEARISATIONS = 30
+
+
+def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
+    """Let shots inform the prior of a fit that has taken no step.
+
+    Args:
+        method: the fit, at its pretrained weights.
+        options: of its filter.
+        shots: all of the fit, on every rank.
+    """
+    head = method.head
+    assert isinstance(head, CLIPHead)
+    gamma, chosen = decided(head, options, shots)
+    covariance, p0 = _measured(method, shots), options.p0
+    if chosen is not None and len(shots):
+        unit = _variance_of_logits(method, covariance, shots)
+        if unit > 0:
+            covariance = method.family.predict(covariance, chosen / unit, 0.0, method.group.sum)
+            p0 *= chosen / unit
+    method.begin_at(covariance, gamma=gamma, p0=p0)
+
+
+def decided(head: CLIPHead, options: FilterOptions, shots: Support) -> tuple[float, float | None]:
+    """What shots decide of a prior by numbers.
+
+    Args:
+        head: untrained.
+        options: of the filter.
+        shots: all of the fit.
+
+    Returns:
+        Gamma, and the prior variance of a logit in nats^2; None where the options give it to weights.
+    """
+    with torch.no_grad():
+        logits = torch.cat([head(features) for features in shots.features.split(_AT_ONCE)])
+    gamma = options.mean.factor(logits, shots.labels)
+    if not options.logit_spread or not len(shots) or single(shots.labels):
+        return gamma, options.logit_variance
+    return gamma, likeliest_variance(head, options, shots, gamma * logits)
+
+
+def likeliest_variance(head: CLIPHead, options: FilterOptions, shots: Support, logits: Tensor) -> float:
+    """The prior variance of a logit under which held-out shots are most likely.
+
+    Args:
+        head: with a class residual.
+        options: median and spread of the prior of that variance, and the family.
+        shots: all of the fit, several of a class.
+        logits: (N, C) at the prior's mean.
+
+    Returns:
+        Nats^2, of a grid and the median.
+    """
+    family, residual = options.covariance, head.residual
+    assert options.logit_variance is not None
+    assert residual is not None
+    assert isinstance(family, Kronecker)
+    variances = sorted({*_VARIANCES, options.logit_variance})
+    score = [-0.5 * (log(v / options.logit_variance) / options.logit_spread) ** 2 for v in variances]
+    fold = fold_of(shots.labels, _FOLDS)
+    x = residual.inputs(shots.features)
+    for f in range(_FOLDS):
+        held, kept = fold == f, fold != f
+        if not bool(held.any()) or not bool(kept.any()):
+            continue
+        A = family.columns_of(x[kept], shots.labels[kept])
+        seen = Classified(x[kept], logits[kept], shots.labels[kept], 1.0)
+        found = softmax_modes(
+            variances, A / varied(A, x[kept]), seen, x[held], tolerance=_TOLERANCE, linearisations=_LINEARISATIONS
+        )
+        for n, moved in enumerate(found):
+            score[n] -= float(cross_entropy(logits[held].double() + moved, shots.labels[held], reduction="sum"))
+    return variances[max(range(len(variances)), key=score.__getitem__)]
+
+
+def varied(A: Tensor, x: Tensor) -> float:
+    """How much a layer's outputs vary around their mean over inputs, each weight of variance A.
+
+    Args:
+        A: (i, i) covariance of columns.
+        x: (N, i) inputs.
+
+    Returns:
+        Mean of (x - mean)^T A (x - mean); 1 where inputs do not vary.
+    """
+    centred = (x - x.mean(0)).double()
+    found = float(((centred @ A.double()) * centred).sum(1).mean())
+    return found if found > 0 else 1.0
+
+
+def _measured(method: KalmanNGD, shots: Support) -> Covariance:
+    """The prior covariance, its columns measured on the inputs that the shots give to each layer."""
+    family, covariance = method.family, method.belief.covariance
+    if not isinstance(family, Kronecker) or family.columns == "identity":
+        return covariance
+    if method.to_mode is not None:  # its one layer's inputs are known without a pass
+        x = method.to_mode.residual.inputs(shots.features)
+        return {name: family.informed_layer(state, x, shots.labels) for name, state in covariance.items()}
+    inputs: dict[str, list[Tensor]] = {}
+    for features in shots.features.split(_AT_ONCE):
+        passed = method.observer.linearizer.run(features)
+        H = passed.jacobian(torch.ones_like(passed.logits).unsqueeze(1))
+        for layer in method.observer.layers:
+            found = H[layer.name] if layer.factored else None
+            if isinstance(found, Factors) and found.own_x:
+                inputs.setdefault(layer.name, []).append(found.x.mean(1))
+    return {
+        name: family.informed_layer(state, torch.cat(inputs[name]), shots.labels) if name in inputs else state
+        for name, state in covariance.items()
+    }
+
+
+def _variance_of_logits(method: KalmanNGD, covariance: Covariance, shots: Support) -> float:
+    """The prior variance of a logit around its mean over the shots, nats^2: the mean of some shots and classes."""
+    if method.to_mode is not None:
+        (name,) = (layer.name for layer in method.observer.layers)
+        mine = 0.0
+        if name in covariance:
+            P, x = covariance[name], method.to_mode.residual.inputs(shots.features)
+            mine = method.head.logit_scale**2 * varied(P["A"], x) * float(P["B"].diagonal().mean())
+        return float(method.group.sum(torch.tensor(mine, dtype=torch.float64, device=shots.features.device)))
+    n = len(shots)
+    which = torch.linspace(0, n - 1, min(n, _MEASURED), device=shots.labels.device).round().long()
+    features = shots.features[which]
+    passed = method.observer.linearizer.run(features)
+    N, classes = passed.logits.shape
+    some = torch.linspace(0, classes - 1, min(classes, _CLASSES), device=features.device).round().long()
+    rows = torch.eye(classes, dtype=passed.logits.dtype, device=features.device)[some]
+    H = passed.jacobian(rows.expand(N, *rows.shape))
+    own = {
+        part.layer.name: H[part.layer.name].part(part.start, part.stop)
+        for part in method.placed.ownership.parts[method.group.rank]
+    }
+    M = N * len(some)
+    share, _ = method.family.gram(covariance, own, passed.logits.new_zeros(M))
+    gram = method.family.spread(method.group.sum(share), M).double().view(N, len(some), N, len(some))
+    of_class = gram.diagonal(dim1=1, dim2=3)  # (N, N, classes)
+    return float((of_class.diagonal(dim1=0, dim2=1).mean(1) - of_class.mean((0, 1))).mean())

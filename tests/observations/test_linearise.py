@@ -341,7 +341,7 @@ def assert_jacobian(head: nn.Module, inputs: Tensor, k: int, example: Tensor) ->
     linearizer = Linearizer(head, example)
     passed = linearizer.run(inputs)
     H = passed.jacobian(cotangent)
-    assert torch.equal(passed.logits, head(inputs))
+    assert max_error(passed.logits, head(inputs)) < EXACT
     assert [*H] == [layer.name for layer in linearizer.layers] == [*trainable(head)]
     oracle = logit_jacobian(head, inputs) if m else {}
     for layer in linearizer.layers:

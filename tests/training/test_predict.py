@@ -109,7 +109,7 @@ def test_draws_average_the_softmax(x):
 def test_linearised_is_the_probit_moderation(x):
     p = predictor(predict="linearised")
     variance = 0.5 * p.logit_variance(x)
-    P = covariance_of(fitted("ekf")).view(CLASSES, DIM, CLASSES, DIM)
+    P = covariance_of(fitted()).view(CLASSES, DIM, CLASSES, DIM)
     joint = 0.5 * LOGIT_SCALE**2 * torch.einsum("md,cdke,me->mck", x, P, x)
     own = joint.diagonal(dim1=1, dim2=2)
     pairs = (own.unsqueeze(2) + own.unsqueeze(1) - 2 * joint).sum((1, 2)) / (CLASSES * (CLASSES - 1))

@@ -12,16 +12,23 @@ from kngd_ray.training.metrics import ECE_BINS
 
 COLOURS = {
     "ours": "#1f5f9e",
-    "adamw": "#d1752b",
+    "adamw_class_residual": "#d1752b",
+    "adamw_class_residual_fixed": "#d1752b",
     "ivon": "#6a9f58",
-    "laplace": "#967662",
     "gda": "#d1615d",
     "tip_adapter_f": "#a77c9f",
-    "clip_adapter": "#e7ca60",
-    "kalman_diagonal": "#7fb3d5",
+    "proker": "#967662",
+    "clap": "#e7ca60",
+    "lp++": "#63b5b0",
+    "linear_probe": "#b8b0ac",
     "zero_shot": "#8c8c8c",
 }
-NAMES = {"ours": "kalman (the default)", "adamw": "adamw, 60 trials", "zero_shot": "zero-shot"}
+NAMES = {
+    "ours": "kalman (the default)",
+    "adamw_class_residual": "adamw, 60 trials",
+    "adamw_class_residual_fixed": "adamw, fixed settings",
+    "zero_shot": "zero-shot",
+}
 RELIABILITY, CURVES, SHOTS = "reliability.png", "curves.png", "shots.png"
 _PANELS = (
     ("id_accuracy", "ID accuracy %"),

@@ -195,7 +195,7 @@ def read_features(path: Path, class_embeddings: Path | None = None) -> Features:
     texts_path = class_embeddings or path.with_name(f"{path.stem}_text.npy")
     if not texts_path.is_file():
         raise DataError(
-            f"{path.name}: there are no class embeddings {texts_path}: name the file with --class-embeddings"
+            f"{path.name}: there is no file of class embeddings {texts_path}: name one with --class-embeddings"
         )
     texts = np.load(texts_path, allow_pickle=False)
     if texts.ndim != 2:

@@ -5,8 +5,9 @@
     real             features that were computed elsewhere, by their path     real/
     many             made data of many classes: many, many200                 many/
 
-Which methods a group is run with when none are named is here too: where a fit takes minutes, or a method has lost to
-its neighbours in ``mini`` in every respect, it is left out of the other groups.
+Here is also which methods a group is run with when none are named. IVON, Laplace, AdamW's other adapters and the older
+Kalman presets are run in ``mini`` alone, for the time they take or the accuracy they lack: name them to have them
+elsewhere. Of many classes there are only methods that need no search, or one of seconds.
 """
 
 from collections.abc import Mapping, Sequence

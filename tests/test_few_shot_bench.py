@@ -16,7 +16,7 @@ pytest.importorskip("laplace", reason="extra bench")
 pytest.importorskip("ivon", reason="extra bench")
 
 
-from benchmarks.few_shot import boot, claims, figures, made
+from benchmarks.few_shot import boot, claims, figures, made, tables
 from benchmarks.few_shot.__main__ import RESULTS
 from benchmarks.few_shot.data import DataSet, FeatureSet, read_features
 from benchmarks.few_shot.geometry import to_clip
@@ -384,6 +384,9 @@ def test_groups_are_kept_apart(tmp_path, emoji):
     assert list(summary["groups"]) == ["mini", "clip_geometry", "real"]
     assert summary["groups"]["real"]["means"]["clap"]["ood_nll"] is None
     assert store_of("real", folder, dev=True).folder == folder / "real" / "dev"
+    shown = tables.markdown(folder / "summary.json")
+    assert "**real CLIP features**, 1 problems" in shown
+    assert "| clap |" in shown
 
 
 def test_committed_rows_of_rivals_are_not_computed_again():

@@ -13,7 +13,7 @@ Problems come in *groups*, each kept, judged and shown by itself (:mod:`~benchma
     geometry.py    problems in CLIP's geometry          figures.py    predictions -> one row of figures
     made.py        made data of many classes            boot.py       intervals over problems and support sets
     methods/       problem -> predictions, curves       claims.py     what must hold, and whether it does
-    store.py       rows and searches that are kept      report.py, plots.py    what came out
+    store.py       rows and searches that are kept     report.py, plots.py, tables.py    what came out
     run.py         what is missing is computed
 
 Fairness: a method with settings of its own gets ``--trials`` trials of Optuna's TPE for each data set and number of

@@ -40,7 +40,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="lines in JSON")
     parser.add_argument("--report", action="store_true", help="write report.html with its figures")
     parser.add_argument("--report-only", action="store_true", help="compute nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the report that is there, only")
     args = parser.parse_args()
+    if args.markdown:
+        _print_tables(args.out or RESULTS, dev=args.dev)
+        return
     # before torch is imported: idle threads that wait for one another cost more than they bring
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(args.threads)
@@ -99,6 +103,12 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 _print(lines(rows), as_json=args.json)
         if args.report or args.report_only:
             _say(f"wrote {write_report(own, args.methods, dev=args.dev)}")
+
+
+def _print_tables(folder: Path, *, dev: bool) -> None:
+    from benchmarks.few_shot.tables import markdown
+
+    print(markdown((folder / "dev" if dev else folder) / "summary.json"))
 
 
 def _say(text: str) -> None:

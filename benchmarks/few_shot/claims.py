@@ -34,6 +34,7 @@ from benchmarks.few_shot.groups import GROUPS, Group
 OURS, OURS_ONCE, ADAMW_ONCE, ZERO_SHOT = "ours", "ours_single_pass", "adamw_single_pass", "zero_shot"
 OWN = (OURS, OURS_ONCE, "kalman_diagonal")  # presets of the package, which are nobody's rivals
 BEST_RIVAL = "the best rival"
+POINTS, PROBLEMS = "points", "problems"  # units
 _POINTS = 100.0
 _BEHIND = 0.3  # points that the best of all rivals, picked afterwards, may be ahead
 _SAME_ACCURACY, _SAME_NLL = 0.3, 0.01  # points and nats between the geometries
@@ -76,7 +77,7 @@ class Claim:
         group: of problems.
         text: what must hold.
         value: the figure.
-        unit: of the figure.
+        unit: of the figure: points of accuracy, problems, or none.
         rule: when it holds.
         gap: by how much it holds, negative where it does not; NaN where it was not measured.
         won: wins/ties/losses over problems, where it is a difference.
@@ -95,6 +96,11 @@ class Claim:
     note: str = ""
 
     @property
+    def digits(self) -> int:
+        """Decimals that the figure is shown with."""
+        return {POINTS: 2, PROBLEMS: 0}.get(self.unit, 3)
+
+    @property
     def holds(self) -> bool | None:
         """Whether it does; None where it was not measured. An interval that ends at 0 does not exclude it."""
         if isnan(self.gap):
@@ -103,12 +109,12 @@ class Claim:
 
 
 def _claim(
-    group: str, text: str, found: tuple[Interval, str, int], rule: Rule, *, points: bool = False, note: str = ""
+    group: str, text: str, found: tuple[Interval, str, int], rule: Rule, *, unit: str = "", note: str = ""
 ) -> Claim:
     value, score, problems = found
-    value = value.scaled(_POINTS) if points else value
+    value = value.scaled(_POINTS) if unit == POINTS else value
     gap = nan if isnan(value.mean) else rule.margin(value)
-    return Claim(group, text, value, "points" if points else "", rule.text, gap, score, problems, note)
+    return Claim(group, text, value, unit, rule.text, gap, score, problems, note)
 
 
 def difference(frame: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> tuple[Interval, str, int]:
@@ -163,7 +169,7 @@ def claims_of(group: Group, frame: pd.DataFrame) -> list[Claim]:
             f"{w.upper()} accuracy, ours - {adamw}",
             difference(frame, (OURS, f"{w}_accuracy"), (group.adamw, f"{w}_accuracy")),
             _ABOVE,
-            points=True,
+            unit=POINTS,
         )
         for w in where
     ]
@@ -226,7 +232,7 @@ def _to_the_best(group: str, frame: pd.DataFrame) -> Claim:
     found = difference(pd.concat([frame, picked]), (OURS, figure), (BEST_RIVAL, figure))
     counts = ", ".join(f"{name} {count}" for name, count in best.value_counts().items())
     text = f"ID accuracy, ours - {BEST_RIVAL} of each problem, picked afterwards"
-    return _claim(group, text, found, _at_least(-_BEHIND), points=True, note=counts)
+    return _claim(group, text, found, _at_least(-_BEHIND), unit=POINTS, note=counts)
 
 
 def _below_zero_shot(group: str, frame: pd.DataFrame) -> Claim:
@@ -238,7 +244,12 @@ def _below_zero_shot(group: str, frame: pd.DataFrame) -> Claim:
     note = "; ".join(f"{data} {domain} {shots}: {100 * gap:.1f}" for (data, domain, shots), gap in below.items())
     rule = Rule("none", lambda value: 0.0 - value.mean)
     return _claim(
-        group, "problems whose mean ID accuracy is below zero-shot's", (value, "", len(means)), rule, note=note
+        group,
+        "problems whose mean ID accuracy is below zero-shot's",
+        (value, "", len(means)),
+        rule,
+        unit=PROBLEMS,
+        note=note,
     )
 
 
@@ -253,7 +264,11 @@ def _between(mini: pd.DataFrame, clip: pd.DataFrame) -> list[Claim]:
             text = f"{w.upper()} {figure if figure == 'accuracy' else 'NLL'}, |ours here - ours by the mini CLIP|"
             value = over_problems(strata, absolute=True)
             count = sum(len(grid) for grid in strata)
-            found.append(_claim(CLIP_GEOMETRY, text, (value, "", count), _at_most(most), points=figure == "accuracy"))
+            found.append(
+                _claim(
+                    CLIP_GEOMETRY, text, (value, "", count), _at_most(most), unit=POINTS if figure == "accuracy" else ""
+                )
+            )
     return found
 
 
@@ -268,7 +283,7 @@ def _further(group: Group, frame: pd.DataFrame, where: Sequence[str]) -> list[Cl
             name = f"{w}_accuracy"
             text = f"single pass, {w.upper()} accuracy, ours - AdamW"
             pair = difference(frame, (OURS_ONCE, name), (ADAMW_ONCE, name))
-            found.append(_claim(group.name, text, pair, _at_least(_LEAD), points=True))
+            found.append(_claim(group.name, text, pair, _at_least(_LEAD), unit=POINTS))
     if {OURS, "laplace"} <= there and "ood" in where:
         text = "AUROC OOD against ID, ours by variance - laplace by variance"
         pair = difference(frame, (OURS, "auroc_variance"), ("laplace", "auroc_variance"))

@@ -123,7 +123,13 @@ def _summary(frame: pd.DataFrame, methods: Sequence[str], must: Sequence[Claim])
     return {
         "problems": len(frame[PROBLEM].drop_duplicates()),
         "must_hold": [
-            {**vars(claim), "value": _plain(claim.value), "gap": _number(claim.gap), "holds": claim.holds}
+            {
+                **vars(claim),
+                "value": _plain(claim.value),
+                "gap": _number(claim.gap),
+                "holds": claim.holds,
+                "digits": claim.digits,
+            }
             for claim in must
         ],
         "means": means,
@@ -182,9 +188,8 @@ def _must(must: Sequence[Claim]) -> str:
     rows = []
     for claim in must:
         verdict = {None: ("", "not measured"), True: ("yes", "holds"), False: ("no", "does not")}[claim.holds]
-        digits = 2 if claim.unit == "points" else 3
-        value = _cell(claim.value, digits)
-        gap = "" if claim.holds is None else f"{claim.gap:+.{digits}f}"
+        value = _cell(claim.value, claim.digits)
+        gap = "" if claim.holds is None else f"{claim.gap:+.{claim.digits}f}"
         cells = [claim.text, f"{value} {claim.unit}", claim.rule, gap, str(claim.problems), claim.won, claim.note]
         shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f'<tr>{shown}<td class="{verdict[0]}">{verdict[1]}</td></tr>')
@@ -231,6 +236,6 @@ def _cell(value: Interval, digits: int) -> str:
     if isnan(value.mean):
         return ""
     mean, low, high = ("∞" if isinf(each) else f"{each:.{digits}f}" for each in (value.mean, value.low, value.high))
-    if value.low == value.high and value.mean.is_integer():
-        return f"{value.mean:.0f}"
+    if not digits and value.low == value.high:
+        return mean
     return f"{mean} [{low}, {high}]"

@@ -20,7 +20,7 @@ COLOURS = {
     "proker": "#967662",
     "clap": "#e7ca60",
     "lp++": "#63b5b0",
-    "linear_probe": "#b8b0ac",
+    "linear_probe": "#e39bc1",
     "zero_shot": "#8c8c8c",
 }
 NAMES = {
@@ -40,14 +40,15 @@ _LEAST_IN_BIN = 0.002  # share of the pictures, below which a bin is noise
 
 
 def reliability(frame: pd.DataFrame, path: Path) -> None:
-    """Accuracy against confidence, all problems together.
+    """Accuracy against confidence, all problems together; a panel for each kind of test set that there is.
 
     Args:
         frame: all rows.
         path: of the picture.
     """
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    for axes, where in zip(figure.subplots(1, 2), ("id", "ood"), strict=True):
+    sets = [where for where in ("id", "ood") if frame[f"{where}_accuracy"].notna().any()]
+    figure = Figure(figsize=(4.5 * len(sets), 4.2), layout="constrained")
+    for axes, where in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
         for method in _drawn(frame):
             rows = frame[frame["method"] == method]

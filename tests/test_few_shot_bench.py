@@ -16,8 +16,11 @@ pytest.importorskip("laplace", reason="extra bench")
 pytest.importorskip("ivon", reason="extra bench")
 
 
-from benchmarks.few_shot import boot, claims, figures
-from benchmarks.few_shot.data import DataSet
+from benchmarks.few_shot import boot, claims, figures, made, tables
+from benchmarks.few_shot.__main__ import RESULTS
+from benchmarks.few_shot.data import DataSet, FeatureSet, read_features
+from benchmarks.few_shot.geometry import to_clip
+from benchmarks.few_shot.groups import GROUPS, open_data, store_of
 from benchmarks.few_shot.methods import METHODS, adamw, kalman, laplace
 from benchmarks.few_shot.probe import Probe
 from benchmarks.few_shot.problem import Case, Outcome, Problem, Watch, looked_at
@@ -26,6 +29,7 @@ from benchmarks.few_shot.run import Plan, Runner
 from benchmarks.few_shot.search import held_out_nll, search
 from benchmarks.few_shot.stack import Batches
 from benchmarks.few_shot.store import Store
+from kngd_ray.errors import DataError
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate
 from kngd_ray.training.fit import fit
@@ -199,12 +203,13 @@ def _rows(method, accuracies, curve, steps):
 def test_differences_wins_and_steps():
     frame = pd.DataFrame([
         *_rows("ours", {1: 0.5, 2: 0.7}, [0.1, 0.8, 0.9], [0, 1, 2]),
-        *_rows("adamw", {1: 0.4, 2: 0.7}, [0.1, 0.2, 0.3, 0.8, 0.7], [0, 1, 2, 3, 4]),
+        *_rows("adamw_class_residual", {1: 0.4, 2: 0.7}, [0.1, 0.2, 0.3, 0.8, 0.7], [0, 1, 2, 3, 4]),
     ])
-    value, won, problems = claims.difference(frame, ("ours", "id_accuracy"), ("adamw", "id_accuracy"))
+    adamw = "adamw_class_residual"
+    value, won, problems = claims.difference(frame, ("ours", "id_accuracy"), (adamw, "id_accuracy"))
     assert value.mean == pytest.approx(0.05)
     assert (won, problems) == ("1/1/0", 2)
-    own, whole = claims._steps(frame)
+    own, whole = claims._steps(GROUPS["mini"], frame)
     assert own.value.mean == pytest.approx(1 / 3)
     assert whole.value.mean == pytest.approx(1 / 4)
     assert whole.holds
@@ -233,7 +238,7 @@ def test_a_run_is_kept_and_not_computed_again(tmp_path, emoji):
     again = list(Runner(data, plan, store, said.append).run())
     assert not [line for line in said if "skipped" not in line]
     assert json.dumps(lines(pd.concat(first))) == json.dumps(lines(pd.concat(again)))
-    page = write_report(store, methods).read_text()
+    page = write_report(tmp_path, methods).read_text()
     assert "What must hold" in page
     assert "not measured" in page
     assert {"report.html", "summary.json", "curves.png", "reliability.png"} <= {p.name for p in tmp_path.iterdir()}
@@ -257,3 +262,223 @@ def test_dev_looks_at_no_test_picture(emoji):
     shown = np.concatenate([split.id_test, *split.ood.values()])
     assert set(data.images.splits[shown]) == {"train"}
     assert not set(data.images.keys[shown]) & set(data.images.keys[split.support])
+
+
+# ---- groups of problems ----
+
+
+def test_the_geometry_of_clip_leaves_zero_shot_alone(problem):
+    mapped = to_clip(problem)
+    assert mapped.logit_scale == 100
+    torch.testing.assert_close(mapped.class_embeddings.norm(dim=1), torch.ones(C))
+    for before, after in zip(problem.cases, mapped.cases, strict=True):
+        torch.testing.assert_close(after.support.features.norm(dim=1), torch.ones(len(after.support)))
+        torch.testing.assert_close(after.support.labels, before.support.labels)
+        for name, test in before.tests.items():
+            moved = mapped.zero_shot(after.tests[name].features)
+            torch.testing.assert_close(moved, problem.zero_shot(test.features) + 20, rtol=0, atol=1e-4)
+            p = problem.zero_shot(test.features).softmax(1)
+            torch.testing.assert_close(moved.softmax(1), p, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="at most 62"):
+        to_clip(Problem(problem.cases, problem.class_embeddings, 64.0))
+
+
+def _features_file(folder, *, dimensions=D, classes=C, name="own", **columns):
+    rng = np.random.default_rng(0)
+    labels = np.arange(classes).repeat(8)
+    texts = rng.normal(size=(classes, dimensions))
+    table = {
+        "features": list((texts[labels] + rng.normal(size=(len(labels), dimensions))).astype(np.float32)),
+        "label": labels.astype(np.int32),
+        "split": np.tile(["train"] * 5 + ["test"] * 3, classes),
+        **columns,
+    }
+    np.save(folder / f"{name}_text.npy", texts.astype(np.float32))
+    path = folder / f"{name}.parquet"
+    pd.DataFrame(table).to_parquet(path)
+    return path
+
+
+def test_features_of_ones_own(tmp_path):
+    data = open_data(str(_features_file(tmp_path)))
+    assert isinstance(data, FeatureSet)
+    assert (data.group, data.domains, data.most_shots) == ("real", ("all",), {"all": 5})
+    problem = data.problem("all", 2, [0, 3])
+    first, other = problem.cases
+    rows = read_features(tmp_path / "own.parquet")
+    assert first.support.labels.tolist() == np.arange(C).repeat(2).tolist()
+    torch.testing.assert_close(first.support.features[:2], torch.from_numpy(rows.features[:2]))  # seed 0: file order
+    assert not torch.equal(first.support.features, other.support.features)
+    assert list(first.tests) == ["id"]
+    assert len(first.tests["id"]) == 3 * C
+    torch.testing.assert_close(problem.class_embeddings.norm(dim=1), torch.ones(C))
+    dev = open_data(str(tmp_path / "own.parquet"), dev=True).problem("all", 2, [3]).cases[0]
+    assert len(dev.tests["id"]) == 3 * C  # the five training rows of a class without the two shots
+    assert not (dev.tests["id"].features @ dev.support.features.mT > 1 - 1e-5).any()
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "own_text.npy").rename(tmp_path / "elsewhere" / "texts.npy")
+    assert open_data(str(tmp_path / "own.parquet"), class_embeddings=moved).identity == data.identity
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"split": ["train", "valid"] * 16}, "split 'valid'"),
+        ({"label": np.arange(32)}, "labels go from 0 to 31, there are 4 classes"),
+        ({"features": [np.zeros(D, np.float32)] * 32}, "embedding 0 is 0"),
+        ({"features": [np.full(D, np.nan, np.float32)] * 32}, "not finite"),
+        ({"features": [np.ones(D - 1, np.float32)] * 32}, "11 numbers, class embeddings 12"),
+    ],
+)
+def test_features_that_cannot_be_used(tmp_path, columns, told):
+    path = _features_file(tmp_path, **columns)
+    with pytest.raises(DataError, match=told):
+        read_features(path)
+
+
+def test_features_without_what_belongs_to_them(tmp_path):
+    path = _features_file(tmp_path)
+    pd.read_parquet(path).drop(columns="split").to_parquet(path)
+    with pytest.raises(DataError, match="no column split"):
+        read_features(path)
+    (tmp_path / "own_text.npy").unlink()
+    with pytest.raises(DataError, match="--class-embeddings"):
+        read_features(path)
+
+
+def test_made_data_has_the_geometry_that_it_says(monkeypatch):
+    rows = made.made(200)
+    x, texts = torch.from_numpy(rows.features), torch.from_numpy(rows.class_embeddings)
+    labels = torch.from_numpy(rows.labels)
+    cosines, between = x @ texts.mT, texts @ texts.mT
+    assert between[~torch.eye(200, dtype=torch.bool)].mean().item() == pytest.approx(0.77, abs=0.01)
+    assert cosines.gather(1, labels[:, None]).mean().item() == pytest.approx(0.28, abs=0.01)
+    assert cosines.mean().item() == pytest.approx(0.19, abs=0.01)
+    assert (x[::13] * x[1::13]).sum(1).mean().item() == pytest.approx(0.76, abs=0.01)
+    assert (x[:-130:13] * x[130::13]).sum(1).mean().item() == pytest.approx(0.52, abs=0.01)  # of another kind
+    assert np.array_equal(rows.features, made.made(200).features)
+    monkeypatch.setitem(made.MADE, "many200", 5)
+    data = open_data("many200")
+    assert (data.name, data.group, data.most_shots) == ("many200", "many", {"made": 8})
+
+
+def test_groups_are_kept_apart(tmp_path, emoji):
+    own = str(_features_file(tmp_path))
+    plan = Plan(shots=[1], seeds=2, methods=["zero_shot", "clap"], trials=1, domains=["noto", "all"])
+    folder = tmp_path / "results"
+    for data in (open_data(emoji), open_data(emoji, geometry="clip"), open_data(own)):
+        list(Runner(data, plan, store_of(data.group, folder), lambda text: None).run())
+    written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
+    names = ["clap", "zero_shot"]
+    assert written == [
+        *(f"clip_geometry/small-{name}.parquet" for name in names),
+        *(f"real/own-{name}.parquet" for name in names),
+        *(f"small-{name}.parquet" for name in names),
+    ]
+    mini, clip = (store_of(group, folder).rows("small", "zero_shot") for group in ("mini", "clip_geometry"))
+    assert not set(mini["recipe"]) & set(clip["recipe"])
+    np.testing.assert_allclose(mini["id_nll"], clip["id_nll"], rtol=1e-4)
+    page = write_report(folder)
+    assert all(f"<h2 id={name}>" in page.read_text() for name in ("mini", "clip_geometry", "real"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["groups"]) == ["mini", "clip_geometry", "real"]
+    assert summary["groups"]["real"]["means"]["clap"]["ood_nll"] is None
+    assert store_of("real", folder, dev=True).folder == folder / "real" / "dev"
+    shown = tables.markdown(folder / "summary.json")
+    assert "**real CLIP features**, 1 problems" in shown
+    assert "| clap |" in shown
+
+
+def test_committed_rows_of_rivals_are_not_computed_again():
+    data, store = DataSet("embedded"), Store(RESULTS)
+    plan = Plan(GROUPS["mini"].shots, 10, [], 60)
+    runner = Runner(data, plan, store, lambda text: None)
+    for name in ("zero_shot", "gda", "tip_adapter_f", "adamw_class_residual"):
+        recipe, _ = runner._settings(4, METHODS[name])
+        assert store.finished("emoji", "noto", 4, name, recipe) == set(range(10))
+
+
+def _group_rows(method, accuracy, nll, ece, shots=(1, 4, 16), ood=True):
+    return [
+        {"data": "d", "domain": "a", "shots": s, "seed": seed, "method": method}
+        | {"id_accuracy": accuracy + 0.001 * seed, "id_nll": nll, "id_ece": ece, "curve_id": [], "curve_steps": []}
+        | {f"ood_{name}": value if ood else np.nan for name, value in (("accuracy", 0.3), ("nll", nll), ("ece", ece))}
+        for s in shots
+        for seed in range(3)
+    ]
+
+
+def test_claims_of_each_group():
+    mini = pd.DataFrame([
+        *_group_rows("ours", 0.60, 1.0, 0.05),
+        *_group_rows("adamw_class_residual", 0.55, 1.2, 0.06),
+        *_group_rows("gda", 0.602, 0.9, 0.2),
+        *_group_rows("zero_shot", 0.61, 2.0, 0.2, shots=(1,)),
+        *_group_rows("zero_shot", 0.2, 2.0, 0.2, shots=(4, 16)),
+    ])
+    clip = mini.assign(id_accuracy=mini["id_accuracy"] + 0.002, id_nll=mini["id_nll"] - 0.02)
+    real = pd.DataFrame([
+        *_group_rows("ours", 0.60, 1.0, 0.05, ood=False),
+        *_group_rows("adamw_class_residual", 0.62, 1.2, 0.04, ood=False),
+    ])
+    found = claims.claims({"mini": mini, "clip_geometry": clip, "real": real})
+    by = {(claim.group, claim.text): claim for claim in found}
+    assert not [text for group, text in by if group == "real" and "OOD" in text]
+    lead = by["mini", "ID accuracy, ours - AdamW"]
+    assert lead.holds
+    assert lead.gap == pytest.approx(5.0)
+    assert not by["real", "ID accuracy, ours - AdamW"].holds
+    assert not by["mini", "OOD accuracy, ours - AdamW"].holds  # 0 [0, 0] does not exclude 0
+    best = by["mini", "ID accuracy, ours - the best rival of each problem, picked afterwards"]
+    assert best.value.mean == pytest.approx(100 * (-0.01 - 0.002 - 0.002) / 3)
+    assert not best.holds
+    assert best.note == "gda 2, zero_shot 1"
+    below = by["mini", "problems whose mean ID accuracy is below zero-shot's"]
+    assert (below.value.mean, below.gap, below.holds) == (1, -1, False)
+    assert below.note == "d a 1: -1.0"
+    nll = by["mini", "ID NLL, ours - the best rival"]
+    assert (nll.note, nll.holds) == ("lowest mean: gda", False)
+    assert nll.gap == pytest.approx(-0.1)
+    assert [by["mini", f"ID ECE, {shots}, ours - AdamW"].problems for shots in ("1-2 shots", "16 shots")] == [1, 1]
+    assert by["mini", "ID ECE, 4-8 shots, ours - AdamW"].holds
+    assert by["clip_geometry", "ID accuracy, |ours here - ours by the mini CLIP|"].gap == pytest.approx(0.1)
+    assert by["clip_geometry", "ID NLL, |ours here - ours by the mini CLIP|"].gap == pytest.approx(-0.01)
+    assert by["clip_geometry", "OOD NLL, |ours here - ours by the mini CLIP|"].holds
+
+
+def test_without_ours_nothing_is_claimed():
+    frame = pd.DataFrame(_group_rows("adamw_class_residual", 0.55, 1.2, 0.06))
+    assert {claim.holds for claim in claims.claims({"many": frame, "real": frame})} == {None}
+
+
+@pytest.mark.parametrize("name", ["clap", "lp++", "proker"])
+def test_new_rivals_learn_more_than_zero_shot_knows(name):
+    easy = FeatureSet("easy", made.made(20)).problem("made", 4, [0, 1])
+    method = METHODS[name]
+    settings = search(method, easy, 5)["settings"] if method.space else {}
+    zero = [figures.row(*pair)["id_nll"] for pair in zip(easy.cases, METHODS["zero_shot"].fit(easy, {}), strict=True)]
+    own = [figures.row(*pair)["id_nll"] for pair in zip(easy.cases, method.fit(easy, settings), strict=True)]
+    assert np.mean(own) < np.mean(zero)
+
+
+def test_the_multipliers_of_clap_are_how_far_zero_shot_is_to_be_trusted(problem):
+    from benchmarks.few_shot.methods import clap
+
+    held = clap.multipliers(problem, problem.cases[0])
+    shots = problem.cases[0].support
+    p = problem.zero_shot(shots.features).softmax(1)
+    expected = torch.stack([p[shots.labels == c, c].mean() for c in range(C)])
+    torch.testing.assert_close(held, expected)
+    assert clap.rate(0) == 1e-5
+    assert clap.rate(1) == 0.1
+    assert clap.rate(151) == pytest.approx(0.05)
+
+
+def test_proker_solves_its_regression(problem):
+    from benchmarks.few_shot.methods import proker
+
+    shots, texts = problem.cases[0].support, problem.class_embeddings
+    found = proker.solve(shots, texts, 2.0, 0.1)
+    K = proker.kernel(shots.features, shots.features, 2.0)
+    rest = torch.eye(C)[shots.labels] - shots.features @ texts.mT
+    torch.testing.assert_close(K @ found / 0.1 + found, rest, rtol=1e-3, atol=1e-4)

@@ -16,12 +16,22 @@ def main() -> None:
     """Read the options, then run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot", description=_description())
     parser.add_argument(
-        "--data", nargs="+", default=["embedded"], help="parquet files of the package's schema; embedded"
+        "--data",
+        nargs="+",
+        default=["embedded"],
+        help="parquet files of pictures or of features; embedded; made data: many, many200",
     )
+    parser.add_argument("--geometry", choices=["mini", "clip"], default="mini", help="of the pictures' features")
+    parser.add_argument(
+        "--class-embeddings",
+        type=Path,
+        help="text embeddings of a file of features; by default NAME_text.npy beside it",
+    )
+    parser.add_argument("--logit-scale", type=float, default=100.0, help="of the model that features are from")
     parser.add_argument("--domains", nargs="+", help="domains to train on; by default each, of the emoji noto")
-    parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=10, help="number of support sets")
-    parser.add_argument("--methods", nargs="+", help="by default all")
+    parser.add_argument("--shots", nargs="+", type=int, help="by default 1 2 4 8 16; of made data 1 2")
+    parser.add_argument("--seeds", type=int, help="number of support sets, by default 10; of made data 3")
+    parser.add_argument("--methods", nargs="+", help="by default those of the data's group: see groups.py")
     parser.add_argument("--trials", type=int, default=60, help="of each search")
     parser.add_argument("--threads", type=int, default=1, choices=range(1, _MOST_THREADS + 1))
     parser.add_argument("--dev", action="store_true", help="training pictures stand for the test sets")
@@ -30,7 +40,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="lines in JSON")
     parser.add_argument("--report", action="store_true", help="write report.html with its figures")
     parser.add_argument("--report-only", action="store_true", help="compute nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the report that is there, only")
     args = parser.parse_args()
+    if args.markdown:
+        _print_tables(args.out or RESULTS, dev=args.dev)
+        return
     # before torch is imported: idle threads that wait for one another cost more than they bring
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(args.threads)
@@ -47,28 +61,54 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     import torch
     from threadpoolctl import threadpool_limits
 
-    from benchmarks.few_shot.data import DataSet
+    from benchmarks.few_shot.groups import GROUPS, open_data, store_of
     from benchmarks.few_shot.methods import METHODS
     from benchmarks.few_shot.report import lines, write_report
     from benchmarks.few_shot.run import Plan, Runner
-    from benchmarks.few_shot.store import Store
+    from kngd_ray.errors import KngdError
 
     torch.set_num_threads(args.threads)
     unknown = sorted({*(args.methods or ()), *args.again} - set(METHODS))
     if unknown:
         parser.error(f"unknown methods: {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if min(args.shots) < 1 or args.seeds < 1 or args.trials < 1:
+    if min(args.shots or [1]) < 1 or (args.seeds or 1) < 1 or args.trials < 1:
         parser.error("--shots, --seeds and --trials are 1 or more")
+    if not args.logit_scale > 0:
+        parser.error("--logit-scale is above 0")
+    if args.class_embeddings is not None and len(args.data) > 1:
+        parser.error("--class-embeddings belongs to one file of features: name that one alone with --data")
     own = args.out or RESULTS
-    store = Store(own / "dev", own / "searches") if args.dev else Store(own)
-    methods = args.methods or list(METHODS)
-    plan = Plan(args.shots, args.seeds, methods, args.trials, args.domains, args.again)
     with threadpool_limits(args.threads):
         for path in [] if args.report_only else args.data:
-            for rows in Runner(DataSet(path, dev=args.dev), plan, store, _say).run():
+            try:
+                data = open_data(
+                    path,
+                    dev=args.dev,
+                    geometry=args.geometry,
+                    class_embeddings=args.class_embeddings,
+                    logit_scale=args.logit_scale,
+                )
+            except KngdError as error:
+                parser.error(str(error))
+            group = GROUPS[data.group]
+            plan = Plan(
+                args.shots or group.shots,
+                args.seeds or group.seeds,
+                args.methods or group.methods,
+                args.trials,
+                args.domains,
+                args.again,
+            )
+            for rows in Runner(data, plan, store_of(data.group, own, dev=args.dev), _say).run():
                 _print(lines(rows), as_json=args.json)
         if args.report or args.report_only:
-            _say(f"wrote {write_report(store, methods)}")
+            _say(f"wrote {write_report(own, args.methods, dev=args.dev)}")
+
+
+def _print_tables(folder: Path, *, dev: bool) -> None:
+    from benchmarks.few_shot.tables import markdown
+
+    print(markdown((folder / "dev" if dev else folder) / "summary.json"))
 
 
 def _say(text: str) -> None:

@@ -64,11 +64,12 @@ def grids(frame: pd.DataFrame, value: str) -> list[Array]:
     return found
 
 
-def over_problems(strata: Sequence[Array]) -> Interval:
+def over_problems(strata: Sequence[Array], *, absolute: bool = False) -> Interval:
     """Mean over the problems of all data sets.
 
     Args:
         strata: for each data set the values (problems, seeds).
+        absolute: of each problem's mean over the support sets take the absolute value.
 
     Returns:
         The figure.
@@ -76,12 +77,13 @@ def over_problems(strata: Sequence[Array]) -> Interval:
     if not strata:
         return NOTHING
     rng = np.random.default_rng(_SEED)
+    size: Callable[[Array], Array] = np.abs if absolute else np.asarray
     total = sum(len(grid) for grid in strata)
     sums = np.zeros(REPLICATES)
     for grid in strata:
         problems, seeds = _drawn(rng, *grid.shape, REPLICATES)
-        sums += grid[problems[:, :, None], seeds[:, None, :]].mean(2).sum(1)
-    return _interval(sum(float(grid.mean(1).sum()) for grid in strata) / total, sums / total)
+        sums += size(grid[problems[:, :, None], seeds[:, None, :]].mean(2)).sum(1)
+    return _interval(sum(float(size(grid.mean(1)).sum()) for grid in strata) / total, sums / total)
 
 
 def replicates(shapes: Sequence[tuple[int, int]], count: int) -> Iterator[list[tuple[Array, Array]]]:
@@ -101,6 +103,11 @@ def replicates(shapes: Sequence[tuple[int, int]], count: int) -> Iterator[list[t
 
 def _drawn(rng: np.random.Generator, problems: int, seeds: int, count: int) -> tuple[Array, Array]:
     return rng.integers(problems, size=(count, problems)), rng.integers(seeds, size=(count, seeds))
+
+
+def exactly(value: float) -> Interval:
+    """A figure that nothing is drawn for."""
+    return Interval(value, value, value)
 
 
 def of_replicates(value: float, drawn: Sequence[float]) -> Interval:

@@ -12,16 +12,23 @@ from kngd_ray.training.metrics import ECE_BINS
 
 COLOURS = {
     "ours": "#1f5f9e",
-    "adamw": "#d1752b",
+    "adamw_class_residual": "#d1752b",
+    "adamw_class_residual_fixed": "#d1752b",
     "ivon": "#6a9f58",
-    "laplace": "#967662",
     "gda": "#d1615d",
     "tip_adapter_f": "#a77c9f",
-    "clip_adapter": "#e7ca60",
-    "kalman_diagonal": "#7fb3d5",
+    "proker": "#967662",
+    "clap": "#e7ca60",
+    "lp++": "#63b5b0",
+    "linear_probe": "#e39bc1",
     "zero_shot": "#8c8c8c",
 }
-NAMES = {"ours": "kalman (the default)", "adamw": "adamw, 60 trials", "zero_shot": "zero-shot"}
+NAMES = {
+    "ours": "kalman (the default)",
+    "adamw_class_residual": "adamw, 60 trials",
+    "adamw_class_residual_fixed": "adamw, fixed settings",
+    "zero_shot": "zero-shot",
+}
 RELIABILITY, CURVES, SHOTS = "reliability.png", "curves.png", "shots.png"
 _PANELS = (
     ("id_accuracy", "ID accuracy %"),
@@ -33,14 +40,15 @@ _LEAST_IN_BIN = 0.002  # share of the pictures, below which a bin is noise
 
 
 def reliability(frame: pd.DataFrame, path: Path) -> None:
-    """Accuracy against confidence, all problems together.
+    """Accuracy against confidence, all problems together; a panel for each kind of test set that there is.
 
     Args:
         frame: all rows.
         path: of the picture.
     """
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    for axes, where in zip(figure.subplots(1, 2), ("id", "ood"), strict=True):
+    sets = [where for where in ("id", "ood") if frame[f"{where}_accuracy"].notna().any()]
+    figure = Figure(figsize=(4.5 * len(sets), 4.2), layout="constrained")
+    for axes, where in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
         for method in _drawn(frame):
             rows = frame[frame["method"] == method]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.few_shot.data import DataSet
+from benchmarks.few_shot.data import Data
 from benchmarks.few_shot.figures import row
 from benchmarks.few_shot.methods import METHODS, Method
 from benchmarks.few_shot.problem import Problem, Settings
@@ -53,7 +53,7 @@ class Runner:
         methods: those that the plan names.
     """
 
-    data: DataSet
+    data: Data
     plan: Plan
     store: Store
     say: Say
@@ -125,18 +125,19 @@ class Runner:
 
     def _settings(self, shots: int, method: Method) -> tuple[str, Settings]:
         """What a method is fitted with, and the name of what decides its figures."""
+        own = self.data.identity
         owner = self.methods[method.searched_as] if method.searched_as is not None else method
         if owner.space is None:
-            return recipe_of(method.recipe, self.data.dev), {}
+            return recipe_of(method.recipe, self.data.dev, *own), {}
         of = max(shots, _LEAST_SEARCHED)
         others = self.data.domains[1:]
-        recipe = recipe_of(owner.name, owner.recipe, self.plan.trials, FOLDS, dict(owner.usual), *others)
+        recipe = recipe_of(owner.name, owner.recipe, self.plan.trials, FOLDS, dict(owner.usual), *others, *own)
         found = self.store.search(self.data.name, of, owner.name, recipe)
         if found is None:
             found = search(owner, self._searched_on(of), self.plan.trials)
             self.store.keep_search(self.data.name, of, owner.name, recipe, found)
             self.say(f"{self.data.name} {of} shots {owner.name}: searched in {found['seconds']} s: {_short(found)}")
-        return recipe_of(method.recipe, recipe, found["settings"], self.data.dev), found["settings"]
+        return recipe_of(method.recipe, recipe, found["settings"], self.data.dev, *own), found["settings"]
 
 
 def _short(found: dict[str, Any]) -> str:

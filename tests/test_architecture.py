@@ -33,7 +33,7 @@ LAYERS = (
     "commands",
     "cli",
 )
-SHARED = {"config", "_layered", "_yaml", "errors", "storage", "__init__"}
+SHARED = {"config", "_layered", "_vectors", "_yaml", "errors", "storage", "__init__"}
 STANDARD_ONLY = ("errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
@@ -160,6 +160,8 @@ PUBLIC = {
         "EncodedStream",
         "Encoder",
         "FeatureCache",
+        "FeatureFiles",
+        "GivenFeatures",
         "ImageSet",
         "PictureFile",
         "Split",
@@ -171,6 +173,7 @@ PUBLIC = {
         "halves",
         "open_images",
         "read_batches",
+        "read_features",
         "restrict",
         "sample_shots",
         "select",

@@ -73,8 +73,11 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
     if its != now:
         return (
             f"was trained on the features of another model: fingerprint {its[:12]}, this run's has {now[:12]}; "
-            "name the model it was trained with by model.name and model.pretrained"
+            "name the model it was trained with by the settings of model, as model.name"
         )
+    its, now = (found["model"].get("classes") for found in (manifest, identity))
+    if its != now:
+        return "has its class embeddings in another order of classes: name the ones of this run's data"
     its, now = (found["class_names"] for found in (manifest, identity))
     if its != now:
         return f"knows other classes: {_parting(its, now)}; data.classes chooses and orders them"

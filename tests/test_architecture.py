@@ -145,6 +145,7 @@ PUBLIC = {
         "given_precomputed",
         "load_model",
         "load_precomputed",
+        "read_class_embeddings",
         "resolve_templates",
     ],
     "kngd_ray.clip.adapters": [
@@ -183,6 +184,7 @@ PUBLIC = {
         "sample_shots",
         "select",
         "select_tests",
+        "write_features",
     ],
     "kngd_ray.tracking": [
         "LoggedRun",
@@ -232,7 +234,7 @@ COMMANDS = {
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],
     "predict": ["target", "images", "--html", "--storage-path", "--json"],
-    "encode": ["dataset", "settings", "--json"],
+    "encode": ["dataset", "settings", "--out", "--json"],
     "compare": ["experiment", "--parent", "--metric", "--baseline", "--uri", "--out", "--json"],
     "sync": ["run", "--uri", "--storage-path", "--json"],
     "doctor": ["settings", "--address", "--storage-path", "--uri", "--no-ray", "--json"],

@@ -5,7 +5,7 @@ from kngd_ray.clip._config import PRECOMPUTED, ModelConfig
 from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
-from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed
+from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed, read_class_embeddings
 from kngd_ray.clip._prompts import resolve_templates
 from kngd_ray.clip._tuning import TuneOptions
 
@@ -26,5 +26,6 @@ __all__ = [
     "given_precomputed",
     "load_model",
     "load_precomputed",
+    "read_class_embeddings",
     "resolve_templates",
 ]

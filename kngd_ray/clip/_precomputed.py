@@ -6,6 +6,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch import Tensor
 from kngd_ray._vectors import Vectors, flaw, unit
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
 from kngd_ray.errors import ModelError
+from kngd_ray.storage import storage_errors
 
 _EQUAL = 1 - 1e-6  # cosine from which two classes cannot be told apart
 
@@ -92,7 +94,8 @@ class PrecomputedModel:
     def save(self, path: Path) -> None:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""
         if self.zero_shot:
-            np.save(path, self._embeddings, allow_pickle=False)
+            with storage_errors(path):
+                np.save(path, self._embeddings, allow_pickle=False)
 
 
 def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int) -> PrecomputedModel:
@@ -113,7 +116,7 @@ def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int
     if config.class_embeddings is None:
         return PrecomputedModel(classes, None, embed_dim, scale)
     path = Path(config.class_embeddings).expanduser()
-    return given_precomputed(_read(path), classes, embed_dim, scale, f"model.class_embeddings: {path}")
+    return given_precomputed(read_class_embeddings(path), classes, embed_dim, scale, f"model.class_embeddings: {path}")
 
 
 def given_precomputed(
@@ -161,8 +164,14 @@ def given_precomputed(
     return PrecomputedModel(classes, embeddings, embed_dim, logit_scale)
 
 
-def _read(path: Path) -> npt.NDArray[Any]:
+def read_class_embeddings(path: Path) -> npt.NDArray[Any]:
     """Read a ``.npy`` file; nothing in it is unpickled.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its array, of whatever shape.
 
     Raises:
         ModelError: It is missing, of another kind or damaged.
@@ -177,12 +186,13 @@ def _read(path: Path) -> npt.NDArray[Any]:
         raise ModelError(f"{setting} does not exist: name a .npy file with an array (C, d), or leave it out") from error
     except OSError as error:
         raise ModelError(f"{setting} cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
+    except (ValueError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError, BadZipFile) as error:
         raise ModelError(
             f"{setting} is no .npy file of numbers, or damaged; Python objects are never unpickled: write it with "
             "numpy.save(path, array) from floats (C, d)"
         ) from error
     if not isinstance(found, np.ndarray):  # an archive of several
+        found.close()
         raise ModelError(f"{setting} holds several arrays: write one with numpy.save")
     return np.array(found)
 

@@ -26,6 +26,7 @@ from kngd_ray.data._images import ImageSet, open_images
 from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
+from kngd_ray.data._write import write_features
 
 __all__ = [
     "EMBEDDED",
@@ -53,4 +54,5 @@ __all__ = [
     "sample_shots",
     "select",
     "select_tests",
+    "write_features",
 ]

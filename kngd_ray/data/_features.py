@@ -174,11 +174,11 @@ def read_features(path: Path, width: int) -> Iterator[tuple[int, Vectors]]:
             done += len(batch)
 
 
-def holds_pictures(what: str) -> str:
+def holds_pictures(path: str) -> str:
     """Return the sentence for pictures where features are needed."""
     return (
-        f"{what} holds pictures, and model.name=precomputed learns from features: encode them first with kngd-ray"
-        " encode --out, or set model.name to a model that encodes pictures"
+        f"{path} holds pictures, and model.name=precomputed learns from features: encode them first with kngd-ray"
+        f" encode {path} --out FOLDER, or set model.name to a model that encodes pictures"
     )
 
 

@@ -155,7 +155,7 @@ def _scan(path: str | tuple[str, ...], features: bool) -> Rows:
         DataError: when the path is missing, a folder is one of several paths, or there are pictures for features.
     """
     if path == EMBEDDED and features:
-        raise DataError(holds_pictures(f"data.path={EMBEDDED}"))
+        raise DataError(holds_pictures(EMBEDDED))
     if path == EMBEDDED:
         return scan_parquet([Path(str(resources.files("kngd_ray"))) / "assets" / "emoji.parquet"])
     # absolute: workers, which read the files too, run in folders of their own

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import decode
 from kngd_ray.errors import DataError, UsageError
@@ -83,6 +84,36 @@ def picture(given: Any, number: int) -> Image.Image:
             "array (H, W) or (H, W, 3) of uint8, or of floats between 0 and 1."
         )
     return Image.fromarray(pixels).convert("RGB")
+
+
+def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:
+    """Features of a table as unit vectors.
+
+    Args:
+        rows: m lists or arrays of numbers.
+        width: d, the length that each must have.
+        first: number of the first row, for messages.
+
+    Returns:
+        (m, d) float32.
+
+    Raises:
+        DataError: a row is no list of d numbers, or has no direction.
+    """
+    vectors = np.empty((len(rows), width), np.float32)
+    for n, row in enumerate(rows):
+        try:
+            found = np.asarray(row, np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"row {first + n}: its features are no list of numbers: give {width} floats.") from error
+        if found.shape != (width,):
+            raise DataError(f"row {first + n}: its features have shape {found.shape}: give {width} floats.")
+        with np.errstate(over="ignore"):
+            vectors[n] = found
+    wrong = flaw(vectors)
+    if wrong is not None:
+        raise DataError(f"row {first + wrong[0]}: its feature {wrong[1]}: give one with a direction.")
+    return torch.from_numpy(unit(vectors))
 
 
 def labels_of(y: Sequence[Any]) -> list[Any]:

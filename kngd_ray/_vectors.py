@@ -19,14 +19,14 @@ def flaw(vectors: npt.NDArray[Any]) -> tuple[int, str] | None:
     Returns:
         Its number and what is wrong with it, to follow "it"; None where every row has a direction.
     """
-    finite = np.isfinite(vectors).all(axis=1)
-    bad = np.flatnonzero(~finite | (lengths(vectors) == 0))
+    size = lengths(vectors)
+    bad = np.flatnonzero(~np.isfinite(size) | (size == 0))
     if not len(bad):
         return None
     row = int(bad[0])
-    if finite[row]:
+    if size[row] == 0:
         return row, "has length zero"
-    return row, "holds NaN" if np.isnan(vectors[row]).any() else "holds an infinite value"
+    return row, "holds NaN" if np.isnan(vectors[row]).any() else "holds infinity or a number near it"
 
 
 def lengths(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

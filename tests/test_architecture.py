@@ -132,6 +132,7 @@ PUBLIC = {
         "split_evenly",
     ],
     "kngd_ray.clip": [
+        "LOGIT_SCALE",
         "PRECOMPUTED",
         "AnyModel",
         "CLIPHead",
@@ -224,6 +225,7 @@ PUBLIC = {
         "report_of",
         "run_here",
     ],
+    "kngd_ray.estimator": ["KalmanCLIP", "NotFittedError"],
     "kngd_ray.ray_jobs": ["ray_session", "ray_stream", "run_job", "run_search"],
 }
 

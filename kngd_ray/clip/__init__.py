@@ -1,7 +1,7 @@
 """CLIP models, prompts, the zero-shot head, the adapters on it, and the towers' own training."""
 
 from kngd_ray.clip._augment import RandomResizedCrop
-from kngd_ray.clip._config import PRECOMPUTED, ModelConfig
+from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
 from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
@@ -13,6 +13,7 @@ from kngd_ray.clip._tuning import TuneOptions
 AnyModel = PrecomputedModel | ClipModel
 
 __all__ = [
+    "LOGIT_SCALE",
     "PRECOMPUTED",
     "AnyModel",
     "CLIPHead",

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _NEEDED = ("kngd_ray", "torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pandas", "pillow", "mlflow")
 # 8 x 8 grey pixels, so that the model's page shows what a request looks like
@@ -36,6 +37,7 @@ def save_pyfunc(
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
+    example: dict[str, list[Any]]
     if features is None:
         column, example = ColSpec(DataType.binary, "image"), {"image": [_EXAMPLE]}
     else:

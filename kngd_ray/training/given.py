@@ -14,7 +14,7 @@ from torch import Tensor
 from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import decode
-from kngd_ray.errors import DataError, UsageError
+from kngd_ray.errors import DataError, InputError, UsageError
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
@@ -126,14 +126,14 @@ def labels_of(y: Sequence[Any]) -> list[Any]:
         A list.
 
     Raises:
-        UsageError: one cannot be hashed, or there is none.
+        InputError: one cannot be hashed, or there is none.
     """
     labels = y.tolist() if hasattr(y, "tolist") else list(y)  # numpy's scalars are no JSON
     for n, label in enumerate(labels):
         if not isinstance(label, Hashable):
-            raise UsageError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
+            raise InputError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
     if not labels:
-        raise UsageError("there is no label: give one for each picture.")
+        raise InputError("there is no label: give one for each picture.")
     return labels
 
 
@@ -178,10 +178,10 @@ def check_lengths(X: Any, labels: Sequence[Any]) -> None:
         labels: theirs.
 
     Raises:
-        UsageError: there are not as many.
+        InputError: there are not as many.
     """
     if len(X) != len(labels):
-        raise UsageError(f"there are {len(X)} pictures and {len(labels)} labels: give one label for each.")
+        raise InputError(f"there are {len(X)} pictures and {len(labels)} labels: give one label for each.")
 
 
 def seed_of(random_state: Any) -> int:

@@ -6,11 +6,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from kngd_ray._vectors import Vectors, flaw, unit
@@ -95,7 +95,7 @@ class PrecomputedModel:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""
         if self.zero_shot:
             with storage_errors(path):
-                np.save(path, self._embeddings, allow_pickle=False)
+                np.save(path, self._embeddings)
 
 
 def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int) -> PrecomputedModel:
@@ -180,21 +180,17 @@ def read_class_embeddings(path: Path) -> npt.NDArray[Any]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ModelError(f"{setting} is no regular file: name a .npy file with an array (C, d)")
-        # mapped: a header that promises more than the file holds is refused before memory is taken for it
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        # mapped: never unpickled, and a header that promises more than there is takes no memory
+        return np.array(open_memmap(path, mode="r"))
     except FileNotFoundError as error:
         raise ModelError(f"{setting} does not exist: name a .npy file with an array (C, d), or leave it out") from error
     except OSError as error:
         raise ModelError(f"{setting} cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError, BadZipFile) as error:
+    except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
         raise ModelError(
             f"{setting} is no .npy file of numbers, or damaged; Python objects are never unpickled: write it with "
             "numpy.save(path, array) from floats (C, d)"
         ) from error
-    if not isinstance(found, np.ndarray):  # an archive of several
-        found.close()
-        raise ModelError(f"{setting} holds several arrays: write one with numpy.save")
-    return np.array(found)
 
 
 def _check(vectors: Vectors, place: str, names: Sequence[str]) -> None:

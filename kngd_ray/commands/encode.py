@@ -90,7 +90,7 @@ def _write(
     texts = model.encode_classes(images.class_names, templates)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        np.save(embeddings, texts.numpy(), allow_pickle=False)
+        np.save(embeddings, texts.numpy())
     write_features(features, images, rows, cache)
     settings = [
         f"data.path={features}",

@@ -204,16 +204,13 @@ class MethodRun:
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
         reliability_diagram(curves, figures / "reliability.png", name)
         learning_curve(steps, figures / "learning_curve.png", name)
+        model = self._prepared.model
+        given = model if isinstance(model, PrecomputedModel) else None
+        if given is not None:
+            given.save(fit_folder / CLASS_EMBEDDINGS)
         if self.config.tracking.log_model:
             first = seed == self.config.seeds[0]
             registered = self.config.tracking.registered_model if first else None
-            given = self._prepared.model if isinstance(self._prepared.model, PrecomputedModel) else None
-            if given is not None:
-                given.save(fit_folder / CLASS_EMBEDDINGS)
-            record.set_model(
-                fit_folder,
-                self._prepared.images.class_names,
-                registered,
-                features=None if given is None else given.embed_dim,
-            )
+            width = None if given is None else given.embed_dim
+            record.set_model(fit_folder, self._prepared.images.class_names, registered, features=width)
         return {**report, "refused": refused, "seconds": seconds}

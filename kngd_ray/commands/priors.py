@@ -77,7 +77,10 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
         )
     its, now = (found["model"].get("classes") for found in (manifest, identity))
     if its != now:
-        return "has its class embeddings in another order of classes: name the ones of this run's data"
+        return (
+            "was trained with class embeddings of other classes, or in another order: model.class_embeddings and the "
+            "labels of the data must be as they were"
+        )
     its, now = (found["class_names"] for found in (manifest, identity))
     if its != now:
         return f"knows other classes: {_parting(its, now)}; data.classes chooses and orders them"

@@ -48,9 +48,9 @@ class PrecomputedModel:
         self.classes = tuple(classes)
         self.zero_shot = embeddings is not None
         self.embed_dim = embed_dim
-        self.logit_scale = logit_scale
+        self.logit_scale = float(logit_scale)
         self.device = torch.device("cpu")
-        digest = hashlib.sha256(json.dumps([PRECOMPUTED, embed_dim, logit_scale]).encode())
+        digest = hashlib.sha256(json.dumps([PRECOMPUTED, embed_dim, self.logit_scale]).encode())
         if embeddings is None:
             embeddings = np.zeros((len(self.classes), embed_dim), np.float32)
         else:

@@ -361,8 +361,10 @@ class KalmanCLIP(Parameters):
             )
         try:
             source = ModelConfig(self.model, self.pretrained, path, self.logit_scale)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise InputError(f"{error}.") from error
+        except TypeError as error:
+            raise InputError(f"logit_scale is {self.logit_scale!r}; it must be a positive number.") from error
         if source.precomputed:
             return Matrix(source, given if path is None else None)
         return Pictures(source, self.device)

@@ -18,7 +18,8 @@ from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_ta
 from kngd_ray.training.classifier import Classifier
 
 FAILED, USAGE = 1, 2
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "features"
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "features"
 
 
 def refused(outcome, code, *words):
@@ -331,3 +332,41 @@ def test_real_features(command, name, zero_shot) -> None:
     report = command("train", "--json", *given).json
     assert report["zero_shot"]["id"]["accuracy"] == pytest.approx(zero_shot, abs=0.02)
     assert report["id"]["accuracy"] > report["zero_shot"]["id"]["accuracy"] + 0.05
+
+
+def blocks(language: str) -> list[str]:
+    """The blocks of code of docs/features.md in a language."""
+    text = (ROOT / "docs" / "features.md").read_text()
+    return [part.split("\n```", 1)[0] for part in text.split(f"\n```{language}\n")[1:]]
+
+
+def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
+    """Its commands in their order, and its first and last lines of Python; only where things are differs."""
+    monkeypatch.setattr("kngd_ray.commands.tune.study_figures", lambda *arguments: [])
+    pq.write_table(pq.read_table(command.data), tmp_path / "pictures.parquet")
+    (tmp_path / "tune_configs").mkdir()
+    (tmp_path / "tune_configs" / "smoke.yaml").write_text((ROOT / "tune_configs" / "smoke.yaml").read_text())
+    made, _, from_python = blocks("python")
+    names: dict[str, object] = {}
+    exec(made, names)
+    local = ["trainer.num_workers=0", "tracking.enabled=false"]
+    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("kngd-ray ")]
+    assert len(lines) == 9
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        where = {
+            "train": local,
+            "tune": [*local, "search.num_samples=4"],
+            "encode": ["trainer.num_workers=0", f"data.cache_dir={command.cache}"],
+            "evaluate": ["trainer.num_workers=0"],
+        }.get(name, [])
+        outcome = command(name, *arguments, *where)
+        assert outcome.code == 0, (line, outcome.err)
+        if name == "encode":
+            shown = (tmp_path / "encoded" / "features.parquet", tmp_path / "encoded" / "class_embeddings.npy")
+            expected = f"data.path={shown[0]} model.name=precomputed model.class_embeddings={shown[1]}"
+            assert outcome.out == f"{expected} model.logit_scale=18.0\n"
+            for copy in ("others.parquet", "new.parquet"):
+                pq.write_table(pq.read_table(shown[0]), tmp_path / copy)
+    exec(from_python, names)
+    assert names["p"].shape == (60, 3)

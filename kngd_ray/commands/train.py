@@ -11,6 +11,7 @@ import torch
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.commands import run_folder
+from kngd_ray.commands.compare_rows import CHANCE
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.method_run import MethodRun
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
@@ -28,7 +29,6 @@ from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
 ZERO_SHOT = "zero-shot"
-CHANCE = "chance"  # of a model without class embeddings: equal logits
 
 
 def resumed_config(name: str, overrides: Sequence[str]) -> Config:

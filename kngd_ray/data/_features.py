@@ -51,10 +51,12 @@ class FeatureFiles(ParquetFiles):
             DataError: when the files changed since they were scanned.
         """
         wanted, back = np.unique(rows, return_inverse=True)
-        found = [np.empty((0, self.width), np.float32)]
-        for here, path, column in self.stored(wanted, Features(self.width)):
-            found.append(unit(matrix(column, path, int(here[0]), self.width)[np.isin(here, wanted)]))
-        stacked = np.concatenate(found)
+
+        def part(here: Ints, column: Any, path: Path) -> list[Vectors]:
+            return [unit(matrix(column, path, int(here[0]), self.width)[np.isin(here, wanted)])]
+
+        found = self.stored(wanted, Features(self.width), part)
+        stacked = np.concatenate([np.empty((0, self.width), np.float32), *found])
         if len(stacked) != len(wanted):
             raise DataError(f"{listing(self.paths)} changed while in use: run again")
         return stacked[back]

@@ -8,11 +8,11 @@ Pictures are streamed: one batch of a row group is in memory at a time.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ BATCH_BYTES = 256 << 20  # of a batch, if every row of it held all that its row 
 MAX_RATIO, RATIO_FROM = 1000, 64 << 20  # to one is how far pictures never shrink; smaller columns may
 MAX_NAME = 1000  # characters of a class, domain or split
 COLUMNS = ("label", "class_name", "domain", "split")
+Item = TypeVar("Item")
 IMAGE, FEATURES = "image", "features"
 
 
@@ -72,19 +73,23 @@ class ParquetFiles:
 
     def read(self, rows: Ints) -> Iterator[tuple[int, bytes]]:
         """Yield (row, picture bytes) for ascending `rows` (M,) out of the row groups that hold them."""
-        for here, path, column in self.stored(rows, Pictures()):
+
+        def pictures(here: Ints, column: Any, path: Path) -> Iterator[tuple[int, bytes]]:
             for offset in np.flatnonzero(np.isin(here, rows)).tolist():
                 yield int(here[offset]), _picture(column[offset], path)
 
-    def stored(self, rows: Ints, content: Content) -> Iterator[tuple[Ints, Path, Any]]:
-        """Read what stands in the row groups that hold some of the ascending `rows` (M,).
+        return self.stored(rows, Pictures(), pictures)
+
+    def stored(self, rows: Ints, content: Content, take: Callable[[Ints, Any, Path], Iterable[Item]]) -> Iterator[Item]:
+        """Read the row groups that hold some of the ascending `rows` (M,).
 
         Args:
             rows: which rows.
             content: which column, and how much of it at once.
+            take: makes items of a part: of the numbers of its rows (m,), the column and the file.
 
         Yields:
-            Numbers of the rows that were read (m,), their file, and the column's part.
+            The items.
         """
         for path, starts in zip(self.paths, self.starts, strict=True):
             wanted = rows[(rows >= starts[0]) & (rows < starts[-1])]
@@ -95,7 +100,7 @@ class ParquetFiles:
             done = 0
             with open_parquet(Path(path)) as file:
                 for batch in file.iter_batches(content.at_once(file), row_groups=groups, columns=[content.column]):
-                    yield numbers[done : done + len(batch)], Path(path), batch.column(0)
+                    yield from take(numbers[done : done + len(batch)], batch.column(0), Path(path))
                     done += len(batch)
 
 

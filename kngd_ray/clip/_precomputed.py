@@ -5,6 +5,7 @@ import json
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors
 
+# What numpy raises on a header that is none: it is read as Python's literals.
+_DAMAGE = (ValueError, TypeError, LookupError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError)
 _EQUAL = 1 - 1e-6  # cosine from which two classes cannot be told apart
 
 
@@ -186,7 +189,7 @@ def read_class_embeddings(path: Path) -> npt.NDArray[Any]:
         raise ModelError(f"{setting} does not exist: name a .npy file with an array (C, d), or leave it out") from error
     except OSError as error:
         raise ModelError(f"{setting} cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
+    except _DAMAGE as error:
         raise ModelError(
             f"{setting} is no .npy file of numbers, or damaged; Python objects are never unpickled: write it with "
             "numpy.save(path, array) from floats (C, d)"

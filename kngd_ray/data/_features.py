@@ -199,6 +199,7 @@ def matrix(column: Any, path: Path, first: int, width: int) -> Vectors:
     Raises:
         DataError: for the first list of another length or without a direction.
     """
+    column.validate(full=True)  # else a damaged offset leads out of the file
     counts = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
     for row in np.flatnonzero((counts != width) | (counts == 0))[:1]:
         if not counts[row]:

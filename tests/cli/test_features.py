@@ -227,6 +227,20 @@ def test_compare_and_the_logged_model(command, settings, files) -> None:
         model.predict(pd.DataFrame({"features": [[math.nan] * WIDTH]}))
 
 
+def test_compare_tells_data_apart_that_start_at_chance(command, settings, tmp_path) -> None:
+    """Equal figures before the first step say nothing of what was learned from."""
+    tracked = ["tracking.enabled=true", "tracking.experiment=f", "tracking.log_model=false"]
+    other = tmp_path / "other.parquet"
+    pq.write_table(feature_table(noise=0.5), other)
+    for more in (["filter.p0=0.1"], ["filter.p0=0.2"]):
+        assert command("train", *settings(*tracked, *more, classes=None)).code == 0
+    assert command("train", *settings(*tracked, classes=None, data=other)).code == 0
+    groups = command("compare", "f", "--uri", f"sqlite:///{command.folder}/mlflow.db", "--json").json["groups"]
+    assert sorted(len(group["rows"]) for group in groups) == [2, 3]
+    assert {group["rows"][0]["name"] for group in groups} == {"chance"}
+    assert all("features without class embeddings" in group["title"] for group in groups)
+
+
 def test_encode_writes_what_gives_the_same_figures(command, tmp_path) -> None:
     """From the files alone, without pictures or model, a run has the figures of the run on pictures."""
     out = tmp_path / "encoded"

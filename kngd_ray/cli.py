@@ -181,7 +181,10 @@ def export(
 @app.command()
 def predict(
     target: _Target,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files, or folders of them.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Picture files, or folders of them; parquet files of a run on features."),
+    ],
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Also a gallery, the least certain first.", show_default=False),
@@ -201,12 +204,16 @@ def predict(
 def encode(
     dataset: Annotated[str, typer.Argument(help='Parquet file, folder of pictures, or "embedded".')],
     settings: _Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also features and class embeddings as files.", show_default=False),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Compute frozen features of a whole data set into the cache, with Ray Data."""
+    """Compute frozen features of a whole data set into the cache, with Ray Data; --out writes them as files, too."""
     from kngd_ray.commands.encode import encode as run
 
-    result = run(dataset, *_split(settings), _display(as_json))
+    result = run(dataset, *_split(settings), _display(as_json), out=out)
     if as_json:
         _print_json(result)
 

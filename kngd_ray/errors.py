@@ -22,6 +22,10 @@ class UsageError(KngdError):
     exit_code = 2
 
 
+class InputError(UsageError, ValueError, TypeError):
+    """What a Python program gave cannot be used; scikit-learn raises a ValueError or a TypeError there."""
+
+
 class DataError(KngdError):
     """A data set, picture, class list or feature cannot be used."""
 

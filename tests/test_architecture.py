@@ -33,7 +33,7 @@ LAYERS = (
     "commands",
     "cli",
 )
-SHARED = {"config", "_layered", "_yaml", "errors", "storage", "__init__"}
+SHARED = {"config", "_layered", "_vectors", "_yaml", "errors", "storage", "__init__"}
 STANDARD_ONLY = ("errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
@@ -132,14 +132,21 @@ PUBLIC = {
         "split_evenly",
     ],
     "kngd_ray.clip": [
+        "LOGIT_SCALE",
+        "PRECOMPUTED",
+        "AnyModel",
         "CLIPHead",
         "CLIPNetwork",
         "ClipModel",
         "Head",
         "ModelConfig",
+        "PrecomputedModel",
         "RandomResizedCrop",
         "TuneOptions",
+        "given_precomputed",
         "load_model",
+        "load_precomputed",
+        "read_class_embeddings",
         "resolve_templates",
     ],
     "kngd_ray.clip.adapters": [
@@ -160,6 +167,8 @@ PUBLIC = {
         "EncodedStream",
         "Encoder",
         "FeatureCache",
+        "FeatureFiles",
+        "GivenFeatures",
         "ImageSet",
         "PictureFile",
         "Split",
@@ -171,10 +180,12 @@ PUBLIC = {
         "halves",
         "open_images",
         "read_batches",
+        "read_features",
         "restrict",
         "sample_shots",
         "select",
         "select_tests",
+        "write_features",
     ],
     "kngd_ray.tracking": [
         "LoggedRun",
@@ -214,6 +225,7 @@ PUBLIC = {
         "report_of",
         "run_here",
     ],
+    "kngd_ray.estimator": ["KalmanCLIP", "NotFittedError"],
     "kngd_ray.ray_jobs": ["ray_session", "ray_stream", "run_job", "run_search"],
 }
 
@@ -224,7 +236,7 @@ COMMANDS = {
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],
     "predict": ["target", "images", "--html", "--storage-path", "--json"],
-    "encode": ["dataset", "settings", "--json"],
+    "encode": ["dataset", "settings", "--out", "--json"],
     "compare": ["experiment", "--parent", "--metric", "--baseline", "--uri", "--out", "--json"],
     "sync": ["run", "--uri", "--storage-path", "--json"],
     "doctor": ["settings", "--address", "--storage-path", "--uri", "--no-ray", "--json"],

@@ -18,7 +18,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,37 +28,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kngd_ray.clip._config import CHECKPOINT_SUFFIXES, EMBEDDED, PRECOMPUTED, RANDOM, ModelConfig
 from kngd_ray.clip._prompts import expand
 from kngd_ray.errors import ModelError, closest
 
-EMBEDDED = "embedded"
-RANDOM = "random"
-
 _MINI_CLIP = Path(__file__).resolve().parents[1] / "assets" / "mini_clip"
-_CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which CLIP model to adapt.
-
-    Attributes:
-        name: A model name of open_clip, or ``embedded`` for the mini CLIP of this package.
-        pretrained: A pretrained tag of that model, the path of a local checkpoint (``.safetensors``,
-            or ``.pt``, ``.pth`` and ``.bin`` with nothing but tensors in it), or ``random`` for seeded
-            untrained weights. None for ``embedded``.
-    """
-
-    name: str = EMBEDDED
-    pretrained: str | None = None
-
-    def absolute(self) -> "ModelConfig":
-        """The same model, for a process that works in another folder."""
-        if self.pretrained is None or Path(self.pretrained).suffix not in _CHECKPOINT_SUFFIXES:
-            return self
-        return replace(self, pretrained=str(Path(self.pretrained).expanduser().absolute()))
 
 
 class ClipModel:
@@ -72,6 +48,7 @@ class ClipModel:
         logit_scale: Factor from cosines to logits (the inverse temperature).
         device: Where the towers are; features always come back on the CPU.
         architecture: open_clip's configuration of the towers.
+        zero_shot: That its text tower tells classes apart before anything is learned.
     """
 
     def __init__(
@@ -84,6 +61,7 @@ class ClipModel:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
+        self.zero_shot = True
         self.device = torch.device(device)
         self.architecture = architecture
         self.embed_dim: int = architecture["embed_dim"]
@@ -95,6 +73,11 @@ class ClipModel:
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, embed_dim={self.embed_dim}, fingerprint={self.fingerprint[:12]!r})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other models, as JSON data."""
+        return {"fingerprint": self.fingerprint, "embed_dim": self.embed_dim}
 
     @property
     def network(self) -> Any:
@@ -214,6 +197,10 @@ def _locate(config: ModelConfig) -> _Source:
     Raises:
         ModelError: There is no such model, tag or file, or none is named.
     """
+    if config.precomputed:
+        raise ModelError(
+            f"model.name={PRECOMPUTED} has no towers to encode pictures or texts with: set model.name to a CLIP model"
+        )
     if config.name == EMBEDDED:
         if config.pretrained is not None:
             raise ModelError(
@@ -229,7 +216,7 @@ def _locate(config: ModelConfig) -> _Source:
     if name not in (models := open_clip.list_models()):
         raise ModelError(
             f"model.name={config.name!r} is not a model of open_clip: did you mean "
-            f"{_nearest(name, [EMBEDDED, *models])}?"
+            f"{_nearest(name, [EMBEDDED, PRECOMPUTED, *models])}?"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     choices = f"the path of a local checkpoint, or to a tag ({', '.join(tags) or 'it has none'})"
@@ -243,7 +230,7 @@ def _locate(config: ModelConfig) -> _Source:
     if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
         return _Source(name, name, _fetch(name, config.pretrained, tag), tag)
     path = Path(config.pretrained).expanduser()
-    if path.is_file() or path.suffix in _CHECKPOINT_SUFFIXES or len(path.parts) > 1:
+    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or len(path.parts) > 1:
         return _Source(name, name, _check_path(path))
     raise ModelError(
         f"model.pretrained={config.pretrained!r} is neither a tag of {name} nor a file: set it to {choices}"
@@ -276,13 +263,13 @@ def _check_path(path: Path) -> Path:
     """
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        found = [str(f) for f in sorted(folder.glob("*")) if f.suffix in _CHECKPOINT_SUFFIXES]
+        found = [str(f) for f in sorted(folder.glob("*")) if f.suffix in CHECKPOINT_SUFFIXES]
         hint = f"the nearest is {_nearest(str(path), found, n=1)}" if found else f"{folder} has no checkpoint"
         raise ModelError(f"model.pretrained: there is no checkpoint file {path}; {hint}")
-    if path.suffix not in _CHECKPOINT_SUFFIXES:
+    if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ModelError(
             f"model.pretrained: {path} is not a checkpoint that can be read: the file name must end in "
-            f"{', '.join(_CHECKPOINT_SUFFIXES)}"
+            f"{', '.join(CHECKPOINT_SUFFIXES)}"
         )
     return path
 

@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
 from kngd_ray.tracking import LoggedRun
 
 ZERO_SHOT = "zero-shot"
+CHANCE = "chance"  # what it is called where there are no class embeddings, and logits are equal
 _PREFIX = "zero_shot/"
 _SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
 _NAMED = 8  # runs that a message lists at most
 _WHERE = ("trainer.", "tracking.", "data.", "model.")  # settings that say where a run ran, or what its group is
 _IDENTITY = {"method", "preset", "seeds", "baselines"}
 _NOT_TASK = {"data.cache_dir", "data.on_bad_image"}
+_OF_FEATURES = {"model.class_embeddings", "model.logit_scale"}  # which runs of earlier versions do not have
 
 
 @dataclass
@@ -56,11 +59,18 @@ class Row:
     def task(self) -> dict[str, str]:
         """Settings that decide what a run is scored on."""
         task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
+        task = {k: v for k, v in task.items() if k not in _OF_FEATURES or v != "None"}
         if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
             task["data.train_domain"] = "noto"  # which None stands for there
         if self.params.get("protocol") == "bng":
             task["protocol"] = "bng"  # of half of the classes
         return task
+
+    @property
+    def knows_nothing(self) -> bool:
+        """Whether it started without class embeddings: then zero-shot figures say nothing of the data."""
+        named = self.params.get("model.class_embeddings", "None") != "None"
+        return self.params.get("model.name") == PRECOMPUTED and not named
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,8 @@ def name_rows(rows: Sequence[Row]) -> list[str]:
     families: dict[str, list[Row]] = {}
     for row in rows:
         preset = "" if row.preset in {row.method, "None"} else f" {Path(row.preset).stem}"
-        families.setdefault(f"{row.method}{preset}", []).append(row)
+        method = CHANCE if row.method == ZERO_SHOT and row.knows_nothing else row.method
+        families.setdefault(f"{method}{preset}", []).append(row)
     unsaid = []
     for family, members in families.items():
         usual = {key: Counter(row.params.get(key) for row in members).most_common(1)[0][0] for key in varied(members)}
@@ -275,7 +286,7 @@ def _comparable(row: Row, other: Row) -> bool:
     figures = [(_zero_shot(row, seed), _zero_shot(other, seed)) for seed in common]
     known = [(a, b) for a, b in figures if a and b]
     shots = row.params.get("data.shots") == other.params.get("data.shots")
-    if not known:
+    if not known or row.knows_nothing or other.knows_nothing:
         return row.task == other.task
     return shots and all(
         a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k))

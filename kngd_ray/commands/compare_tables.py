@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.commands.compare_rows import (
     ZERO_SHOT,
     Found,
@@ -392,5 +393,8 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     parts.append(f"tested out of distribution on {', '.join(others)}" if others else "no other domains")
     model = task.get("model.name", "unknown model")
     weights = task.get("model.pretrained", "None")
+    if model == PRECOMPUTED:
+        classes = task.get("model.class_embeddings", "None")
+        model, weights = "features", "without class embeddings" if classes == "None" else f"with {Path(classes).name}"
     parts.append("the shipped CLIP" if model == EMBEDDED else f"{model} {weights if weights != 'None' else ''}".strip())
     return ", ".join(parts)

@@ -42,6 +42,11 @@ class Display:
         """One line of information."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def note(self, text: str | None) -> None:
+        """The same, if there is something to say."""
+        if text is not None:
+            self.say(text)
+
     @contextmanager
     def pictures(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Progress of encoding; nothing is shown while there is nothing to do.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from kngd_ray.clip import ModelConfig, load_model
+from kngd_ray.clip import ModelConfig, load_model, read_class_embeddings
 from kngd_ray.commands import node_checks
 from kngd_ray.config import Config, TrackingConfig
 from kngd_ray.errors import ModelError
@@ -231,6 +231,8 @@ def model(config: ModelConfig) -> list[Finding]:
     Raises:
         ModelError: it cannot be loaded, and there is nothing to wait for.
     """
+    if config.precomputed:
+        return [Finding("model", HERE, "ok", _class_embeddings(config))]
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
     hub = f"hub cache {_hub_cache()}, {'offline' if offline else 'online'}"
@@ -243,6 +245,14 @@ def model(config: ModelConfig) -> list[Finding]:
             raise
         return [Finding("model", HERE, "warning", f"{named} is not on this machine; {hub}", str(error))]
     return [Finding("model", HERE, "ok", f"{named} loads ({time.monotonic() - began:.1f} s); {hub}")]
+
+
+def _class_embeddings(config: ModelConfig) -> str:
+    """What there is in the place of a model; a ModelError tells of a file that cannot be used."""
+    if config.class_embeddings is None:
+        return "features are given, without class embeddings"
+    shape = read_class_embeddings(Path(config.class_embeddings).expanduser()).shape
+    return f"features are given, {config.class_embeddings} has class embeddings of shape {shape}"
 
 
 def _hub_cache() -> Path:

@@ -46,7 +46,9 @@ def evaluate(
     config = replace(read_config(run, overrides, file), seeds=(checkpoint.manifest["seed"],))
     given = _given(file, overrides)
     own = _same(config.data.path, read_config(run).data.path)
-    task = open_task(config) if own else open_tests(config, given)
+    manifest = checkpoint.manifest
+    task = open_task(config, manifest) if own else open_tests(config, given, manifest)
+    display.note(task.note)
     workers = config.trainer.least_workers
     with ray_for(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, use_ray=workers > 0, progress=progress)

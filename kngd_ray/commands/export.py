@@ -51,6 +51,12 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
     checkpoint, fit_folder = open_fit(find_fit(target, storage_path))
     manifest = checkpoint.manifest
     options = parse(FitOptions, manifest["options"])
+    source = parse(ModelConfig, manifest[SOURCE])
+    if source.precomputed:
+        raise UsageError(
+            f"{fit_folder.name} learned from features that were computed elsewhere, and has no towers to export: "
+            "train on pictures with a CLIP model, or use the fit by predict, evaluate and MLflow."
+        )
     towers = options.tune.images or any(isinstance(a, Linear) and a.tower == "image" for a in options.adapter)
     if not towers and not onnx:
         kinds = ", ".join(adapter.kind for adapter in options.adapter)
@@ -58,7 +64,6 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
             f"{fit_folder.name} trained no towers, and an open_clip checkpoint has no place for its adapters "
             f"({kinds}): add --onnx to export the classifier with them."
         )
-    source = parse(ModelConfig, manifest[SOURCE])
     model = load_model(source)
     identity = identity_of(model, source, manifest["class_names"], manifest["templates"])
     check_same(manifest, identity, checkpoint.folder)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray.clip import PrecomputedModel
 from kngd_ray.commands import run_folder
 from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.model_card import write_card
@@ -16,7 +17,7 @@ from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration
-from kngd_ray.training.classifier import Settled, read_settled, restore_predictor, save_settled
+from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Settled, read_settled, restore_predictor, save_settled
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.novelty import calibrate_and_compare
@@ -203,8 +204,13 @@ class MethodRun:
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
         reliability_diagram(curves, figures / "reliability.png", name)
         learning_curve(steps, figures / "learning_curve.png", name)
+        model = self._prepared.model
+        given = model if isinstance(model, PrecomputedModel) else None
+        if given is not None:
+            given.save(fit_folder / CLASS_EMBEDDINGS)
         if self.config.tracking.log_model:
             first = seed == self.config.seeds[0]
             registered = self.config.tracking.registered_model if first else None
-            record.set_model(fit_folder, self._prepared.images.class_names, registered)
+            width = None if given is None else given.embed_dim
+            record.set_model(fit_folder, self._prepared.images.class_names, registered, features=width)
         return {**report, "refused": refused, "seconds": seconds}

@@ -63,20 +63,30 @@ def write_card(
 
 def _model(config: Config, prepared: Prepared, steps: int) -> str:
     model = prepared.model
-    weights = "" if config.model.pretrained is None else f", weights {_plain(Path(config.model.pretrained).name)}"
+    what, of = "a CLIP model adapted to a few labelled pictures per class", "pictures"
+    source = f"CLIP model: {_plain(model.name)}"
+    if config.model.pretrained is not None:
+        source += f", weights {_plain(Path(config.model.pretrained).name)}"
+    if config.model.precomputed:
+        what, of = "a classifier of features that were computed elsewhere, from a few per class", "features"
+        source = f"features were precomputed: {model.embed_dim} numbers each, logit scale {model.logit_scale:g}, "
+        named = config.model.class_embeddings
+        source += "no class embeddings" if named is None else f"class embeddings {_plain(Path(named).name)}"
     trained = {
-        "adapter": "the towers are frozen; trained are adapters on their embeddings",
+        "adapter": "trained are adapters on embeddings of features and classes"
+        if config.model.precomputed
+        else "the towers are frozen; trained are adapters on their embeddings",
         "lora": "trained are LoRA in the towers and the adapters",
         "full": "trained are the towers' own weights and the adapters",
     }[config.tune.parameters]
     adapters = ", ".join(adapter.kind for adapter in config.adapter) or "none"
     return _lines(
-        "An image classifier: a CLIP model adapted to a few labelled pictures per class.",
+        f"An image classifier: {what}.",
         "",
-        f"- CLIP model: {_plain(model.name)}{weights}, fingerprint `{model.fingerprint[:16]}`",
+        f"- {source}, fingerprint `{model.fingerprint[:16]}`",
         f"- {trained}; adapters: {adapters}",
         f"- method: {config.method}, preset {_plain(Path(str(config.preset)).name)}, {steps} steps of up to "
-        f"{config.batch_size or 'all'} pictures, {config.epochs} passes",
+        f"{config.batch_size or 'all'} {of}, {config.epochs} passes",
         *(
             []
             if config.prior is None
@@ -107,8 +117,14 @@ def _data(config: Config, prepared: Prepared) -> str:
         f"support sets drawn with seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}",
         f"- tested in distribution on {len(first.id_test)} other pictures of that domain",
         f"- tested out of distribution on: {ood}",
-        f"- undecodable pictures left out: {prepared.skipped}",
-        f"- prompts: {'; '.join(_plain(t) for t in config.data.templates)}",
+        *(
+            ["- lengths were scaled to 1; a row with its features is called a picture here"]
+            if config.model.precomputed
+            else [
+                f"- undecodable pictures left out: {prepared.skipped}",
+                f"- prompts: {'; '.join(_plain(t) for t in config.data.templates)}",
+            ]
+        ),
     )
 
 
@@ -129,9 +145,11 @@ def _figures(
         if several
         else "One seed: no interval can be given. Another support set would give other figures."
     )
+    probe = config.model.precomputed and config.model.class_embeddings is None
+    before = "chance" if probe else "zero-shot"
     rows = []
     for title, path in _sets(report):
-        for who, found in (("zero-shot", zero_shot), (config.method, report)):
+        for who, found in ((before, zero_shot), (config.method, report)):
             figures = _at(found, path)
             shown = " | ".join(cell(figures[key], factor) for key, _, factor in _FIGURES)
             rows.append(f"| {title} | {who} | {shown} |")
@@ -192,7 +210,9 @@ def _limits(config: Config, report: Mapping[str, Any]) -> str:
 
 
 def _licences(config: Config) -> str:
-    if config.model.name == EMBEDDED:
+    if config.model.precomputed:
+        weights = "unknown to kngd_ray, as is the model that computed the features."
+    elif config.model.name == EMBEDDED:
         weights = "Apache-2.0; `kngd_ray/assets/mini_clip/NOTICE.md` says what they were made from."
     else:
         weights = (

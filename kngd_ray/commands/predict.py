@@ -1,31 +1,34 @@
-"""``kngd-ray predict``: class, probability and uncertainty of picture files."""
+"""``kngd-ray predict``: class, probability and uncertainty of picture files, or of features in parquet files."""
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.gallery import MARK, Card, gallery
 from kngd_ray.commands.pages import check_place
 from kngd_ray.commands.run_folder import find_fit
-from kngd_ray.data import BadImage, decode
-from kngd_ray.errors import DataError
+from kngd_ray.data import BadImage, decode, read_features
+from kngd_ray.errors import DataError, UsageError
 from kngd_ray.storage import write_text
 from kngd_ray.training.classifier import Classifier
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_FEATURES = ".parquet"
 _BATCH = 64  # decoded pictures held at once
 
 
 def predict(
     target: str, images: Sequence[str], storage_path: str, display: Display, *, html: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Classify picture files.
+    """Classify picture files, or the rows of parquet files where the fit learned from features.
 
     Args:
         target: run, fit or checkpoint.
@@ -37,19 +40,23 @@ def predict(
     Returns:
         Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (90 % credible
         interval), ``unlike`` (share of the training shots, held out, that the fit is surer of), ``logit_std`` (of
-        that class), ``entropy`` (nats) and ``probabilities`` by class. None for what is not known.
+        that class), ``entropy`` (nats) and ``probabilities`` by class. None for what is not known. Of features ``file``
+        and ``row``, counted from 0, stand for ``image``.
 
     Raises:
-        DataError: a file is missing or unreadable, or there is no picture.
+        DataError: a file is missing or unreadable, or there is no picture or no row.
     """
     if html is not None:
         check_place(html, MARK, "predict", "--html")
-    files = list(_files(images))
-    if not files:
+    if not (files := list(_files(images))) and not any(name.endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
-    rows: list[dict[str, Any]] = []
+    if classifier.takes_features:
+        rows = _classify_features(classifier, images, folder.name, html)
+        display.out.print(_table(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature"))
+        return rows
+    rows = []
     cards: list[Card] = []
     left_out: list[str] = []
     for start in range(0, len(files), _BATCH):
@@ -59,21 +66,55 @@ def predict(
         left_out += [str(path) for path, _ in files[start : start + _BATCH] if str(path) not in dict(batch)]
         if not batch:
             continue
-        said = classifier.judge([picture for _, picture in batch]).rows(classifier.class_names)
-        for (name, picture), row in zip(batch, said, strict=True):
-            row["probabilities"] = dict(zip(classifier.class_names, row["probabilities"], strict=True))
-            rows.append({"image": name, **row, "entropy": row["uncertainty"]})
-            del rows[-1]["uncertainty"]
+        for (name, picture), said in zip(batch, _said(classifier, [picture for _, picture in batch]), strict=True):
+            rows.append({"image": name, **said})
             if html is not None:
                 cards.append(Card.of(rows[-1], picture))
     if left_out:
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {left_out[0]}")
     if not rows:
         raise DataError(f"none of the pictures in {', '.join(images)} can be decoded.")
-    display.out.print(_table(rows))
+    display.out.print(_table(rows, [row["image"] for row in rows], "image"))
     if html is not None:
         write_text(html, gallery(f"predictions of {folder.name}", cards, compared=classifier.novelty is not None))
         display.say(f"gallery: {html}")
+    return rows
+
+
+def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> list[dict[str, Any]]:
+    """What is said of pictures or features, with the names that the command has for it."""
+    found = []
+    for row in classifier.judge(inputs).rows(classifier.class_names):
+        entropy = row.pop("uncertainty")
+        probabilities = dict(zip(classifier.class_names, row["probabilities"], strict=True))
+        found.append({**row, "probabilities": probabilities, "entropy": entropy})
+    return found
+
+
+def _classify_features(
+    classifier: Classifier, files: Sequence[str], fit: str, html: Path | None
+) -> list[dict[str, Any]]:
+    """Classify the rows of parquet files.
+
+    Raises:
+        UsageError: a gallery is asked for, or a file is no parquet file.
+        DataError: there is no row.
+    """
+    if html is not None:
+        raise UsageError(f"--html shows pictures, and {fit} learned from features: leave it out.")
+    other = next((name for name in files if not name.endswith(_FEATURES)), None)
+    if other is not None:
+        raise UsageError(
+            f"{fit} learned from features, and {other} is no parquet file with a column `features`: kngd-ray encode "
+            "--out writes one of pictures."
+        )
+    rows: list[dict[str, Any]] = []
+    for name in files:
+        for first, vectors in read_features(Path(name), classifier.model.embed_dim):
+            for n, said in enumerate(_said(classifier, torch.from_numpy(vectors))):
+                rows.append({"file": name, "row": first + n, **said})
+    if not rows:
+        raise DataError(f"{', '.join(files)} has no rows: name parquet files with features in them.")
     return rows
 
 
@@ -118,12 +159,12 @@ def _open(path: Path, named: bool) -> Image.Image | None:
         raise DataError(f"the picture {path} cannot be read ({error.strerror}): check the path.") from error
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("image", "class", "probability", "90 % interval", "unlike the shots", "logit std", "entropy (nats)")
-    for row in rows:
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
+    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "entropy (nats)")
+    for name, row in zip(names, rows, strict=True):
         low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
         table.add_row(
-            escape(row["image"]),
+            escape(name),
             escape(row["class"]),
             f"{row['probability']:.3f}",
             "–" if low is None else f"{low:.3f} to {high:.3f}",

@@ -1,6 +1,6 @@
-"""From a configuration to features: the data set, the CLIP model, the shots and the test sets."""
+"""From a configuration to features: the data set, the model, the shots and the test sets."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from kngd_ray.clip import ClipModel, CLIPNetwork, TuneOptions, load_model, resolve_templates
+from kngd_ray.clip import (
+    AnyModel,
+    ClipModel,
+    CLIPNetwork,
+    TuneOptions,
+    load_model,
+    load_precomputed,
+    resolve_templates,
+)
 from kngd_ray.config import Config
 from kngd_ray.data import (
     DataConfig,
     FeatureCache,
+    FeatureFiles,
+    GivenFeatures,
     ImageSet,
     PictureFile,
     Split,
@@ -25,8 +35,9 @@ from kngd_ray.data import (
     select,
     select_tests,
 )
+from kngd_ray.errors import DataError
 from kngd_ray.training.batches import Shots, Support
-from kngd_ray.training.classifier import identity_of
+from kngd_ray.training.classifier import identity_of, load_fitted
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import Towers
 from kngd_ray.training.network_predictor import check_affordable
@@ -45,7 +56,7 @@ class Prepared:
 
     Attributes:
         config: what was asked for.
-        model: the CLIP model.
+        model: the CLIP model, or what stands for it.
         images: the data set's index.
         class_embeddings: (C, d) unit text embeddings.
         splits: support set and test sets by seed.
@@ -55,11 +66,11 @@ class Prepared:
     """
 
     config: Config
-    model: ClipModel
+    model: AnyModel
     images: ImageSet
     class_embeddings: torch.Tensor
     splits: dict[int, Split]
-    cache: FeatureCache
+    cache: FeatureCache | GivenFeatures
     skipped: int
     from_pictures: bool
 
@@ -94,7 +105,7 @@ class Prepared:
         return Pictures(path, torch.from_numpy(np.searchsorted(kept, rows)), labels)
 
     @cached_property
-    def evaluator(self) -> ClipModel:
+    def evaluator(self) -> AnyModel:
         """The model where trained towers are evaluated: on this machine's GPU if the run is to use one."""
         on_gpu = self.config.tune.images and self.config.trainer.use_gpu and torch.cuda.is_available()
         return load_model(self.config.model, "cuda") if on_gpu else self.model
@@ -138,7 +149,7 @@ class Task:
         whole: the index of all its classes; a run from base to new classes trains on half of them.
         choose: gives the support set and the test sets by seed, without the pictures that it is told.
         splits: what it gives when all pictures can be used.
-        model: the CLIP model.
+        model: the CLIP model, or what stands for it.
         from_pictures: whether fits learn from pictures; cached features stand for them while the image tower is frozen.
     """
 
@@ -147,8 +158,16 @@ class Task:
     whole: ImageSet
     choose: Choose
     splits: dict[int, Split]
-    model: ClipModel
+    model: AnyModel
     from_pictures: bool
+
+    @property
+    def note(self) -> str | None:
+        """What is to be said of the data before anything is done with it."""
+        source = self.whole.source
+        if not isinstance(source, FeatureFiles) or not source.rescaled:
+            return None
+        return f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -156,23 +175,24 @@ class Task:
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: Config, manifest: Mapping[str, Any] | None = None) -> Task:
     """Index the data set, draw the shots of every seed, load the model.
 
     Args:
         config: what is asked for.
+        manifest: of a checkpoint that is to be used on the data; it knows which class embedding is whose.
 
     Returns:
         The task.
     """
     resolve_templates(config.data.templates)
-    whole = open_images(config.data)
+    whole = open_images(config.data, features=config.model.precomputed)
     images = _trained(config, whole)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
         return {seed: select(images, config.data, seed, bad) for seed in config.seeds}
 
-    return _task(config, images, whole, choose)
+    return _task(config, images, whole, choose, manifest)
 
 
 def open_shots(config: Config) -> Task:
@@ -185,7 +205,7 @@ def open_shots(config: Config) -> Task:
         The task, its test sets empty.
     """
     resolve_templates(config.data.templates)
-    whole = open_images(config.data)
+    whole = open_images(config.data, features=config.model.precomputed)
     images = _trained(config, whole)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
@@ -195,7 +215,7 @@ def open_shots(config: Config) -> Task:
     return _task(config, images, whole, choose)
 
 
-def open_tests(config: Config, given: Collection[str]) -> Task:
+def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, Any]) -> Task:
     """Index data that a fit was not trained on, load the model.
 
     Data that states no split is tested on as a whole. Domains of the fit's own data that this data does not
@@ -204,15 +224,20 @@ def open_tests(config: Config, given: Collection[str]) -> Task:
     Args:
         config: the fit's configuration, its data replaced.
         given: dotted keys that were given for this data.
+        manifest: of the fit's checkpoint.
 
     Returns:
         The task, its support sets empty.
     """
     resolve_templates(config.data.templates)
-    whole = open_images(config.data, test_fraction=1.0)
+    whole = open_images(config.data, test_fraction=1.0, features=config.model.precomputed)
     images = whole if "data.classes" in given else _trained(config, whole)
     data = _known_domains(config.data, set(images.domains.tolist()), given)
-    return _task(config, images, whole, lambda bad: dict.fromkeys(config.seeds, select_tests(images, data, bad)))
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        return dict.fromkeys(config.seeds, select_tests(images, data, bad))
+
+    return _task(config, images, whole, choose, manifest)
 
 
 def _trained(config: Config, whole: ImageSet) -> ImageSet:
@@ -230,10 +255,32 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
     return data
 
 
-def _task(config: Config, images: ImageSet, whole: ImageSet, choose: Choose) -> Task:
-    splits, model = choose(frozenset()), load_model(config.model)
-    from_pictures = config.tune.images and _trains_image_tower(config, images, model)
+def _task(
+    config: Config, images: ImageSet, whole: ImageSet, choose: Choose, manifest: Mapping[str, Any] | None = None
+) -> Task:
+    splits, model = choose(frozenset()), _model(config, whole, manifest)
+    from_pictures = isinstance(model, ClipModel) and config.tune.images and _trains_image_tower(config, images, model)
     return Task(config, images, whole, choose, splits, model, from_pictures)
+
+
+def _model(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> AnyModel:
+    """The model of a run on some data.
+
+    Raises:
+        DataError: the data has features of another length than the fit's.
+    """
+    source = whole.source
+    if not isinstance(source, FeatureFiles):
+        return load_model(config.model)
+    if manifest is None:
+        return load_precomputed(config.model, whole.all_names, source.width)
+    model = load_fitted(manifest, config.model)
+    if model.embed_dim != source.width:
+        raise DataError(
+            f"{', '.join(source.paths)} has features of length {source.width}, and the fit learned from features of "
+            f"length {model.embed_dim}: compute them with the same model"
+        )
+    return model
 
 
 def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> bool:
@@ -267,7 +314,7 @@ def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = No
     """
     config, images, splits, model = task.config, task.images, task.splits, task.model
     class_embeddings = model.encode_classes(images.class_names, config.data.templates)
-    cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
+    cache = task.whole.features or FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
     bad: frozenset[int] = frozenset()
     while True:
         # A picture that cannot be decoded is replaced in the shots, and its replacement may be bad too.
@@ -284,8 +331,8 @@ def encode(
     config: Config,
     images: ImageSet,
     indices: np.ndarray[Any, np.dtype[np.int64]],
-    model: ClipModel,
-    cache: FeatureCache,
+    model: AnyModel,
+    cache: FeatureCache | GivenFeatures,
     *,
     use_ray: bool,
     progress: Progress | None,
@@ -306,7 +353,11 @@ def encode(
     """
     skip = config.data.on_bad_image
     missing = cache.missing(images.keys[indices])
-    if use_ray and missing:
+    if not missing:
+        return frozenset()
+    assert isinstance(model, ClipModel)
+    assert isinstance(cache, FeatureCache)
+    if use_ray:
         from kngd_ray.ray_jobs import ray_stream
 
         stream = ray_stream(
@@ -314,7 +365,7 @@ def encode(
         )
         return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
     device = "cuda" if config.trainer.use_gpu and torch.cuda.is_available() else "cpu"
-    encoder = model if device == "cpu" or not missing else load_model(config.model, device)
+    encoder = model if device == "cpu" else load_model(config.model, device)
     return encode_missing(
         images,
         indices,

@@ -73,7 +73,13 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
     if its != now:
         return (
             f"was trained on the features of another model: fingerprint {its[:12]}, this run's has {now[:12]}; "
-            "name the model it was trained with by model.name and model.pretrained"
+            "name the model it was trained with by the settings of model, as model.name"
+        )
+    its, now = (found["model"].get("classes") for found in (manifest, identity))
+    if its != now:
+        return (
+            "was trained with class embeddings of other classes, or in another order: model.class_embeddings and the "
+            "labels of the data must be as they were"
         )
     its, now = (found["class_names"] for found in (manifest, identity))
     if its != now:

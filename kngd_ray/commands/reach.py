@@ -189,7 +189,8 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
         settings = plain if given.command == "evaluate" else []
         config = run_folder.read_config(run, settings, file if given.command == "evaluate" else None)
         if given.command == "predict":
-            return config, dict.fromkeys(plain, "a picture to predict")
+            what = "features" if config.model.precomputed else "a picture"
+            return config, dict.fromkeys(plain, f"{what} to predict")
     else:
         return None, {}
     sources = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
@@ -197,6 +198,8 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     weights = config.model.pretrained
     if weights is not None and Path(weights).suffix in _CHECKPOINTS:
         inputs[weights] = "model.pretrained"
+    if config.model.class_embeddings is not None:
+        inputs[config.model.class_embeddings] = "model.class_embeddings"
     if config.prior is not None and not resume:
         inputs[str(run_folder.locate(config.prior, config.trainer.storage_path))] = "prior"
     inputs.pop(EMBEDDED, None)
@@ -206,7 +209,8 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
 def _lost_output(given: Arguments) -> list[Fault]:
     """What would be written to the job's own folder by an option of the command."""
     out = Path(given.options.get("--out", "")).expanduser()
-    if given.command not in ("export", "compare") or out.is_absolute():
+    wanted = given.command in ("export", "compare") or (given.command == "encode" and "--out" in given.options)
+    if not wanted or out.is_absolute():
         return []
     return [Fault(f"--out {out} {_LOST}: give the whole path of a place on shared storage.", usage=True)]
 

@@ -11,6 +11,7 @@ import torch
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.commands import run_folder
+from kngd_ray.commands.compare_rows import CHANCE
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.method_run import MethodRun
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
@@ -78,6 +79,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
+    display.note(task.note)
     unseen = open_protocol(config, task)
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
@@ -214,7 +216,10 @@ def _show(
     reports: Sequence[Mapping[str, Any]],
     display: Display,
 ) -> None:
-    rows = [(ZERO_SHOT, reports[0]["zero_shot"]), *((_row_name(report), report) for report in reversed(reports))]
+    rows = [
+        (ZERO_SHOT if prepared.model.zero_shot else CHANCE, reports[0]["zero_shot"]),
+        *((_row_name(report), report) for report in reversed(reports)),
+    ]
     shots = prepared.splits[config.seeds[0]].support
     trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
     title = (

@@ -21,10 +21,12 @@ from kngd_ray.data._encode import (
     fill_cache,
     read_batches,
 )
+from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
 from kngd_ray.data._images import ImageSet, open_images
 from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
+from kngd_ray.data._write import write_features
 
 __all__ = [
     "EMBEDDED",
@@ -34,6 +36,8 @@ __all__ = [
     "EncodedStream",
     "Encoder",
     "FeatureCache",
+    "FeatureFiles",
+    "GivenFeatures",
     "ImageSet",
     "PictureFile",
     "Split",
@@ -45,8 +49,10 @@ __all__ = [
     "halves",
     "open_images",
     "read_batches",
+    "read_features",
     "restrict",
     "sample_shots",
     "select",
     "select_tests",
+    "write_features",
 ]

@@ -9,7 +9,7 @@ from kngd_ray.data._source import Ints, Rows, hint, listing
 from kngd_ray.errors import DataError
 
 
-def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tuple[str, ...]]:
+def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tuple[str, ...], tuple[str, ...]]:
     """Number the classes from 0.
 
     Args:
@@ -17,7 +17,8 @@ def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tu
         classes: selects and orders the names of the rows, or names their numbers; None for all.
 
     Returns:
-        Labels (N,), -1 for rows of a class that is not selected, and the class names.
+        Labels (N,), -1 for rows of a class that is not selected; the selected names; and the names of all classes in
+        order of their labels.
 
     Raises:
         DataError: when a label is missing, negative, unnamed or named twice, or a class is unknown.
@@ -25,7 +26,7 @@ def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tu
     _check_labels(rows)
     named = any(name is not None for name in rows.names)
     if not named and classes is not None:
-        return _by_number(rows, classes), tuple(classes)
+        return _by_number(rows, classes), tuple(classes), tuple(classes)
     first: dict[int | str, int] = {}  # per label, the row that named it
     for row, (label, name) in enumerate(zip(rows.labels, rows.names, strict=True)):
         if name is None or label is None:
@@ -51,7 +52,7 @@ def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tu
                 f" data.classes must name some of {listing(ordered)}"
             )
     number = {name: n for n, name in enumerate(chosen)}
-    return np.array([number.get(str(name), -1) for name in rows.names], np.int64), chosen
+    return np.array([number.get(str(name), -1) for name in rows.names], np.int64), chosen, tuple(ordered)
 
 
 def _check_labels(rows: Rows) -> None:

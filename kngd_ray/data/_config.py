@@ -18,7 +18,8 @@ class DataConfig:
 
     path: str | tuple[str, ...] = EMBEDDED
     """Parquet file, several parquet files with one class list, a folder of pictures, or "embedded":
-    the emoji in six drawing styles which come with the package."""
+    the emoji in six drawing styles which come with the package. Where `model.name` is precomputed,
+    parquet files with features."""
 
     train_domain: str | None = None
     """Domain of the support set and of the in-distribution test. None: "noto" for the embedded set,

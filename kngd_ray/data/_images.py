@@ -1,4 +1,4 @@
-"""The index of a data set: everything about its pictures but the pictures."""
+"""The index of a data set: everything about its pictures, or its features, but these."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kngd_ray.data._classes import resolve_classes
 from kngd_ray.data._config import EMBEDDED, DataConfig
+from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
 from kngd_ray.data._folder import scan_folder
 from kngd_ray.data._parquet import scan_parquet
 from kngd_ray.data._source import SPLITS, Ints, Keys, Rows, Source, missing_path
@@ -22,14 +23,17 @@ from kngd_ray.errors import DataError
 class ImageSet:
     """Pictures of a data set, by index; small enough to send to a worker, which then reads its own part.
 
+    Of a data set of features, a row with its feature stands for a picture.
+
     Attributes:
         labels (N,): class numbers, int64.
         domains (N,): domain names.
         splits (N,): "train" or "test".
-        keys (N,): sha256 of each picture's bytes, 64 hexadecimal digits.
+        keys (N,): sha256 of each picture's bytes, or feature's values, 64 hexadecimal digits.
         class_names: name of class 0, 1 and so on.
         rows (N,): number of each picture in `source`, ascending.
         source: the files.
+        all_names: names of all classes of the files in order of their labels, of which `class_names` are some.
     """
 
     labels: Ints
@@ -39,6 +43,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     rows: Ints
     source: Source
+    all_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         for array in (self.labels, self.domains, self.splits, self.keys, self.rows):
@@ -59,6 +64,11 @@ class ImageSet:
             return self.source.paths
         return tuple(self.source.paths[row] for row in self.rows)
 
+    @property
+    def features(self) -> GivenFeatures | None:
+        """The features, of a data set that has them in the place of pictures."""
+        return GivenFeatures(self.source, self.keys, self.rows) if isinstance(self.source, FeatureFiles) else None
+
     def place(self, index: int) -> str:
         """Return where a picture is, for messages: its path, or its file and row counted from 0."""
         return self.source.place(int(self.rows[index]))
@@ -78,12 +88,13 @@ class ImageSet:
             yield int(wanted[np.searchsorted(rows, row)]), data
 
 
-def open_images(config: DataConfig, *, test_fraction: float | None = None) -> ImageSet:
-    """Index a data set, reading every picture once for its hash.
+def open_images(config: DataConfig, *, test_fraction: float | None = None, features: bool = False) -> ImageSet:
+    """Index a data set, reading every picture or feature once for its hash.
 
     Args:
         config: its path, class list and test fraction.
         test_fraction: part held out where the data states no split, 1 for all; None is the configuration's.
+        features: learn from the column `features`, not from pictures.
 
     Returns:
         Pictures of the selected classes, in the order of the files.
@@ -91,10 +102,11 @@ def open_images(config: DataConfig, *, test_fraction: float | None = None) -> Im
     Raises:
         DataError: when the data set is missing, empty or not as the formats ask.
     """
-    rows = _scan(config.path)
+    rows = _scan(config.path, features)
     if not rows.keys:
-        raise DataError(f"{_shown(config.path)} has no rows: name a data set with pictures in data.path")
-    labels, class_names = resolve_classes(rows, config.classes)
+        content = "features" if features else "pictures"
+        raise DataError(f"{_shown(config.path)} has no rows: name a data set with {content} in data.path")
+    labels, class_names, all_names = resolve_classes(rows, config.classes)
     kept = np.flatnonzero(labels >= 0)
     labels, keys = labels[kept], np.array(rows.keys, "S64")[kept]
     domains = np.array(rows.domains, np.str_)[kept]
@@ -108,6 +120,7 @@ def open_images(config: DataConfig, *, test_fraction: float | None = None) -> Im
         class_names=class_names,
         rows=kept,
         source=rows.source,
+        all_names=all_names,
     )
 
 
@@ -135,12 +148,14 @@ def hash_split(labels: Ints, domains: npt.NDArray[np.str_], keys: Keys, fraction
     return np.where(np.isin(keys, held_out), "test", "train")
 
 
-def _scan(path: str | tuple[str, ...]) -> Rows:
+def _scan(path: str | tuple[str, ...], features: bool) -> Rows:
     """Scan files or a folder.
 
     Raises:
-        DataError: when the path is missing, or a folder is one of several paths.
+        DataError: when the path is missing, a folder is one of several paths, or there are pictures for features.
     """
+    if path == EMBEDDED and features:
+        raise DataError(holds_pictures(EMBEDDED))
     if path == EMBEDDED:
         return scan_parquet([Path(str(resources.files("kngd_ray"))) / "assets" / "emoji.parquet"])
     # absolute: workers, which read the files too, run in folders of their own
@@ -148,12 +163,14 @@ def _scan(path: str | tuple[str, ...]) -> Rows:
     for each in paths:
         if not os.path.exists(each):  # Path.exists raises where it may not look
             raise DataError(missing_path(each))
+    if len(paths) == 1 and paths[0].is_dir() and features:
+        raise DataError(holds_pictures(str(paths[0])))
     if len(paths) == 1 and paths[0].is_dir():
         return scan_folder(paths[0])
     for each in paths:
         if each.is_dir():
             raise DataError(f"{each} is a folder: data.path takes several parquet files or one folder")
-    return scan_parquet(paths)
+    return scan_features(paths) if features else scan_parquet(paths)
 
 
 def _shown(path: str | tuple[str, ...]) -> str:

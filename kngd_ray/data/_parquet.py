@@ -8,11 +8,11 @@ Pictures are streamed: one batch of a row group is in memory at a time.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,25 @@ BATCH_BYTES = 256 << 20  # of a batch, if every row of it held all that its row 
 MAX_RATIO, RATIO_FROM = 1000, 64 << 20  # to one is how far pictures never shrink; smaller columns may
 MAX_NAME = 1000  # characters of a class, domain or split
 COLUMNS = ("label", "class_name", "domain", "split")
+Item = TypeVar("Item")
+IMAGE, FEATURES = "image", "features"
+
+
+class Content(Protocol):
+    """What the rows of a data set are, beside their labels: one column of its files."""
+
+    @property
+    def column(self) -> str:
+        """Name of the column."""
+
+    def check(self, file: Any, path: Path) -> None:
+        """Refuse a file whose column is missing, of another type, or unpacks to more than it can hold."""
+
+    def at_once(self, file: Any) -> int:
+        """How many rows to unpack at once."""
+
+    def keys(self, column: Any, path: Path, first: int) -> list[bytes]:
+        """Return the content keys of a batch whose first row has a number in its file."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +73,95 @@ class ParquetFiles:
 
     def read(self, rows: Ints) -> Iterator[tuple[int, bytes]]:
         """Yield (row, picture bytes) for ascending `rows` (M,) out of the row groups that hold them."""
+
+        def pictures(here: Ints, column: Any, path: Path) -> Iterator[tuple[int, bytes]]:
+            for offset in np.flatnonzero(np.isin(here, rows)).tolist():
+                yield int(here[offset]), _picture(column[offset], path)
+
+        return self.stored(rows, Pictures(), pictures)
+
+    def stored(self, rows: Ints, content: Content, take: Callable[[Ints, Any, Path], Iterable[Item]]) -> Iterator[Item]:
+        """Read the row groups that hold some of the ascending `rows` (M,).
+
+        Args:
+            rows: which rows.
+            content: which column, and how much of it at once.
+            take: makes items of a part: of the numbers of its rows (m,), the column and the file.
+
+        Yields:
+            The items.
+        """
         for path, starts in zip(self.paths, self.starts, strict=True):
             wanted = rows[(rows >= starts[0]) & (rows < starts[-1])]
             if not len(wanted):
                 continue
             groups = np.unique(np.searchsorted(starts, wanted, side="right") - 1).tolist()
-            stored = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+            numbers = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
             done = 0
-            with _open(Path(path)) as file:
-                for batch in file.iter_batches(_batch_rows(file, ["image"]), row_groups=groups, columns=["image"]):
-                    here = stored[done : done + len(batch)]
+            with open_parquet(Path(path)) as file:
+                for batch in file.iter_batches(content.at_once(file), row_groups=groups, columns=[content.column]):
+                    yield from take(numbers[done : done + len(batch)], batch.column(0), Path(path))
                     done += len(batch)
-                    column = batch.column(0)
-                    for offset in np.flatnonzero(np.isin(here, wanted)).tolist():
-                        yield int(here[offset]), _picture(column[offset], Path(path))
 
 
-def scan_parquet(paths: Sequence[Path]) -> Rows:
-    """Read labels, names, domains, splits and picture hashes of parquet files.
+class Pictures:
+    """Rows that are pictures."""
+
+    column = IMAGE
+
+    def check(self, file: Any, path: Path) -> None:
+        """Refuse a file without pictures, or with such as no pictures are.
+
+        Raises:
+            DataError: it has no column of them, one of another type, or one that unpacks to very much more than it is.
+        """
+        schema, size = file.schema_arrow, path.stat().st_size
+        if IMAGE not in schema.names and FEATURES in schema.names:
+            raise DataError(
+                f"{path} holds features and no pictures: set model.name=precomputed to learn from features, or name"
+                " a data set with pictures"
+            )
+        if IMAGE not in schema.names:
+            has = f"it has {listing(schema.names) or 'no columns'}"
+            raise DataError(f"{path} has no image column ({has}): name the column of picture bytes `image`")
+        image = schema.field(IMAGE).type
+        parts = {field.name for field in image} if pa.types.is_struct(image) else set()
+        if not (_is_bytes(image) or {"bytes", "path"} <= parts):
+            raise DataError(f"{path}: column `image` is {image}: it must be bytes, or a struct of bytes and path")
+        for chunk in chunks(file, [IMAGE, *COLUMNS]):
+            packed, unpacked = min(chunk.total_compressed_size, size), chunk.total_uncompressed_size
+            if unpacked > max(RATIO_FROM, MAX_RATIO * packed):
+                raise DataError(
+                    f"{path}: its column `{chunk.path_in_schema}` unpacks from {packed:,} bytes to {unpacked:,}, "
+                    "as no pictures do: write it again with fewer copies of them"
+                )
+
+    def at_once(self, file: Any) -> int:
+        """How many rows to unpack at once: a value that is stored once may stand in each of them."""
+        largest = max((chunk.total_uncompressed_size for chunk in chunks(file, [IMAGE, *COLUMNS])), default=1)
+        return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+
+    def keys(self, column: Any, path: Path, first: int) -> list[bytes]:
+        """Return the hash of each picture."""
+        return [content_key(_picture(value, path)) for value in column]
+
+
+def scan_parquet(paths: Sequence[Path], content: Content | None = None) -> Rows:
+    """Read labels, names, domains, splits and content keys of parquet files.
 
     Args:
         paths: files with one class list.
+        content: what their rows are; None is pictures.
 
     Returns:
-        Everything but the pictures, row by row.
+        Everything but the content, row by row.
     """
+    content = content or Pictures()
     starts: list[tuple[int, ...]] = []
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     keys: list[bytes] = []
     for path in paths:
-        sizes, found, hashes = _scan_file(path)
+        sizes, found, hashes = _scan_file(path, content)
         starts.append(tuple(np.cumsum([len(keys), *sizes]).tolist()))
         keys += hashes
         for name, values in found.items():
@@ -93,24 +171,25 @@ def scan_parquet(paths: Sequence[Path]) -> Rows:
     return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys)
 
 
-def _scan_file(path: Path) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
-    """Return the sizes of a file's row groups, its columns (None where it has none) and picture hashes.
+def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
+    """Return the sizes of a file's row groups, its columns (None where it has none) and content keys.
 
     Raises:
         DataError: when it does not hold the rows that it declares, or names that are none.
     """
     keys: list[bytes] = []
-    with _open(path) as file:
+    with open_parquet(path) as file:
         schema = file.schema_arrow
-        label = _check_columns(schema, path)
+        _check_rows(file, path)
+        content.check(file, path)
+        label = _label_column(schema, path)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         stored = {name: name for name in COLUMNS if name in schema.names} | {"label": label}
         columns: dict[str, list[Any]] = {name: [] for name in stored}
-        wanted = ["image", *dict.fromkeys(stored.values())]
-        _check_sizes(file, path, wanted)
+        wanted = [content.column, *dict.fromkeys(stored.values())]
         once: dict[str, str] = {}  # a name is held once, however many rows have it
-        for batch in file.iter_batches(_batch_rows(file, wanted), columns=wanted):
-            keys += [content_key(_picture(value, path)) for value in batch.column("image")]
+        for batch in file.iter_batches(content.at_once(file), columns=wanted):
+            keys += content.keys(batch.column(content.column), path, len(keys))
             for name, column in stored.items():
                 values = batch.column(column).to_pylist()
                 columns[name] += [once.setdefault(v, v) if isinstance(v, str) else v for v in values]
@@ -125,32 +204,19 @@ def _scan_file(path: Path) -> tuple[list[int], dict[str, list[Any]], list[bytes]
     return sizes, {name: columns.get(name, [None] * len(keys)) for name in COLUMNS}, keys
 
 
-def _check_sizes(file: Any, path: Path, columns: Sequence[str]) -> None:
-    """Refuse a file that says of itself what no file of pictures is like, before it is unpacked.
+def _check_rows(file: Any, path: Path) -> None:
+    """Refuse a file that declares more rows than it has bytes, before it is unpacked.
 
     Raises:
-        DataError: when it declares more rows than it has bytes, or a column that unpacks to very much more than it.
+        DataError: when it does.
     """
     metadata, size = file.metadata, path.stat().st_size
     rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     if rows > size or min((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), default=0) < 0:
         raise DataError(f"{path} declares {rows:,} rows in {size:,} bytes: it is damaged, or no file of pictures")
-    for chunk in _chunks(file, columns):
-        packed, unpacked = min(chunk.total_compressed_size, size), chunk.total_uncompressed_size
-        if unpacked > max(RATIO_FROM, MAX_RATIO * packed):
-            raise DataError(
-                f"{path}: its column `{chunk.path_in_schema}` unpacks from {packed:,} bytes to {unpacked:,}, "
-                "as no pictures do: write it again with fewer copies of them"
-            )
 
 
-def _batch_rows(file: Any, columns: Sequence[str]) -> int:
-    """How many rows to unpack at once: a value that is stored once may stand in each of them."""
-    largest = max((chunk.total_uncompressed_size for chunk in _chunks(file, columns)), default=1)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
-
-
-def _chunks(file: Any, columns: Sequence[str]) -> Iterator[Any]:
+def chunks(file: Any, columns: Sequence[str]) -> Iterator[Any]:
     """Yield what the footer says of the parts of some columns."""
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -160,7 +226,7 @@ def _chunks(file: Any, columns: Sequence[str]) -> Iterator[Any]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_parquet(path: Path) -> Iterator[Any]:
     """Open a parquet file, and name it in every error met while it is read.
 
     Raises:
@@ -180,22 +246,18 @@ def _open(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read: {reason}") from error
 
 
-def _check_columns(schema: Any, path: Path) -> str:
+def _label_column(schema: Any, path: Path) -> str:
     """Return the name of the column that tells the class.
 
     Raises:
-        DataError: when the pictures or the classes are missing or of a type that cannot hold them.
+        DataError: when the classes are missing or of a type that cannot hold them.
     """
-    has = f"it has {listing(schema.names) or 'no columns'}"
-    if "image" not in schema.names:
-        raise DataError(f"{path} has no image column ({has}): name the column of picture bytes `image`")
     label = "label" if "label" in schema.names else "class_name"
     if label not in schema.names:
-        raise DataError(f"{path} has no label column ({has}): add `label`, integers or class names")
-    image, kind = schema.field("image").type, schema.field(label).type
-    parts = {field.name for field in image} if pa.types.is_struct(image) else set()
-    if not (_is_bytes(image) or {"bytes", "path"} <= parts):
-        raise DataError(f"{path}: column `image` is {image}: it must be bytes, or a struct of bytes and path")
+        raise DataError(
+            f"{path} has no label column (it has {listing(schema.names)}): add `label`, integers or class names"
+        )
+    kind = schema.field(label).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):

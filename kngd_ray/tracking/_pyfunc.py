@@ -1,9 +1,10 @@
-"""Writing a fit as an MLflow model that predicts from picture bytes."""
+"""Writing a fit as an MLflow model that predicts from picture bytes, or from features."""
 
 import base64
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _NEEDED = ("kngd_ray", "torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pandas", "pillow", "mlflow")
 # 8 x 8 grey pixels, so that the model's page shows what a request looks like
@@ -13,7 +14,13 @@ _EXAMPLE = base64.b64decode(
 
 
 def save_pyfunc(
-    fit: Path, path: Path, class_names: Sequence[str], *, run_id: str | None = None, model_id: str | None = None
+    fit: Path,
+    path: Path,
+    class_names: Sequence[str],
+    *,
+    run_id: str | None = None,
+    model_id: str | None = None,
+    features: int | None = None,
 ) -> None:
     """Write a model folder, see :mod:`~kngd_ray.tracking.model_code` for what it predicts.
 
@@ -23,14 +30,20 @@ def save_pyfunc(
         class_names: order of the probabilities, kept in the model's metadata.
         run_id: the MLflow run it comes from.
         model_id: id of the logged model it becomes.
+        features: length of the features that the fit takes; None is of one that takes pictures.
     """
     import pandas as pd  # type: ignore[import-untyped]
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
+    example: dict[str, list[Any]]
+    if features is None:
+        column, example = ColSpec(DataType.binary, "image"), {"image": [_EXAMPLE]}
+    else:
+        column, example = ColSpec(Array(DataType.double), "features"), {"features": [[1.0] + [0.0] * (features - 1)]}
     signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        inputs=Schema([column]),
         outputs=Schema([
             ColSpec(DataType.string, "class"),
             ColSpec(DataType.double, "probability"),
@@ -47,7 +60,7 @@ def save_pyfunc(
         python_model=str(Path(__file__).with_name("model_code.py")),
         artifacts={"fit": str(fit)},
         signature=signature,
-        input_example=pd.DataFrame({"image": [_EXAMPLE]}),
+        input_example=pd.DataFrame(example),
         model_config={"name": "", "pretrained": ""},  # empty: the CLIP model that the fit was trained with
         pip_requirements=requirements(),
         metadata={"class_names": list(class_names)},

@@ -187,7 +187,12 @@ class Record:
         write_json(self.folder / META, self._meta)
 
     def set_model(
-        self, folder_of_fit: Path, class_names: Sequence[str] = (), registered_model: str | None = None
+        self,
+        folder_of_fit: Path,
+        class_names: Sequence[str] = (),
+        registered_model: str | None = None,
+        *,
+        features: int | None = None,
     ) -> None:
         """Name the finished fit that is logged as this run's model.
 
@@ -195,6 +200,7 @@ class Record:
             folder_of_fit: its checkpoint and calibration; copied when it is published.
             class_names: the classes in order, noted in the model's metadata.
             registered_model: name in the registry under which it becomes the champion; None registers nothing.
+            features: length of the features that the fit takes; None is of one that takes pictures.
         """
         run_folder = self.folder.parents[1].resolve()
         fit = folder_of_fit.resolve()
@@ -203,6 +209,8 @@ class Record:
         model: dict[str, Any] = {"folder": str(place), "class_names": list(class_names)}
         if registered_model is not None:
             model["registered_model"] = registered_model
+        if features is not None:
+            model["features"] = features
         write_json(self.folder / MODEL, model)
 
     def finish(self, status: Status = "FINISHED") -> None:

@@ -159,7 +159,14 @@ class Sender:
                 self._keep(model=state)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model"
-                save_pyfunc(fit, path, wanted["class_names"], run_id=run, model_id=state["id"])
+                save_pyfunc(
+                    fit,
+                    path,
+                    wanted["class_names"],
+                    run_id=run,
+                    model_id=state["id"],
+                    features=wanted.get("features"),
+                )
                 client.log_model_artifacts(state["id"], str(path))
             client.finalize_logged_model(state["id"], "READY")
             client.log_outputs(run, [LoggedModelOutput(state["id"], step=0)])

@@ -1,8 +1,11 @@
-"""A finished fit as a classifier of pictures: CLIP's image tower, the trained head and its belief."""
+"""A finished fit as a classifier of pictures: CLIP's image tower, the trained head and its belief.
+
+Of a fit on features that were computed elsewhere there is no tower: it classifies features.
+"""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kngd_ray.clip import CLIPHead, ClipModel, CLIPNetwork, Head, ModelConfig, load_model
+from kngd_ray.clip import (
+    AnyModel,
+    CLIPHead,
+    ClipModel,
+    CLIPNetwork,
+    Head,
+    ModelConfig,
+    PrecomputedModel,
+    load_model,
+    load_precomputed,
+)
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
 from kngd_ray.filters import Belief
@@ -27,10 +40,12 @@ from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor, e
 from kngd_ray.training.resumable import SOURCE, latest
 
 CALIBRATION = "calibration.json"
+CLASS_EMBEDDINGS = "class_embeddings.npy"
+"""Those of a fit on features, as a copy beside its checkpoints: so that it can be moved to where their file is not."""
 
 
 def identity_of(
-    model: ClipModel, config: ModelConfig, class_names: Sequence[str], templates: Sequence[str]
+    model: AnyModel, config: ModelConfig, class_names: Sequence[str], templates: Sequence[str]
 ) -> dict[str, Any]:
     """What a head's weights belong to: a checkpoint of another identity is refused.
 
@@ -44,16 +59,39 @@ def identity_of(
         JSON data.
     """
     return {
-        "model": {"fingerprint": model.fingerprint, "embed_dim": model.embed_dim},
+        "model": model.identity,
         SOURCE: asdict(config.absolute()),
         "class_names": list(class_names),
         "templates": list(templates),
     }
 
 
+def load_fitted(manifest: Mapping[str, Any], config: ModelConfig | None = None) -> AnyModel:
+    """The model that a fit was trained on, by whatever data it is to be used on now.
+
+    Args:
+        manifest: of a checkpoint of the fit.
+        config: where the model is now; None is where it was.
+
+    Returns:
+        The model. Its fingerprint tells whether it is still the same.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    config = config or parse(ModelConfig, manifest[SOURCE])
+    if not config.precomputed:
+        return load_model(config)
+    known = manifest["model"]
+    try:
+        return load_precomputed(config, known.get("classes", manifest["class_names"]), int(known["embed_dim"]))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the manifest's model is damaged ({error}): use another checkpoint.") from error
+
+
 def restore_predictor(
     checkpoint: Checkpoint,
-    model: ClipModel,
+    model: AnyModel,
     posterior: PosteriorOptions,
     *,
     alpha: float | None = None,
@@ -80,6 +118,7 @@ def restore_predictor(
         class_embeddings = model.encode_classes(manifest["class_names"], manifest["templates"])
     head: Head = CLIPHead(class_embeddings, model.logit_scale, options.adapter)
     if options.tune.images:
+        assert isinstance(model, ClipModel)
         head = CLIPNetwork(
             model,
             manifest["class_names"],
@@ -213,10 +252,10 @@ class Judgement:
 
 
 class Classifier:
-    """Pictures to class probabilities with their uncertainty.
+    """Pictures, or features, to class probabilities with their uncertainty.
 
     Args:
-        model: the CLIP model.
+        model: the CLIP model, or what stands for it.
         predictor: the trained head and its belief.
         class_names: the classes, in label order.
         calibration: tau and the scaling temperature.
@@ -225,7 +264,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: ClipModel,
+        model: AnyModel,
         predictor: AnyPredictor,
         class_names: Sequence[str],
         calibration: Calibration,
@@ -254,12 +293,16 @@ class Classifier:
         checkpoint, fit_folder = open_fit(folder)
         manifest = checkpoint.manifest
         trained_on = str(manifest["model"].get("fingerprint")) if isinstance(manifest["model"], dict) else ""
-        clip = load_model(model or parse(ModelConfig, manifest[SOURCE]))
+        source = model or parse(ModelConfig, manifest[SOURCE])
+        copy, named = fit_folder / CLASS_EMBEDDINGS, source.class_embeddings
+        if named is not None and not Path(named).exists() and copy.is_file():
+            source = replace(source, class_embeddings=str(copy))
+        clip = load_fitted(manifest, source)
         if clip.fingerprint != trained_on:
             raise CheckpointError(
                 f"{folder} was trained on the features of another model: fingerprint {trained_on[:12]}, "
                 f"{clip.name} has {clip.fingerprint[:12]}; name the model it was trained with by model.name and "
-                "model.pretrained."
+                f"{'model.class_embeddings' if source.precomputed else 'model.pretrained'}."
             )
         settled = read_settled(fit_folder)
         predictor = restore_predictor(checkpoint, clip, settled.posterior, alpha=settled.alpha)
@@ -268,22 +311,27 @@ class Classifier:
         novelty = settled.novelty if settled.alpha in (None, told) else None
         return cls(clip, predictor, manifest["class_names"], settled.calibration, novelty)
 
-    def predict(self, images: Sequence[Image.Image]) -> Prediction:
+    @property
+    def takes_features(self) -> bool:
+        """Whether it classifies features, not pictures."""
+        return isinstance(self.model, PrecomputedModel)
+
+    def predict(self, images: Sequence[Image.Image] | Tensor) -> Prediction:
         """Posterior predictive probabilities of pictures.
 
         Args:
-            images: m RGB pictures.
+            images: m RGB pictures, or (m, d) unit features.
 
         Returns:
             Probabilities and logit spread, (m, C) each.
         """
         return self.predictor.predict(self._inputs(images), self.calibration.tau)
 
-    def judge(self, images: Sequence[Image.Image]) -> Judgement:
+    def judge(self, images: Sequence[Image.Image] | Tensor) -> Judgement:
         """Predictions of pictures with all that is known of their uncertainty.
 
         Args:
-            images: m RGB pictures.
+            images: m RGB pictures, or (m, d) unit features.
 
         Returns:
             Probabilities, spread of the logits, interval and likeness.
@@ -296,8 +344,11 @@ class Classifier:
             unlike = self.novelty.score(total_variance(self.predictor, inputs))
         return Judgement(found.probabilities, found.logit_std, interval, unlike)
 
-    def _inputs(self, images: Sequence[Image.Image]) -> Tensor:
+    def _inputs(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """What the predictor takes of pictures: features of the pretrained tower, or pixels for a trained one."""
+        if isinstance(images, Tensor):
+            return images
+        assert isinstance(self.model, ClipModel)
         if isinstance(self.predictor, Predictor):
             return self.model.encode_images(list(images))
         return torch.stack([self.model.transform(image.convert("RGB")) for image in images])

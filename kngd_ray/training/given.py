@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import decode
-from kngd_ray.errors import DataError, UsageError
+from kngd_ray.errors import DataError, InputError, UsageError
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
@@ -85,6 +86,36 @@ def picture(given: Any, number: int) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
+def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:
+    """Features of a table as unit vectors.
+
+    Args:
+        rows: m lists or arrays of numbers.
+        width: d, the length that each must have.
+        first: number of the first row, for messages.
+
+    Returns:
+        (m, d) float32.
+
+    Raises:
+        DataError: a row is no list of d numbers, or has no direction.
+    """
+    vectors = np.empty((len(rows), width), np.float32)
+    for n, row in enumerate(rows):
+        try:
+            found = np.asarray(row, np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"row {first + n}: its features are no list of numbers: give {width} floats.") from error
+        if found.shape != (width,):
+            raise DataError(f"row {first + n}: its features have shape {found.shape}: give {width} floats.")
+        with np.errstate(over="ignore"):
+            vectors[n] = found
+    wrong = flaw(vectors)
+    if wrong is not None:
+        raise DataError(f"row {first + wrong[0]}: its feature {wrong[1]}: give one with a direction.")
+    return torch.from_numpy(unit(vectors))
+
+
 def labels_of(y: Sequence[Any]) -> list[Any]:
     """Labels as Python has them.
 
@@ -95,14 +126,14 @@ def labels_of(y: Sequence[Any]) -> list[Any]:
         A list.
 
     Raises:
-        UsageError: one cannot be hashed, or there is none.
+        InputError: one cannot be hashed, or there is none.
     """
     labels = y.tolist() if hasattr(y, "tolist") else list(y)  # numpy's scalars are no JSON
     for n, label in enumerate(labels):
         if not isinstance(label, Hashable):
-            raise UsageError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
+            raise InputError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
     if not labels:
-        raise UsageError("there is no label: give one for each picture.")
+        raise InputError("there is no label: give one for each picture.")
     return labels
 
 
@@ -147,10 +178,10 @@ def check_lengths(X: Any, labels: Sequence[Any]) -> None:
         labels: theirs.
 
     Raises:
-        UsageError: there are not as many.
+        InputError: there are not as many.
     """
     if len(X) != len(labels):
-        raise UsageError(f"there are {len(X)} pictures and {len(labels)} labels: give one label for each.")
+        raise InputError(f"there are {len(X)} pictures and {len(labels)} labels: give one label for each.")
 
 
 def seed_of(random_state: Any) -> int:

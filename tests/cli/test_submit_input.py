@@ -318,6 +318,7 @@ def test_the_line_that_the_job_prints(command, capfd, monkeypatch) -> None:
         ("data.path=gone.parquet", ["data.path: gone.parquet cannot be read", "data is not sent"]),
         ("data.path=/gone.parquet", ["cannot be read on the node of the job (No such file or directory)", "all nodes"]),
         ("model.pretrained=/gone.safetensors", ["model.pretrained: /gone.safetensors cannot be read"]),
+        ("model.class_embeddings=/gone.npy", ["model.class_embeddings: /gone.npy cannot be read"]),
         ("data.cache_dir=/proc/features", ["feature cache /proc/features cannot be written", "set data.cache_dir"]),
         ("trainer.storage_path=/proc/runs", ["trainer.storage_path=/proc/runs cannot be written"]),
         ("trainer.storage_path=kngd_runs", ["trainer.storage_path=kngd_runs", "KNGD_STORAGE_PATH"]),
@@ -326,9 +327,8 @@ def test_the_line_that_the_job_prints(command, capfd, monkeypatch) -> None:
     ],
 )
 def test_what_the_check_finds(command, setting: str, words: list[str]) -> None:
-    found = faults(
-        "train", *command.settings(*([setting, "model.name=ViT-B-32"] if "pretrained" in setting else [setting]))
-    )
+    model = {"model.pretrained": ["model.name=ViT-B-32"], "model.class_embeddings": ["model.name=precomputed"]}
+    found = faults("train", *command.settings(setting, *model.get(setting.partition("=")[0], [])))
     assert len(found) == 1
     for word in words:
         assert word in found[0]

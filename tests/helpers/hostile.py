@@ -76,6 +76,22 @@ def load_data(path: Path) -> None:
             decode(data, images.place(row))
 
 
+def load_features(path: Path) -> None:
+    """A data set of features, each of them read."""
+    from kngd_ray.data import DataConfig, open_images
+
+    images = open_images(DataConfig(path=str(path)), features=True)
+    assert images.features is not None
+    assert len(images.features.read(images.keys)) == len(images)
+
+
+def load_classes(path: Path) -> None:
+    """Class embeddings of features."""
+    from kngd_ray.clip import ModelConfig, load_precomputed
+
+    load_precomputed(ModelConfig("precomputed", class_embeddings=str(path)), ("ant", "bee", "cow"), DIM)
+
+
 def load_picture(path: Path) -> None:
     """One picture."""
     from kngd_ray.data import decode
@@ -154,6 +170,8 @@ LOADERS: Mapping[str, Callable[[Path], None]] = {
     "search": load_search,
     "overrides": load_overrides,
     "data": load_data,
+    "features": load_features,
+    "classes": load_classes,
     "picture": load_picture,
     "checkpoint": load_checkpoint,
     "cache": load_cache,

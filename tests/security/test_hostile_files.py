@@ -450,6 +450,46 @@ for what, data in LIES.items():
     case("model", "x.safetensors", what)(lying_model)
 
 
+# Features and class embeddings
+
+
+@case("features", "lists of over 65,536 numbers")
+def a_row_of_a_billion_numbers(_: Path) -> bytes:
+    # one value many times over: a few bytes in the file
+    row = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1 << 24, np.int32)), pa.array([1.0], pa.float32()))
+    offsets = pa.array([0, 1 << 24, 1 << 24], pa.int32())
+    features = pa.ListArray.from_arrays(offsets, row.cast(pa.float32()))
+    return parquet(pa.table({"features": features, "label": ["a", "b"]}))
+
+
+@case("features", "holds infinity")
+def numbers_that_overflow(_: Path) -> bytes:
+    return parquet(pa.table({"features": [[1e308] * 8] * 2, "label": ["a", "b"]}))
+
+
+@case("classes", "never unpickled")
+def class_embeddings_of_objects(folder: Path) -> Path:
+    np.save(folder / "x.npy", np.array([Intruder()] * 3, object))
+    return folder / "x.npy"
+
+
+@case("classes", "or damaged")
+def class_embeddings_of_a_trillion_classes(folder: Path) -> Path:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 8), }".ljust(117) + b"\n"
+    (folder / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(96))
+    return folder / "x.npy"
+
+
+for what, maker in FOREIGN.items():
+
+    def foreign_classes(folder: Path, maker: Callable[[], bytes] = maker) -> Path:
+        (folder / "x.npy").write_bytes(maker())
+        return folder / "x.npy"
+
+    case("classes", "no .npy file of numbers", what)(foreign_classes)
+    case("features", "is not a parquet file", what)(lambda _, maker=maker: maker())
+
+
 # Records, as `sync` and `train --resume` read them
 
 
@@ -495,7 +535,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
         folder.mkdir()
         made = make(folder)
         if isinstance(made, bytes):
-            path = folder / ("x.png" if loader == "picture" else "x.parquet" if loader == "data" else "x.arrow")
+            path = folder / (
+                "x.png" if loader == "picture" else "x.parquet" if loader in ("data", "features") else "x.arrow"
+            )
             path.write_bytes(made)
             made = path
         read.append((loader, made))

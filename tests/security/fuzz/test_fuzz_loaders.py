@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from helpers.emoji import small_table
+from helpers.features import class_embeddings, feature_table
 from helpers.hostile import DIM, LOADERS, MODEL, MODEL_NAME, sealed
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -38,6 +39,7 @@ CORPUS = Path(__file__).parents[1] / "corpus"
 SECONDS = float(os.environ.get("KNGD_FUZZ_SECONDS", "20"))  # of each loader, in the slow version
 SLOWEST = 60.0  # that reading a small file may take, on a busy machine
 FAST = {"overrides": 40, "config": 40, "search": 30, "data": 60, "picture": 120, "cache": 60, "pictures": 60}
+FAST |= {"features": 60, "classes": 60}
 FAST |= {"checkpoint": 60, "record": 50, "settled": 60, "model": 12}
 
 
@@ -55,6 +57,16 @@ def picture(folder: Path) -> Path:
 def data(folder: Path) -> Path:
     pq.write_table(small_table().slice(0, 12), folder / "x.parquet", row_group_size=5)
     return folder / "x.parquet"
+
+
+def features(folder: Path) -> Path:
+    pq.write_table(feature_table().slice(0, 24), folder / "x.parquet", row_group_size=10)
+    return folder / "x.parquet"
+
+
+def classes(folder: Path) -> Path:
+    np.save(folder / "x.npy", class_embeddings())
+    return folder / "x.npy"
 
 
 def cache(folder: Path) -> Path:
@@ -117,6 +129,8 @@ VALID: dict[str, Callable[[Path], Path]] = {
     "search": text(yaml.safe_dump({"method": "kalman", **SPACE}), "x.yaml"),
     "overrides": text("epochs=3\nfilter.covariance=dense\nadapter=bottleneck,linear\nseeds=[0, 1]", "x.txt"),
     "data": data,
+    "features": features,
+    "classes": classes,
     "picture": picture,
     "cache": cache,
     "pictures": pictures,

@@ -1,21 +1,9 @@
-"""CLIP fine-tuned by the Kalman filter as a classifier with scikit-learn's conventions.
+"""The classifier itself: what it is told, what it learns, and how it is kept."""
 
-::
-
-    from kngd_ray import KalmanCLIP
-
-    clf = KalmanCLIP().fit(images, labels)
-    probabilities, std = clf.predict_proba(others, return_std=True)
-
-Everything happens in this process: no Ray, no MLflow, and nothing is written until :meth:`KalmanCLIP.save`.
-"""
-
-import inspect
 import json
 import os
-import sys
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,14 +13,18 @@ import torch
 from torch import Tensor
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import ClipModel, ModelConfig, load_model
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel
 from kngd_ray.config import Config, load_config, override
-from kngd_ray.errors import CheckpointError, UsageError
+from kngd_ray.errors import CheckpointError, InputError, UsageError
+from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
+from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
+from kngd_ray.filters import Belief
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import (
+    CLASS_EMBEDDINGS,
     Classifier,
     Settled,
     identity_of,
@@ -42,39 +34,35 @@ from kngd_ray.training.classifier import (
     save_settled,
 )
 from kngd_ray.training.fit import FitTask
-from kngd_ray.training.given import (
-    Picture,
-    check_lengths,
-    encode_pictures,
-    label_array,
-    labels_of,
-    ordered,
-    seed_of,
-)
+from kngd_ray.training.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.training.in_memory import Held, check_continues, learn, settle, write
 from kngd_ray.training.novelty import probability_std, total_variance
 from kngd_ray.training.predict import Predictor
+from kngd_ray.training.resumable import SOURCE
 
 _FILE = "estimator.json"
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
 
 
-class NotFittedError(UsageError, ValueError, AttributeError):
-    """The estimator was asked before it was fitted; scikit-learn's error of that name has the same bases."""
-
-
-class KalmanCLIP:
-    """CLIP adapted to a few labelled pictures by an extended Kalman filter.
+class KalmanCLIP(Parameters):
+    """CLIP adapted to a few labelled pictures, or to features of them, by an extended Kalman filter.
 
     Follows scikit-learn's conventions without needing it: parameters are kept as they are given, ``fit`` returns
-    ``self``, what is learned ends in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. Of
-    ``check_estimator``, the checks of parameters, cloning, reprs and unfitted use apply; those that fit a
-    matrix of numbers do not, since a sample is a picture: hence no ``n_features_in_`` either, and no sparse input,
-    ``sample_weight`` or regression targets.
+    ``self``, what is learned ends in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. There
+    is no ``sample_weight``.
+
+    ``model="precomputed"`` takes a matrix (N, d) of features for the pictures, and passes ``check_estimator``. Only the
+    direction of a row counts, as in CLIP: rows are scaled to length 1. Where lengths or an offset matter, a scaler or a
+    column of ones comes before. A row of zeros says nothing: without class embeddings its classes are equally probable,
+    with them it is refused, as no model computes it. Of the other models, whose samples are pictures, only the
+    checks of parameters, cloning, reprs and unfitted use apply.
 
     Args:
-        model: ``embedded`` for the mini CLIP of this package, or a model name of open_clip.
+        model: ``embedded`` for the mini CLIP of this package, a model name of open_clip, or ``precomputed``.
         pretrained: of an open_clip model, a tag or the path of a checkpoint.
+        class_embeddings: of ``precomputed``, an array (C, d) or (C, T, d) of T prompts in the order of ``classes_``, or
+            the path of a ``.npy`` file with one; None learns a linear classifier from the samples alone.
+        logit_scale: of ``precomputed``, the factor from cosines to logits; None is 100.
         templates: prompts, each with one ``{}`` for the class name, or the name of a set of them.
         class_names: what labels are called in prompts, by label; None is their ``str``.
         preset: the settings of the fit: a shipped preset or a YAML file.
@@ -86,6 +74,7 @@ class KalmanCLIP:
     Attributes:
         classes_: labels in the order of the columns of :meth:`predict_proba`.
         class_names_: what they are called in prompts.
+        n_features_in_: of ``precomputed``, the number of features.
         calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it, and
             scaling temperature, likewise.
         checkpoint_: weights and covariance, as a checkpoint holds them.
@@ -98,6 +87,8 @@ class KalmanCLIP:
         model: str = "embedded",
         pretrained: str | None = None,
         *,
+        class_embeddings: Any = None,
+        logit_scale: float | None = None,
         templates: str | Sequence[str] = ("a photo of a {}.",),
         class_names: Mapping[Any, str] | None = None,
         preset: str = "kalman",
@@ -107,6 +98,8 @@ class KalmanCLIP:
     ) -> None:
         self.model = model
         self.pretrained = pretrained
+        self.class_embeddings = class_embeddings
+        self.logit_scale = logit_scale
         self.templates = templates
         self.class_names = class_names
         self.preset = preset
@@ -114,78 +107,33 @@ class KalmanCLIP:
         self.random_state = random_state
         self.device = device
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name.
-
-        Args:
-            deep: there are no estimators within.
-
-        Returns:
-            What the constructor was given.
-        """
-        return {name: getattr(self, name) for name in _parameters()}
-
-    def set_params(self, **params: Any) -> Self:
-        """Change parameters; they count from the next ``fit``.
-
-        Args:
-            **params: of the constructor.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: there is no such parameter.
-        """
-        for name, value in params.items():
-            if name not in _parameters():
-                raise ValueError(f"KalmanCLIP has no parameter {name!r}; it has {', '.join(_parameters())}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        changed = [
-            f"{name}={getattr(self, name)!r}" for name, p in _parameters().items() if getattr(self, name) != p.default
-        ]
-        return f"KalmanCLIP({', '.join(changed)})"
-
     def __sklearn_tags__(self) -> Any:
-        sk = sys.modules["sklearn.utils"]  # only scikit-learn asks
-        tags = sk.Tags(
-            estimator_type="classifier",
-            target_tags=sk.TargetTags(required=True),
-            classifier_tags=sk.ClassifierTags(),
-            input_tags=sk.InputTags(two_d_array=False, string=True),
-        )
-        tags.no_validation = True
-        return tags
+        return classifier_tags(matrix=self.model == PRECOMPUTED)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "checkpoint_")
 
-    def fit(self, X: Sequence[Picture], y: Sequence[Hashable]) -> Self:
+    def fit(self, X: Any, y: Sequence[Hashable]) -> Self:
         """Adapt CLIP to labelled pictures, from its pretrained weights.
 
         Args:
-            X: N pictures.
+            X: N pictures, or a matrix (N, d).
             y: N labels; strings, numbers or anything else that can be hashed.
 
         Returns:
             Itself.
         """
-        labels = labels_of(y)
+        labels = self._inputs.labels(y)
         return self._learn(X, labels, ordered(labels), None)
 
-    def partial_fit(
-        self, X: Sequence[Picture], y: Sequence[Hashable], classes: Sequence[Hashable] | None = None
-    ) -> Self:
+    def partial_fit(self, X: Any, y: Sequence[Hashable], classes: Sequence[Hashable] | None = None) -> Self:
         """Learn from more pictures: the posterior so far is the prior. Give each picture once.
 
         What is chosen on pictures (tau, unless it is given) is chosen anew on the new ones, unless there are fewer than
         two for each fold.
 
         Args:
-            X: N pictures.
+            X: N pictures, or a matrix (N, d).
             y: N labels.
             classes: all labels that will come; the first call needs them, unless `y` has them all.
 
@@ -193,23 +141,23 @@ class KalmanCLIP:
             Itself.
 
         Raises:
-            UsageError: a label that was not announced.
+            InputError: a label that was not announced.
         """
-        labels = labels_of(y)
+        labels = self._inputs.labels(y)
         fitted = self.__sklearn_is_fitted__()
         known = list(self.classes_.tolist()) if fitted else ordered(labels if classes is None else labels_of(classes))
         if fitted and classes is not None and ordered(labels_of(classes)) != known:
-            raise UsageError(f"classes differ from those of the first call: these were {known}.")
+            raise InputError(f"classes differ from those of the first call: these were {known}.")
         new = next((label for label in labels if label not in known), None)
         if new is not None:
-            raise UsageError(f"the label {new!r} is new: name all of them by classes= in the first partial_fit.")
+            raise InputError(f"the label {new!r} is new: name all of them by classes= in the first partial_fit.")
         return self._learn(X, labels, known, self.checkpoint_ if fitted else None)
 
-    def predict(self, X: Sequence[Picture]) -> npt.NDArray[Any]:
+    def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable labels.
 
         Args:
-            X: m pictures.
+            X: m pictures, or a matrix (m, d).
 
         Returns:
             (m,) labels.
@@ -217,11 +165,11 @@ class KalmanCLIP:
         best = self.predict_proba(X).argmax(1)  # refuses if it is not fitted
         return self.classes_[best]
 
-    def predict_proba(self, X: Sequence[Picture], return_std: bool = False) -> Any:
+    def predict_proba(self, X: Any, return_std: bool = False) -> Any:
         """Posterior predictive probabilities.
 
         Args:
-            X: m pictures.
+            X: m pictures, or a matrix (m, d).
             return_std: also how far each probability is uncertain.
 
         Returns:
@@ -235,11 +183,11 @@ class KalmanCLIP:
             return p
         return p, probability_std(_head(classifier), features, tau).double().numpy()
 
-    def unlike(self, X: Sequence[Picture]) -> npt.NDArray[np.float64]:
+    def unlike(self, X: Any) -> npt.NDArray[np.float64]:
         """How unlike the training pictures others are.
 
         Args:
-            X: m pictures.
+            X: m pictures, or a matrix (m, d).
 
         Returns:
             (m,) share of the training pictures, held out, that the fit is surer of; NaN where that is not known, as
@@ -250,17 +198,17 @@ class KalmanCLIP:
             return np.full(len(features), np.nan)
         return classifier.novelty.score(total_variance(_head(classifier), features)).double().numpy()
 
-    def score(self, X: Sequence[Picture], y: Sequence[Hashable]) -> float:
+    def score(self, X: Any, y: Sequence[Hashable]) -> float:
         """Accuracy.
 
         Args:
-            X: m pictures.
+            X: m pictures, or a matrix (m, d).
             y: m labels.
 
         Returns:
             Share of the pictures classified right.
         """
-        labels = labels_of(y)
+        labels = self._inputs.labels(y)
         check_lengths(X, labels)
         found = self.predict(X).tolist()
         return sum(a == b for a, b in zip(found, labels, strict=True)) / max(len(labels), 1)
@@ -285,12 +233,20 @@ class KalmanCLIP:
         if not all(isinstance(label, (str, int, float, bool)) for label in labels):
             raise UsageError("labels must be strings, numbers or booleans to be saved.")
         params = self.get_params() | {
-            "pretrained": self._model_config.absolute().pretrained,
+            "pretrained": self._inputs.source.absolute().pretrained,
+            "class_embeddings": None,  # are in the folder
             "templates": list(_listed(self.templates)),
             "class_names": None,  # are in the checkpoint
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
         }
-        write(place, self.checkpoint_)
+        kept, model = self.checkpoint_, self._restored_classifier().model
+        embeddings = place.absolute() / CLASS_EMBEDDINGS
+        if isinstance(model, PrecomputedModel) and model.zero_shot:
+            source = {**kept.manifest[SOURCE], "class_embeddings": str(embeddings)}
+            kept = replace(kept, manifest={**kept.manifest, SOURCE: source})
+        write(place, kept)
+        if isinstance(model, PrecomputedModel):
+            model.save(embeddings)
         save_settled(place, self._settled)
         write_text(place / _FILE, json.dumps({"labels": labels, "params": params}, indent=1))
         return place
@@ -311,13 +267,15 @@ class KalmanCLIP:
         place = Path(folder)
         try:
             raw = read_json(place / _FILE)
-            labels, found = raw["labels"], cls(**{key: raw["params"][key] for key in _parameters()})
+            labels, found = raw["labels"], cls(**raw["params"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{place} holds no saved KalmanCLIP ({error}).") from error
         kept, _ = open_fit(place)
         names = kept.manifest["class_names"]
         if not isinstance(labels, list) or len(labels) != len(names):
             raise CheckpointError(f"{place} names {len(names)} classes, and {_FILE} has other labels.")
+        if (place / CLASS_EMBEDDINGS).is_file():
+            found.class_embeddings = str(place.absolute() / CLASS_EMBEDDINGS)
         found.class_names = dict(zip(labels, names, strict=True))
         found._adopt(kept, read_settled(place), labels)
         return found
@@ -333,30 +291,33 @@ class KalmanCLIP:
         self.calibration_: Calibration = settled.calibration
         self.class_names_: tuple[str, ...] = tuple(kept.manifest["class_names"])
         self.classes_ = label_array(labels)
+        if self.model == PRECOMPUTED:
+            self.n_features_in_: int = kept.manifest["model"]["embed_dim"]
 
-    def _learn(
-        self, X: Sequence[Picture], labels: Sequence[Any], classes: Sequence[Any], before: Checkpoint | None
-    ) -> Self:
-        check_lengths(X, labels)
+    def _learn(self, X: Any, labels: Sequence[Any], classes: Sequence[Any], before: Checkpoint | None) -> Self:
+        inputs = self._inputs
+        samples = inputs.check(X, None if before is None else self._width)
+        check_lengths(samples, labels)
         if len(classes) < 2:
-            raise UsageError(
+            raise InputError(
                 f"there is one class, {classes[0]!r}; give pictures of two or more, or name them by classes=."
             )
         config = self._config()
-        clip = _clip(self._model_config, self.device)
         names = self._names(classes)
+        model = inputs.model(names, inputs.width(samples))
         templates = tuple(_listed(self.templates))
         number = {label: n for n, label in enumerate(classes)}
-        support = Support(encode_pictures(clip, X), torch.tensor([number[label] for label in labels], dtype=torch.long))
+        numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
+        support = Support(inputs.encode(model, samples), numbers)
         task = FitTask(
             config.fit_options,
             seed_of(self.random_state),
             support,
-            clip.encode_classes(names, templates),
-            clip.logit_scale,
+            model.encode_classes(names, templates),
+            model.logit_scale,
             None if before is None else Held.of(before),
         )
-        identity = identity_of(clip, self._model_config, names, templates)
+        identity = identity_of(model, inputs.source, names, templates)
         if before is not None:
             check_continues(before, identity, plain(config.fit_options))
         kept = learn(task, identity)
@@ -366,6 +327,7 @@ class KalmanCLIP:
             calibration, novelty = settle(task, config.posterior)
             settled = Settled(calibration, config.posterior, None, novelty)
         self._adopt(kept, settled, classes)
+        self._restore(model)
         return self
 
     def _config(self) -> Config:
@@ -373,7 +335,11 @@ class KalmanCLIP:
         for key in settings:
             if key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
                 raise UsageError(f"settings has {key}, which KalmanCLIP takes otherwise or not at all: leave it out.")
-        config = load_config(forced={"preset": self.preset})
+        model = plain(self._inputs.source)
+        if self.class_embeddings is not None:
+            model["class_embeddings"] = "given"  # where they are is no setting of the fit
+        given = {"preset": self.preset, "model": model, "data": {"templates": list(_listed(self.templates))}}
+        config = load_config(forced=given)
         if config.tune.images:
             raise UsageError(f"preset {self.preset} trains towers: that is for kngd-ray train.")
         if config.method != "kalman":
@@ -381,8 +347,32 @@ class KalmanCLIP:
         return override(config, settings)
 
     @property
-    def _model_config(self) -> ModelConfig:
-        return ModelConfig(self.model, self.pretrained)
+    def _inputs(self) -> Inputs:
+        """What the parameters say is learned from.
+
+        Raises:
+            InputError: they contradict one another.
+        """
+        given = self.class_embeddings
+        path = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+        if self.model != PRECOMPUTED and given is not None:
+            raise InputError(
+                f'class_embeddings are for model="precomputed", and model is {self.model!r}: leave one out.'
+            )
+        try:
+            source = ModelConfig(self.model, self.pretrained, path, self.logit_scale)
+        except ValueError as error:
+            raise InputError(f"{error}.") from error
+        except TypeError as error:
+            raise InputError(f"logit_scale is {self.logit_scale!r}; it must be a positive number.") from error
+        if source.precomputed:
+            return Matrix(source, given if path is None else None)
+        return Pictures(source, self.device)
+
+    @property
+    def _width(self) -> int | None:
+        """Numbers of a sample that the fit takes; None of pictures."""
+        return getattr(self, "n_features_in_", None)
 
     def _names(self, classes: Sequence[Any]) -> tuple[str, ...]:
         given = self.class_names
@@ -396,33 +386,55 @@ class KalmanCLIP:
 
     def _check_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():
-            raise NotFittedError("this KalmanCLIP is not fitted: call fit first.")
+            raise not_fitted("this KalmanCLIP is not fitted: call fit first.")
 
-    def _features(self, X: Sequence[Picture]) -> tuple[Classifier, Tensor]:
+    def _restore(self, model: AnyModel) -> Classifier:
+        """Make the classifier that predicts; its weights are those of the checkpoint."""
+        kept, settled = self.checkpoint_, self._settled
+        predictor = restore_predictor(kept, model, settled.posterior)
+        if self.model == PRECOMPUTED:
+            predictor = _in_double(predictor)
+        self._restored = Classifier(model, predictor, self.class_names_, settled.calibration, settled.novelty)
+        return self._restored
+
+    def _restored_classifier(self) -> Classifier:
         self._check_fitted()
-        if "_restored" not in self.__dict__:
-            clip = _clip(self._model_config, self.device)
-            kept, settled = self.checkpoint_, self._settled
-            if clip.fingerprint != kept.manifest["model"]["fingerprint"]:
-                raise CheckpointError(f"{clip.name} has other weights than those that this was fitted with.")
-            predictor = restore_predictor(kept, clip, settled.posterior)
-            self._restored = Classifier(clip, predictor, self.class_names_, settled.calibration, settled.novelty)
-        return self._restored, encode_pictures(self._restored.model, X)
+        if "_restored" in self.__dict__:
+            return self._restored
+        model = self._inputs.model(self.class_names_, self._width)
+        if model.fingerprint != self.checkpoint_.manifest["model"]["fingerprint"]:
+            raise CheckpointError(f"{model.name} has other weights than those that this was fitted with.")
+        return self._restore(model)
 
-
-def _parameters() -> dict[str, inspect.Parameter]:
-    return {name: p for name, p in inspect.signature(KalmanCLIP.__init__).parameters.items() if name != "self"}
-
-
-@lru_cache(maxsize=2)
-def _clip(config: ModelConfig, device: str) -> ClipModel:
-    """The frozen model, loaded once for all clones."""
-    return load_model(config, device)
+    def _features(self, X: Any) -> tuple[Classifier, Tensor]:
+        classifier, inputs = self._restored_classifier(), self._inputs
+        features = inputs.encode(classifier.model, inputs.check(X, self._width))
+        return classifier, features.double() if self.model == PRECOMPUTED else features
 
 
 def _head(classifier: Classifier) -> Predictor:
     assert isinstance(classifier.predictor, Predictor)
     return classifier.predictor
+
+
+def _in_double(predictor: AnyPredictor) -> Predictor:
+    """The same predictor in double precision, in which it says the same of a row alone and among others.
+
+    Args:
+        predictor: of a head.
+
+    Returns:
+        The predictor.
+    """
+    assert isinstance(predictor, Predictor)
+    belief = predictor.belief
+    if belief is not None:
+        covariance = {
+            name: {key: t.double() if t.is_floating_point() else t for key, t in state.items()}
+            for name, state in belief.covariance.items()
+        }
+        belief = Belief(belief.mu.double(), covariance)
+    return Predictor(predictor.head.double(), predictor.family, belief, predictor.options)
 
 
 def _listed(templates: str | Sequence[str]) -> Sequence[str]:

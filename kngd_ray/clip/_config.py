@@ -1,0 +1,65 @@
+"""Which model a run learns on: a CLIP model and its weights, or features that were computed elsewhere."""
+
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+EMBEDDED = "embedded"
+PRECOMPUTED = "precomputed"
+RANDOM = "random"
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+LOGIT_SCALE = 100.0  # that of OpenAI's models, and of most others after training
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which CLIP model to adapt, or what is known of the one that gave the features.
+
+    Attributes:
+        name: A model name of open_clip, ``embedded`` for the mini CLIP of this package, or ``precomputed`` for data
+            sets of features.
+        pretrained: A pretrained tag of that model, the path of a local checkpoint (``.safetensors``,
+            or ``.pt``, ``.pth`` and ``.bin`` with nothing but tensors in it), or ``random`` for seeded
+            untrained weights. None for ``embedded`` and ``precomputed``.
+        class_embeddings: Of ``precomputed``, a ``.npy`` file (C, d) with the text embeddings of all classes of the data
+            in order of their labels, or (C, T, d) of T prompts. None learns a linear classifier from the shots alone.
+        logit_scale: Of ``precomputed``, the factor from cosines to logits; None is 100.
+    """
+
+    name: str = EMBEDDED
+    pretrained: str | None = None
+    class_embeddings: str | None = None
+    logit_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("class_embeddings", "logit_scale"):
+            if not self.precomputed and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for name=precomputed, and name is {self.name}, which has its own: leave one of them out"
+                )
+        if self.precomputed and self.pretrained is not None:
+            raise ValueError(
+                f"pretrained is {self.pretrained!r}, and name=precomputed has no towers with weights: leave it out, or "
+                "set name to the architecture of these weights"
+            )
+        if self.logit_scale is not None and not (isfinite(self.logit_scale) and self.logit_scale > 0):
+            raise ValueError(f"logit_scale is {self.logit_scale}; it must be a positive number, such as 100")
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether features are given, and no tower computes any."""
+        return self.name == PRECOMPUTED
+
+    def absolute(self) -> "ModelConfig":
+        """The same model, for a process that works in another folder."""
+        found = self
+        if self.pretrained is not None and Path(self.pretrained).suffix in CHECKPOINT_SUFFIXES:
+            found = replace(found, pretrained=_absolute(self.pretrained))
+        if self.class_embeddings is not None:
+            found = replace(found, class_embeddings=_absolute(self.class_embeddings))
+        return found
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -1,0 +1,123 @@
+"""What scikit-learn expects of any estimator, without needing it: parameters, tags and kinds of errors."""
+
+import inspect
+import sys
+from functools import cache
+from typing import Any, Self
+
+import numpy as np
+
+from kngd_ray.errors import InputError, UsageError
+
+
+class NotFittedError(UsageError, ValueError, AttributeError):
+    """The estimator was asked before it was fitted; scikit-learn's error of that name has the same bases."""
+
+
+def not_fitted(message: str) -> NotFittedError:
+    """The error of an estimator that is not fitted; where scikit-learn is in use, one of its kind too."""
+    kind = NotFittedError if "sklearn.exceptions" not in sys.modules else _also_of_scikit_learn()
+    return kind(message)
+
+
+@cache
+def _also_of_scikit_learn() -> type[NotFittedError]:
+    theirs = sys.modules["sklearn.exceptions"].NotFittedError
+    return type("NotFittedError", (NotFittedError, theirs), {"__module__": NotFittedError.__module__})
+
+
+def conversion_warning() -> type[Warning]:
+    """The category of a warning that labels were converted: scikit-learn's where it is in use."""
+    theirs = sys.modules.get("sklearn.exceptions")
+    found: type[Warning] = UserWarning if theirs is None else theirs.DataConversionWarning
+    return found
+
+
+class Parameters:
+    """An estimator whose parameters are the arguments of its constructor, kept as they are given."""
+
+    @classmethod
+    def parameters(cls) -> dict[str, inspect.Parameter]:
+        """The arguments of the constructor by name."""
+        return {name: p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name.
+
+        Args:
+            deep: there are no estimators within.
+
+        Returns:
+            What the constructor was given.
+        """
+        return {name: getattr(self, name) for name in self.parameters()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change parameters; they count from the next ``fit``.
+
+        Args:
+            **params: of the constructor.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: there is no such parameter.
+        """
+        for name, value in params.items():
+            if name not in self.parameters():
+                known = ", ".join(self.parameters())
+                raise ValueError(f"{type(self).__name__} has no parameter {name!r}; it has {known}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        changed = []
+        for name, p in self.parameters().items():
+            value = getattr(self, name)
+            if isinstance(value, (str, int, float, bool, type(None))):
+                changed += [f"{name}={value!r}"] if value != p.default else []
+            elif value is not p.default:
+                shape = getattr(value, "shape", None)  # an array would fill pages
+                changed.append(f"{name}={value!r}" if shape is None else f"{name}=<array {tuple(shape)}>")
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def classifier_tags(*, matrix: bool) -> Any:
+    """What scikit-learn is told of a classifier; only it asks.
+
+    Args:
+        matrix: whether samples are the rows of a matrix of numbers.
+
+    Returns:
+        Its ``Tags``.
+    """
+    sk = sys.modules["sklearn.utils"]
+    tags = sk.Tags(
+        estimator_type="classifier",
+        target_tags=sk.TargetTags(required=True),
+        classifier_tags=sk.ClassifierTags(),
+        input_tags=sk.InputTags(two_d_array=matrix, string=not matrix),
+    )
+    tags.no_validation = not matrix
+    return tags
+
+
+def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:
+    """What was given as an array.
+
+    Args:
+        given: lists, a tensor, a frame, or whatever converts itself.
+        what: it is called in messages.
+
+    Returns:
+        The array.
+
+    Raises:
+        InputError: it does not, or lists are of different lengths.
+    """
+    detached = given.detach().cpu() if hasattr(given, "detach") else given
+    try:
+        return np.asarray(detached)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is no table of numbers ({error}): give rows of one length.") from error

@@ -1,0 +1,187 @@
+"""What an estimator learns from: pictures, which a CLIP model encodes, or a matrix of features from elsewhere."""
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import issparse
+from torch import Tensor
+
+from kngd_ray._vectors import flaw, lengths, unit
+from kngd_ray.clip import (
+    LOGIT_SCALE,
+    AnyModel,
+    ClipModel,
+    ModelConfig,
+    PrecomputedModel,
+    given_precomputed,
+    load_model,
+    load_precomputed,
+)
+from kngd_ray.errors import InputError
+from kngd_ray.estimator._conventions import array_of, conversion_warning
+from kngd_ray.training.given import encode_pictures, labels_of
+
+
+class Inputs(Protocol):
+    """How samples and labels become features and classes."""
+
+    @property
+    def source(self) -> ModelConfig:
+        """How to load the model again, as far as that is a name or a path."""
+
+    def labels(self, y: Any) -> list[Any]:
+        """Labels as Python has them."""
+
+    def check(self, X: Any, width: int | None) -> Any:
+        """Samples ready to be encoded; `width` is that of the fit, None before there is one."""
+
+    def width(self, samples: Any) -> int | None:
+        """Numbers of a sample, where samples are rows of numbers."""
+
+    def model(self, class_names: Sequence[str], width: int | None) -> AnyModel:
+        """What embeds classes."""
+
+    def encode(self, model: Any, samples: Any) -> Tensor:
+        """Unit features (m, d) of samples."""
+
+
+class Pictures:
+    """Pictures of any kind, encoded by a CLIP model.
+
+    Args:
+        source: the model.
+        device: where its towers are.
+    """
+
+    def __init__(self, source: ModelConfig, device: str) -> None:
+        self.source = source
+        self._device = device
+
+    def labels(self, y: Any) -> list[Any]:
+        """Labels as Python has them."""
+        return labels_of(y)
+
+    def check(self, X: Any, width: int | None) -> Any:
+        """The pictures as they are: each is checked when it is decoded."""
+        return X
+
+    def width(self, samples: Any) -> int | None:
+        """None: a picture is no row of numbers."""
+        return None
+
+    def model(self, class_names: Sequence[str], width: int | None) -> ClipModel:
+        """The frozen model, loaded once for all clones."""
+        return _clip(self.source, self._device)
+
+    def encode(self, model: ClipModel, samples: Any) -> Tensor:
+        """Unit features (m, d) of pictures."""
+        return encode_pictures(model, samples)
+
+
+class Matrix:
+    """Rows of features, checked as scikit-learn's own estimators check them.
+
+    Only the direction of a row counts: as CLIP's own features, rows are scaled to length 1.
+
+    Args:
+        source: logit scale, and the path of the class embeddings if they are in a file.
+        embeddings: class embeddings (C, d) or (C, T, d) in order of the classes; None is none, or those of the file.
+    """
+
+    def __init__(self, source: ModelConfig, embeddings: Any = None) -> None:
+        self.source = source
+        self._embeddings = embeddings
+        self._zeros = embeddings is None and source.class_embeddings is None
+
+    def labels(self, y: Any) -> list[Any]:
+        """Labels of classes, as Python has them.
+
+        Raises:
+            InputError: there is none, they are no column of names or whole numbers, or one is missing.
+        """
+        if y is None:
+            raise InputError(
+                "KalmanCLIP requires y to be passed, but the target y is None: give one label for each row."
+            )
+        array = np.asarray(y)
+        if array.ndim == 2 and array.shape[1] == 1:
+            message = "A column-vector y was passed when a 1d array was expected: its only column is taken."
+            warnings.warn(message, conversion_warning(), stacklevel=4)
+            array = array[:, 0]
+        if array.ndim != 1:
+            raise InputError(f"y has shape {array.shape}: give one label for each row, a 1d array.")
+        numbers = array.dtype.kind == "f" and array.size
+        if numbers and not np.isfinite(array).all():
+            raise InputError("Input y contains NaN or infinity: give every row a label.")
+        if numbers and (array != np.rint(array)).any():
+            raise InputError(
+                "Unknown label type: y is continuous, and KalmanCLIP tells classes apart: give names or whole numbers."
+            )
+        return labels_of(array.tolist())
+
+    def check(self, X: Any, width: int | None) -> npt.NDArray[np.float64]:
+        """Rows of finite numbers, each with a direction.
+
+        Raises:
+            InputError: they are not.
+        """
+        if issparse(X):
+            raise InputError("X is sparse, and dense data is required: give X.toarray().")
+        found = array_of(X, "X")
+        if found.dtype.kind == "c":
+            raise InputError("Complex data not supported: X must hold real numbers.")
+        try:
+            rows = found.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"X holds something else than numbers: {error}.") from error
+        if rows.ndim != 2:
+            raise InputError(
+                f"Expected 2D array, got {rows.ndim}D array instead, of shape {rows.shape}. Reshape your data: "
+                "X must be (rows, features)."
+            )
+        if width is not None and rows.shape[1] != width:
+            raise InputError(
+                f"X has {rows.shape[1]} features, but KalmanCLIP is expecting {width} features as input, as many as it "
+                "was fitted with."
+            )
+        for axis, what in enumerate(("sample", "feature")):
+            if rows.shape[axis] == 0 and (axis or width is None):
+                raise InputError(
+                    f"Found array with 0 {what}(s) (shape={rows.shape}) while a minimum of 1 is required: X is empty."
+                )
+        given = np.flatnonzero(lengths(rows) != 0) if self._zeros else np.arange(len(rows))
+        wrong = flaw(rows[given])
+        if wrong is not None:
+            raise InputError(f"row {given[wrong[0]]} of X {wrong[1]}: leave it out, or compute it again.")
+        return rows
+
+    def width(self, samples: npt.NDArray[np.float64]) -> int | None:
+        """Numbers of a row."""
+        return samples.shape[1]
+
+    def model(self, class_names: Sequence[str], width: int | None) -> PrecomputedModel:
+        """The class embeddings, checked against classes and features."""
+        assert width is not None
+        if self._embeddings is None:
+            return load_precomputed(self.source, class_names, width)
+        scale = LOGIT_SCALE if self.source.logit_scale is None else self.source.logit_scale
+        return given_precomputed(
+            array_of(self._embeddings, "class_embeddings"), class_names, width, scale, "class_embeddings"
+        )
+
+    def encode(self, model: PrecomputedModel, samples: npt.NDArray[np.float64]) -> Tensor:
+        """The rows scaled to length 1, (m, d); zeros stay zeros."""
+        features = np.zeros(samples.shape, np.float32)
+        given = lengths(samples) != 0
+        features[given] = unit(samples[given])
+        return torch.from_numpy(features)
+
+
+@lru_cache(maxsize=2)
+def _clip(config: ModelConfig, device: str) -> ClipModel:
+    return load_model(config, device)

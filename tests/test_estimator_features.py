@@ -1,0 +1,222 @@
+"""KalmanCLIP on a matrix of features: scikit-learn's own checks, and what is refused."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_table
+
+from kngd_ray import KalmanCLIP
+from kngd_ray.errors import CheckpointError, InputError, ModelError, UsageError
+from kngd_ray.estimator import NotFittedError
+from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
+
+QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3}
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "features"
+
+
+def part(split, table=None):
+    """Features and class names of one split."""
+    rows = [row for row in (feature_table() if table is None else table).to_pylist() if row["split"] == split]
+    return np.array([row["features"] for row in rows], np.float32), [row["class_name"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def train():
+    return part("train")
+
+
+@pytest.fixture(scope="module")
+def tests():
+    return part("test")
+
+
+def estimator(**changed):
+    given = {"class_embeddings": class_embeddings(), "logit_scale": SCALE, "settings": QUICK}
+    return KalmanCLIP(**{"model": "precomputed", **given, **changed})
+
+
+@pytest.fixture(scope="module")
+def fitted(train):
+    return estimator(settings={"posterior.folds": 3}).fit(*train)
+
+
+def test_fit_a_matrix(fitted, tests) -> None:
+    p, std = fitted.predict_proba(tests[0], return_std=True)
+    assert list(fitted.classes_) == sorted(CLASSES)
+    assert fitted.n_features_in_ == WIDTH
+    assert p.shape == std.shape == (60, 3)
+    assert p.sum(1) == pytest.approx(np.ones(60))
+    assert (std > 0).all()
+    assert fitted.score(*tests) > 0.75
+    scores = fitted.unlike(tests[0])
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert fitted.predict_proba(np.empty((0, WIDTH))).shape == (0, 3)
+
+
+def test_matrices_of_every_kind(fitted, tests) -> None:
+    X = tests[0][:5]
+    p = fitted.predict_proba(X)
+    for same in (X.tolist(), torch.from_numpy(X).requires_grad_(), X.astype(np.float64), np.asfortranarray(X), 8 * X):
+        assert fitted.predict_proba(same) == pytest.approx(p, abs=1e-6)
+
+
+def test_agrees_with_the_head_on_the_same_features(train, tests) -> None:
+    """What it says before the first step is what a zero-shot head says."""
+    clf = estimator(settings={**QUICK, "epochs": 0, "posterior.predict": "mean"}).fit(*train)
+    logits = SCALE * tests[0] @ class_embeddings().T
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert clf.predict_proba(tests[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_class_embeddings_in_the_order_of_classes(train, tests, tmp_path) -> None:
+    names = {"ant": 2, "bee": 0, "cow": 1}  # labels in another order than the names
+    y = [names[name] for name in train[1]]
+    texts = class_embeddings()[[1, 2, 0]]
+    file = tmp_path / "texts.npy"
+    np.save(file, texts)
+    prompts = np.stack([texts, 3 * texts], axis=1)
+    found = [estimator(class_embeddings=t).fit(train[0], y) for t in (texts, texts.tolist(), prompts, file, str(file))]
+    assert found[0].score(tests[0], [names[name] for name in tests[1]]) > 0.75
+    for other in found[1:]:
+        assert other.predict_proba(tests[0]) == pytest.approx(found[0].predict_proba(tests[0]), abs=1e-5)
+
+
+def test_without_class_embeddings(train, tests) -> None:
+    clf = KalmanCLIP(model="precomputed").fit(*train)
+    assert clf.score(*tests) > 0.75
+    start = KalmanCLIP(model="precomputed", settings={**QUICK, "epochs": 0}).fit(*train)
+    assert start.predict_proba(tests[0]) == pytest.approx(np.full((60, 3), 1 / 3))
+    nothing = clf.predict_proba(np.zeros((1, WIDTH)))
+    assert nothing == pytest.approx(np.full((1, 3), 1 / 3)), "a row of zeros says nothing"
+
+
+def test_partial_fit(train, tests) -> None:
+    X, y = train
+    clf = estimator(settings={**QUICK, "epochs": 1})
+    clf.partial_fit(X[::2], y[::2], classes=CLASSES)
+    before = clf.checkpoint_
+    clf.partial_fit(X[1::2], y[1::2])
+    assert clf.checkpoint_.manifest["prior"] is not None
+    assert clf.checkpoint_ is not before
+    assert clf.score(*tests) > 0.75
+    with pytest.raises(InputError, match="X has 5 features, but KalmanCLIP is expecting 8 features as input"):
+        clf.partial_fit(X[:, :5], y)
+    with pytest.raises(UsageError, match="model was changed"):
+        clf.set_params(class_embeddings=class_embeddings()[::-1]).partial_fit(X, y)
+
+
+def test_save_load_and_pickle(fitted, train, tests, tmp_path) -> None:
+    folder = fitted.save(tmp_path / "kept")
+    p = fitted.predict_proba(tests[0])
+    loaded = KalmanCLIP.load(folder)
+    assert np.array_equal(loaded.predict_proba(tests[0]), p)
+    assert loaded.n_features_in_ == WIDTH
+    assert np.array_equal(pickle.loads(pickle.dumps(fitted)).predict_proba(tests[0]), p)
+    assert np.array_equal(pickle.loads(pickle.dumps(loaded)).predict_proba(tests[0]), p)
+    moved = folder.rename(tmp_path / "moved")
+    assert np.array_equal(KalmanCLIP.load(moved).predict_proba(tests[0]), p)
+    judged = Classifier.load(moved).judge(torch.from_numpy(tests[0]))
+    assert judged.probabilities.numpy() == pytest.approx(p, abs=1e-5)
+    KalmanCLIP.load(moved).partial_fit(*train).save(tmp_path / "more")
+    np.save(moved / CLASS_EMBEDDINGS, class_embeddings()[::-1])
+    with pytest.raises(CheckpointError, match="other weights"):
+        KalmanCLIP.load(moved).predict(tests[0])
+    probe = KalmanCLIP(model="precomputed", settings=QUICK).fit(*train)
+    again = KalmanCLIP.load(probe.save(tmp_path / "probe"))
+    assert np.array_equal(again.predict_proba(tests[0]), probe.predict_proba(tests[0]))
+    assert again.class_embeddings is None
+
+
+def test_reprs_are_short(fitted) -> None:
+    shown = "class_embeddings=<array (3, 8)>, logit_scale=20.0"
+    assert repr(estimator(settings=None)) == f"KalmanCLIP(model='precomputed', {shown})"
+
+
+X, Y = part("train")
+
+
+@pytest.mark.parametrize(
+    ("make", "X", "y", "error", "says"),
+    [
+        ({}, X[0], Y, InputError, "Reshape your data"),
+        ({}, X[:0], [], InputError, "label"),
+        ({}, X, Y[:-1], InputError, "36 pictures and 35 labels"),
+        ({}, np.full_like(X, np.nan), Y, InputError, "row 0 of X holds NaN"),
+        ({}, X * np.inf, Y, InputError, "row 0 of X holds infinity"),
+        ({}, X * 1j, Y, InputError, "Complex"),
+        ({}, [[1.0, 2.0], [1.0]], ["a", "b"], InputError, "no table of numbers"),
+        ({}, np.zeros_like(X), Y, InputError, "row 0 of X has length zero"),
+        ({}, X[:, :5], Y, ModelError, "embeddings of length 8, and the features of the data have length 5"),
+        ({}, X, ["one"] * len(X), InputError, "one class"),
+        ({}, X, np.linspace(0, 1, len(X)), InputError, "Unknown label type"),
+        ({}, X, None, InputError, "the target y is None"),
+        ({}, X, np.zeros((len(X), 2)), InputError, "y has shape"),
+        ({}, X, ["ant", "bee"] * 18, ModelError, "embeddings of 3 classes, and the data has 2"),
+        ({"class_embeddings": [[1.0], [1.0, 2.0]]}, X, Y, InputError, "class_embeddings is no table of numbers"),
+        ({"class_embeddings": class_embeddings()[[0, 0, 1]]}, X, Y, ModelError, "'ant' and 'bee' the same embedding"),
+        ({"class_embeddings": "gone.npy"}, X, Y, ModelError, "gone.npy does not exist"),
+        ({"logit_scale": -1}, X, Y, InputError, "logit_scale is -1"),
+        ({"logit_scale": "high"}, X, Y, InputError, "logit_scale"),
+        ({"pretrained": "openai"}, X, Y, InputError, "no towers"),
+        ({"model": "embedded"}, X, Y, InputError, 'class_embeddings are for model="precomputed"'),
+        ({"templates": "a sketch of a {}."}, X, Y, UsageError, "data.templates"),
+        ({"class_embeddings": None, "preset": "kf_clip"}, X, Y, UsageError, "adapter=class_residual"),
+    ],
+)
+def test_mistakes_are_one_sentence(make, X, y, error, says) -> None:
+    with pytest.raises(error, match=says.replace("(", r"\(").replace(".", r"\.")):
+        estimator(**make).fit(X, y)
+
+
+def test_unfitted_and_without_scikit_learn() -> None:
+    with pytest.raises(NotFittedError, match="not fitted"):
+        KalmanCLIP(model="precomputed").predict(X)
+    code = (
+        "import sys, numpy as np; from kngd_ray import KalmanCLIP; X = np.eye(4)[[0, 1, 0, 1]]; "
+        "KalmanCLIP(model='precomputed', settings={'posterior.folds': 0}).fit(X, [0, 1, 0, 1]).predict(X); "
+        "assert 'sklearn' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_with_scikit_learn(train, tests) -> None:
+    base = pytest.importorskip("sklearn.base")
+    selection = pytest.importorskip("sklearn.model_selection")
+    clf = estimator()
+    assert base.clone(clf).class_embeddings is not clf.class_embeddings
+    assert selection.cross_val_score(base.clone(clf), *train, cv=3).mean() > 0.75
+    search = selection.GridSearchCV(clf, {"logit_scale": [1.0, SCALE]}, cv=2).fit(*train)
+    assert search.best_estimator_.score(*tests) > 0.75
+
+
+@pytest.mark.filterwarnings("ignore:Estimator KalmanCLIP does not inherit")
+def test_checks_of_scikit_learn() -> None:
+    """All of check_estimator: none is expected to fail. That on the array API skips where it is not asked for."""
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    found = checks.check_estimator(KalmanCLIP(model="precomputed"), on_skip=None, on_fail=None)
+    failed = {check["check_name"]: check["exception"] for check in found if check["status"] == "failed"}
+    assert not failed
+    passed = {check["check_name"] for check in found if check["status"] == "passed"}
+    assert {"check_classifiers_train", "check_n_features_in", "check_estimators_nan_inf"} <= passed
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real CLIP features of ../shared/features")
+def test_real_features() -> None:
+    table = pq.read_table(SHARED / "whurs19_clip_vitb32.parquet")
+    X, y = part("train", table)
+    shots = [n for name in sorted(set(y)) for n in [i for i, other in enumerate(y) if other == name][:4]]
+    few = X[shots], [y[n] for n in shots]
+    texts = np.load(SHARED / "whurs19_clip_vitb32_text.npy")
+    zero_shot = KalmanCLIP(model="precomputed", class_embeddings=texts, settings={**QUICK, "epochs": 0}).fit(*few)
+    clf = KalmanCLIP(model="precomputed", class_embeddings=texts).fit(*few)
+    probe = KalmanCLIP(model="precomputed").fit(*few)
+    other = part("test", table)
+    assert clf.score(*other) > zero_shot.score(*other) + 0.05
+    assert probe.score(*other) > 0.8

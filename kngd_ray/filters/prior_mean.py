@@ -54,7 +54,7 @@ class Calibrated:
 
     kind: Literal["calibrated"] = "calibrated"
     gamma: float = 0.7
-    rise: float = 0.7
+    rise: float = 0.5
     fall: float = 0.05
 
     def __post_init__(self) -> None:

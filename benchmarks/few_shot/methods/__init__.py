@@ -43,7 +43,6 @@ METHODS: dict[str, Method] = {
         kalman.LOKO,
         kalman.DIAGONAL,
         kalman.OURS,
-        kalman.OURS_SINGLE_PASS,
     )
 }
 

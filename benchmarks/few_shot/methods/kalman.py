@@ -12,7 +12,13 @@ from kngd_ray.config import load_config, to_yaml
 from kngd_ray.errors import FilterError
 from kngd_ray.search import fit_together
 from kngd_ray.sharding import SingleProcess
-from kngd_ray.training.calibration import Calibration, calibration_of, calibration_tasks, predictor_of
+from kngd_ray.training.calibration import (
+    Calibration,
+    calibration_of,
+    calibration_tasks,
+    decided_task,
+    predictor_of,
+)
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
@@ -45,7 +51,7 @@ def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
 
 def calibrations(tasks: Sequence[FitTask], posterior: PosteriorOptions) -> list[Calibration]:
     """What :func:`~kngd_ray.training.calibration.calibrate` finds for each, the folds of all fitted together."""
-    parts = [calibration_tasks(task, posterior.folds) for task in tasks]
+    parts = [calibration_tasks(decided_task(task), posterior.folds) for task in tasks]
     fits = iter(fit_together([part for of_task in parts for part, _ in of_task]))
     found = []
     for of_task in parts:
@@ -96,4 +102,3 @@ KF_CLIP = method("kf_clip", "kf_clip")
 LOKO = method("loko", "loko")
 DIAGONAL = method("kalman_diagonal", "kalman_diagonal")
 OURS = method("ours", "kalman")
-OURS_SINGLE_PASS = method("ours_single_pass", "kalman", ["epochs=1"])

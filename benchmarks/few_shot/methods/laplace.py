@@ -7,6 +7,7 @@ C x (C d) for each picture; of a linear layer it is the closed form below, which
 
 import warnings
 from collections.abc import Sequence
+from math import pi
 
 import torch
 from laplace import Laplace
@@ -19,7 +20,6 @@ from benchmarks.few_shot.probe import Probe
 from benchmarks.few_shot.problem import BATCH_SIZE, Case, Outcome, Problem, Settings, Watch
 from benchmarks.few_shot.stack import Batches, descend, timed
 from benchmarks.few_shot.stack import adamw as optimiser
-from kngd_ray.training.predict import moderated
 
 
 def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
@@ -44,7 +44,7 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
         for name, test in case.tests.items():
             variance = logit_variance(approximation, test.features)
             with torch.no_grad():
-                probabilities[name] = moderated(probe(test.features), variance).softmax(1)
+                probabilities[name] = probit(probe(test.features), variance)
             variances[name] = variance.mean(1)
         precision = float(approximation.prior_precision.mean())
         curve = None if curves is None else curves[n]
@@ -63,6 +63,11 @@ def approximate(probe: Probe, case: Case) -> Laplace:
             pred_type="glm", method="marglik", prior_structure="scalar", link_approx="probit"
         )
     return found
+
+
+def probit(logits: Tensor, variance: Tensor) -> Tensor:
+    """(m, C) probabilities by laplace-torch's probit link, which moderates each logit by its own variance."""
+    return (logits / (1 + pi / 8 * variance).sqrt()).softmax(1)
 
 
 def logit_variance(approximation: Laplace, features: Tensor) -> Tensor:

@@ -38,12 +38,13 @@ def fitted(task: FitTask) -> tuple[KalmanNGD, Predictor]:
 
 
 @pytest.mark.parametrize("shots", [1, 2, 8])
-@pytest.mark.parametrize("tau", [0.0, 1e-3, 1.0])
-def test_the_same_data_in_two_geometries_gives_the_same_fit(shots, tau):
+@pytest.mark.parametrize(("tau", "tolerance"), [(0.0, 1e-5), (1e-3, 1e-5), (1.0, 1e-3)])
+def test_the_same_data_in_two_geometries_gives_the_same_fit(shots, tau, tolerance):
+    """At tau = 1 nearly so: a dimension in which no shot varies pulls the product a little towards the prior."""
     own, cone = in_both(shots, *FIXED)
     others = made(5, seed=1)[0].features
     found = [fitted(task)[1].predict(x, tau).probabilities for task, x in ((own, others), (cone, in_a_cone(others)))]
-    assert max_error(*found) < 1e-5
+    assert max_error(*found) < tolerance
 
 
 def test_so_it_does_where_the_shots_choose_variance_and_tau():

@@ -184,7 +184,10 @@ def measure(prepared: Prepared, share: float, *, tune: bool) -> dict[str, Any]:
             fits[variant] = runs
             chosen: dict[str, Any] = {"epochs": options.epochs}
             if options.method == "kalman":
-                chosen |= {"p0": options.filter.p0, "quantile": getattr(options.filter.gate, "quantile", None)}
+                chosen |= {
+                    "p0": options.filter.weight_variance,
+                    "quantile": getattr(options.filter.gate, "quantile", None),
+                }
             else:
                 chosen |= {"lr": options.optimizer.lr}
             found[variant] = {**over_seeds(runs), "settings": chosen}

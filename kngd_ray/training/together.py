@@ -115,7 +115,7 @@ class _Trial:
 def shape_of(task: FitTask) -> Hashable | None:
     """What fits must have in common to advance together.
 
-    They may differ in numbers (``filter.p0``, ``observation.*.r0``, ``noise.observation.beta``), in the process model
+    They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``, ``noise.observation.beta``), in the process model
     and its numbers, in seed, in prior, and in shots of the same count.
 
     Args:
@@ -136,7 +136,7 @@ def shape_of(task: FitTask) -> Hashable | None:
     alike = replace(
         options,
         observation=tuple(replace(model, r0=1.0) for model in options.observation),
-        filter=replace(options.filter, p0=1.0),
+        filter=replace(options.filter, p0=None, logit_variance=None, logit_spread=0.0),
         noise=replace(
             options.noise,
             process=RandomWalk(),  # of any kind, it is three numbers a step
@@ -224,7 +224,7 @@ def _tried(
 ) -> tuple[_State, Sequence[_Figures | None]] | None:
     """One step of all trials at once; None where an operation refused, of one of them, and does not say of which."""
     leader, first = trials[0].method, batches[0]
-    transitions = [trial.options.noise.process.transition(first.step, trial.options.filter.p0) for trial in trials]
+    transitions = [trial.options.noise.process.transition(first.step, trial.method.p0) for trial in trials]
     noises = [trial.options.noise.observation for trial in trials]
     uniforms = [trial.method.observer.uniforms(batch) for trial, batch in zip(trials, batches, strict=True)]
     given = _Given(

@@ -256,4 +256,5 @@ def data_name(config: Config) -> str:
 def _row_name(report: Mapping[str, Any]) -> str:
     preset = "" if report["preset"] == report["method"] else f" {Path(report['preset']).stem}"
     refused = f" ({report['refused']} refused)" if report["refused"] else ""
-    return f"{report['method']}{preset}, {report['steps']} steps{refused}"
+    steps = f"{report['steps']} step{'s' if report['steps'] != 1 else ''}"
+    return f"{report['method']}{preset}, {steps}{refused}"

@@ -4,7 +4,7 @@ Three things, each only where the options ask for it: how far the zero-shot logi
 what the outputs of a layer may vary (``filter.covariance.columns``), and by how much (``filter.logit_variance``).
 """
 
-from math import log
+from math import exp, log
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ _AT_ONCE = 1024  # shots
 _MEASURED = 256  # shots that a prior variance of logits is measured on
 _CLASSES = 4  # likewise
 _FOLDS = 3
+_CAUTIOUS = 2.0  # standard deviations below the median
 _VARIANCES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # nats^2
 _TOLERANCE = 0.01  # nats: folds are compared, not kept
 _LINEARISATIONS = 30
@@ -61,8 +62,13 @@ def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: 
     with torch.no_grad():
         logits = torch.cat([head(features) for features in shots.features.split(_AT_ONCE)])
     gamma = options.mean.factor(logits, shots.labels)
-    if not (at_mode and options.logit_spread and len(shots)) or single(shots.labels):
-        return gamma, options.logit_variance
+    variance, spread = options.logit_variance, options.logit_spread
+    if not (variance and spread):
+        return gamma, variance
+    if not at_mode:  # a step that may stop short of its mode, or logits that are bounded: the prior's lower end
+        return gamma, variance * exp(-_CAUTIOUS * spread)
+    if single(shots.labels):
+        return gamma, variance
     return gamma, likeliest_variance(head, options, shots, gamma * logits)
 
 

@@ -39,7 +39,8 @@ class FilterOptions:
         logit_variance: prior variance of a logit around its mean over the shots, nats^2, in the place of `p0`, which
             follows from it and the shots: the same on any CLIP, whatever its logit scale. None takes `p0`.
         logit_spread: standard deviation of log `logit_variance` under a log-normal prior: where fits go to their mode
-            (``FitOptions.at_mode``) it is the median, and folds over the shots choose; 0 keeps it.
+            (``FitOptions.at_mode``) it is the median, and folds over the shots choose; other fits take the value two
+            standard deviations below it. 0 keeps it.
         mean: how much of the zero-shot logits is believed a priori.
         towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
             layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.

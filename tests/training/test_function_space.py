@@ -271,7 +271,7 @@ def test_the_loss_of_the_shots_never_rises_over_linearisations():
     ],
 )
 def test_other_settings_over_the_default_keep_its_prior(overrides):
-    """They take batches of 32, linearise rows, and have the median variance: nothing chooses it."""
+    """They take batches of 32, linearise rows, and have the lower end of the variance's prior: nothing chooses it."""
     support, texts = made(4)
     task = task_of(support, texts, SCALE, "filter.iterations=4", *overrides)
     assert not task.options.at_mode

@@ -67,7 +67,7 @@ def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: 
         return gamma, variance
     if not at_mode:  # a step that may stop short of its mode, or logits that are bounded: the prior's lower end
         return gamma, variance * exp(-_CAUTIOUS * spread)
-    if single(shots.labels):
+    if not len(shots) or single(shots.labels):
         return gamma, variance
     return gamma, likeliest_variance(head, options, shots, gamma * logits)
 

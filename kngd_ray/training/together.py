@@ -115,8 +115,9 @@ class _Trial:
 def shape_of(task: FitTask) -> Hashable | None:
     """What fits must have in common to advance together.
 
-    They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``, ``noise.observation.beta``), in the process model
-    and its numbers, in seed, in prior, and in shots of the same count.
+    They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``,
+    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots of the same
+    count.
 
     Args:
         task: a fit.

@@ -66,7 +66,7 @@ class KalmanCLIP(Parameters):
         templates: prompts, each with one ``{}`` for the class name, or the name of a set of them.
         class_names: what labels are called in prompts, by label; None is their ``str``.
         preset: the settings of the fit: a shipped preset or a YAML file.
-        settings: settings over the preset by dotted key, as ``{"filter.p0": 0.1, "epochs": 3}``.
+        settings: settings over the preset by dotted key, as ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
         random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for
             another one each time.
         device: where pictures are encoded.

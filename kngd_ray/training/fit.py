@@ -150,7 +150,8 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     if task.prior is None:
         method = build_method(task, head, group)
         shots = task.to(device).support
-        if isinstance(method, KalmanNGD) and isinstance(shots, Support):
+        # shots that are features may be of towers too: of a text tower alone, to whose priors they say nothing
+        if isinstance(method, KalmanNGD) and isinstance(head, CLIPHead) and isinstance(shots, Support):
             inform(method, task.options.filter, shots)
         return method
     prior = task.prior.load()

@@ -70,7 +70,8 @@ class FilterOptions:
         if self.p0 is not None and self.logit_variance is not None:
             raise ValueError(
                 f"p0 is {self.p0} and logit_variance {self.logit_variance}: the prior's variance is given twice; set "
-                "logit_variance=null to give it to weights, or leave p0 out"
+                f"logit_variance=null{' and logit_spread=0' if self.logit_spread else ''} to give it to weights, or "
+                "leave p0 out"
             )
         if self.logit_variance is not None and not (isfinite(self.logit_variance) and self.logit_variance > 0):
             raise ValueError(f"logit_variance is {self.logit_variance}; a prior variance must be finite and above 0")

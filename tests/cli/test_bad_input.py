@@ -331,11 +331,15 @@ def refusals(run: Path, method: str = "kalman") -> list[float]:
     return [step["train/refused"] for step in metrics(run, method)]
 
 
-def test_one_bad_step_is_refused_and_the_run_goes_on(command, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [("kalman", "features or logits are NaN or infinite"), ("kalman_diagonal", "8 of 8 innovations are NaN or inf")],
+)
+def test_one_bad_step_is_refused_and_the_run_goes_on(command, monkeypatch, preset: str, says: str) -> None:
     poison_batches(monkeypatch, 4)
-    outcome = command("train", *command.settings("trainer.name=nan"), "--json")
+    outcome = command("train", *command.settings(f"preset={preset}", "trainer.name=nan"), "--json")
     assert outcome.code == 0, outcome.err
-    assert "step 5 of 9, refused: 8 of 8 innovations are NaN or infinite" in outcome.err
+    assert f"step 5 of 9, refused: {says}" in outcome.err
     assert outcome.json["refused"] == 1
     assert refusals(command.run("nan")) == [0, 0, 0, 0, 1, 0, 0, 0, 0]
     for figures in (outcome.json["id"], *outcome.json["ood"].values()):
@@ -363,7 +367,8 @@ def test_singular_s_is_jittered(command, written, covariance: str) -> None:
                 row["image"] = rows[first_row(table, **wanted)]["image"]
         return pa.Table.from_pylist(rows, schema=table.schema)
 
-    exact = ["observation.0.r0=1e-14", "observation.1.r0=1e-14", f"filter.covariance={covariance}"]
+    exact = ["preset=kalman_diagonal", "observation.0.r0=1e-14", "observation.1.r0=1e-14"]
+    exact += ["filter.iterations=6", f"filter.covariance={covariance}"]
     outcome = command.train("trainer.name=s", *exact, data=written(repeat))
     assert outcome.code == 0, outcome.err
     assert sum(refusals(command.run("s"))) == 0
@@ -374,7 +379,9 @@ def test_singular_s_is_jittered(command, written, covariance: str) -> None:
 def test_s_that_stays_indefinite_is_a_clear_stop(command, monkeypatch) -> None:
     solve = sharded_filter.solve_innovation
     monkeypatch.setattr(sharded_filter, "solve_innovation", lambda S, nu: solve(-S, nu))
-    sentence = refused(command.train("epochs=4"), FAILED, "not positive definite", "observation.r0")
+    sentence = refused(
+        command.train("preset=kalman_diagonal", "epochs=4"), FAILED, "not positive definite", "observation.r0"
+    )
     assert "filter.p0" in sentence
 
 

@@ -24,8 +24,8 @@ from kngd_ray.tracking import LoggedRun, Record, publish
 EXPERIMENT = "side by side"
 RUNS = {
     "main": ("seeds=0,1,2", "baselines=adamw"),
-    "wide": ("seeds=0,1,2", "filter.p0=0.5"),
-    "again": ("seeds=0,1,2", "filter.p0=0.5"),
+    "wide": ("seeds=0,1,2", "filter.logit_variance=3000"),
+    "again": ("seeds=0,1,2", "filter.logit_variance=3000"),
     "paper": ("seeds=1", "preset=kf_clip"),
     "few": ("seeds=0,1", "data.shots=2"),
 }
@@ -109,12 +109,12 @@ def test_groups_and_names(comparison) -> None:
     assert set(rows_of(many)) == {
         "zero-shot",
         "adamw",
-        "kalman filter.p0=0.07",
+        "kalman filter.logit_variance=1000",
         "kalman (wide/kalman)",
         "kalman (again/kalman)",
         "kalman kf_clip",
-    }, "p0=0.5 is what most runs of the method have"
-    assert "kalman: filter.p0=0.5, where the name says nothing else" in many["notes"]
+    }, "3000 is what most runs of the method have"
+    assert "kalman: filter.logit_variance=3000, where the name says nothing else" in many["notes"]
     assert set(rows_of(few)) == {"zero-shot", "kalman"}
     assert outcome.json["left_out"] == {}
 
@@ -122,7 +122,7 @@ def test_groups_and_names(comparison) -> None:
 def test_figures_and_differences_are_those_of_the_fits(comparison, store) -> None:
     rows = rows_of(comparison("--json").json["groups"][0])
     adamw = [m for m in store.records("main") if m not in kalman_of(store)]
-    for metric, figure in rows["kalman filter.p0=0.07"]["figures"].items():
+    for metric, figure in rows["kalman filter.logit_variance=1000"]["figures"].items():
         kalman = [m[metric] for m in kalman_of(store)]
         base = [m[metric] for m in adamw]
         assert list(figure["values"].values()) == kalman

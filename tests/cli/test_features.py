@@ -178,6 +178,7 @@ def test_tune_on_features(command, settings, files, monkeypatch, classes) -> Non
     file = command.folder / "search.yaml"
     file.write_text(
         yaml.safe_dump({
+            "preset": "kalman_diagonal",
             "search": {"num_samples": 3, "batch": 3, "sampler": "random"},
             "space": {"filter.p0": {"low": 0.001, "high": 1.0, "log": True}},
         })
@@ -232,7 +233,7 @@ def test_compare_tells_data_apart_that_start_at_chance(command, settings, tmp_pa
     tracked = ["tracking.enabled=true", "tracking.experiment=f", "tracking.log_model=false"]
     other = tmp_path / "other.parquet"
     pq.write_table(feature_table(noise=0.5), other)
-    for more in (["filter.p0=0.1"], ["filter.p0=0.2"]):
+    for more in (["filter.logit_variance=100"], ["filter.logit_variance=300"]):
         assert command("train", *settings(*tracked, *more, classes=None)).code == 0
     assert command("train", *settings(*tracked, classes=None, data=other)).code == 0
     groups = command("compare", "f", "--uri", f"sqlite:///{command.folder}/mlflow.db", "--json").json["groups"]

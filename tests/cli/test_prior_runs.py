@@ -104,7 +104,8 @@ def test_a_baseline_goes_on_from_its_own_fit_or_from_the_mean(command) -> None:
     trained(command, "trainer.name=both", "baselines=adamw", "epochs=1", "posterior.folds=0")
     trained(command, "trainer.name=alone", "epochs=1", "posterior.folds=0")
     for prior, fit in (("both", "adamw-seed0"), ("alone", "kalman-seed0")):
-        trained(command, "method=adamw", f"trainer.name=from-{prior}", f"prior={prior}", *STILL)
+        settings = ("method=adamw", "adapter.bias=true", f"prior={prior}")
+        trained(command, *settings, f"trainer.name=from-{prior}", *STILL)
         assert same(ended(command, prior, fit), ended(command, f"from-{prior}", "adamw-seed0"), covariance=False)
     trained(command, "trainer.name=second", "prior=both", "baselines=adamw", "epochs=1", "posterior.folds=0")
     for fit in ("adamw-seed0", "kalman-seed0"):
@@ -173,9 +174,10 @@ def first(command, earlier: Path) -> Path:
         (["data.classes=bird,flower"], ["knows other classes: this run lacks its 'building'", "data.classes"]),
         (["data.templates=['a drawing of a {}.']"], ["data.templates=['a photo of a {}.']", "a drawing"]),
         (["adapter=linear"], ["adapter.0=class_residual, this run has linear"]),
-        (["adapter=class_residual,linear"], ["adapter.1=None, this run has linear"]),
+        (["method=adamw"], ["adapter.0.bias=True, this run has False: set it as it was"]),
+        (["adapter=[{kind: class_residual, bias: true}, linear]"], ["adapter.1=None, this run has linear"]),
         (["filter.covariance=dense"], ["filter.covariance=kronecker, this run has dense"]),
-        (["filter.covariance.shrinkage=3"], ["filter.covariance.shrinkage=10.0, this run has 3.0"]),
+        (["filter.covariance.shrinkage=3"], ["filter.covariance.shrinkage=0.3, this run has 3.0"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )

@@ -23,6 +23,7 @@ from kngd_ray.search import JOURNAL, SearchStudy, fitting
 from kngd_ray.training.fit import FitTask
 
 SEARCH: dict[str, Any] = {
+    "preset": "kalman_diagonal",
     "epochs": 2,
     "search": {"num_samples": 6, "batch": 3, "seeds": [0, 1], "sampler": "random", "objective": "held_out_nll"},
     "space": {

@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from kngd_ray.commands.search_file import load_search, search_yaml
+from kngd_ray.config import load_config
 from kngd_ray.search import plain_space
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tune_configs").glob("*.yaml"))
 SEARCH: dict[str, Any] = {
+    "preset": "kalman_diagonal",
     "epochs": 1,
     "search": {"num_samples": 4, "batch": 2, "seeds": [0], "sampler": "random"},
     "space": {"filter.p0": {"low": 0.001, "high": 1.0, "log": True}},
@@ -207,9 +209,11 @@ def test_a_search_starts_at_the_same_file_from_whatever_folder(
     (command.folder / "mine.yaml").write_text("filter: {p0: 0.7}")
     smoke = ROOT / "tune_configs" / "smoke.yaml"
     monkeypatch.chdir(command.folder)
-    search = load_search(smoke, ["search.start=kalman,mine.yaml"])
-    assert search.options.start == ("kalman", str(command.folder / "mine.yaml"))
-    assert [point["filter.p0"] for point in search.points] == [0.07, 0.7]
+    search = load_search(smoke, ["search.start=kalman,kalman_diagonal,mine.yaml"])
+    assert search.options.start == ("kalman", "kalman_diagonal", str(command.folder / "mine.yaml"))
+    wide = load_config(overrides=["preset=kalman_diagonal"]).filter.p0
+    # the variance of kalman is one of logits: the sampler is left to choose that of weights
+    assert [point.get("filter.p0") for point in search.points] == [None, wide, 0.7]
     saved = tmp_path / "saved.yaml"
     saved.write_text(search_yaml(search))
     (tmp_path / "elsewhere").mkdir()

@@ -20,9 +20,9 @@ from kngd_ray.config import (
     to_yaml,
 )
 from kngd_ray.errors import UsageError
-from kngd_ray.filters import Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk
+from kngd_ray.filters import Calibrated, Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
-from kngd_ray.training.options import FitOptions
+from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 
 
@@ -46,11 +46,14 @@ def test_the_default_is_the_preset_of_the_default_method() -> None:
 
 def test_defaults_of_the_dataclasses_are_those_of_kalman_diagonal() -> None:
     """The other presets build on them, and are not to change with the preset that is the default."""
-    assert load_config(None, ["preset=kalman_diagonal"]) == Config(preset="kalman_diagonal")
+    config = load_config(None, ["preset=kalman_diagonal"])
+    assert config == Config(preset="kalman_diagonal", filter=FilterOptions(p0=0.1))
+    assert config.filter.weight_variance == FilterOptions().weight_variance, "p0 is said there for the reader"
 
 
 def test_each_layer_wins_over_those_below(file) -> None:
-    assert load_config().epochs == 4
+    assert load_config().batch_size == 0
+    assert load_config(None, ["preset=loko"]).batch_size == 8
     assert load_config(None, ["preset=loko"]).epochs == 1
     path = file("preset: loko\nepochs: 7")
     assert load_config(path).epochs == 7
@@ -111,7 +114,7 @@ def test_an_option_keeps_the_kind() -> None:
     diagonal = load_config(None, ["preset=kalman_diagonal", "filter.covariance.rule=vdekf"])
     assert diagonal.filter.covariance == Diagonal(rule="vdekf")
     kronecker = load_config(None, ["filter.covariance.shrinkage=3"])
-    assert kronecker.filter.covariance == Kronecker(columns="within_class", shrinkage=3.0)
+    assert kronecker.filter.covariance == Kronecker(columns="function", shrinkage=3.0)
     assert load_config(None, ["noise.process.q=1e-4"]).noise.process == RandomWalk(q=1e-4)
 
 
@@ -159,6 +162,7 @@ def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None
         (["preset=kf_clip", "adapter.tower=both"], (Bottleneck(tower="both"),)),
         (["adapter=bottleneck", "adapter.width=8", "adapter.0.ratio=1"], (Bottleneck(width=8, ratio=1.0),)),
         (["adapter.0=linear"], (Linear(),)),
+        (["adapter.bias=false"], (ClassResidual(),)),
         (["adapter.kind=linear"], (Linear(),)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -168,8 +172,8 @@ def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> Non
 
 
 def test_elements_by_number() -> None:
-    config = load_config(None, ["observation.0.r0=2", "observation.1=categorical"])
-    assert config.observation == (LogLikelihood(r0=2.0), Categorical(r0=0.25)), "of the second, r0 is the preset's"
+    config = load_config(None, ["preset=kalman_diagonal", "observation.0.r0=2", "observation.1=categorical"])
+    assert config.observation == (LogLikelihood(r0=2.0), Categorical(r0=1.0)), "of the second, r0 is the preset's"
 
 
 @pytest.mark.parametrize(
@@ -245,14 +249,19 @@ def test_workers_are_a_number_or_a_range(
 def test_flat_names() -> None:
     flat = flatten(load_config(None, ["seeds=0,1", "noise.observation=ema", "data.classes=a,b"]))
     assert flat["filter.covariance"] == "kronecker"
-    assert flat["filter.covariance.columns"] == "within_class"
+    assert flat["filter.covariance.columns"] == "function"
+    assert flat["filter.logit_variance"] == 1000.0
+    assert flat["filter.p0"] is None
+    assert flat["filter.mean"] == "calibrated"
+    assert flat["filter.mean.gamma"] == 0.7
     assert flat["noise.process"] == "random_walk"
     assert flat["noise.process.q"] == 0.0
     assert flat["noise.observation"] == "ema"
     assert flat["noise.observation.beta"] == 0.9
-    assert flat["observation.0"] == "log_likelihood"
-    assert flat["observation.1.r0"] == 0.25
+    assert flat["observation.0"] == "categorical"
+    assert flat["observation.0.r0"] == 1.0
     assert flat["adapter.0"] == "class_residual"
+    assert flat["adapter.0.bias"] is True
     assert flat["seeds"] == "0,1"
     assert flat["data.classes"] == "a,b"
     assert flat["trainer.num_workers"] == 2
@@ -275,14 +284,18 @@ def test_overrides_are_yaml() -> None:
             "kalman",
             {
                 "method": "kalman",
-                "epochs": 4,
-                "adapter": (ClassResidual(),),
-                "observation": (LogLikelihood(r0=1.0), Cosine(r0=0.25)),
-                "covariance": Kronecker(columns="within_class", shrinkage=10.0),
-                "iterations": 6,
+                "epochs": 1,
+                "batch_size": 0,
+                "adapter": (ClassResidual(bias=True),),
+                "observation": (Categorical(r0=1.0),),
+                "covariance": Kronecker(columns="function", shrinkage=0.3, offset=0.01, bias=0.1),
+                "variance": (None, 1000.0, 2.0),
+                "mean": Calibrated(gamma=0.7, rise=0.5, fall=0.05),
+                "at_mode": True,
+                "iterations": 60,
                 "tempering": "none",
                 "r": Fixed(),
-                "posterior": PosteriorOptions(predict="linearised", tau_median=0.2, tau_spread=0.5),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=3e-4, tau_spread=1.5),
             },
         ),
         (
@@ -337,12 +350,16 @@ def test_filter_presets_are_what_their_comments_say(preset: str, expected: dict[
         "adapter": config.adapter,
         "observation": config.observation,
         "covariance": config.filter.covariance,
+        "at_mode": config.at_mode,
         "iterations": config.filter.iterations,
         "tempering": config.noise.tempering,
         "r": config.noise.observation,
         "posterior": config.posterior,
+        "batch_size": config.batch_size,
+        "variance": (config.filter.p0, config.filter.logit_variance, config.filter.logit_spread),
+        "mean": config.filter.mean,
     }
-    assert found == expected
+    assert {name: found[name] for name in expected} == expected
     assert config.noise.process == RandomWalk(q=0.0)
 
 
@@ -351,7 +368,8 @@ def test_gradient_presets_are_what_their_comments_say(preset: str) -> None:
     config = load_config(None, [f"preset={preset}"])
     assert config.method == config.preset == preset
     assert config.epochs == 30
-    assert config.adapter == load_config().adapter, "the same adapter"
+    assert config.adapter == (ClassResidual(),), "which beside a run is the run's, its bias included"
+    assert baseline_config(load_config(), preset).adapter == load_config().adapter == (ClassResidual(bias=True),)
     assert config.optimizer.schedule == {"adamw": "constant", "sgd": "cosine"}[preset]
     assert (config.optimizer.momentum == 0.9) or preset == "adamw"
 

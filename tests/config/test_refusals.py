@@ -99,7 +99,6 @@ def refusal(*settings: str, file: Path | None = None) -> str:
         ("trainer.name=..", ["leading dot"]),
         # lists
         ("adapter.5.width=3", ["adapter.5.width", "1 elements", "from 0"]),
-        ("observation.r0=3", ["observation.r0", "2 elements"]),
         ("adapter={width: 3}", ["adapter.0.width is an option of adapter.0=bottleneck", "adapter.0 is class_residual"]),
         # malformed
         ("shots", ["'shots' is neither"]),
@@ -113,6 +112,21 @@ def test_wrong_setting(setting: str, words: list[str]) -> None:
     sentence = refusal(setting)
     for word in words:
         assert word in sentence, sentence
+
+
+def test_one_of_several_elements_needs_its_number() -> None:
+    sentence = refusal("preset=kalman_diagonal", "observation.r0=3")
+    assert "observation.r0" in sentence
+    assert "2 elements" in sentence
+
+
+def test_a_variance_that_is_given_twice() -> None:
+    sentence = refusal("filter.p0=0.3")
+    assert "p0 is 0.3 and logit_variance 1000.0" in sentence
+    assert "set logit_variance=null and logit_spread=0 to give it to weights" in sentence
+    assert load_config(None, ["filter.p0=0.3", "filter.logit_variance=null", "filter.logit_spread=0"]).filter.p0 == 0.3
+    assert "set logit_variance=null to give it" in refusal("filter.p0=0.3", "filter.logit_spread=0")
+    assert "logit_spread is for a logit_variance" in refusal("filter.logit_variance=null")
 
 
 def test_bounds_of_choices() -> None:

@@ -87,8 +87,15 @@ class Deadly(Workload):
 
 
 def workload(*settings: str, **options: Any) -> Workload:
-    """Shots that are numbers, and fits of milliseconds; `options` are of the search."""
-    config = load_config(overrides=["epochs=2", "batch_size=6", "posterior.folds=2", "posterior.draws=4", *settings])
+    """Shots that are numbers, and fits of milliseconds; `options` are of the search.
+
+    Of the preset that advances together and whose weights have a variance, unless `settings` name another.
+    """
+    named = any(setting.startswith(("preset=", "method=")) for setting in settings)
+    preset = [] if named else ["preset=kalman_diagonal"]
+    config = load_config(
+        overrides=[*preset, "epochs=2", "batch_size=6", "posterior.folds=2", "posterior.draws=4", *settings]
+    )
     search = SearchOptions(**{"seeds": (0, 1), **options})
     shots = {seed: make_support(16, torch.float32, seed=10 + seed) for seed in search.seeds}
     return Workload(config, search, shots, class_embeddings(torch.float32), LOGIT_SCALE)

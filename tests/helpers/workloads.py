@@ -8,8 +8,12 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 
-# settings of a command slow enough to be caught in the middle: 4 classes, exact rows of a head of 65,536 weights
+# settings of a command slow enough to be caught in the middle: 4 classes, exact rows of a head of 65,536 weights,
+# linearised several times a step
 SLOW_RUN = (
+    "preset=kalman_diagonal",
+    "filter.covariance=kronecker",
+    "filter.iterations=6",
     "adapter=linear",
     "observation=categorical",
     "epochs=40",

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # Trials of a quarter of a second: slow enough to be caught in the middle, and 24 of them.
 SEARCH: dict[str, Any] = {
+    "preset": "kalman_diagonal",
+    "filter": {"covariance": "kronecker", "iterations": 6},
     "epochs": 20,
     "batch_size": 8,
     "adapter": "linear",

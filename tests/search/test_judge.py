@@ -105,6 +105,16 @@ def test_trials_of_several_shapes_keep_their_order() -> None:
         assert other.objective == pytest.approx(one.objective, rel=1e-4)
 
 
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_the_default_is_judged_by_the_same_objectives(fitter: Fitter) -> None:
+    work = workload("preset=kalman", "filter.logit_spread=0", objective=BOTH)
+    few, many = judged([{"filter.logit_variance": v} for v in (10.0, 1000.0)], work, fitter)
+    for one in (few, many):
+        assert one.reason is None
+        assert all(isfinite(value) for value in one.objective.values())
+    assert few.objective != many.objective
+
+
 def test_gradient_methods_are_judged_by_held_out_shots() -> None:
     work = workload("method=adamw", objective=("held_out_nll", "held_out_accuracy"))
     slow, fast = judged([{"optimizer.lr": 1e-6}, {"optimizer.lr": 1e-2}], work)

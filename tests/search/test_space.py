@@ -19,14 +19,15 @@ CONDITIONAL = {
 
 
 def checked(raw: dict, *settings: str) -> Space:
+    """Of a preset with a variance of weights and two observations, unless a method brings its own."""
     space = parse_space(raw)
-    space.check(load_config(overrides=settings))
+    space.check(load_config(overrides=settings or ("preset=kalman_diagonal",)))
     return space
 
 
 @pytest.fixture(scope="module")
 def base() -> Config:
-    return load_config()
+    return load_config(overrides=["preset=kalman_diagonal"])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,16 @@ def test_a_condition_that_cannot_hold_is_refused(raw: dict, says: str) -> None:
     with pytest.raises(UsageError, match=r"^space\.") as refusal:
         checked(raw)
     assert says in str(refusal.value)
+
+
+def test_the_default_is_searched_by_the_variance_of_its_logits() -> None:
+    raw = {"filter.logit_variance": {"low": 30.0, "high": 3e4, "log": True}, "filter.mean.gamma": {"low": 0, "high": 1}}
+    config = load_config(overrides=["filter.logit_spread=0"])
+    space = parse_space(raw)
+    space.check(config)
+    assert space.point(config) == {"filter.logit_variance": 1000.0, "filter.mean.gamma": 0.7}
+    with pytest.raises(UsageError, match=r"^space\.filter\.p0 cannot be 0\.01: .* given twice"):
+        parse_space({"filter.p0": P0}).check(config)
 
 
 def test_what_the_method_does_not_look_at_is_refused() -> None:

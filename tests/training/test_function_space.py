@@ -131,6 +131,7 @@ def test_so_it_has_for_other_adapters_and_families(adapter, covariance):
         f"adapter={adapter}",
         "preset=kalman_diagonal",
         f"filter.covariance={covariance}",
+        "filter.p0=null",
         "filter.logit_variance=0.01",
     ]
     support, texts = made(2)
@@ -285,7 +286,7 @@ def test_other_settings_over_the_default_keep_its_prior(overrides):
 
 
 def test_a_variance_given_twice_is_refused_and_one_of_weights_is_taken():
-    with pytest.raises(UsageError, match="given twice; set logit_variance=null"):
+    with pytest.raises(UsageError, match="given twice; set logit_variance=null and logit_spread=0"):
         load_config(overrides=["method=kalman", "filter.p0=0.1"])
     support, texts = made(3)
     weights = ("filter.p0=0.02", "filter.logit_variance=null", "filter.logit_spread=0")

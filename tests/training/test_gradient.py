@@ -94,7 +94,7 @@ def test_optimiser_options_out_of_range_are_refused(options, says):
     ("options", "says"),
     [
         ({"epochs": -1}, "epochs is -1"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
         ({"adapter": ()}, "adapter is empty"),
         ({"observation": ()}, "observation is empty"),
     ],

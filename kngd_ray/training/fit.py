@@ -14,7 +14,7 @@ from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
-from kngd_ray.training.informing import inform
+from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import P0, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, head_state, load_head
 from kngd_ray.training.options import FitOptions
@@ -148,8 +148,10 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     """
     head = build_head(task, device)
     if task.prior is None:
-        method = build_method(task, head, group)
         shots = task.to(device).support
+        if isinstance(head, CLIPHead) and isinstance(shots, Support):
+            centre(head, shots)
+        method = build_method(task, head, group)
         if isinstance(method, KalmanNGD) and isinstance(shots, Support):
             inform(method, task.options.filter, shots)
         return method

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
+from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition
 from kngd_ray.filters.unchecked import unchecked
@@ -33,7 +34,7 @@ from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch, Support
 from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.method import StepStats
+from kngd_ray.training.method import StepStats, centres
 from kngd_ray.training.observing import BatchSeen
 from kngd_ray.training.options import OptimizerOptions
 
@@ -66,6 +67,7 @@ class _Given(NamedTuple):
     inputs: Tensor
     labels: Tensor
     uniforms: list[Tensor]
+    centres: dict[str, Tensor]
 
 
 class _Figures(NamedTuple):
@@ -115,8 +117,8 @@ class _Trial:
 def shape_of(task: FitTask) -> Hashable | None:
     """What fits must have in common to advance together.
 
-    They may differ in numbers (``filter.p0``, ``observation.*.r0``, ``noise.observation.beta``), in the process model
-    and its numbers, in seed, in prior, and in shots of the same count.
+    They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``,
+    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots of the same count.
 
     Args:
         task: a fit.
@@ -136,7 +138,7 @@ def shape_of(task: FitTask) -> Hashable | None:
     alike = replace(
         options,
         observation=tuple(replace(model, r0=1.0) for model in options.observation),
-        filter=replace(options.filter, p0=1.0),
+        filter=replace(options.filter, p0=1.0, logit_variance=options.filter.logit_variance and 1.0),
         noise=replace(
             options.noise,
             process=RandomWalk(),  # of any kind, it is three numbers a step
@@ -224,9 +226,10 @@ def _tried(
 ) -> tuple[_State, Sequence[_Figures | None]] | None:
     """One step of all trials at once; None where an operation refused, of one of them, and does not say of which."""
     leader, first = trials[0].method, batches[0]
-    transitions = [trial.options.noise.process.transition(first.step, trial.options.filter.p0) for trial in trials]
+    transitions = [trial.options.noise.process.transition(first.step, trial.method.p0) for trial in trials]
     noises = [trial.options.noise.observation for trial in trials]
     uniforms = [trial.method.observer.uniforms(batch) for trial, batch in zip(trials, batches, strict=True)]
+    own = [centres(trial.method.head) if isinstance(trial.method.head, CLIPHead) else {} for trial in trials]
     given = _Given(
         anchor=torch.stack([trial.anchor for trial in trials]),
         transition=state[_MU].new_tensor(transitions),
@@ -234,6 +237,7 @@ def _tried(
         inputs=torch.stack([batch.inputs for batch in batches]),
         labels=torch.stack([batch.labels for batch in batches]),
         uniforms=[torch.stack(of_model) for of_model in zip(*uniforms, strict=True)],
+        centres={name: torch.stack([of_head[name] for of_head in own]) for name in own[0]},
     )
     still = all(transition == _STILL for transition in transitions)
     try:
@@ -265,12 +269,12 @@ def _advance(
     batch = replace(like, inputs=given.inputs, labels=given.labels)
 
     def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
-        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters), batch.inputs)
+        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters) | given.centres, batch.inputs)
         return observer.look(passed, batch, given.uniforms, r, displaced)
 
     scores = belief.mu.new_zeros(0)
     if batch.scored:
-        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters), batch.inputs)
+        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters) | given.centres, batch.inputs)
         scores = leader.log_predictive(belief, passed, batch)
     done = leader.condition(belief, observe)
     noise = observer.learned(r, done.seen, done.outcome, _with_beta(observer.noise_model, given.beta))

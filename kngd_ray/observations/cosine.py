@@ -13,13 +13,13 @@ from kngd_ray.observations._model import Noisy, Observation
 class Cosine(Noisy):
     """h = cos(image, text of its class) = l_y / s, target 1, one row per sample.
 
-    With logit scale s a sample pulls its own logit by ``(1 - cos) / (s R)``. So a given R is a weak pull on one CLIP and a
+    With logit scale s a sample pulls its own logit by ``(1 - cos) / (s R)``. A given R is a weak pull on one CLIP and a
     strong one on another; ``R = r0 / s`` is the same pull ``(1 - cos) / r0`` on each.
 
     Attributes:
         kind: the model's name.
         r0: noise variance.
-        per: what it is the variance of: ``cosine``, or ``logit``, a cosine times the root of the logit scale.
+        per: ``cosine`` takes it as R; ``logit`` takes R = r0 / s.
     """
 
     kind: Literal["cosine"] = "cosine"

@@ -1,8 +1,8 @@
 """What a fit takes from its shots before the first step: the prior.
 
-Four things, each only where the options ask for it: what features are measured from (``centred``), how far the zero-shot
-logits are believed (``filter.mean``), with what the outputs of a layer may vary (``filter.covariance.columns``), and by
-how much (``filter.logit_variance``).
+Four things, each only where the options ask for it: what features are measured from (``centred``), how far the
+zero-shot logits are believed (``filter.mean``), with what the outputs of a layer may vary
+(``filter.covariance.columns``), and by how much (``filter.logit_variance``).
 """
 
 from math import log

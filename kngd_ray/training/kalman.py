@@ -127,8 +127,9 @@ class KalmanNGD:
         self.family = prior.covariance
         self.p0 = prior.p0
         self._place(prior)
-        at_mode = options.at_mode and isinstance(head, CLIPHead)
-        self.to_mode = ModeStep(head, self.filter, prior) if at_mode else None
+        self.to_mode: ModeStep | None = None
+        if options.at_mode and isinstance(head, CLIPHead):
+            self.to_mode = ModeStep(head, self.filter, prior)
         self.noise = self.observer.initial_noise(self.belief.mu)
 
     def _place(self, prior: FilterOptions) -> None:

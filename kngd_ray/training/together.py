@@ -118,7 +118,7 @@ def shape_of(task: FitTask) -> Hashable | None:
     """What fits must have in common to advance together.
 
     They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``,
-    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots of the same count.
+    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots of one count.
 
     Args:
         task: a fit.

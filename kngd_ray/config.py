@@ -23,8 +23,7 @@ import yaml
 
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
 from kngd_ray._yaml import LimitError, plain_data, read_text
-from kngd_ray.clip import ModelConfig
-from kngd_ray.clip.adapters import ClassResidual
+from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest
 from kngd_ray.training.options import FitOptions
@@ -160,42 +159,10 @@ class Config(FitOptions):
                 "protocol is cdg without targets; name the data sets to test on: targets=[flowers.parquet]"
             )
         if self.model.precomputed:
-            self._check_without_towers()
+            prompts = self.data.templates != DataConfig.templates
+            check_without_towers(self.model, self.tune, self.adapter, prompts=prompts, protocol=self.protocol)
         if self.targets and self.protocol != "cdg":
             raise ValueError(f"targets are for protocol=cdg, and protocol is {self.protocol}; leave one of them out")
-
-    def _check_without_towers(self) -> None:
-        """Refuse what needs towers where features are given.
-
-        Raises:
-            ValueError: towers are to be trained, or texts to be encoded.
-        """
-        if self.tune.images:
-            raise ValueError(
-                f"tune.parameters is {self.tune.parameters}, which trains towers, and model.name=precomputed has none: "
-                "set tune.parameters=adapter, or model.name to a CLIP model and data.path to pictures"
-            )
-        if self.data.templates != DataConfig.templates:
-            raise ValueError(
-                "data.templates are prompts for a text tower, which model.name=precomputed has none of: leave them "
-                "out, and make model.class_embeddings from them"
-            )
-        if self.protocol == "cdg":
-            raise ValueError(
-                "protocol is cdg, whose targets have classes of their own that a text tower has to encode, and "
-                "model.name=precomputed has none: take another protocol, or a CLIP model and pictures"
-            )
-        if self.model.class_embeddings is not None:
-            return
-        if self.protocol == "bng":
-            raise ValueError(
-                "protocol is bng, which tells new classes apart by their texts: give model.class_embeddings"
-            )
-        if not any(isinstance(adapter, ClassResidual) for adapter in self.adapter):
-            raise ValueError(
-                f"adapter is {', '.join(a.kind for a in self.adapter) or 'none'}, which adapts class embeddings or "
-                "features to them, and there are no model.class_embeddings: give them, or set adapter=class_residual"
-            )
 
     @property
     def fit_options(self) -> FitOptions:

@@ -143,6 +143,7 @@ PUBLIC = {
         "PrecomputedModel",
         "RandomResizedCrop",
         "TuneOptions",
+        "check_without_towers",
         "given_precomputed",
         "load_model",
         "load_precomputed",

@@ -1,7 +1,7 @@
 """CLIP models, prompts, the zero-shot head, the adapters on it, and the towers' own training."""
 
 from kngd_ray.clip._augment import RandomResizedCrop
-from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
+from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers
 from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
@@ -24,6 +24,7 @@ __all__ = [
     "PrecomputedModel",
     "RandomResizedCrop",
     "TuneOptions",
+    "check_without_towers",
     "given_precomputed",
     "load_model",
     "load_precomputed",

@@ -1,8 +1,12 @@
 """Which model a run learns on: a CLIP model and its weights, or features that were computed elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+
+from kngd_ray.clip._tuning import TuneOptions
+from kngd_ray.clip.adapters import AdapterConfig, ClassResidual
 
 EMBEDDED = "embedded"
 PRECOMPUTED = "precomputed"
@@ -59,6 +63,47 @@ class ModelConfig:
         if self.class_embeddings is not None:
             found = replace(found, class_embeddings=_absolute(self.class_embeddings))
         return found
+
+
+def check_without_towers(
+    model: ModelConfig, tune: TuneOptions, adapters: Sequence[AdapterConfig], *, prompts: bool, protocol: str
+) -> None:
+    """Refuse what needs towers, or class embeddings, where features are given without them.
+
+    Args:
+        model: Precomputed.
+        tune: What is trained.
+        adapters: On which embeddings.
+        prompts: Whether templates are given.
+        protocol: What is tested beside.
+
+    Raises:
+        ValueError: Towers are to be trained, texts to be encoded, or class embeddings that are not there adapted.
+    """
+    if tune.images:
+        raise ValueError(
+            f"tune.parameters is {tune.parameters}, which trains towers, and model.name=precomputed has none: set "
+            "tune.parameters=adapter, or model.name to a CLIP model and data.path to pictures"
+        )
+    if prompts:
+        raise ValueError(
+            "data.templates are prompts for a text tower, which model.name=precomputed has none of: leave them out, "
+            "and make model.class_embeddings from them"
+        )
+    if protocol == "cdg":
+        raise ValueError(
+            "protocol is cdg, whose targets have classes of their own that a text tower has to encode, and "
+            "model.name=precomputed has none: take another protocol, or a CLIP model and pictures"
+        )
+    if model.class_embeddings is not None:
+        return
+    if protocol == "bng":
+        raise ValueError("protocol is bng, which tells new classes apart by their texts: give model.class_embeddings")
+    if not any(isinstance(adapter, ClassResidual) for adapter in adapters):
+        raise ValueError(
+            f"adapter is {', '.join(a.kind for a in adapters) or 'none'}, which moves features or class embeddings to "
+            "one another, and there are no model.class_embeddings: give them, or set adapter=class_residual"
+        )
 
 
 def _absolute(path: str) -> str:

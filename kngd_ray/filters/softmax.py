@@ -37,7 +37,7 @@ _LEAST = 1e-12  # probability
 _ROUNDED = 1e-12  # of the objective: float64 sums of many terms
 _RANK = 1e-12  # of the largest variance of a feature: below, a direction is rounding
 _SWEEPS = 30
-_SETTLED = 1e-6  # relative change of the variances in a sweep
+_SETTLED = 1e-10  # relative change of the variances in a sweep
 
 
 @dataclass(frozen=True)

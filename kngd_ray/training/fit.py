@@ -105,7 +105,7 @@ def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
     """
     if task.towers is None:
         head = CLIPHead(task.class_embeddings, task.logit_scale, task.options.adapter, task.seed)
-        return head.to(device)
+        return head.to(device, task.class_embeddings.dtype)
     return CLIPNetwork(
         load_model(task.towers.model, device),
         task.towers.class_names,

@@ -1,0 +1,182 @@
+"""The mode and the covariance of a linear softmax classifier, against an optimiser and a dense posterior."""
+
+from math import log, pi
+
+import pytest
+import torch
+from helpers.compare import max_error
+from torch.nn.functional import cross_entropy, one_hot
+
+from kngd_ray.errors import FilterError
+from kngd_ray.filters import Classified, condition_softmax, softmax_modes
+from kngd_ray.filters.softmax import nearest_product
+
+ROWS, COLUMNS, SCALE = 5, 6, 7.0  # classes, inputs, logit scale
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def covariance(n: int, seed: int) -> torch.Tensor:
+    X = torch.randn(n, n + 2, dtype=torch.float64, generator=rng(seed))
+    return X @ X.mT / n
+
+
+def batch(N: int, seed: int = 0, noise: float = 1.0) -> Classified:
+    g = rng(seed)
+    x = torch.randn(N, COLUMNS, dtype=torch.float64, generator=g)
+    logits = 3 * torch.randn(N, ROWS, dtype=torch.float64, generator=g)
+    return Classified(x, logits, torch.randint(ROWS, (N,), generator=g), SCALE, noise)
+
+
+def by_lbfgs(B: torch.Tensor, A: torch.Tensor, seen: Classified) -> torch.Tensor:
+    """W - W^- at the mode, by an optimiser that knows nothing of filters."""
+    roots = torch.linalg.cholesky(B), torch.linalg.cholesky(A)
+    U = torch.zeros(ROWS, COLUMNS, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [U], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = seen.logits + seen.scale * seen.x @ (roots[0] @ U @ roots[1].mT).mT
+        loss = cross_entropy(logits, seen.labels, reduction="sum") / seen.noise + 0.5 * U.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (roots[0] @ U @ roots[1].mT).detach()
+
+
+@pytest.mark.parametrize("N", [1, 4, 30])  # fewer samples than inputs, and more
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+@pytest.mark.parametrize("rows", ["identity", "any"])
+def test_the_mean_is_the_mode(N, noise, rows):
+    B = 0.4 * torch.eye(ROWS, dtype=torch.float64) if rows == "identity" else covariance(ROWS, 1)
+    A, seen = covariance(COLUMNS, 2), batch(N, 3, noise)
+    found = condition_softmax(B, A, seen, tolerance=1e-9, linearisations=60)
+    assert found.settled
+    logits = [seen.scale * seen.x @ step.mT for step in (found.step, by_lbfgs(B, A, seen))]
+    assert max_error(*logits) < 1e-5
+
+
+def test_wide_priors_and_separable_labels_settle():
+    """The case that overshoots without halved steps: labels that fit, a prior that lets logits go far."""
+    seen = batch(20, 5)
+    found = condition_softmax(
+        1e4 * torch.eye(ROWS, dtype=torch.float64), covariance(COLUMNS, 2), seen, tolerance=1e-6, linearisations=100
+    )
+    assert found.settled
+    assert bool(torch.isfinite(found.step).all())
+
+
+def test_a_constant_added_to_all_logits_of_a_sample_changes_nothing():
+    B, A, seen = covariance(ROWS, 1), covariance(COLUMNS, 2), batch(12, 4)
+    moved = Classified(seen.x, seen.logits + 25 * torch.rand(12, 1, dtype=torch.float64), seen.labels, SCALE)
+    one, other = (condition_softmax(B, A, s, tolerance=1e-9, linearisations=60) for s in (seen, moved))
+    assert max_error(one.step, other.step) < 1e-7
+    assert max_error(one.B, other.B) < 1e-7
+    assert max_error(one.A, other.A) < 1e-7
+    assert one.log_evidence == pytest.approx(other.log_evidence, abs=1e-7)
+
+
+def dense_precision(B: torch.Tensor, A: torch.Tensor, seen: Classified, p: torch.Tensor) -> torch.Tensor:
+    H = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+    data = torch.einsum("nab,ni,nj->aibj", H, seen.x, seen.x).reshape(ROWS * COLUMNS, ROWS * COLUMNS)
+    return torch.kron(torch.linalg.inv(B), torch.linalg.inv(A)) + seen.scale**2 / seen.noise * data
+
+
+def divergence(B: torch.Tensor, A: torch.Tensor, precision: torch.Tensor) -> float:
+    """KL(N(0, B x A) || N(0, precision^-1)), nats."""
+    P = torch.kron(B, A)
+    return float(0.5 * ((precision @ P).trace() - len(P) - torch.linalg.slogdet(precision @ P).logabsdet))
+
+
+def test_the_covariance_is_the_nearest_product():
+    B, A, seen = covariance(ROWS, 1), covariance(COLUMNS, 2), batch(9, 3, 2.0)
+    p = seen.logits.softmax(1)
+    B_new, A_new, log_det = nearest_product(B, A, seen, p)
+    precision = dense_precision(B, A, seen, p)
+    best = divergence(B_new, A_new, precision)
+    assert best < 0.5 * divergence(B, A, precision)
+    for n in range(20):  # no product near it is nearer
+        other_B = B_new + 1e-3 * covariance(ROWS, 10 + n) * (-1) ** n * B_new.diagonal().mean()
+        other_A = A_new + 1e-3 * covariance(COLUMNS, 50 + n) * (-1) ** (n // 2) * A_new.diagonal().mean()
+        assert divergence(other_B, other_A, precision) > best - 1e-9
+    expected = 0.5 * (torch.linalg.slogdet(torch.kron(B_new, A_new))[1] - torch.linalg.slogdet(torch.kron(B, A))[1])
+    assert log_det == pytest.approx(float(expected), abs=1e-8)
+
+
+def test_the_covariance_is_exact_where_it_is_a_product():
+    """One input direction and a prior of one: the posterior over the rows is all there is."""
+    B, A = covariance(ROWS, 1), torch.ones(1, 1, dtype=torch.float64)
+    seen = batch(8, 3)
+    seen = Classified(seen.x[:, :1], seen.logits, seen.labels, SCALE)
+    p = seen.logits.softmax(1)
+    B_new, A_new, _ = nearest_product(B, A, seen, p)
+    H = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+    expected = torch.linalg.inv(torch.linalg.inv(B) + SCALE**2 * (seen.x.square().unsqueeze(2) * H).sum(0))
+    assert max_error(B_new * A_new, expected) < 1e-6
+
+
+def test_the_evidence_is_laplaces():
+    """Of one weight, where the product is exact: log p(y | f) - |u|^2 / 2 + (log P - log P^-) / 2, at the mode."""
+    B, A = torch.eye(2, dtype=torch.float64), torch.full((1, 1), 0.3, dtype=torch.float64)
+    x = torch.tensor([[1.0], [-0.5], [2.0]], dtype=torch.float64)
+    seen = Classified(x, torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0, 1, 0]), 2.0)
+    found = condition_softmax(B, A, seen, tolerance=1e-10, linearisations=60)
+    grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
+    # the difference of the two logits is all that matters: its prior variance is 2 s^2 x^2 A
+    d = grid * (2 * 0.3) ** 0.5
+    signs = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
+    log_joint = torch.nn.functional.logsigmoid(signs[:, None] * 2.0 * x * d).sum(0) - 0.5 * grid.square()
+    exact = torch.logsumexp(log_joint, 0) + log(24 / 40_000) - 0.5 * log(2 * pi)
+    assert found.log_evidence == pytest.approx(float(exact), abs=0.05)
+
+
+def test_modes_under_several_variances_are_those_of_each():
+    A, seen = covariance(COLUMNS, 2), batch(10, 3)
+    other = torch.randn(4, COLUMNS, dtype=torch.float64, generator=rng(9))
+    variances = (0.1, 1.0, 30.0)
+    found = softmax_modes(variances, A, seen, other, tolerance=1e-9, linearisations=60)
+    for v, moved in zip(variances, found, strict=True):
+        one = condition_softmax(v * torch.eye(ROWS, dtype=torch.float64), A, seen, tolerance=1e-9, linearisations=60)
+        assert max_error(moved, SCALE * other @ one.step.mT) < 1e-6
+
+
+def test_no_sample_changes_nothing():
+    B, A = covariance(ROWS, 1), covariance(COLUMNS, 2)
+    found = condition_softmax(B, A, batch(0), tolerance=1e-6, linearisations=5)
+    assert not found.step.any()
+    assert torch.equal(found.B, B)
+    assert torch.equal(found.A, A)
+
+
+def test_what_is_not_finite_is_refused():
+    seen = batch(3)
+    seen.x[1, 2] = float("nan")
+    with pytest.raises(FilterError, match="NaN or infinite"):
+        condition_softmax(covariance(ROWS, 1), covariance(COLUMNS, 2), seen, tolerance=1e-6, linearisations=5)
+
+
+def test_float32_ends_where_float64_does():
+    B, A, seen = 50 * torch.eye(ROWS), covariance(COLUMNS, 2), batch(40, 3)
+    wide = condition_softmax(B.double(), A, seen, tolerance=1e-9, linearisations=60)
+    narrow = Classified(seen.x.float(), seen.logits.float(), seen.labels, SCALE)
+    found = condition_softmax(B, A.float(), narrow, tolerance=1e-3, linearisations=60)
+    assert found.step.dtype == found.B.dtype == torch.float32
+    logits = [SCALE * seen.x @ step.double().mT for step in (found.step, wide.step)]
+    assert max_error(*logits) < 1e-3
+
+
+def test_each_label_is_more_likely_than_before():
+    seen = batch(15, 8)
+    found = condition_softmax(
+        torch.eye(ROWS, dtype=torch.float64), covariance(COLUMNS, 2), seen, tolerance=1e-6, linearisations=60
+    )
+    after = seen.logits + SCALE * seen.x @ found.step.mT
+    assert float(cross_entropy(after, seen.labels)) < float(cross_entropy(seen.logits, seen.labels))
+    residual = one_hot(seen.labels, ROWS).double() - after.softmax(1)
+    expected = SCALE * residual.mT @ seen.x @ covariance(COLUMNS, 2)
+    assert max_error(found.step, expected) < 1e-5

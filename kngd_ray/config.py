@@ -246,9 +246,7 @@ def baseline_config(config: Config, method: str) -> Config:
     """
     shared = plain(replace(config, tracking=replace(config.tracking, registered_model=None)))
     task = ("data", "model", "posterior", "protocol", "targets", "trainer", "tracking")
-    kept = ["seeds", "prior", "tune", "adapter", *task]
-    if config.batch_size:  # a filter may take all shots in one step; a gradient method would hardly move
-        kept.append("batch_size")
+    kept = ("seeds", "prior", "batch_size", "tune", "adapter", *task)
     return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
 
 

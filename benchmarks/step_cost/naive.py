@@ -22,7 +22,7 @@ class NaiveRows:
 
     def __init__(self, head: CLIPHead, observation: Sequence[Model]) -> None:
         self.head = head
-        self.P = torch.full_like(flatten(trainable(head)), FilterOptions().p0)
+        self.P = torch.full_like(flatten(trainable(head)), FilterOptions().weight_variance)
         self._observation = observation
 
     def step(self, batch: Batch) -> StepStats:

@@ -86,7 +86,7 @@ def _model(config: Config, prepared: Prepared, steps: int) -> str:
         f"- {source}, fingerprint `{model.fingerprint[:16]}`",
         f"- {trained}; adapters: {adapters}",
         f"- method: {config.method}, preset {_plain(Path(str(config.preset)).name)}, {steps} steps of up to "
-        f"{config.batch_size or 'all'} {of}, {config.epochs} passes",
+        f"{config.batch or 'all'} {of}, {config.epochs} passes",
         *(
             []
             if config.prior is None

@@ -133,7 +133,7 @@ def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[Fi
 def _prequential(task: FitTask) -> FitTask:
     """The task in the order in which its labels can be predicted, in batches enough to have something to learn from."""
     options = task.options
-    batch_size = min(options.batch_size or len(task.support), -(-len(task.support) // _BATCHES))
+    batch_size = min(options.batch or len(task.support), -(-len(task.support) // _BATCHES))
     return replace(task, options=replace(options, batch_size=batch_size), prequential=True)
 
 

@@ -119,12 +119,12 @@ def decided_task(task: FitTask) -> FitTask:
         The fit.
     """
     prior = task.options.filter
-    if task.options.method != "kalman" or task.prior is not None or not prior.logit_spread:
+    if not task.options.at_mode or task.prior is not None or not prior.logit_spread:
         return task
     assert isinstance(task.support, Support)
     head = build_head(task)
     assert isinstance(head, CLIPHead)
-    _, variance = decided(head, prior, task.support)
+    _, variance = decided(head, prior, task.support, at_mode=True)
     fixed = replace(prior, logit_variance=variance, logit_spread=0.0)
     return replace(task, options=replace(task.options, filter=fixed))
 

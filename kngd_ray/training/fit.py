@@ -67,7 +67,7 @@ class FitTask:
     def sampler(self) -> BatchSampler:
         """The batches of this fit."""
         options = self.options
-        return BatchSampler(self.support, options.batch_size, options.epochs, self.seed, prequential=self.prequential)
+        return BatchSampler(self.support, options.batch, options.epochs, self.seed, prequential=self.prequential)
 
     def to(self, device: torch.device | str) -> "FitTask":
         """The same fit with its shots on another device."""

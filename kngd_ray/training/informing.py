@@ -51,8 +51,8 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
     """
     head = method.head
     assert isinstance(head, CLIPHead)
-    gamma, chosen = decided(head, options, shots)
-    covariance, p0 = _measured(method, shots), options.p0
+    gamma, chosen = decided(head, options, shots, at_mode=method.to_mode is not None)
+    covariance, p0 = _measured(method, shots), options.weight_variance
     if chosen is not None and len(shots):
         unit = _variance_of_logits(method, covariance, shots)
         if unit > 0:
@@ -61,13 +61,14 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
     method.begin_at(covariance, gamma=gamma, p0=p0)
 
 
-def decided(head: CLIPHead, options: FilterOptions, shots: Support) -> tuple[float, float | None]:
+def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: bool) -> tuple[float, float | None]:
     """What shots decide of a prior by numbers.
 
     Args:
         head: untrained.
         options: of the filter.
         shots: all of the fit.
+        at_mode: whether the fit goes to its mode.
 
     Returns:
         Gamma, and the prior variance of a logit in nats^2; None where the options give it to weights.
@@ -75,7 +76,7 @@ def decided(head: CLIPHead, options: FilterOptions, shots: Support) -> tuple[flo
     with torch.no_grad():
         logits = torch.cat([head(features) for features in shots.features.split(_AT_ONCE)])
     gamma = options.mean.factor(logits, shots.labels)
-    if not options.logit_spread or not len(shots) or single(shots.labels):
+    if not (at_mode and options.logit_spread and len(shots)) or single(shots.labels):
         return gamma, options.logit_variance
     return gamma, likeliest_variance(head, options, shots, gamma * logits)
 

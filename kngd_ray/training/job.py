@@ -103,7 +103,7 @@ def run_fits(
                 raise
             said = next(iter(str(error).splitlines()), "").rstrip(".")  # Python's own MemoryError says nothing
             said = f" ({said})" if said else ""
-            count = task.options.batch_size or len(task.support)
+            count = task.options.batch or len(task.support)
             reason = f"step of {count} samples does not fit into memory{said}: {_thriftier(task.options)}."
             if group.world_size > 1:  # the other ranks wait for this one: the job ends
                 raise KngdError(f"the fit {name}: a {reason}") from error

@@ -125,7 +125,7 @@ class KalmanNGD:
         self.observer = Observer(head, options, seed, self.group)
         prior = options.filter
         self.family = prior.covariance
-        self.p0 = prior.p0
+        self.p0 = prior.weight_variance
         self._place(prior)
         self.to_mode: ModeStep | None = None
         if options.at_mode and isinstance(head, CLIPHead):
@@ -137,7 +137,7 @@ class KalmanNGD:
         self._anchor = flatten(self.parameters)
         self.filter = ShardedFilter(self.family, self.observer.layers, self.group, prior.gate, prior.serial)
         self.placed: Placed[Any] = self.filter
-        self.belief = self.filter.init(self._anchor, prior.p0)
+        self.belief = self.filter.init(self._anchor, prior.weight_variance)
 
     def begin_at(self, covariance: Covariance, *, gamma: float, p0: float) -> None:
         """Start from a prior that shots have informed, before the first step.

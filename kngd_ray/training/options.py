@@ -24,6 +24,9 @@ from kngd_ray.filters import (
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model
 from kngd_ray.training.losses import CrossEntropy, Loss
 
+_P0 = 0.1
+_BATCH = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
@@ -31,11 +34,12 @@ class FilterOptions:
 
     Attributes:
         covariance: covariance family.
-        p0: prior variance of every weight around its initial value; of a tower's own weights, see `towers`.
+        p0: prior variance of every weight around its initial value; of a tower's own weights, see `towers`. None is
+            0.1, or what `logit_variance` asks for.
         logit_variance: prior variance of a logit around its mean over the shots, nats^2, in the place of `p0`, which
             follows from it and the shots: the same on any CLIP, whatever its logit scale. None takes `p0`.
-        logit_spread: standard deviation of log `logit_variance` under a log-normal prior: it is then the median, and
-            folds over the shots choose; 0 keeps it. For a class residual that is fitted to its mode.
+        logit_spread: standard deviation of log `logit_variance` under a log-normal prior: where fits go to their mode
+            (``FitOptions.at_mode``) it is the median, and folds over the shots choose; 0 keeps it.
         mean: how much of the zero-shot logits is believed a priori.
         towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
             layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.
@@ -49,7 +53,7 @@ class FilterOptions:
     """
 
     covariance: CovarianceFamily = field(default_factory=Diagonal)
-    p0: float = 0.1
+    p0: float | None = None
     logit_variance: float | None = None
     logit_spread: float = 0.0
     mean: PriorMean = field(default_factory=ZeroShot)
@@ -60,8 +64,13 @@ class FilterOptions:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.p0 > 0:
+        if self.p0 is not None and not self.p0 > 0:
             raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
+        if self.p0 is not None and self.logit_variance is not None:
+            raise ValueError(
+                f"p0 is {self.p0} and logit_variance {self.logit_variance}: the prior's variance is given twice; set "
+                "logit_variance=null to give it to weights, or leave p0 out"
+            )
         if self.logit_variance is not None and not (isfinite(self.logit_variance) and self.logit_variance > 0):
             raise ValueError(f"logit_variance is {self.logit_variance}; a prior variance must be finite and above 0")
         if not self.logit_spread >= 0:
@@ -78,6 +87,11 @@ class FilterOptions:
             )
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; a step linearises at least once")
+
+    @property
+    def weight_variance(self) -> float:
+        """Prior variance of a weight as far as the options give it: `p0`, or where the shots will say it, 0.1."""
+        return _P0 if self.p0 is None else self.p0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +145,7 @@ class FitOptions:
     Attributes:
         method: the optimiser.
         epochs: passes over the support set.
-        batch_size: global batch, all ranks together; 0 is all shots.
+        batch_size: global batch, all ranks together; 0 is all shots where fits go to their mode, else 32.
         tune: what is trained beside the adapters: nothing, LoRA in the towers, or the towers' own weights.
         adapter: adapters on the towers' embeddings, applied in this order.
         observation: observation models, their rows stacked.
@@ -167,12 +181,6 @@ class FitOptions:
                 "none to average with; set alpha=1, or take the linear or class_residual adapter"
             )
         self._check_towers()
-        if self.filter.logit_spread and not self.at_mode:
-            raise ValueError(
-                "filter.logit_spread needs fits that go to their mode: adapter=class_residual alone, one observation "
-                "(categorical or log_likelihood), filter.covariance=kronecker without a gate, filter.iterations above "
-                "1; leave it out, or set it to 0"
-            )
         unlikely = all(model.likelihood is None for model in self.observation)
         if isinstance(self.noise.observation, LikelihoodNoise) and unlikely:
             raise ValueError(
@@ -186,6 +194,11 @@ class FitOptions:
         if self.method == "kalman":
             return any(model.pairs for model in self.observation)
         return self.optimizer.loss.pairs
+
+    @property
+    def batch(self) -> int:
+        """Shots of a batch; 0 is all of them."""
+        return self.batch_size or (0 if self.at_mode else _BATCH)
 
     @property
     def at_mode(self) -> bool:

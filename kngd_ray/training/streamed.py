@@ -49,9 +49,9 @@ class StreamedKalmanNGD(KalmanNGD):
             p.data = piece.view_as(p)
         self.streamed = StreamedFilter(self.family, self.observer.layers, self.group, prior.gate, self._units(prior))
         self.placed = self.streamed
-        self.belief = self.streamed.init(mu, prior.p0)
+        self.belief = self.streamed.init(mu, prior.weight_variance)
         # mu_0 is a third copy of theta: only a process that returns to it has to pay for it
-        returns = self._options.noise.process.transition(0, prior.p0).decay != 1.0
+        returns = self._options.noise.process.transition(0, prior.weight_variance).decay != 1.0
         self._anchor = mu.clone() if returns else mu
 
     def _units(self, prior: FilterOptions) -> dict[str, float]:
@@ -59,7 +59,7 @@ class StreamedKalmanNGD(KalmanNGD):
         if self._options.tune.parameters != "full":
             return {}
         return {
-            name: prior.towers * max(float(p.detach().square().mean()), _LEAST) / prior.p0
+            name: prior.towers * max(float(p.detach().square().mean()), _LEAST) / prior.weight_variance
             for name, p in self.parameters.items()
             if name.startswith(_TOWERS)
         }

@@ -138,7 +138,7 @@ def shape_of(task: FitTask) -> Hashable | None:
     alike = replace(
         options,
         observation=tuple(replace(model, r0=1.0) for model in options.observation),
-        filter=replace(options.filter, p0=1.0, logit_variance=options.filter.logit_variance and 1.0),
+        filter=replace(options.filter, p0=None, logit_variance=None, logit_spread=0.0),
         noise=replace(
             options.noise,
             process=RandomWalk(),  # of any kind, it is three numbers a step

@@ -68,7 +68,7 @@ def refusal(*settings: str, file: Path | None = None) -> str:
         ("data.classes=cat,cat", ["twice"]),
         ("data.templates=[]", ["templates is empty"]),
         ("epochs=-1", ["epochs is -1", "0 or more"]),
-        ("batch_size=0", ["batch_size is 0", "at least 1"]),
+        ("batch_size=-1", ["batch_size is -1", "0 for all shots"]),
         ("filter.p0=0", ["filter: p0 is 0.0", "above 0"]),
         ("filter.p0=.inf", ["filter.p0=inf", "finite"]),
         ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),

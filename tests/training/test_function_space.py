@@ -265,12 +265,32 @@ def test_the_loss_of_the_shots_never_rises_over_linearisations():
     [
         ["observation=log_likelihood,cosine"],
         ["adapter=bottleneck"],
+        ["adapter=linear"],
         ["filter.gate=skip"],
-        ["filter.iterations=1"],
         ["filter.covariance=diagonal"],
     ],
 )
-def test_a_variance_that_shots_choose_is_for_fits_that_reach_their_mode(overrides):
-    with pytest.raises(UsageError, match="logit_spread needs fits that go to their mode"):
-        load_config(overrides=["method=kalman", *overrides])
-    load_config(overrides=["method=kalman", "filter.logit_spread=0", *overrides])
+def test_other_settings_over_the_default_keep_its_prior(overrides):
+    """They take batches of 32, linearise rows, and have the median variance: nothing chooses it."""
+    support, texts = made(4)
+    task = task_of(support, texts, SCALE, "filter.iterations=4", *overrides)
+    assert not task.options.at_mode
+    assert task.sampler.steps == 2
+    method = fit(task)
+    others = made(20, seed=9)[0]
+    with torch.no_grad():
+        p = method.head(others.features)
+    zero = (others.features @ texts.mT).argmax(1) == others.labels
+    assert float((p.argmax(1) == others.labels).double().mean()) > 0.9 * float(zero.double().mean())
+
+
+def test_a_variance_given_twice_is_refused_and_one_of_weights_is_taken():
+    with pytest.raises(UsageError, match="given twice; set logit_variance=null"):
+        load_config(overrides=["method=kalman", "filter.p0=0.1"])
+    support, texts = made(3)
+    weights = ("filter.p0=0.02", "filter.logit_variance=null", "filter.logit_spread=0")
+    method = begin(task_of(support, texts, SCALE, *weights), SingleProcess())
+    (P,) = method.belief.covariance.values()
+    assert float(P["B"][0, 0]) == pytest.approx(0.02)
+    with pytest.raises(UsageError, match="logit_spread is for a logit_variance"):
+        load_config(overrides=["method=kalman", "filter.logit_variance=null"])

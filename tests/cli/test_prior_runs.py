@@ -74,7 +74,7 @@ def test_it_starts_at_the_mean_and_the_covariance(command, family: str) -> None:
     trained(
         command, "preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance, "epochs=1", "trainer.name=first"
     )
-    settings = ("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance, "filter.p0=7", "prior=first")
+    settings = ("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance, "filter.logit_variance=7", "prior=first")
     trained(command, *settings, *STILL, "trainer.name=still")
     assert same(ended(command, "first"), ended(command, "still"))
 

@@ -49,7 +49,8 @@ def test_defaults_of_the_dataclasses_are_one_variance_a_weight_in_units_of_weigh
     defaults = Config()
     assert defaults.adapter == (ClassResidual(),)
     assert defaults.observation == (LogLikelihood(r0=1.0), Cosine(r0=1.0))
-    assert defaults.filter == FilterOptions(covariance=Diagonal(rule="ekf"), p0=0.1, logit_variance=None)
+    assert defaults.filter == FilterOptions(covariance=Diagonal(rule="ekf"))
+    assert defaults.filter.weight_variance == 0.1
 
 
 def test_each_layer_wins_over_those_below(file) -> None:

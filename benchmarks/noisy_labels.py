@@ -114,8 +114,8 @@ def settings() -> Iterator[tuple[str, FitOptions, list[FitOptions]]]:
         gates = [gate] if isinstance(gate, NoGate) else [replace(gate, quantile=q) for q in (0.9, 0.99)]
         epochs = (1, 2, 5, 10) if isinstance(gate, NoGate) else (2, 5)
         grid = [
-            replace(start, epochs=e, filter=replace(start.filter, gate=g, p0=p0))
-            for p0, g, e in product((0.1, 0.3, 1.0), gates, epochs)
+            replace(start, epochs=e, filter=replace(start.filter, gate=g, logit_variance=v))
+            for v, g, e in product((10.0, 30.0, 100.0), gates, epochs)
         ]
         yield f"{name} | {gate_name}", start, grid
 
@@ -185,7 +185,7 @@ def measure(prepared: Prepared, share: float, *, tune: bool) -> dict[str, Any]:
             chosen: dict[str, Any] = {"epochs": options.epochs}
             if options.method == "kalman":
                 chosen |= {
-                    "p0": options.filter.weight_variance,
+                    "logit_variance": options.filter.logit_variance,
                     "quantile": getattr(options.filter.gate, "quantile", None),
                 }
             else:

@@ -27,9 +27,10 @@ RESULTS = Path(__file__).parent / "results"
 SEARCH = """
 method: kalman
 preset: kalman_diagonal
+observation: log_likelihood,cosine
 search: {{objective: {objective}, batch: {batch}, seeds: [0, 1, 2], sampler: random, refit: false}}
 space:
-  filter.p0: {{low: 1.0e-3, high: 3.0, log: true}}
+  filter.logit_variance: {{low: 0.3, high: 300.0, log: true}}
   observation.0.r0: {{low: 0.03, high: 10.0, log: true}}
   observation.1.r0: {{low: 0.03, high: 10.0, log: true}}
   noise.process.q: {{low: 1.0e-8, high: 1.0e-2, log: true}}

@@ -42,7 +42,7 @@ FOLDS = 2
 # what is run: settings, and what is tuned over which values
 METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
     "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
-    "adapter kalman": (["method=kalman", "preset=kalman_diagonal"], "filter.p0", (0.03, 0.1, 0.3)),
+    "adapter kalman": (["method=kalman", "preset=kalman_diagonal"], "filter.logit_variance", (10.0, 30.0, 100.0)),
     "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
     "lora kalman": (["method=kalman", "tune.parameters=lora"], "filter.p0", (0.03, 0.1, 0.3)),
     "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (3e-5, 1e-4, 3e-4)),

@@ -12,6 +12,7 @@ from kngd_ray.filters.block_diagonal import BlockDiagonal
 from kngd_ray.filters.dense import Dense
 from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.gate import Gate, Inflate, Judged, NoGate, Skip
+from kngd_ray.filters.informed import common_offset
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows, scaled
 from kngd_ray.filters.kronecker import Kronecker
 from kngd_ray.filters.low_rank import DiagonalLowRank
@@ -71,6 +72,7 @@ __all__ = [
     "Whitening",
     "Work",
     "ZeroShot",
+    "common_offset",
     "condition_softmax",
     "innovation_covariance",
     "scaled",

@@ -14,7 +14,7 @@ from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
-from kngd_ray.training.informing import inform
+from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import P0, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, head_state, load_head
 from kngd_ray.training.options import FitOptions
@@ -148,10 +148,13 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     """
     head = build_head(task, device)
     if task.prior is None:
-        method = build_method(task, head, group)
         shots = task.to(device).support
         # shots that are features may be of towers too: of a text tower alone, to whose priors they say nothing
-        if isinstance(method, KalmanNGD) and isinstance(head, CLIPHead) and isinstance(shots, Support):
+        if not isinstance(head, CLIPHead) or not isinstance(shots, Support):
+            return build_method(task, head, group)
+        centre(head, shots)
+        method = build_method(task, head, group)
+        if isinstance(method, KalmanNGD):
             inform(method, task.options.filter, shots)
         return method
     prior = task.prior.load()

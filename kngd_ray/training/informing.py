@@ -1,7 +1,8 @@
 """What a fit takes from its shots before the first step: the prior.
 
-Three things, each only where the options ask for it: how far the zero-shot logits are believed (``filter.mean``), with
-what the outputs of a layer may vary (``filter.covariance.columns``), and by how much (``filter.logit_variance``).
+Four things, each only where the options ask for it: what features are measured from (``centred``), how far the
+zero-shot logits are believed (``filter.mean``), with what the outputs of a layer may vary
+(``filter.covariance.columns``), and by how much (``filter.logit_variance``).
 """
 
 from math import exp, log
@@ -11,13 +12,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.filters import Classified, Covariance, Factors, Kronecker, softmax_modes
+from kngd_ray.filters import Classified, Covariance, Factors, Kronecker, common_offset, softmax_modes
 from kngd_ray.training.batches import Support
 from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
+from kngd_ray.training.method import centres
 from kngd_ray.training.options import FilterOptions
 
 _AT_ONCE = 1024  # shots
+_REACH = 0.01  # variance, in typical ones, along which half of the shots' mean counts as their own
 _MEASURED = 256  # shots that a prior variance of logits is measured on
 _CLASSES = 4  # likewise
 _FOLDS = 3
@@ -25,6 +28,18 @@ _CAUTIOUS = 2.0  # standard deviations below the median
 _VARIANCES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # nats^2
 _TOLERANCE = 0.01  # nats: folds are compared, not kept
 _LINEARISATIONS = 30
+
+
+def centre(head: CLIPHead, shots: Support) -> None:
+    """Let adapters that measure features from what all images share do so.
+
+    Args:
+        head: untrained.
+        shots: all of the fit, on every rank.
+    """
+    for buffer in centres(head).values():
+        if len(shots):
+            buffer.copy_(common_offset(shots.features.double(), _REACH))
 
 
 def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:

@@ -84,10 +84,11 @@ class Method(Protocol):
 
 
 _GAMMA = "head/gamma"
+_CENTRE = "head/centre/"  # and the name of a buffer
 
 
 def head_state(head: Head) -> dict[str, Tensor]:
-    """What a head is told beside its weights: gamma, where it is not CLIP's own.
+    """What a head is told beside its weights: gamma, where it is not CLIP's own, and what features are measured from.
 
     Args:
         head: of a fit.
@@ -95,9 +96,12 @@ def head_state(head: Head) -> dict[str, Tensor]:
     Returns:
         Replicated tensors of a state.
     """
-    if not isinstance(head, CLIPHead) or head.gamma == 1.0:
+    if not isinstance(head, CLIPHead):
         return {}
-    return {_GAMMA: torch.tensor(head.gamma, dtype=torch.float64)}
+    told = {_CENTRE + name: centre.clone() for name, centre in centres(head).items()}
+    if head.gamma != 1.0:
+        told[_GAMMA] = torch.tensor(head.gamma, dtype=torch.float64)
+    return told
 
 
 def load_head(head: Head, state: MethodState) -> None:
@@ -109,6 +113,20 @@ def load_head(head: Head, state: MethodState) -> None:
     """
     if isinstance(head, CLIPHead):
         head.gamma = float(state.replicated.get(_GAMMA, 1.0))
+        for name, centre in centres(head).items():
+            centre.copy_(state.replicated[_CENTRE + name])
+
+
+def centres(head: CLIPHead) -> dict[str, Tensor]:
+    """What the adapters of a head measure features from.
+
+    Args:
+        head: of a fit.
+
+    Returns:
+        The buffers of the adapters that measure them from anything, by name.
+    """
+    return {name: buffer for name, buffer in head.named_buffers() if name.endswith(".centre")}
 
 
 class BatchScores(TypedDict):

@@ -239,6 +239,8 @@ class FitOptions:
                 f"filter.covariance.columns is {self.filter.covariance.columns}, for which shots must be features; "
                 "over towers leave it out"
             )
+        if any(isinstance(adapter, ClassResidual) and adapter.centred for adapter in self.adapter):
+            raise ValueError("class_residual is centred on frozen features; over towers leave centred out")
         if self.filter.logit_variance is not None or self.filter.mean != ZeroShot():
             raise ValueError(
                 "filter.logit_variance and filter.mean are for adapters on frozen features; over towers leave them out"

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
+from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition
 from kngd_ray.filters.unchecked import unchecked
@@ -33,7 +34,7 @@ from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch, Support
 from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.method import StepStats
+from kngd_ray.training.method import StepStats, centres
 from kngd_ray.training.observing import BatchSeen
 from kngd_ray.training.options import OptimizerOptions
 
@@ -66,6 +67,7 @@ class _Given(NamedTuple):
     inputs: Tensor
     labels: Tensor
     uniforms: list[Tensor]
+    centres: dict[str, Tensor]
 
 
 class _Figures(NamedTuple):
@@ -116,8 +118,7 @@ def shape_of(task: FitTask) -> Hashable | None:
     """What fits must have in common to advance together.
 
     They may differ in numbers (``filter.p0``, ``filter.logit_variance``, ``observation.*.r0``,
-    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots, not in their
-    count.
+    ``noise.observation.beta``), in the process model and its numbers, in seed, in prior, and in shots of one count.
 
     Args:
         task: a fit.
@@ -228,6 +229,7 @@ def _tried(
     transitions = [trial.options.noise.process.transition(first.step, trial.method.p0) for trial in trials]
     noises = [trial.options.noise.observation for trial in trials]
     uniforms = [trial.method.observer.uniforms(batch) for trial, batch in zip(trials, batches, strict=True)]
+    own = [centres(trial.method.head) if isinstance(trial.method.head, CLIPHead) else {} for trial in trials]
     given = _Given(
         anchor=torch.stack([trial.anchor for trial in trials]),
         transition=state[_MU].new_tensor(transitions),
@@ -235,6 +237,7 @@ def _tried(
         inputs=torch.stack([batch.inputs for batch in batches]),
         labels=torch.stack([batch.labels for batch in batches]),
         uniforms=[torch.stack(of_model) for of_model in zip(*uniforms, strict=True)],
+        centres={name: torch.stack([of_head[name] for of_head in own]) for name in own[0]},
     )
     still = all(transition == _STILL for transition in transitions)
     try:
@@ -266,12 +269,12 @@ def _advance(
     batch = replace(like, inputs=given.inputs, labels=given.labels)
 
     def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
-        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters), batch.inputs)
+        passed = observer.linearizer.run_at(unflatten(mu, leader.parameters) | given.centres, batch.inputs)
         return observer.look(passed, batch, given.uniforms, r, displaced)
 
     scores = belief.mu.new_zeros(0)
     if batch.scored:
-        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters), batch.inputs)
+        passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters) | given.centres, batch.inputs)
         scores = leader.log_predictive(belief, passed, batch)
     done = leader.condition(belief, observe)
     noise = observer.learned(r, done.seen, done.outcome, _with_beta(observer.noise_model, given.beta))

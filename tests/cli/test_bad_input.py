@@ -218,7 +218,7 @@ def test_same_name_twice(command) -> None:
     ids=["architecture", "classes", "length", "covariance"],
 )
 def test_resume_with_other_settings_leaves_the_checkpoint_alone(command, change: dict[str, Any], word: str) -> None:
-    trained = command.train("preset=kf_clip", "adapter.width=4", "epochs=1", "trainer.name=r")
+    trained = command.train("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", "epochs=1", "trainer.name=r")
     assert trained.code == 0, trained.err
     file = command.run("r") / "config.yaml"
     config = yaml.safe_load(file.read_text())

@@ -126,7 +126,7 @@ def test_print_config_loads_back_and_starts_nothing(command) -> None:
 
 def test_a_file_and_settings_over_it(command) -> None:
     file = command.folder / "mine.yaml"
-    file.write_text("preset: kf_clip\nadapter.width: 8\nepochs: 2\n")
+    file.write_text("preset: kf_clip\nadapter: bottleneck\nadapter.width: 8\nepochs: 2\n")
     printed = yaml.safe_load(command("train", file, "epochs=4", "--print-config").out)
     assert printed["adapter"] == [{"kind": "bottleneck", "tower": "image", "width": 8, "ratio": 0.5}]
     assert printed["epochs"] == 4

@@ -71,8 +71,9 @@ def test_a_second_domain_is_learned_from_the_posterior_of_the_first(command) -> 
 @pytest.mark.parametrize("family", ["diagonal", "dense"])
 def test_it_starts_at_the_mean_and_the_covariance(command, family: str) -> None:
     covariance = f"filter.covariance={family}"
-    trained(command, "preset=kf_clip", "adapter.width=4", covariance, "epochs=1", "trainer.name=first")
-    settings = ("preset=kf_clip", "adapter.width=4", covariance, "filter.p0=7", "prior=first")
+    own = ("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance)
+    trained(command, *own, "epochs=1", "trainer.name=first")
+    settings = (*own, "filter.logit_variance=7", "prior=first")
     trained(command, *settings, *STILL, "trainer.name=still")
     assert same(ended(command, "first"), ended(command, "still"))
 

@@ -184,18 +184,16 @@ def test_presets_that_noise_priors_starts_from_lie_in_its_space() -> None:
     }
     assert points == [
         {
-            "observation": "log_likelihood,cosine",
+            "observation": "log_likelihood",
             "observation.0.r0": 1.0,
-            "observation.1.r0": 1.0,
-            "filter.p0": 0.1,
+            "filter.logit_variance": 30.0,
             "noise.observation": "fixed",
             **shared,
         },
-        {"observation": "cosine", "observation.0.r0": 0.1, "filter.p0": 0.3, "noise.observation": "fixed", **shared},
         {
             "observation": "probability",
-            "observation.0.r0": 0.1,
-            "filter.p0": 0.1,
+            "observation.0.r0": 0.05,
+            "filter.logit_variance": 5.0,
             "noise.observation": "ema",
             "noise.observation.beta": 0.95,
             **shared,

@@ -44,11 +44,13 @@ def test_the_default_is_the_preset_of_the_default_method() -> None:
     assert load_config() == load_config(None, ["preset=kalman"])
 
 
-def test_defaults_of_the_dataclasses_are_those_of_kalman_diagonal() -> None:
-    """The other presets build on them, and are not to change with the preset that is the default."""
-    config = load_config(None, ["preset=kalman_diagonal"])
-    assert config == Config(preset="kalman_diagonal", filter=FilterOptions(p0=0.1))
-    assert config.filter.weight_variance == FilterOptions().weight_variance, "p0 is said there for the reader"
+def test_defaults_of_the_dataclasses_are_one_variance_a_weight_in_units_of_weights() -> None:
+    """The presets of towers build on them, and are not to change with the preset that is the default."""
+    defaults = Config()
+    assert defaults.adapter == (ClassResidual(),)
+    assert defaults.observation == (LogLikelihood(r0=1.0), Cosine(r0=1.0))
+    assert defaults.filter == FilterOptions(covariance=Diagonal(rule="ekf"))
+    assert defaults.filter.weight_variance == 0.1
 
 
 def test_each_layer_wins_over_those_below(file) -> None:
@@ -68,7 +70,7 @@ def test_a_preset_named_later_replaces_one_named_earlier(file) -> None:
     config = load_config(path, ["preset=kf_clip"])
     assert config.preset == "kf_clip"
     assert config.epochs == 7
-    assert config.observation == (Cosine(r0=0.1),)
+    assert config.observation == (Cosine(r0=2.5, per="logit"),)
 
 
 def test_a_method_brings_its_own_preset_unless_one_is_named() -> None:
@@ -159,7 +161,7 @@ def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None
         (["adapter=bottleneck", "adapter.0.width=8"], (Bottleneck(width=8),)),
         (["adapter=[{kind: bottleneck, width: 8}]", "adapter={ratio: 0.25}"], (Bottleneck(width=8, ratio=0.25),)),
         (["adapter={kind: bottleneck, width: 8}"], (Bottleneck(width=8),)),
-        (["preset=kf_clip", "adapter.tower=both"], (Bottleneck(tower="both"),)),
+        (["preset=kf_clip", "adapter.centred=true"], (ClassResidual(bias=True, centred=True),)),
         (["adapter=bottleneck", "adapter.width=8", "adapter.0.ratio=1"], (Bottleneck(width=8, ratio=1.0),)),
         (["adapter.0=linear"], (Linear(),)),
         (["adapter.bias=false"], (ClassResidual(),)),
@@ -303,27 +305,27 @@ def test_overrides_are_yaml() -> None:
             {
                 "method": "kalman",
                 "epochs": 5,
-                "adapter": (ClassResidual(),),
-                "observation": (LogLikelihood(r0=1.0), Cosine(r0=1.0)),
+                "adapter": (ClassResidual(centred=True),),
+                "observation": (LogLikelihood(r0=1.0),),
                 "covariance": Diagonal(rule="ekf"),
-                "iterations": 1,
+                "iterations": 3,
                 "tempering": "passes",
                 "r": Fixed(),
-                "posterior": PosteriorOptions(),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=0.01, tau_spread=1.0),
             },
         ),
         (
             "kf_clip",
             {
                 "method": "kalman",
-                "epochs": 5,
-                "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
-                "observation": (Cosine(r0=0.1),),
-                "covariance": Diagonal(rule="ekf"),
+                "epochs": 1,
+                "adapter": (ClassResidual(bias=True),),
+                "observation": (Cosine(r0=2.5, per="logit"),),
+                "covariance": Kronecker(columns="function", shrinkage=1.0, offset=0.01, bias=0.5),
                 "iterations": 1,
                 "tempering": "none",
                 "r": Fixed(),
-                "posterior": PosteriorOptions(),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=0.01, tau_spread=1.0),
             },
         ),
         (
@@ -331,13 +333,13 @@ def test_overrides_are_yaml() -> None:
             {
                 "method": "kalman",
                 "epochs": 1,
-                "adapter": (Bottleneck(tower="image", width=64, ratio=0.5),),
-                "observation": (Probability(r0=0.1),),
+                "adapter": (ClassResidual(centred=True),),
+                "observation": (Probability(r0=0.05),),
                 "covariance": Diagonal(rule="ekf"),
-                "iterations": 1,
+                "iterations": 4,
                 "tempering": "none",
                 "r": Ema(beta=0.95, form="diagonal"),
-                "posterior": PosteriorOptions(),
+                "posterior": PosteriorOptions(predict="linearised", tau_median=0.03, tau_spread=1.0),
             },
         ),
     ],
@@ -420,7 +422,15 @@ def test_a_baseline_continues_from_the_same_prior() -> None:
 
 
 def test_a_baseline_differs_in_its_method_alone() -> None:
-    settings = ["preset=kf_clip", "adapter.width=8", "seeds=1,2", "data.shots=2", "batch_size=5", "epochs=3"]
+    settings = [
+        "preset=kf_clip",
+        "adapter=bottleneck",
+        "adapter.width=8",
+        "seeds=1,2",
+        "data.shots=2",
+        "batch_size=5",
+        "epochs=3",
+    ]
     config = load_config(None, [*settings, "trainer.num_workers=0", "posterior.folds=2", "baselines=adamw,sgd"])
     for method in ("adamw", "sgd"):
         baseline = baseline_config(config, method)

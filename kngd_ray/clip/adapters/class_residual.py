@@ -21,14 +21,17 @@ class ClassResidual:
         kind: the adapter's name.
         bias: whether a constant stands beside the features, Delta (C, d + 1): a prior over functions of [z, 1] can
             measure features from any point, and so need not depend on an offset that all images share.
+        centred: whether features are measured from the offset that all images share, as far as the shots tell. A prior
+            of one variance a weight cannot set it apart by itself.
     """
 
     kind: Literal["class_residual"] = "class_residual"
     bias: bool = False
+    centred: bool = False
 
     def build(self, shape: HeadShape) -> Adapter:
         """A new adapter that is the identity."""
-        return ClassResidualAdapter(shape, bias=self.bias)
+        return ClassResidualAdapter(shape, bias=self.bias, centred=self.centred)
 
 
 class ClassResidualAdapter(Adapter):
@@ -37,19 +40,26 @@ class ClassResidualAdapter(Adapter):
     Args:
         shape: of the head.
         bias: whether the layer sees a constant beside the features.
+        centred: whether it sees them less `centre`.
 
     Attributes:
         delta: the one linear layer, of which the logits are a linear function.
+        centre: (d,) what features are measured from, 0 until it is set; None where they are taken as they are.
     """
 
-    def __init__(self, shape: HeadShape, *, bias: bool) -> None:
+    centre: Tensor | None
+
+    def __init__(self, shape: HeadShape, *, bias: bool, centred: bool = False) -> None:
         super().__init__()
         self._bias = bias
+        self.register_buffer("centre", torch.zeros(shape.embed_dim) if centred else None, persistent=False)
         self.delta = nn.Linear(shape.embed_dim + bias, shape.classes, bias=False)
         torch.nn.init.zeros_(self.delta.weight)
 
     def inputs(self, z: Tensor) -> Tensor:
         """What the layer sees of unit image embeddings z (m, d): (m, d), or (m, d + 1) with a constant 1."""
+        if self.centre is not None:
+            z = z - self.centre
         return pad(z, (0, 1), value=1.0) if self._bias else z
 
     def cosines(self, z: Tensor, cosines: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def test_fit_a_matrix(fitted, tests) -> None:
     assert fitted.n_features_in_ == WIDTH
     assert p.shape == std.shape == (60, 3)
     assert p.sum(1) == pytest.approx(np.ones(60))
-    assert (std > 0).all()
+    assert (std >= 0).all()
+    assert (std[p < 1 - 1e-5] > 0).all(), "but where it is sure to the last digit"
     assert fitted.score(*tests) > 0.75
     scores = fitted.unlike(tests[0])
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -66,10 +67,13 @@ def test_matrices_of_every_kind(fitted, tests) -> None:
         assert fitted.predict_proba(same) == pytest.approx(p, abs=1e-6)
 
 
-def test_agrees_with_the_head_on_the_same_features(train, tests) -> None:
-    """What it says before the first step is what a zero-shot head says."""
-    clf = estimator(settings={**QUICK, "epochs": 0, "posterior.predict": "mean"}).fit(*train)
-    logits = SCALE * tests[0] @ class_embeddings().T
+@pytest.mark.parametrize("preset", ["kalman", "kalman_diagonal"])
+def test_agrees_with_the_head_on_the_same_features(train, tests, preset) -> None:
+    """What it says before the first step is what a zero-shot head says, as far as the prior's mean believes it."""
+    clf = estimator(preset=preset, settings={**QUICK, "epochs": 0, "posterior.predict": "mean"}).fit(*train)
+    gamma = clf.checkpoint_.state.replicated.get("head/gamma")
+    assert (gamma is None) == (preset == "kalman_diagonal")
+    logits = (1.0 if gamma is None else float(gamma)) * SCALE * tests[0] @ class_embeddings().T
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert clf.predict_proba(tests[0]) == pytest.approx(expected, abs=1e-5)
 
@@ -92,7 +96,9 @@ def test_without_class_embeddings(train, tests) -> None:
     assert clf.score(*tests) > 0.75
     start = KalmanCLIP(model="precomputed", settings={**QUICK, "epochs": 0}).fit(*train)
     assert start.predict_proba(tests[0]) == pytest.approx(np.full((60, 3), 1 / 3))
-    nothing = clf.predict_proba(np.zeros((1, WIDTH)))
+    unbiased = KalmanCLIP(model="precomputed", settings={"adapter.bias": False}).fit(*train)
+    assert unbiased.score(*tests) > 0.75
+    nothing = unbiased.predict_proba(np.zeros((1, WIDTH)))
     assert nothing == pytest.approx(np.full((1, 3), 1 / 3)), "a row of zeros says nothing"
 
 

@@ -150,7 +150,7 @@ class Kronecker(Layerwise):
         """
         if self.columns == "identity" or not len(x):  # a fold may hold out all there is
             return P
-        return {**P, "A": self.columns_of(x, labels).to(P["A"])}
+        return {**P, "A": self.columns_of(x, labels).to(P["A"]).contiguous()}
 
     def columns_of(self, x: Tensor, labels: Tensor) -> Tensor:
         """The prior's A, as inputs of a layer tell it.

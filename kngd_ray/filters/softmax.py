@@ -116,8 +116,8 @@ def condition(B: Tensor, A: Tensor, batch: Classified, *, tolerance: float, line
     p_label = found.probabilities.double().gather(1, batch.labels.unsqueeze(1)).clamp_min(_LEAST)
     return SoftmaxPosterior(
         step.to(B.dtype),
-        B_new.to(B.dtype),
-        A_new.to(A.dtype),
+        B_new.to(B.dtype).contiguous(),  # in the order in which a checkpoint is read back: products then round alike
+        A_new.to(A.dtype).contiguous(),
         shrunk - found.objective,
         2 * found.distance + float((1 / p_label - 1).sum()) / batch.noise,
         found.linearisations,

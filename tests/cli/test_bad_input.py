@@ -368,7 +368,7 @@ def test_singular_s_is_jittered(command, written, covariance: str) -> None:
         return pa.Table.from_pylist(rows, schema=table.schema)
 
     exact = ["preset=kalman_diagonal", "observation.0.r0=1e-14", "observation.1.r0=1e-14"]
-    exact += ["filter.iterations=6", f"filter.covariance={covariance}"]
+    exact += ["noise.tempering=none", "filter.iterations=6", f"filter.covariance={covariance}"]
     outcome = command.train("trainer.name=s", *exact, data=written(repeat))
     assert outcome.code == 0, outcome.err
     assert sum(refusals(command.run("s"))) == 0

@@ -109,12 +109,12 @@ def test_groups_and_names(comparison) -> None:
     assert set(rows_of(many)) == {
         "zero-shot",
         "adamw",
-        "kalman filter.logit_variance=1000",
+        "kalman filter.logit_variance=1000.0",
         "kalman (wide/kalman)",
         "kalman (again/kalman)",
         "kalman kf_clip",
     }, "3000 is what most runs of the method have"
-    assert "kalman: filter.logit_variance=3000, where the name says nothing else" in many["notes"]
+    assert "kalman: filter.logit_variance=3000.0, where the name says nothing else" in many["notes"]
     assert set(rows_of(few)) == {"zero-shot", "kalman"}
     assert outcome.json["left_out"] == {}
 
@@ -122,7 +122,7 @@ def test_groups_and_names(comparison) -> None:
 def test_figures_and_differences_are_those_of_the_fits(comparison, store) -> None:
     rows = rows_of(comparison("--json").json["groups"][0])
     adamw = [m for m in store.records("main") if m not in kalman_of(store)]
-    for metric, figure in rows["kalman filter.logit_variance=1000"]["figures"].items():
+    for metric, figure in rows["kalman filter.logit_variance=1000.0"]["figures"].items():
         kalman = [m[metric] for m in kalman_of(store)]
         base = [m[metric] for m in adamw]
         assert list(figure["values"].values()) == kalman

@@ -169,7 +169,7 @@ def test_a_person_sees_the_best_and_the_table_and_may_use_the_searchs_name(tune,
     picture = command.folder / "picture.png"
     picture.write_bytes(pq.read_table(command.data)["image"][0].as_py())
     assert command("predict", "s", picture, *at).json == command("predict", run, picture, *at).json
-    assert command.train("prior=s").code == 0
+    assert command.train("preset=kalman_diagonal", "prior=s").code == 0
 
 
 # Cut short

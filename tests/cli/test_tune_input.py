@@ -77,7 +77,7 @@ def test_settings_over_a_file(command) -> None:
 
 
 def test_a_space_may_come_from_the_command_line_alone(search) -> None:
-    content = {key: SEARCH[key] for key in ("epochs", "search")}
+    content = {key: SEARCH[key] for key in ("preset", "epochs", "search")}
     assert search("space.filter.p0={low: 0.1, high: 1}", "--print-config", content=content).code == 0
 
 
@@ -216,7 +216,7 @@ def test_a_search_starts_at_the_same_file_from_whatever_folder(
     saved.write_text(search_yaml(search))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_search(saved, []).points == search.points
+    assert load_search(saved, ["preset=kalman_diagonal"]).points == search.points
 
 
 def test_train_says_what_a_search_file_is_for(command) -> None:

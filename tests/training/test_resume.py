@@ -13,6 +13,7 @@ from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from helpers.resuming import IDENTITY, KALMAN, Killed, everything_in, kill_after, run_all, stands_for
 
+from kngd_ray.config import load_config
 from kngd_ray.errors import CheckpointError, StorageError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
@@ -22,6 +23,8 @@ from kngd_ray.training.resumable import latest, run_fit
 
 FITS = {
     **{family: make_options(**settings) for family, settings in KALMAN.items()},
+    # to a mode in each of several steps
+    "default": load_config(overrides=["epochs=2", "batch_size=7"]).fit_options,
     "adamw": make_options(method="adamw", optimizer=OptimizerOptions(schedule="cosine")),
     "sgd": make_options(method="sgd", optimizer=OptimizerOptions(schedule="cosine")),
 }

@@ -208,7 +208,10 @@ def load_config(
     with _depth_errors():
         tree: Node = {}
         for number, layer in enumerate(layers):
+            for path, value in _taken_back(dict(flat(layer, ""))):
+                tree = assign(tree, path.split("."), value, number, path)
             tree = merge(tree, layer, number)
+        assignments = [*_taken_back(dict(assignments)), *assignments]
         for number, (path, value) in enumerate(assignments, start=len(layers)):
             tree = assign(tree, path.split("."), value, number, path)
         tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
@@ -226,6 +229,23 @@ def _depth_errors() -> Iterator[None]:
         yield
     except RecursionError as error:
         raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
+
+
+def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What settings replace beside what they name: a prior has one variance, of weights or of logits.
+
+    Args:
+        settings: values by dotted key, of one layer.
+
+    Returns:
+        Dotted keys and values to be set before them; none where they name both, which is for the validation to judge.
+    """
+    p0, logit_variance, spread = (f"filter.{name}" for name in ("p0", "logit_variance", "logit_spread"))
+    if settings.get(p0) is not None and logit_variance not in settings:
+        return [(logit_variance, None), *([] if spread in settings else [(spread, 0.0)])]
+    if settings.get(logit_variance) is not None and p0 not in settings:
+        return [(p0, None)]
+    return []
 
 
 def _default_preset(method: Any, parameters: Any) -> Any:
@@ -265,7 +285,8 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     """
     with _depth_errors():
         tree: Node = merge({}, plain(config), 0)
-        for number, (path, value) in enumerate(settings.items(), start=1):
+        changes = [*_taken_back(settings), *settings.items()]
+        for number, (path, value) in enumerate(changes, start=1):
             tree = assign(tree, path.split("."), value, number, path)
         return build(Config, tree, "")
 

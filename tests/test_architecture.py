@@ -98,6 +98,7 @@ PUBLIC = {
         "Whitening",
         "Work",
         "ZeroShot",
+        "common_offset",
         "condition_softmax",
         "innovation_covariance",
         "scaled",

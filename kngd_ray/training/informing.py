@@ -53,6 +53,7 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
     head = method.head
     assert isinstance(head, CLIPHead)
     gamma, chosen = decided(head, options, shots, at_mode=method.to_mode is not None)
+    head.gamma = gamma  # by which adapters of embeddings count too
     covariance, p0 = _measured(method, shots), options.weight_variance
     if chosen is not None and len(shots):
         unit = _variance_of_logits(method, covariance, shots)

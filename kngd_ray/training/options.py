@@ -69,9 +69,8 @@ class FilterOptions:
             raise ValueError(f"p0 is {self.p0}; a prior variance must be above 0")
         if self.p0 is not None and self.logit_variance is not None:
             raise ValueError(
-                f"p0 is {self.p0} and logit_variance {self.logit_variance}: the prior's variance is given twice; set "
-                f"logit_variance=null{' and logit_spread=0' if self.logit_spread else ''} to give it to weights, or "
-                "leave p0 out"
+                f"p0 is {self.p0} and logit_variance {self.logit_variance}: the prior's variance is given twice; leave "
+                "out p0, of weights, or logit_variance, of logits"
             )
         if self.logit_variance is not None and not (isfinite(self.logit_variance) and self.logit_variance > 0):
             raise ValueError(f"logit_variance is {self.logit_variance}; a prior variance must be finite and above 0")

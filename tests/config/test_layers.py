@@ -174,8 +174,9 @@ def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> Non
 
 
 def test_elements_by_number() -> None:
-    config = load_config(None, ["preset=kalman_diagonal", "observation.0.r0=2", "observation.1=categorical"])
-    assert config.observation == (LogLikelihood(r0=2.0), Categorical(r0=1.0)), "of the second, r0 is the preset's"
+    both = "observation=[{kind: log_likelihood, r0: 1.0}, {kind: cosine, r0: 3.0}]"
+    config = load_config(None, [both, "observation.0.r0=2", "observation.1=categorical"])
+    assert config.observation == (LogLikelihood(r0=2.0), Categorical(r0=3.0)), "of the second, r0 stays"
 
 
 @pytest.mark.parametrize(
@@ -391,9 +392,11 @@ def test_every_preset_loads_and_is_tested() -> None:
     assert presets() == sorted(["adamw", "kalman", "kalman_diagonal", "kf_clip", "loko", "sgd", *towers])
     for name in presets():
         assert load_config(None, [f"preset={name}"]).preset == name
-        # and of the default, how its posterior predicts; of towers, that a fold of a cross-validation
+        # and of the filters of heads, how their posterior predicts; of towers, that a fold of a cross-validation
         # is not one more fit
-        settings = set(read_preset(name)) - ({"posterior"} if name in ("kalman", *towers) else set())
+        settings = set(read_preset(name)) - (
+            {"posterior"} if name in ("kalman", "kalman_diagonal", "kf_clip", "loko", *towers) else set()
+        )
         assert settings <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
 
 

@@ -115,17 +115,17 @@ def test_wrong_setting(setting: str, words: list[str]) -> None:
 
 
 def test_one_of_several_elements_needs_its_number() -> None:
-    sentence = refusal("preset=kalman_diagonal", "observation.r0=3")
+    sentence = refusal("observation=log_likelihood,cosine", "observation.r0=3")
     assert "observation.r0" in sentence
     assert "2 elements" in sentence
 
 
 def test_a_variance_that_is_given_twice() -> None:
-    sentence = refusal("filter.p0=0.3")
+    sentence = refusal("filter.p0=0.3", "filter.logit_variance=1000")
     assert "p0 is 0.3 and logit_variance 1000.0" in sentence
-    assert "set logit_variance=null and logit_spread=0 to give it to weights" in sentence
-    assert load_config(None, ["filter.p0=0.3", "filter.logit_variance=null", "filter.logit_spread=0"]).filter.p0 == 0.3
-    assert "set logit_variance=null to give it" in refusal("filter.p0=0.3", "filter.logit_spread=0")
+    assert "leave out p0, of weights, or logit_variance, of logits" in sentence
+    assert load_config(None, ["filter.p0=0.3"]).filter.p0 == 0.3
+    assert "logit_spread is for a logit_variance" in refusal("filter.p0=0.3", "filter.logit_spread=1")
     assert "logit_spread is for a logit_variance" in refusal("filter.logit_variance=null")
 
 

@@ -8,6 +8,7 @@ from kngd_ray.errors import UsageError
 from kngd_ray.search import Space, parse_space, plain_space
 
 P0 = {"low": 0.01, "high": 1.0, "log": True}
+WEIGHTS = ("preset=kalman_diagonal", "observation=log_likelihood,cosine", "filter.p0=0.1")
 GATE = {"choices": ["none", "skip", "inflate"]}
 CONDITIONAL = {
     "noise.process.gamma": {"low": 0.8, "high": 1.0, "when": {"noise.process": "ornstein_uhlenbeck"}},
@@ -19,15 +20,15 @@ CONDITIONAL = {
 
 
 def checked(raw: dict, *settings: str) -> Space:
-    """Of a preset with a variance of weights and two observations, unless a method brings its own."""
+    """Of a variance of weights and two observations, unless a method brings its own."""
     space = parse_space(raw)
-    space.check(load_config(overrides=settings or ("preset=kalman_diagonal",)))
+    space.check(load_config(overrides=settings or WEIGHTS))
     return space
 
 
 @pytest.fixture(scope="module")
 def base() -> Config:
-    return load_config(overrides=["preset=kalman_diagonal"])
+    return load_config(overrides=WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,7 @@ def test_the_default_is_searched_by_the_variance_of_its_logits() -> None:
     space = parse_space(raw)
     space.check(config)
     assert space.point(config) == {"filter.logit_variance": 1000.0, "filter.mean.gamma": 0.7}
-    with pytest.raises(UsageError, match=r"^space\.filter\.p0 cannot be 0\.01: .* given twice"):
-        parse_space({"filter.p0": P0}).check(config)
+    parse_space({"filter.p0": P0}).check(config)  # or of weights, which takes the place of it
 
 
 def test_what_the_method_does_not_look_at_is_refused() -> None:

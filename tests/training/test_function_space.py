@@ -8,7 +8,7 @@ from helpers.compare import max_error
 from helpers.cones import CLASSES, DIM, SCALE, in_a_cone, in_both, made, task_of
 from torch.nn.functional import cross_entropy, normalize
 
-from kngd_ray.config import load_config
+from kngd_ray.config import load_config, override
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Support
@@ -131,8 +131,8 @@ def test_so_it_has_for_other_adapters_and_families(adapter, covariance):
         f"adapter={adapter}",
         "preset=kalman_diagonal",
         f"filter.covariance={covariance}",
-        "filter.p0=null",
         "filter.logit_variance=0.01",
+        "filter.mean=zero_shot",
     ]
     support, texts = made(2)
     task = task_of(support, texts, SCALE, *overrides)
@@ -285,13 +285,22 @@ def test_other_settings_over_the_default_keep_its_prior(overrides):
     assert float((p.argmax(1) == others.labels).double().mean()) > 0.9 * float(zero.double().mean())
 
 
-def test_a_variance_given_twice_is_refused_and_one_of_weights_is_taken():
-    with pytest.raises(UsageError, match="given twice; set logit_variance=null and logit_spread=0"):
-        load_config(overrides=["method=kalman", "filter.p0=0.1"])
+def test_a_prior_has_the_variance_that_is_given_last():
+    """Of weights, as before there was one of logits, or of logits over a preset that has one of weights."""
     support, texts = made(3)
-    weights = ("filter.p0=0.02", "filter.logit_variance=null", "filter.logit_spread=0")
-    method = begin(task_of(support, texts, SCALE, *weights), SingleProcess())
-    (P,) = method.belief.covariance.values()
-    assert float(P["B"][0, 0]) == pytest.approx(0.02)
+    for weights in (["filter.p0=0.02"], [{"filter": {"p0": 0.02}}], [{"filter.p0": 0.02}]):
+        file, overrides = ([], weights) if isinstance(weights[0], str) else (weights[0], [])
+        config = load_config(file or None, ["method=kalman", *overrides])
+        assert (config.filter.p0, config.filter.logit_variance, config.filter.logit_spread) == (0.02, None, 0.0)
+        method = begin(FitTask(config.fit_options, 0, support, texts, SCALE), SingleProcess())
+        (P,) = method.belief.covariance.values()
+        assert float(P["B"][0, 0]) == pytest.approx(0.02)
+    config = load_config(None, ["method=kalman", "filter.p0=0.02"])
+    assert override(config, {"filter.logit_variance": 50.0}).filter.p0 is None
+
+
+def test_a_variance_given_twice_is_refused():
+    with pytest.raises(UsageError, match="given twice; leave out p0"):
+        load_config(overrides=["method=kalman", "filter.p0=0.1", "filter.logit_variance=30"])
     with pytest.raises(UsageError, match="logit_spread is for a logit_variance"):
         load_config(overrides=["method=kalman", "filter.logit_variance=null"])

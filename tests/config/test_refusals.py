@@ -115,7 +115,7 @@ def test_wrong_setting(setting: str, words: list[str]) -> None:
 
 
 def test_one_of_several_elements_needs_its_number() -> None:
-    sentence = refusal("observation=log_likelihood,cosine", "observation.r0=3")
+    sentence = refusal("observation=[log_likelihood,cosine]", "observation.r0=3")
     assert "observation.r0" in sentence
     assert "2 elements" in sentence
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.filters import Classified, Covariance, Factors, Kronecker, common_offset, softmax_modes
+from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Support
 from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
@@ -52,7 +53,8 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
     """
     head = method.head
     assert isinstance(head, CLIPHead)
-    gamma, chosen = decided(head, options, shots, at_mode=method.to_mode is not None)
+    found = decided(head, options, shots, at_mode=method.to_mode is not None)
+    gamma, chosen = _agreed(method.group, shots.features, *found)
     head.gamma = gamma  # by which adapters of embeddings count too
     covariance, p0 = _measured(method, shots), options.weight_variance
     if chosen is not None and len(shots):
@@ -135,6 +137,15 @@ def varied(A: Tensor, x: Tensor) -> float:
     centred = (x - x.mean(0)).double()
     found = float(((centred @ A.double()) * centred).sum(1).mean())
     return found if found > 0 else 1.0
+
+
+def _agreed(group: Group, like: Tensor, gamma: float, variance: float | None) -> tuple[float, float | None]:
+    """What the first rank decided, on every rank: processors of several kinds may round differently."""
+    if group.world_size == 1:
+        return gamma, variance
+    told = like.new_tensor([gamma, variance or 0.0], dtype=torch.float64) * (group.rank == 0)
+    gamma, agreed = group.sum(told).tolist()
+    return gamma, None if variance is None else agreed
 
 
 def _measured(method: KalmanNGD, shots: Support) -> Covariance:

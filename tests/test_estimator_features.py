@@ -71,9 +71,9 @@ def test_matrices_of_every_kind(fitted, tests) -> None:
 def test_agrees_with_the_head_on_the_same_features(train, tests, preset) -> None:
     """What it says before the first step is what a zero-shot head says, as far as the prior's mean believes it."""
     clf = estimator(preset=preset, settings={**QUICK, "epochs": 0, "posterior.predict": "mean"}).fit(*train)
-    gamma = clf.checkpoint_.state.replicated.get("head/gamma")
-    assert (gamma is None) == (preset == "kalman_diagonal")
-    logits = (1.0 if gamma is None else float(gamma)) * SCALE * tests[0] @ class_embeddings().T
+    gamma = float(clf.checkpoint_.state.replicated["head/gamma"])
+    assert gamma == pytest.approx(0.7, rel=0.2) if preset == "kalman" else gamma == 0.7
+    logits = gamma * SCALE * tests[0] @ class_embeddings().T
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert clf.predict_proba(tests[0]) == pytest.approx(expected, abs=1e-5)
 
@@ -172,7 +172,7 @@ X, Y = part("train")
         ({"pretrained": "openai"}, X, Y, InputError, "no towers"),
         ({"model": "embedded"}, X, Y, InputError, 'class_embeddings are for model="precomputed"'),
         ({"templates": "a sketch of a {}."}, X, Y, UsageError, "data.templates"),
-        ({"class_embeddings": None, "preset": "kf_clip"}, X, Y, UsageError, "adapter=class_residual"),
+        ({"class_embeddings": None, "settings": {"adapter": "bottleneck"}}, X, Y, UsageError, "adapter=class_residual"),
     ],
 )
 def test_mistakes_are_one_sentence(make, X, y, error, says) -> None:

@@ -178,7 +178,7 @@ class MethodRun:
         )
         try:
             device = "cpu" if task.towers is None else self._prepared.evaluator.device
-            calibration, novelty = calibrate_and_compare(task, posterior, device)
+            calibration, novelty = calibrate_and_compare(task, posterior, device, checkpoint.state)
         except FilterError:  # a fold has fewer shots than the fit that went well
             calibration, novelty = Calibration(posterior.unasked, 1.0), None
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))

@@ -36,7 +36,8 @@ from kngd_ray.training.classifier import (
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.training.in_memory import Held, check_continues, learn, settle, write
-from kngd_ray.training.novelty import probability_std, total_variance
+from kngd_ray.training.interval import probability_std
+from kngd_ray.training.novelty import total_variance
 from kngd_ray.training.predict import Predictor
 from kngd_ray.training.resumable import SOURCE
 
@@ -324,7 +325,7 @@ class KalmanCLIP(Parameters):
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = self._settled  # too few to choose anything by
         else:
-            calibration, novelty = settle(task, config.posterior)
+            calibration, novelty = settle(task, config.posterior, kept.state)
             settled = Settled(calibration, config.posterior, None, novelty)
         self._adopt(kept, settled, classes)
         self._restore(model)

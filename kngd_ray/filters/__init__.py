@@ -15,13 +15,13 @@ from kngd_ray.filters.gate import Gate, Inflate, Judged, NoGate, Skip
 from kngd_ray.filters.informed import common_offset
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows, scaled
 from kngd_ray.filters.kronecker import Kronecker
+from kngd_ray.filters.left_out import PriorWithout, spread_left_out
 from kngd_ray.filters.low_rank import DiagonalLowRank
 from kngd_ray.filters.noise import Categorical, Ema, Fixed, ObservationNoise, Seen, Whitening
 from kngd_ray.filters.prior_mean import Calibrated, ZeroShot
 from kngd_ray.filters.process import Forgetting, OrnsteinUhlenbeck, Process, RandomWalk, Transition
-from kngd_ray.filters.softmax import Classified, SoftmaxPosterior
+from kngd_ray.filters.softmax import Classified, HeldOut, SoftmaxPosterior
 from kngd_ray.filters.softmax import condition as condition_softmax
-from kngd_ray.filters.softmax import modes as softmax_modes
 
 # The registries: configuration chooses among these by `kind`, and offers the fields of each as its options.
 CovarianceFamily = Dense | Diagonal | BlockDiagonal | DiagonalLowRank | Kronecker
@@ -48,6 +48,7 @@ __all__ = [
     "Forgetting",
     "Gate",
     "GateModel",
+    "HeldOut",
     "Inflate",
     "Innovation",
     "Jacobian",
@@ -61,6 +62,7 @@ __all__ = [
     "OrnsteinUhlenbeck",
     "Part",
     "PriorMean",
+    "PriorWithout",
     "Process",
     "ProcessModel",
     "RandomWalk",
@@ -76,8 +78,8 @@ __all__ = [
     "condition_softmax",
     "innovation_covariance",
     "scaled",
-    "softmax_modes",
     "solve_innovation",
+    "spread_left_out",
     "update",
     "variances",
 ]

@@ -68,8 +68,9 @@ from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
-from kngd_ray.filters.informed import measured_columns, within_class_covariance
+from kngd_ray.filters.informed import measured_columns, measured_without, within_class_covariance
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
+from kngd_ray.filters.left_out import PriorWithout
 from kngd_ray.filters.unchecked import checked, cholesky
 
 _REACH = 4.0  # times the numbers of rows: beyond, factors are not reduced
@@ -175,6 +176,23 @@ class Kronecker(Layerwise):
         W.diagonal().add_(self.shrinkage * mean)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(W))
         return inverse * (len(W) / inverse.diagonal().sum())
+
+    def prior_without(self, A: Tensor, x: Tensor, labels: Tensor) -> PriorWithout | None:
+        """How the prior's A would change without each of the inputs that it was measured on.
+
+        Args:
+            A: (i, i) a multiple of :meth:`columns_of` these.
+            x: (m, i) inputs of the layer.
+            labels: (m,) classes.
+
+        Returns:
+            The changes; None where they are not known in closed form.
+        """
+        if self.columns == "identity":
+            return PriorWithout.unchanged(x)
+        if self.columns == "within_class":
+            return None
+        return measured_without(A.double(), x.double(), labels, shrinkage=self.shrinkage, reach=self.offset)
 
     def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
         """The product with the partial traces of scale * P + q I."""

@@ -9,6 +9,7 @@ split is never touched.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf, isfinite
 
 import torch
@@ -21,10 +22,10 @@ from kngd_ray.filters import Belief, Family
 from kngd_ray.observations import flatten, trainable
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.fit import FitTask, build_head, fit
-from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.folds import ENOUGH, fold_of, single
 from kngd_ray.training.informing import decided
-from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.method import Method
+from kngd_ray.training.kalman import KalmanNGD, chosen_variance
+from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions, Predictor
 
@@ -109,11 +110,13 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
 
 
-def decided_task(task: FitTask) -> FitTask:
+def decided_task(task: FitTask, fitted: MethodState | None = None, device: torch.device | str = "cpu") -> FitTask:
     """The fit with what its shots decide of the prior's variance given: parts of the shots need not decide it again.
 
     Args:
         task: the fit.
+        fitted: what came of it, if it was run: it says what was decided.
+        device: where to decide it otherwise.
 
     Returns:
         The fit.
@@ -121,10 +124,12 @@ def decided_task(task: FitTask) -> FitTask:
     prior = task.options.filter
     if not task.options.at_mode or task.prior is not None or not prior.logit_spread:
         return task
-    assert isinstance(task.support, Support)
-    head = build_head(task)
-    assert isinstance(head, CLIPHead)
-    _, variance = decided(head, prior, task.support, at_mode=True)
+    variance = None if fitted is None else chosen_variance(fitted)
+    if variance is None:
+        head, shots = build_head(task, device), task.to(device).support
+        assert isinstance(head, CLIPHead)
+        assert isinstance(shots, Support)
+        _, variance = decided(head, prior, shots, at_mode=True)
     fixed = replace(prior, logit_variance=variance, logit_spread=0.0)
     return replace(task, options=replace(task.options, filter=fixed))
 
@@ -132,8 +137,9 @@ def decided_task(task: FitTask) -> FitTask:
 def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     """The fits that choose tau, and the shots that each has not seen.
 
-    Those of a cross-validation; but where no class has two shots every fold would lack its classes altogether, and say
-    nothing of a fit that knows them. Then it is the belief before the first step, which has seen none of the shots.
+    Those of a cross-validation, no more folds of it than have shots enough. But where no class has two shots every fold
+    would lack its classes altogether, and say nothing of a fit that knows them. Then it is the belief before the first
+    step, which has seen none of the shots.
 
     Args:
         task: the fit.
@@ -143,24 +149,32 @@ def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
         For each fold the fit, and the fold; of single shots there is one.
     """
     if not single(task.support.labels):
-        return held_out_tasks(task, folds)
+        parts = held_out_tasks(task, folds)
+        seen = list(accumulate(len(held) for _, held in parts))
+        return parts[: 1 + sum(total < ENOUGH for total in seen[:-1])]
     return [(replace(task, options=replace(task.options, epochs=0)), task.support)]
 
 
-def calibrate(task: FitTask, options: PosteriorOptions, device: torch.device | str = "cpu") -> Calibration:
+def calibrate(
+    task: FitTask,
+    options: PosteriorOptions,
+    device: torch.device | str = "cpu",
+    fitted: MethodState | None = None,
+) -> Calibration:
     """Choose tau and fit the scaling temperature by cross-validation over the shots.
 
     Args:
         task: the fit to calibrate; its folds are fitted in this process.
         options: posterior options; a given temperature is kept as tau.
         device: where the folds are fitted.
+        fitted: what came of the fit, if it was run.
 
     Returns:
         The choice. Without folds, tau is the given temperature, or the median of its prior, or 1; nothing is scaled.
     """
     if min(options.folds, len(task.support)) < 2:
         return Calibration(options.unasked, 1.0)
-    task = decided_task(task)
+    task = decided_task(task, fitted, device)
     # one after another: a fold of whole towers is let go before the next one is fitted
     fits = ((fit(part, device=device), held) for part, held in calibration_tasks(task, options.folds))
     found = calibration_of(fits, options, task.options.tune.alpha)

@@ -32,9 +32,10 @@ from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import AnyPredictor, Calibration, assembled
 from kngd_ray.training.checkpoint import MANIFEST, Checkpoint
 from kngd_ray.training.checkpoint import load as load_checkpoint
+from kngd_ray.training.interval import probability_interval
 from kngd_ray.training.kalman import KalmanNGD, nested
 from kngd_ray.training.method import load_head
-from kngd_ray.training.novelty import Novelty, probability_interval, total_variance
+from kngd_ray.training.novelty import Novelty, total_variance
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor, entropy
 from kngd_ray.training.resumable import SOURCE, latest

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+ENOUGH = 256
+"""Held-out shots of which more would not choose otherwise: no further fold is fitted."""
+
 
 def fold_of(labels: Tensor, folds: int) -> Tensor:
     """Cut shots into folds, each class spread over them as evenly as it goes.

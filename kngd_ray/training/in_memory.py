@@ -65,18 +65,19 @@ def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(Path(), manifest, state)
 
 
-def settle(task: FitTask, posterior: PosteriorOptions) -> tuple[Calibration, Novelty | None]:
+def settle(task: FitTask, posterior: PosteriorOptions, fitted: MethodState) -> tuple[Calibration, Novelty | None]:
     """Choose tau on the shots, as far as they can be held out.
 
     Args:
         task: the fit.
         posterior: how the posterior enters predictions.
+        fitted: what came of the fit.
 
     Returns:
         The calibration, at the tau of no folds where one cannot be fitted, and what pictures are compared with.
     """
     try:
-        return calibrate_and_compare(task, posterior)
+        return calibrate_and_compare(task, posterior, fitted=fitted)
     except FilterError:  # a fold has fewer pictures than the fit that went well
         return Calibration(posterior.unasked, 1.0), None
 

@@ -5,6 +5,8 @@ zero-shot logits are believed (``filter.mean``), with what the outputs of a laye
 (``filter.covariance.columns``), and by how much (``filter.logit_variance``).
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import exp, log
 
 import torch
@@ -12,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.filters import Classified, Covariance, Factors, Kronecker, common_offset, softmax_modes
+from kngd_ray.filters import Classified, Covariance, Factors, HeldOut, Kronecker, common_offset
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Support
-from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.folds import ENOUGH, fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import centres
 from kngd_ray.training.options import FilterOptions
@@ -27,7 +29,7 @@ _CLASSES = 4  # likewise
 _FOLDS = 3
 _CAUTIOUS = 2.0  # standard deviations below the median
 _VARIANCES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # nats^2
-_TOLERANCE = 0.01  # nats: folds are compared, not kept
+_TOLERANCE = 0.1  # nats: folds are compared, not kept
 _LINEARISATIONS = 30
 
 
@@ -62,7 +64,8 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
         if unit > 0:
             covariance = method.family.predict(covariance, chosen / unit, 0.0, method.group.sum)
             p0 *= chosen / unit
-    method.begin_at(covariance, gamma=gamma, p0=p0)
+    chosen_by_shots = chosen if options.logit_spread else None
+    method.begin_at(covariance, gamma=gamma, p0=p0, logit_variance=chosen_by_shots)
 
 
 def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: bool) -> tuple[float, float | None]:
@@ -103,25 +106,49 @@ def likeliest_variance(head: CLIPHead, options: FilterOptions, shots: Support, l
         Nats^2, of a grid and the median.
     """
     family, residual = options.covariance, head.residual
-    assert options.logit_variance is not None
+    median = options.logit_variance
+    assert median is not None
     assert residual is not None
     assert isinstance(family, Kronecker)
-    variances = sorted({*_VARIANCES, options.logit_variance})
-    score = [-0.5 * (log(v / options.logit_variance) / options.logit_spread) ** 2 for v in variances]
-    fold = fold_of(shots.labels, _FOLDS)
-    x = residual.inputs(shots.features)
+    fold, x = fold_of(shots.labels, _FOLDS), residual.inputs(shots.features)
+    parts, held_out = [], []
     for f in range(_FOLDS):
         held, kept = fold == f, fold != f
         if not bool(held.any()) or not bool(kept.any()):
             continue
         A = family.columns_of(x[kept], shots.labels[kept])
         seen = Classified(x[kept], logits[kept], shots.labels[kept], 1.0)
-        found = softmax_modes(
-            variances, A / varied(A, x[kept]), seen, x[held], tolerance=_TOLERANCE, linearisations=_LINEARISATIONS
+        parts.append((A / varied(A, x[kept]), seen, x[held]))
+        held_out.append(held)
+        if sum(map(len, held_out)) >= ENOUGH:
+            break
+    folds = HeldOut(parts, tolerance=_TOLERANCE, linearisations=_LINEARISATIONS)
+
+    def score(v: float) -> float:
+        moved = folds.logits(v)
+        loss = sum(
+            cross_entropy(logits[held].double() + by, shots.labels[held], reduction="sum")
+            for held, by in zip(held_out, moved, strict=True)
         )
-        for n, moved in enumerate(found):
-            score[n] -= float(cross_entropy(logits[held].double() + moved, shots.labels[held], reduction="sum"))
-    return variances[max(range(len(variances)), key=score.__getitem__)]
+        return -float(loss) - 0.5 * (log(v / median) / options.logit_spread) ** 2
+
+    variances = sorted({*_VARIANCES, median})
+    return variances[_climbed([partial(score, v) for v in variances], variances.index(median))]
+
+
+def _climbed(scores: Sequence[Callable[[], float]], start: int) -> int:
+    """Where a row of scores has its top, sought from a place upwards, as far as scores are not lower there."""
+    found = {start: scores[start]()}
+    for step in (-1, 1):
+        here = start
+        while 0 <= here + step < len(scores):
+            found[here + step] = scores[here + step]()
+            if found[here + step] <= found[here]:
+                break
+            here += step
+        if here != start:
+            return here
+    return start
 
 
 def varied(A: Tensor, x: Tensor) -> float:

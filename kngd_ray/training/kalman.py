@@ -32,6 +32,7 @@ from kngd_ray.training.predict import TAU_GRID, centring, moderated
 
 _ROUNDED = 1e-9  # of the objective, within which a step counts as one that does not raise it
 P0 = "prior/p0"
+LOGIT_VARIANCE = "prior/logit_variance"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -126,6 +127,7 @@ class KalmanNGD:
         prior = options.filter
         self.family = prior.covariance
         self.p0 = prior.weight_variance
+        self.logit_variance: float | None = None  # as shots chose it
         self._place(prior)
         self.to_mode: ModeStep | None = None
         if options.at_mode and isinstance(head, CLIPHead):
@@ -139,17 +141,18 @@ class KalmanNGD:
         self.placed: Placed[Any] = self.filter
         self.belief = self.filter.init(self._anchor, prior.weight_variance)
 
-    def begin_at(self, covariance: Covariance, *, gamma: float, p0: float) -> None:
+    def begin_at(self, covariance: Covariance, *, gamma: float, p0: float, logit_variance: float | None = None) -> None:
         """Start from a prior that shots have informed, before the first step.
 
         Args:
             covariance: P of the own parts.
             gamma: how much of the zero-shot logits is believed.
             p0: prior variance of a weight, as far as one number says it; what a process relaxes to.
+            logit_variance: prior variance of a logit that the shots chose, nats^2.
         """
         assert isinstance(self.head, CLIPHead)
         self.belief = Belief(self.belief.mu, covariance)
-        self.head.gamma, self.p0 = gamma, p0
+        self.head.gamma, self.p0, self.logit_variance = gamma, p0, logit_variance
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -319,6 +322,7 @@ class KalmanNGD:
             replicated={
                 "noise": self.noise,
                 P0: torch.tensor(self.p0, dtype=torch.float64),
+                **self._chosen(),
                 **head_state(self.head),
             },
             covariance={
@@ -329,6 +333,11 @@ class KalmanNGD:
             pieces=[{part.layer.name: (part.flat.start, part.flat.stop) for part in parts} for parts in owned],
         )
 
+    def _chosen(self) -> dict[str, Tensor]:
+        if self.logit_variance is None:
+            return {}
+        return {LOGIT_VARIANCE: torch.tensor(self.logit_variance, dtype=torch.float64)}
+
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
         with torch.no_grad():
@@ -337,6 +346,7 @@ class KalmanNGD:
         self.noise = state.replicated["noise"].to(self.noise)
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
+        self.logit_variance = chosen_variance(state)
         load_head(self.head, state)
         self.belief = Belief(flatten(self.parameters), self.placed.own(nested(state.covariance, self._anchor)))
 
@@ -349,6 +359,19 @@ class KalmanNGD:
         with torch.no_grad():
             for name, value in unflatten(mu, self.parameters).items():
                 self.parameters[name].copy_(value)
+
+
+def chosen_variance(state: MethodState) -> float | None:
+    """The prior variance of a logit that a fit's shots chose.
+
+    Args:
+        state: of the fit.
+
+    Returns:
+        Nats^2; None where it was given, or the state is of a version that did not tell.
+    """
+    found = state.replicated.get(LOGIT_VARIANCE)
+    return None if found is None else float(found)
 
 
 def _either(first: Tensor, new: Tensor, old: Tensor) -> Tensor:

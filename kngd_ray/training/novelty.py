@@ -1,40 +1,38 @@
-"""How sure a fit is of one picture: an interval of its probability, and how unlike the shots the picture is.
+"""How unlike the shots a picture is: the rank of its logits' variance among those of the shots.
 
-Both come from the belief N(mu, P) of the weights alone, through the linearised variance V H P H^T V^T of functions of
-the logits. The interval is that of the log-odds of the predicted class, at the posterior temperature tau. Likeness
-needs no tau: it is the rank of a picture's variance among those of the training shots, each taken by a fit that has not
-seen its fold. Such fits have seen less than the one that predicts, and are less sure of everything; a few fits that
-lack a single shot say by how much.
+The variance is that of the belief N(mu, P) of the weights, through the linearised H P H^T of the logits; it needs no
+tau. Each shot's own must be that of a belief which has not seen it. A posterior at the mode of a class residual gives up
+a shot in closed form (:mod:`kngd_ray.filters.left_out`). Other fits are measured by those of the cross-validation that
+chooses tau. These have seen less than the one that predicts, and are less sure of everything; a few fits that lack a
+single shot say by how much.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from kngd_ray.errors import CheckpointError, FilterError
-from kngd_ray.sharding import covariance_bytes
-from kngd_ray.training.batches import Shots
+from kngd_ray.filters import Classified, Kronecker, PriorWithout, spread_left_out
+from kngd_ray.sharding import SingleProcess, covariance_bytes
+from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import (
-    AnyPredictor,
     Calibration,
     calibrate,
     calibration_of,
+    calibration_tasks,
     decided_task,
     held_out_tasks,
 )
-from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.fit import FitTask, begin, fit
 from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.method import Method
-from kngd_ray.training.predict import PosteriorOptions, Prediction, Predictor
+from kngd_ray.training.method import Method, MethodState
+from kngd_ray.training.predict import PosteriorOptions, Predictor, centred_variances
 from kngd_ray.training.together import fit_together, shape_of
 
-CREDIBLE = 0.9
-_Z = 1.6448536269514722  # standard deviations to either side of a normal's mean that hold 90 %
 _LEFT_OUT = 8  # shots of which each is left out of a fit of its own
 _TOGETHER = 1 << 28  # bytes of covariances that advance together
 _KEPT = 512  # quantiles: more shots tell no more
@@ -86,7 +84,10 @@ class Novelty:
 
 
 def calibrate_and_compare(
-    task: FitTask, options: PosteriorOptions, device: torch.device | str = "cpu"
+    task: FitTask,
+    options: PosteriorOptions,
+    device: torch.device | str = "cpu",
+    fitted: MethodState | None = None,
 ) -> tuple[Calibration, Novelty | None]:
     """Choose tau as :func:`~kngd_ray.training.calibration.calibrate` does, and measure the shots by the same fits.
 
@@ -94,23 +95,78 @@ def calibrate_and_compare(
         task: the fit to calibrate; its folds are fitted in this process.
         options: posterior options.
         device: where the folds are fitted.
+        fitted: what came of the fit, if it was run.
 
     Returns:
         The calibration, and what pictures are compared with; None without folds or without a belief, and where towers
         are trained, whose logits' variance would take a pass through the network for each draw.
     """
     if min(options.folds, len(task.support)) < 2:
-        return calibrate(task, options, device), None
-    task = decided_task(task)
-    seen: list[Tensor] = []
-    sizes: list[int] = []
+        return calibrate(task, options, device, fitted), None
+    task = decided_task(task, fitted, device)
+    if task.options.at_mode and task.options.tune.alpha == 1 and task.sampler.steps == 1:
+        calibration = calibrate(task, options, device)
+        variance = variance_left_out(task, device, fitted)
+        if variance is not None:
+            return calibration, Novelty.of(variance)
+    return _by_folds(task, options, device)
 
-    def fits() -> Iterator[tuple[Method, Shots]]:
-        for part, held in held_out_tasks(task, options.folds):
+
+def variance_left_out(
+    task: FitTask, device: torch.device | str = "cpu", fitted: MethodState | None = None
+) -> Tensor | None:
+    """Variance of each shot's logits by a belief without it, in closed form.
+
+    Args:
+        task: a fit that goes to its mode in one step.
+        device: where to compute.
+        fitted: what came of it, if it was run.
+
+    Returns:
+        (N,) mean variances of the class logits at tau = 1; None where the prior depends on shots in another way.
+    """
+    before = begin(task, SingleProcess(), device)
+    assert isinstance(before, KalmanNGD)
+    assert before.to_mode is not None
+    assert isinstance(before.family, Kronecker)
+    (prior,), shots = before.belief.covariance.values(), task.to(device).support
+    assert isinstance(shots, Support)
+    x = before.to_mode.residual.inputs(shots.features)
+    without = PriorWithout.unchanged(x)
+    if task.prior is None:
+        of_prior = before.family.prior_without(prior["A"], x, shots.labels)
+        if of_prior is None:
+            return None
+        without = of_prior
+    noise = before.observer.r0
+    if fitted is None:
+        fitted = fit(task, device=device).state()
+    before.load(fitted)  # and so it is the fit
+    (posterior,) = before.belief.covariance.values()
+    with torch.no_grad():
+        logits: Tensor = before.head(shots.features)
+    at_mode = Classified(x, logits, shots.labels, before.head.logit_scale, noise)
+    B = posterior["B"]
+    spread = spread_left_out((prior["B"], prior["A"]), (B, posterior["A"]), at_mode, without)
+    return spread * centred_variances(B).mean().to(spread)
+
+
+def _by_folds(
+    task: FitTask, options: PosteriorOptions, device: torch.device | str
+) -> tuple[Calibration, Novelty | None]:
+    """The same by fits that lack a fold."""
+    seen: list[Tensor] = []
+    rows: list[Tensor] = []
+    sizes: list[int] = []
+    fold = fold_of(task.support.labels, min(options.folds, len(task.support))).cpu()
+
+    def fits(parts: Sequence[tuple[FitTask, Shots]]) -> Iterator[tuple[Method, Shots]]:
+        for part, held in parts:
             method = fit(part, device=device)
             yield method, held
             # after it was predicted with: weight ensembling has then moved its head
             if isinstance(method, KalmanNGD) and task.towers is None:
+                rows.append((fold == len(seen)).nonzero().squeeze(1))
                 seen.append(_variance(method, held, task.options.tune.alpha))
                 sizes.append(covariance_bytes(method.belief.covariance))
 
@@ -118,17 +174,16 @@ def calibrate_and_compare(
         calibration = calibrate(task, options, device)
         if task.options.method == "kalman" and task.towers is None:
             # they choose no tau; but a belief that has seen no shot would be as sure of one picture as of another
-            for _ in fits():
+            for _ in fits(held_out_tasks(task, options.folds)):
                 pass
     else:
-        calibration = calibration_of(fits(), options, task.options.tune.alpha)
+        calibration = calibration_of(fits(calibration_tasks(task, options.folds)), options, task.options.tune.alpha)
     if not seen:
         return calibration, None
-    by_fold = torch.cat(seen)
-    fold = fold_of(task.support.labels, min(options.folds, len(task.support))).cpu()
-    variance = torch.empty_like(by_fold)
-    variance[torch.cat([(fold == f).nonzero().squeeze(1) for f in range(len(seen))])] = by_fold
-    return calibration, Novelty.of(variance * _shrinkage(task, variance, device, max(sizes)))
+    variance = torch.full((len(task.support),), nan, dtype=seen[0].dtype)
+    variance[torch.cat(rows)] = torch.cat(seen)
+    smaller = _shrinkage(task, variance, device, max(sizes))
+    return calibration, Novelty.of(variance[~variance.isnan()] * smaller)
 
 
 def _shrinkage(task: FitTask, by_fold: Tensor, device: torch.device | str, size: int) -> float:
@@ -136,16 +191,16 @@ def _shrinkage(task: FitTask, by_fold: Tensor, device: torch.device | str, size:
 
     Args:
         task: the fit.
-        by_fold: (N,) variance of each shot by a fit without its fold.
+        by_fold: (N,) variance of each shot by a fit without its fold; NaN of those that were in none.
         device: where to compute.
         size: bytes of a covariance.
 
     Returns:
         The factor, a median over shots.
     """
-    N = len(task.support)
-    which = torch.linspace(0, N - 1, min(N, _LEFT_OUT)).round().long()  # in the order of classes, so of many of them
-    kept = torch.arange(N)
+    kept, measured = torch.arange(len(task.support)), (~by_fold.isnan()).nonzero().squeeze(1)
+    # in the order of classes, so of many of them
+    which = measured[torch.linspace(0, len(measured) - 1, min(len(measured), _LEFT_OUT)).round().long()]
     parts = [replace(task, support=task.support.subset((kept != n).to(task.support.labels.device))) for n in which]
     methods: list[Method | FilterError]
     if shape_of(task) is not None and size * len(parts) <= _TOGETHER:
@@ -186,70 +241,3 @@ def total_variance(predictor: Predictor, features: Tensor) -> Tensor:
         (m,) variances; zeros without a posterior.
     """
     return predictor.logit_variance(features).mean(1)
-
-
-def probability_interval(
-    predictor: AnyPredictor, features: Tensor, prediction: Prediction, tau: float
-) -> Tensor | None:
-    """90 % credible interval of the most probable class's probability.
-
-    The log-odds u of the class are taken as normal: at the mean of the weights plus and minus 1.64 standard deviations.
-    Of a head the variance of u is the linearised one of N(mu, tau P); of a network, whose gradients for each picture
-    are dear, it is that of the class's logit over the draws. The interval is widened, where it has to be, to hold the
-    predicted probability, which is an average and not a value at the mean.
-
-    Args:
-        predictor: of a head or a network.
-        features: (m, d) unit image embeddings, or what the network takes.
-        prediction: what it predicts of them at tau.
-        tau: posterior temperature.
-
-    Returns:
-        (m, 2) low and high; None where the posterior has no part in the prediction.
-    """
-    if predictor.belief is None or tau == 0 or predictor.options.predict == "mean":
-        return None
-    p = prediction.probabilities.double()
-    top = p.argmax(1, keepdim=True)
-    best = p.gather(1, top).squeeze(1)
-    if isinstance(predictor, Predictor):
-        with torch.no_grad():
-            logits: Tensor = predictor.head(features)
-        chosen = one_hot(top.squeeze(1), logits.shape[1]).to(logits)
-        others = logits.masked_fill(chosen.bool(), -torch.inf)
-        # d u / d l: 1 for the class itself, and minus the share that each of the others has among them
-        cotangent = (chosen - others.softmax(1)).unsqueeze(1)
-        u = (logits.gather(1, top).squeeze(1) - others.logsumexp(1)).double()
-        sigma = (tau * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double()
-    else:
-        u, sigma = torch.logit(best, eps=1e-12), prediction.logit_std.gather(1, top).squeeze(1).double()
-    low, high = torch.sigmoid(u - _Z * sigma), torch.sigmoid(u + _Z * sigma)
-    return torch.stack([torch.minimum(low, best), torch.maximum(high, best)], 1)
-
-
-def probability_std(predictor: Predictor, features: Tensor, tau: float) -> Tensor:
-    """Posterior standard deviation of each class's probability, linearised at the mean of the weights.
-
-    Where the straight line leaves [0, 1] it is cut off at the most that a probability of that mean can have.
-
-    Args:
-        predictor: a head and its belief.
-        features: (m, d) unit image embeddings.
-        tau: posterior temperature.
-
-    Returns:
-        (m, C); zeros without a posterior.
-    """
-    with torch.no_grad():
-        p: Tensor = predictor.head(features).softmax(1)
-    if predictor.belief is None or tau == 0:
-        return torch.zeros_like(p)
-    if (product := predictor.product(features)) is not None:
-        spread, B = product
-        # row c of diag(p) - p p^T is p_c (e_c - p)
-        pB = p @ B.to(p)
-        rows = p.square() * (B.diagonal().to(p) - 2 * pB + (pB * p).sum(1, keepdim=True)).clamp_min(0)
-        variance = spread.to(p).unsqueeze(1) * rows
-    else:
-        variance = predictor.variance_along(features, p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1))
-    return torch.minimum(tau * variance, p * (1 - p)).sqrt()

@@ -137,10 +137,10 @@ class Predictor:
         with torch.no_grad():
             logits: Tensor = self.head(features)
         C = logits.shape[1]
-        centred = centring(C, logits)
         if (product := self.product(features)) is not None:
-            found = torch.outer(product[0], (centred @ product[1] @ centred).diagonal()).to(logits)
+            found = torch.outer(product[0], centred_variances(product[1])).to(logits)
         else:
+            centred = centring(C, logits)
             found = self.variance_along(features, centred.expand(len(logits), C, C))
         self._known = features, found
         return found
@@ -231,6 +231,19 @@ def moderated(logits: Tensor, variance: Tensor) -> Tensor:
     # sum_c Var(l_c - mean l) is (C - 1) / 2 times the mean of Var(l_a - l_b) over pairs of classes
     of_pairs = variance.sum(1, keepdim=True) * (2 / max(logits.shape[1] - 1, 1))
     return logits / (1 + pi / 8 * of_pairs).sqrt()
+
+
+def centred_variances(B: Tensor) -> Tensor:
+    """Variances of logits less their mean over classes.
+
+    Args:
+        B: (C, C) their joint covariance.
+
+    Returns:
+        (C,) the diagonal of (I - 1 / C) B (I - 1 / C).
+    """
+    means = B.mean(0)
+    return (B.diagonal() - 2 * means + means.mean()).clamp_min(0)
 
 
 def centring(classes: int, like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from helpers.compare import max_error
 from torch.nn.functional import cross_entropy, one_hot
 
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Classified, condition_softmax, softmax_modes
+from kngd_ray.filters import Classified, HeldOut, condition_softmax
+from kngd_ray.filters.newton import Whitened
 from kngd_ray.filters.softmax import nearest_product
 
 ROWS, COLUMNS, SCALE = 5, 6, 7.0  # classes, inputs, logit scale
@@ -28,6 +29,10 @@ def batch(N: int, seed: int = 0, noise: float = 1.0) -> Classified:
     x = torch.randn(N, COLUMNS, dtype=torch.float64, generator=g)
     logits = 3 * torch.randn(N, ROWS, dtype=torch.float64, generator=g)
     return Classified(x, logits, torch.randint(ROWS, (N,), generator=g), SCALE, noise)
+
+
+def whitened(seen: Classified, A: torch.Tensor) -> Whitened:
+    return Whitened.of(seen.scale * seen.x, A)
 
 
 def by_lbfgs(B: torch.Tensor, A: torch.Tensor, seen: Classified) -> torch.Tensor:
@@ -96,7 +101,7 @@ def divergence(B: torch.Tensor, A: torch.Tensor, precision: torch.Tensor) -> flo
 def test_the_covariance_is_the_nearest_product():
     B, A, seen = covariance(ROWS, 1), covariance(COLUMNS, 2), batch(9, 3, 2.0)
     p = seen.logits.softmax(1)
-    B_new, A_new, log_det = nearest_product(B, A, seen, p)
+    B_new, A_new, log_det = nearest_product(B, A, whitened(seen, A), p, seen.noise)
     precision = dense_precision(B, A, seen, p)
     best = divergence(B_new, A_new, precision)
     assert best < 0.5 * divergence(B, A, precision)
@@ -114,7 +119,7 @@ def test_the_covariance_is_exact_where_it_is_a_product():
     seen = batch(8, 3)
     seen = Classified(seen.x[:, :1], seen.logits, seen.labels, SCALE)
     p = seen.logits.softmax(1)
-    B_new, A_new, _ = nearest_product(B, A, seen, p)
+    B_new, A_new, _ = nearest_product(B, A, whitened(seen, A), p, seen.noise)
     H = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
     expected = torch.linalg.inv(torch.linalg.inv(B) + SCALE**2 * (seen.x.square().unsqueeze(2) * H).sum(0))
     assert max_error(B_new * A_new, expected) < 1e-6
@@ -139,10 +144,14 @@ def test_modes_under_several_variances_are_those_of_each():
     A, seen = covariance(COLUMNS, 2), batch(10, 3)
     other = torch.randn(4, COLUMNS, dtype=torch.float64, generator=rng(9))
     variances = (0.1, 1.0, 30.0)
-    found = softmax_modes(variances, A, seen, other, tolerance=1e-9, linearisations=60)
-    for v, moved in zip(variances, found, strict=True):
+    fewer = Classified(seen.x[:7], seen.logits[:7], seen.labels[:7], SCALE)
+    held_out = HeldOut([(A, seen, other), (A, fewer, other[:3])], tolerance=1e-9, linearisations=60)
+    for v in variances:
+        moved, of_fewer = held_out.logits(v)
         one = condition_softmax(v * torch.eye(ROWS, dtype=torch.float64), A, seen, tolerance=1e-9, linearisations=60)
         assert max_error(moved, SCALE * other @ one.step.mT) < 1e-6
+        one = condition_softmax(v * torch.eye(ROWS, dtype=torch.float64), A, fewer, tolerance=1e-9, linearisations=60)
+        assert max_error(of_fewer, SCALE * other[:3] @ one.step.mT) < 1e-6
 
 
 def test_no_sample_changes_nothing():

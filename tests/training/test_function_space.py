@@ -1,5 +1,6 @@
 """The default: a prior over functions, a step that ends at the mode, predictions that see no common offset."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,16 +13,11 @@ from kngd_ray.config import load_config, override
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import calibrate, predictor_of
+from kngd_ray.training.calibration import calibrate, decided_task, predictor_of
 from kngd_ray.training.fit import FitTask, begin, fit
+from kngd_ray.training.interval import probability_interval, probability_std
 from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.novelty import (
-    Novelty,
-    calibrate_and_compare,
-    probability_interval,
-    probability_std,
-    total_variance,
-)
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance, variance_left_out
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
 
 LINEARISED = PosteriorOptions(predict="linearised")
@@ -304,3 +300,36 @@ def test_a_variance_given_twice_is_refused():
         load_config(overrides=["method=kalman", "filter.p0=0.1", "filter.logit_variance=30"])
     with pytest.raises(UsageError, match="logit_spread is for a logit_variance"):
         load_config(overrides=["method=kalman", "filter.logit_variance=null"])
+
+
+@pytest.mark.parametrize("shots", [1, 2, 5])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_posterior_gives_up_a_shot_as_a_fit_without_it_would(shots, inside):
+    """What prior and posterior have of a shot is taken out: the metric within classes, the offset, its curvature."""
+    task = in_both(shots, *FIXED)[inside]
+    found = variance_left_out(task, fitted=fit(task).state())
+    kept, expected = torch.arange(len(task.support)), []
+    for n in kept[::4]:
+        alone = fit(replace(task, support=task.support.subset(kept != n)))
+        expected.append(total_variance(predictor_of(alone, LINEARISED), task.support.features[n : n + 1]))
+    expected = torch.cat(expected)
+    seen = total_variance(predictor_of(fit(task), LINEARISED), task.support.features)[::4]
+    error = (found[::4] / expected).log()
+    assert float(error.square().mean().sqrt()) < 0.12
+    assert float(error.abs().mean()) < 0.2 * float((expected / seen).log().mean())
+    assert Novelty.of(found) == calibrate_and_compare(task, load_config().posterior, fitted=fit(task).state())[1]
+
+
+def test_what_shots_decided_is_kept_with_the_fit():
+    """And need not be decided again, where the fit goes on or is calibrated."""
+    task = in_both(3)[1]
+    state = fit(task).state()
+    chosen = decided_task(task, state).options.filter.logit_variance
+    assert chosen == decided_task(task).options.filter.logit_variance
+    assert decided_task(task, replace(state, replicated={})).options.filter.logit_variance == chosen
+    assert float(state.replicated["prior/logit_variance"]) == chosen
+    again = begin(task, SingleProcess())
+    again.load(state)
+    assert float(again.state().replicated["prior/logit_variance"]) == chosen
+    posterior = load_config().posterior
+    assert calibrate_and_compare(task, posterior, fitted=state) == calibrate_and_compare(task, posterior)

@@ -14,11 +14,10 @@ from kngd_ray.training.batches import Support, seeded
 from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
 from kngd_ray.training.classifier import Settled, read_settled, save_settled
 from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.interval import probability_interval, probability_std
 from kngd_ray.training.novelty import (
     Novelty,
     calibrate_and_compare,
-    probability_interval,
-    probability_std,
     total_variance,
 )
 from kngd_ray.training.options import FilterOptions, FitOptions

@@ -1,0 +1,273 @@
+r"""The mode of linear softmax classifiers under Gaussian priors, by Newton's method: several of one shape at once.
+
+With z_n the whitened inputs (A = L_A L_A^T, z_n = s L_A^T x_n) and B = L_B L_B^T, it is the U (C, r) that minimises ::
+
+    sum_n -c_n log softmax(f_n + L_B U z_n)_{y_n} + |U|^2 / 2
+
+which is convex. Each linearisation is an iterated-EKF step (Bell and Cathey 1993), for a softmax the same as Newton's.
+Its S has (N C)^2 numbers; so the step is found by conjugate gradients, and S never formed. A step that raises the
+objective is halved. Directions are computed in float32, which costs half; what they lead to in the problem's own
+precision. So rounding slows the last steps down a little, and the mode is as exact as the problem is given.
+
+A linearisation reads one small tensor back to the host, whether the problem is on a GPU or not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
+
+from kngd_ray.filters.dense import root, symmetric
+
+_HALVINGS = 30
+_PRODUCTS = 400  # of the Hessian with a direction, at most in a linearisation
+_UNREAD = 8  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
+_FORCING = 0.5  # how much of the gradient conjugate gradients may leave, less as it falls
+_FINEST = 1e-3  # of it, at the least: float32 knows no more
+_ROUNDED = 16  # units in the last place by which an objective that stands still may rise
+_RANK = 1e-12  # of the largest variance of a feature: below, a direction is rounding
+
+
+class RowRoot:
+    """A root L_B of a covariance of rows B.
+
+    Args:
+        root: (C, C) L_B; or a scalar, where B is a multiple of the identity.
+    """
+
+    def __init__(self, root: Tensor) -> None:
+        self._root = root
+
+    @classmethod
+    def of(cls, B: Tensor) -> "RowRoot":
+        """From (C, C) B; before the first batch it is a multiple of the identity, which saves most of the work."""
+        first = B[0, 0]
+        if bool((first * torch.eye(len(B), dtype=B.dtype, device=B.device) == B).all()):
+            return cls(first.sqrt())
+        return cls(root(B))
+
+    def to(self, dtype: torch.dtype) -> "RowRoot":
+        """The same in another precision."""
+        return RowRoot(self._root.to(dtype))
+
+    def logits(self, u: Tensor) -> Tensor:
+        """(..., C) L_B u_n of rows u_n."""
+        return u @ self._root.mT if self._root.dim() else u * self._root
+
+    def back(self, cotangent: Tensor) -> Tensor:
+        """(..., C) L_B^T g_n of rows g_n."""
+        return cotangent @ self._root if self._root.dim() else cotangent * self._root
+
+    def variances(self, weights: Tensor) -> Tensor:
+        """(..., C) diagonal of L_B^T diag(w) L_B."""
+        return weights @ self._root.square() if self._root.dim() else weights * self._root.square()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """F problems of one size, some of whose samples may count nothing.
+
+    Attributes:
+        Z: (F, N, r) whitened inputs in their principal axes: Z^T Z is diagonal.
+        logits: (F, N, C) at the predicted mean.
+        labels: (F, N) int64 classes.
+        counts: (F, N) how often each sample counts, 1 / its noise.
+    """
+
+    Z: Tensor
+    logits: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    @classmethod
+    def stacked(cls, parts: Sequence["Problem"]) -> "Problem":
+        """Several as one; samples and axes that some lack count nothing, or are zero."""
+        r = max(part.Z.shape[2] for part in parts)
+        padded = [torch.nn.functional.pad(part.Z, (0, r - part.Z.shape[2])) for part in parts]
+        return cls(
+            *(
+                pad_sequence([row for part in of_parts for row in part], batch_first=True)
+                for of_parts in (
+                    padded,
+                    [part.logits for part in parts],
+                    [part.labels for part in parts],
+                    [part.counts for part in parts],
+                )
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Where Newton's method ended.
+
+    Attributes:
+        U: (F, C, r).
+        log_p: (F, N, C) log-probabilities.
+        objective: (F,) float64.
+        distance: (F,) |U|^2 / 2.
+        linearisations: how many were made.
+        settled: whether the last step of each moved no logit by more than the tolerance.
+    """
+
+    U: Tensor
+    log_p: Tensor
+    objective: Tensor
+    distance: Tensor
+    linearisations: int
+    settled: bool
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Inputs of a layer in coordinates in which their weights are independent a priori, of variance 1.
+
+    They are the principal axes of the batch: nothing of the size of the inputs is left where there are few of them.
+
+    Attributes:
+        Z: (N, r) inputs, r at most N and i; Z Z^T = x A x^T, and Z^T Z is diagonal.
+        Y: (r, i) back to weights: those of which u (r,) is seen have the mean Y^T u given u.
+    """
+
+    Z: Tensor
+    Y: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, A: Tensor) -> "Whitened":
+        """From (N, i) inputs and the covariance of columns (i, i)."""
+        if len(x) <= len(A):
+            xA = x @ A
+            variances, axes = torch.linalg.eigh(symmetric(xA @ x.mT))
+            kept = variances > _RANK * variances[-1]
+            Z, variances = axes[:, kept] * variances[kept].sqrt(), variances[kept]
+            return cls(Z, (Z / variances).mT @ xA)
+        L = root(A)
+        z = x @ L
+        variances, axes = torch.linalg.eigh(symmetric(z.mT @ z))
+        axes = axes[:, variances > _RANK * variances[-1]]
+        return cls(z @ axes, (L @ axes).mT)
+
+
+def mode(
+    problem: Problem, rows: RowRoot, *, tolerance: float, linearisations: int, start: Tensor | None = None
+) -> Mode:
+    """Find the modes, by Newton's method with halved steps.
+
+    Args:
+        problem: what is observed.
+        rows: the root of B, in the precision of the problem.
+        tolerance: of a logit, nats.
+        linearisations: at most.
+        start: (F, C, r) U to begin with; None is 0.
+
+    Returns:
+        The modes.
+    """
+    Z, counts, F = problem.Z, problem.counts.unsqueeze(2), len(problem.Z)
+    target = one_hot(problem.labels, problem.logits.shape[2]).to(Z.dtype)
+    logits = problem.logits
+    U = Z.new_zeros(F, logits.shape[2], Z.shape[2]) if start is None else start
+    if start is not None:
+        logits = logits + rows.logits(Z @ U.mT)
+    linear = _Linear.of(problem, rows)
+    rounded = _ROUNDED * torch.finfo(Z.dtype).eps
+
+    def costs(logits: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(F, N, C) log-probabilities, and objective and distance (F,), summed in float64: they differ by digits."""
+        log_p = logits.log_softmax(2)
+        of_labels = log_p.gather(2, problem.labels.unsqueeze(2)).squeeze(2)
+        distance = 0.5 * U.double().square().sum((1, 2))
+        return log_p, distance - (problem.counts.double() * of_labels.double()).sum(1), distance
+
+    log_p, cost, distance = costs(logits, U)
+    on_cpu = Z.device.type == "cpu"
+    products = _PRODUCTS if on_cpu else _UNREAD
+    settled, done = False, 0
+    while done < linearisations and not settled:
+        done += 1
+        p = log_p.exp()
+        gradient = rows.back(counts * (target - p)).mT @ Z - U
+        direction, solved = linear.solve(p, gradient, products, stops=on_cpu)
+        moved = rows.logits(Z @ direction.mT)
+        reach = (moved * (counts > 0)).abs().amax((1, 2)).double()
+        size = torch.ones(F, 1, 1, dtype=Z.dtype, device=Z.device)
+        for _ in range(_HALVINGS):
+            there, far = logits + size * moved, U + size * direction
+            there_log_p, there_cost, there_distance = costs(there, far)
+            falls = there_cost <= cost + rounded * cost.abs()
+            close = (reach <= tolerance) & (size.flatten() == 1)
+            all_fall, all_close, all_solved = torch.stack([falls.all(), (falls & close).all(), solved.all()]).tolist()
+            if all_fall:
+                logits, U, log_p, cost, distance = there, far, there_log_p, there_cost, there_distance
+                settled = all_close
+                break
+            size = torch.where(falls.view(F, 1, 1), size, size / 2)
+        else:  # of some nothing goes down any more: what is left of them is rounding, and they stay
+            stays = falls.view(F, 1, 1)
+            logits, U = torch.where(stays, there, logits), torch.where(stays, far, U)
+            log_p, cost, distance = costs(logits, U)
+            settled = bool((close | ~falls).all())
+        if not all_solved:
+            products = min(2 * products, _PRODUCTS)
+    return Mode(U, log_p, cost, distance, done, settled)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The linearised problem in float32, (I + sum_n c_n H_n (x) z_n z_n^T) d = gradient with H_n of p_n."""
+
+    Z: Tensor
+    rows: RowRoot
+    counts: Tensor
+    spread: Tensor  # (F, 1, r) diagonal of Z^T Z
+
+    @classmethod
+    def of(cls, problem: Problem, rows: RowRoot) -> "_Linear":
+        narrow = problem.Z.float()
+        return cls(
+            narrow, rows.to(torch.float32), problem.counts.float().unsqueeze(2), narrow.square().sum(1, keepdim=True)
+        )
+
+    def solve(self, p: Tensor, gradient: Tensor, products: int, *, stops: bool) -> tuple[Tensor, Tensor]:
+        """Conjugate gradients, scaled by about the Hessian's diagonal.
+
+        Args:
+            p: (F, N, C) probabilities.
+            gradient: (F, C, r).
+            products: with the Hessian, at most.
+            stops: whether to stop before, as soon as they are enough: which takes a read for each.
+
+        Returns:
+            (F, C, r) direction, the more exact the smaller its gradient; and whether it is as exact as that, (F, 1, 1).
+        """
+        p = p.float()
+        weighed = self.counts * p
+        share = (weighed * (1 - p)).sum(1) / (self.counts > 0).sum(1)
+        eased_by = 1 / (1 + self.rows.variances(share).unsqueeze(2) * self.spread)
+        # the direction does not depend on the gradient's size, of which float32 has no sum of squares near a mode
+        unit = gradient.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        found = torch.zeros_like(eased_by)
+        rest = (gradient / unit).float()
+        eased = rest * eased_by
+        along = eased
+        size = (rest * eased).sum((1, 2), keepdim=True)
+        first = size * unit.float().square()
+        enough = size * (_FORCING * first.sqrt().clamp(_FINEST / _FORCING, 1)).square()
+        least = torch.finfo(torch.float32).tiny
+        for _ in range(products):
+            if stops and not bool((size > enough).any()):
+                break
+            moved = self.rows.logits(self.Z @ along.mT)
+            curved = weighed * moved
+            curved = curved - p * curved.sum(2, keepdim=True)
+            product = along + self.rows.back(curved).mT @ self.Z
+            step = size / (along * product).sum((1, 2), keepdim=True).clamp_min(least)
+            found = found + step * along
+            rest = rest - step * product
+            eased = rest * eased_by
+            before, size = size, (rest * eased).sum((1, 2), keepdim=True)
+            along = eased + (size / before.clamp_min(least)) * along
+        return found.to(gradient.dtype) * unit, size <= enough

@@ -1,6 +1,7 @@
 """What a person sees: a live display on a terminal, plain lines in a log, a table at the end."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _LINE_SECONDS = 2.0
+_PATIENCE = 60.0  # seconds between lines that say no more than that something goes on
 _LOG_WIDTH = 120
 
 # metric of a step, name on the display, format
@@ -70,17 +72,31 @@ class Display:
             yield advance
 
     @contextmanager
-    def steps(self) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    def steps(self, fits: Mapping[str, int]) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
         """Progress of fits.
+
+        Args:
+            fits: names, and steps of each. One step of the default is a whole fit, and may take a while.
 
         Yields:
             A function to call with a fit's name and the fields of a step record.
         """
-        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar:
+        done = dict.fromkeys(fits, 0)
+
+        def going() -> str:
+            under_way = [f"{fit}: step {done[fit]} of {steps}" for fit, steps in fits.items() if done[fit] < steps]
+            return under_way[0] if under_way else "fits are done"
+
+        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar, self._alive(going) as said:
             last: dict[str, float] = {}
+            if bar is not None:
+                for fit, steps in fits.items():
+                    _advance(bar, fit, 0, steps, "")
 
             def advance(fit: str, record: Mapping[str, Any]) -> None:
                 figures = _figures(record)
+                done[fit] = record["step"]
+                said()
                 if bar is not None:
                     _advance(bar, fit, record["step"], record["steps"], figures)
                 elif (
@@ -92,6 +108,20 @@ class Display:
                     self.say(f"{fit}: step {record['step']} of {record['steps']}, {figures}")
 
             yield advance
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Show that something is being done, if it takes more than two seconds.
+
+        Args:
+            what: is being done.
+        """
+        if self._live:
+            with self.console.status(escape(what)):
+                yield
+            return
+        with self._alive(lambda: what):
+            yield
 
     @contextmanager
     def trials(
@@ -172,6 +202,40 @@ class Display:
             self.out.print(detail)
         for note in notes:
             self.out.print(note, highlight=False, markup=False)
+
+    @contextmanager
+    def _alive(self, going: Callable[[], str]) -> Iterator[Callable[[], None]]:
+        """Say in a log what is going on where nothing is said, after two seconds and then less and less often.
+
+        Args:
+            going: what is.
+
+        Yields:
+            A function to call when something else was said.
+        """
+        if self._live:  # there a bar is moving
+            yield lambda: None
+            return
+        began = time.monotonic()
+        heard, over = [began], threading.Event()
+
+        def watch() -> None:
+            patience = _LINE_SECONDS
+            while not over.wait(max(heard[0] + patience - time.monotonic(), 0.1)):
+                if time.monotonic() - heard[0] >= patience:
+                    self.say(f"{going()}, {time.monotonic() - began:.0f} s")
+                    heard[0], patience = time.monotonic(), min(2 * patience, _PATIENCE)
+
+        def said() -> None:
+            heard[0] = time.monotonic()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield said
+        finally:
+            over.set()
+            watcher.join()
 
     @contextmanager
     def _progress(self, *columns: TextColumn) -> Iterator[Progress | None]:

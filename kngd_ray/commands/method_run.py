@@ -1,6 +1,7 @@
 """One method of a run: its fits by seed, their evaluation, and the MLflow records that they leave."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,14 @@ class MethodRun:
         metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
         self._records[fit].log_step(record["step"], metrics)
 
-    def report(self, zero_shot: Mapping[int, dict[str, Any]]) -> dict[str, Any] | None:
+    def report(
+        self, zero_shot: Mapping[int, dict[str, Any]], working: Callable[[str], AbstractContextManager[None]]
+    ) -> dict[str, Any] | None:
         """Evaluate the fits that ended well, log each, and combine them over seeds.
 
         Args:
             zero_shot: zero-shot figures by seed.
+            working: shows what is being done meanwhile.
 
         Returns:
             The method's part of the report, its ``run_id`` still open; None when no fit ended well.
@@ -100,7 +104,10 @@ class MethodRun:
         done = [seed for seed in self.tasks if self.fit(seed) not in self.failures]
         if not done:
             return None
-        reports = [self._evaluate(seed, zero_shot[seed]) for seed in done]
+        reports = []
+        for seed in done:
+            with working(f"{self.fit(seed)}: choosing tau and evaluating"):
+                reports.append(self._evaluate(seed, zero_shot[seed]))
         refused = sum(report.pop("refused") for report in reports)
         seconds = sum(report.pop("seconds") for report in reports)
         combined = over_seeds(reports)

@@ -119,7 +119,7 @@ def _run(
     try:
         _fit(config, methods, prepared, folder, display)
         zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
-        reports = [report for m in methods if (report := m.report(zero_shot)) is not None]
+        reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
             _show(config, prepared, protocol, reports, display)
             _write_results(folder, reports)
@@ -151,7 +151,8 @@ def _run(
 def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display) -> None:
     """Run all fits of all methods as one job."""
     owner = {method.fit(seed): method for method in methods for seed in method.tasks}
-    with display.steps() as show:
+    fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
+    with display.steps({name: task.sampler.steps for name, task in fits.items()}) as show:
 
         def on_event(event: FitEvent) -> None:
             if event.record is not None:
@@ -160,7 +161,6 @@ def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folde
             if event.error is not None:
                 owner[event.fit].failures[event.fit] = event.error
 
-        fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
         job = Job(fits, prepared.identity, folder, config.trainer.checkpoint_every)
         _run_job(job, config.trainer, on_event)
 

@@ -6,7 +6,7 @@ With z_n the whitened inputs (A = L_A L_A^T, z_n = s L_A^T x_n) and B = L_B L_B^
 
 which is convex. Each linearisation is an iterated-EKF step (Bell and Cathey 1993), for a softmax the same as Newton's.
 Its S has (N C)^2 numbers; so the step is found by conjugate gradients, and S never formed. A step that raises the
-objective is halved. Directions are computed in float32, which costs half; what they lead to in the problem's own
+objective is halved, and one that would move a logit so far that the softmax saturates is shortened. Directions are computed in float32, which costs half; what they lead to in the problem's own
 precision. So rounding slows the last steps down a little, and the mode is as exact as the problem is given.
 
 A linearisation reads one small tensor back to the host, whether the problem is on a GPU or not.
@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kngd_ray.filters.dense import root, symmetric
 
 _HALVINGS = 30
+_REACH = 16.0  # nats by which a step moves a logit at most: further the linearisation knows nothing
 _PRODUCTS = 400  # of the Hessian with a direction, at most in a linearisation
 _UNREAD = 8  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
 _FORCING = 0.5  # how much of the gradient conjugate gradients may leave, less as it falls
@@ -193,7 +194,7 @@ def mode(
         direction, solved = linear.solve(p, gradient, products, stops=on_cpu)
         moved = rows.logits(Z @ direction.mT)
         reach = (moved * (counts > 0)).abs().amax((1, 2)).double()
-        size = torch.ones(F, 1, 1, dtype=Z.dtype, device=Z.device)
+        size = (_REACH / reach).clamp(max=1.0).to(Z.dtype).view(F, 1, 1)
         for _ in range(_HALVINGS):
             there, far = logits + size * moved, U + size * direction
             there_log_p, there_cost, there_distance = costs(there, far)

@@ -25,7 +25,7 @@ from kngd_ray.filters.dense import root, symmetric
 _HALVINGS = 30
 _REACH = 16.0  # nats by which a step moves a logit at most: further the linearisation knows nothing
 _PRODUCTS = 400  # of the Hessian with a direction, at most in a linearisation
-_UNREAD = 8  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
+_UNREAD = 5  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
 _FORCING = 0.5  # how much of the gradient conjugate gradients may leave, less as it falls
 _FINEST = 1e-3  # of it, at the least: float32 knows no more
 _ROUNDED = 16  # units in the last place by which an objective that stands still may rise
@@ -49,6 +49,11 @@ class RowRoot:
         if bool((first * torch.eye(len(B), dtype=B.dtype, device=B.device) == B).all()):
             return cls(first.sqrt())
         return cls(root(B))
+
+    @property
+    def number(self) -> Tensor | None:
+        """The root, where it is a scalar."""
+        return None if self._root.dim() else self._root
 
     def to(self, dtype: torch.dtype) -> "RowRoot":
         """The same in another precision."""
@@ -168,6 +173,7 @@ def mode(
         The modes.
     """
     Z, counts, F = problem.Z, problem.counts.unsqueeze(2), len(problem.Z)
+    labels, weights = problem.labels.unsqueeze(2), problem.counts.double().unsqueeze(2)
     target = one_hot(problem.labels, problem.logits.shape[2]).to(Z.dtype)
     logits = problem.logits
     U = Z.new_zeros(F, logits.shape[2], Z.shape[2]) if start is None else start
@@ -179,9 +185,8 @@ def mode(
     def costs(logits: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(F, N, C) log-probabilities, and objective and distance (F,), summed in float64: they differ by digits."""
         log_p = logits.log_softmax(2)
-        of_labels = log_p.gather(2, problem.labels.unsqueeze(2)).squeeze(2)
         distance = 0.5 * U.double().square().sum((1, 2))
-        return log_p, distance - (problem.counts.double() * of_labels.double()).sum(1), distance
+        return log_p, distance - (weights * log_p.gather(2, labels)).sum((1, 2)), distance
 
     log_p, cost, distance = costs(logits, U)
     on_cpu = Z.device.type == "cpu"
@@ -191,27 +196,27 @@ def mode(
         done += 1
         p = log_p.exp()
         gradient = rows.back(counts * (target - p)).mT @ Z - U
-        direction, solved = linear.solve(p, gradient, products, stops=on_cpu)
+        direction, unsolved = linear.solve(p, gradient, products, stops=on_cpu)
         moved = rows.logits(Z @ direction.mT)
-        reach = (moved * (counts > 0)).abs().amax((1, 2)).double()
-        size = (_REACH / reach).clamp(max=1.0).to(Z.dtype).view(F, 1, 1)
-        for _ in range(_HALVINGS):
+        reach = moved.abs().amax((1, 2))
+        size = (_REACH / reach).clamp(max=1.0).view(F, 1, 1)
+        limit = cost * (1 + rounded)
+        for halved in range(_HALVINGS):
             there, far = logits + size * moved, U + size * direction
             there_log_p, there_cost, there_distance = costs(there, far)
-            falls = there_cost <= cost + rounded * cost.abs()
-            close = (reach <= tolerance) & (size.flatten() == 1)
-            all_fall, all_close, all_solved = torch.stack([falls.all(), (falls & close).all(), solved.all()]).tolist()
-            if all_fall:
+            rise = there_cost - limit
+            most = torch.stack([rise.amax(), reach.amax().double(), unsolved.amax().double()]).tolist()
+            if most[0] <= 0:
                 logits, U, log_p, cost, distance = there, far, there_log_p, there_cost, there_distance
-                settled = all_close
+                settled = most[1] <= tolerance and not halved
                 break
-            size = torch.where(falls.view(F, 1, 1), size, size / 2)
+            size = torch.where(rise.view(F, 1, 1) <= 0, size, size / 2)
         else:  # of some nothing goes down any more: what is left of them is rounding, and they stay
-            stays = falls.view(F, 1, 1)
-            logits, U = torch.where(stays, there, logits), torch.where(stays, far, U)
+            falls = rise.view(F, 1, 1) <= 0
+            logits, U = torch.where(falls, there, logits), torch.where(falls, far, U)
             log_p, cost, distance = costs(logits, U)
-            settled = bool((close | ~falls).all())
-        if not all_solved:
+            settled = bool(((rise > 0) | (reach <= tolerance)).all())
+        if most[2] > 0:
             products = min(2 * products, _PRODUCTS)
     return Mode(U, log_p, cost, distance, done, settled)
 
@@ -220,17 +225,19 @@ def mode(
 class _Linear:
     """The linearised problem in float32, (I + sum_n c_n H_n (x) z_n z_n^T) d = gradient with H_n of p_n."""
 
-    Z: Tensor
-    rows: RowRoot
+    Z: Tensor  # (F, N, r), times the root of B where it is a number
+    rows: RowRoot | None  # that of B where it is a matrix
     counts: Tensor
     spread: Tensor  # (F, 1, r) diagonal of Z^T Z
+    samples: Tensor  # (F, 1)
 
     @classmethod
     def of(cls, problem: Problem, rows: RowRoot) -> "_Linear":
-        narrow = problem.Z.float()
-        return cls(
-            narrow, rows.to(torch.float32), problem.counts.float().unsqueeze(2), narrow.square().sum(1, keepdim=True)
-        )
+        number = rows.number
+        Z = (problem.Z if number is None else problem.Z * number).float()
+        left = rows.to(Z.dtype) if number is None else None
+        counts = problem.counts.to(Z).unsqueeze(2)
+        return cls(Z, left, counts, Z.square().sum(1, keepdim=True), (counts > 0).sum(1))
 
     def solve(self, p: Tensor, gradient: Tensor, products: int, *, stops: bool) -> tuple[Tensor, Tensor]:
         """Conjugate gradients, scaled by about the Hessian's diagonal.
@@ -242,33 +249,37 @@ class _Linear:
             stops: whether to stop before, as soon as they are enough: which takes a read for each.
 
         Returns:
-            (F, C, r) direction, the more exact the smaller its gradient; and whether it is as exact as that, (F, 1, 1).
+            (F, C, r) direction, the more exact the smaller its gradient; and by what it misses that, 0 or less if not.
         """
         p = p.float()
         weighed = self.counts * p
-        share = (weighed * (1 - p)).sum(1) / (self.counts > 0).sum(1)
-        eased_by = 1 / (1 + self.rows.variances(share).unsqueeze(2) * self.spread)
+        share = (weighed * (1 - p)).sum(1) / self.samples
+        share = share if self.rows is None else self.rows.variances(share)
+        eased_by = 1 / (1 + share.unsqueeze(2) * self.spread)
         # the direction does not depend on the gradient's size, of which float32 has no sum of squares near a mode
         unit = gradient.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
         found = torch.zeros_like(eased_by)
         rest = (gradient / unit).float()
-        eased = rest * eased_by
-        along = eased
-        size = (rest * eased).sum((1, 2), keepdim=True)
-        first = size * unit.float().square()
-        enough = size * (_FORCING * first.sqrt().clamp(_FINEST / _FORCING, 1)).square()
+        along = eased = rest * eased_by
+        size = _dot(rest, eased)
+        enough = size * (_FORCING * (size.sqrt() * unit.float()).clamp(_FINEST / _FORCING, 1)).square()
         least = torch.finfo(torch.float32).tiny
-        for _ in range(products):
+        for _ in range(products):  # sixteen kernels each: more than anything else a GPU waits for their launch
             if stops and not bool((size > enough).any()):
                 break
-            moved = self.rows.logits(self.Z @ along.mT)
-            curved = weighed * moved
-            curved = curved - p * curved.sum(2, keepdim=True)
-            product = along + self.rows.back(curved).mT @ self.Z
-            step = size / (along * product).sum((1, 2), keepdim=True).clamp_min(least)
-            found = found + step * along
-            rest = rest - step * product
+            moved = self.Z @ along.mT
+            moved = moved if self.rows is None else self.rows.logits(moved)
+            curved = weighed * (moved - (p * moved).sum(2, keepdim=True))
+            curved = curved if self.rows is None else self.rows.back(curved)
+            product = torch.baddbmm(along, curved.mT, self.Z)
+            step = size / _dot(along, product).clamp_min(least)
+            found, rest = torch.addcmul(found, step, along), torch.addcmul(rest, step, product, value=-1)
             eased = rest * eased_by
-            before, size = size, (rest * eased).sum((1, 2), keepdim=True)
-            along = eased + (size / before.clamp_min(least)) * along
-        return found.to(gradient.dtype) * unit, size <= enough
+            before, size = size.clamp_min(least), _dot(rest, eased)
+            along = torch.addcmul(eased, size / before, along)
+        return found.to(gradient.dtype) * unit, size - enough
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(F, 1, 1) products of (F, C, r) matrices, each as one vector."""
+    return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2))

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 _MOST = 4.0
-_HALVINGS = 40
+_STEPS = 60
+_SETTLED = 1e-9
 _LEAST = 0.02  # labels that look worse than chance are no reason to believe the opposite
 
 
@@ -93,13 +95,19 @@ def likeliest_scale(logits: Tensor, labels: Tensor) -> float:
     centred = centred - centred.mean(1, keepdim=True)
     if not float(centred.abs().max()) > 0:
         return 1.0
-    low, high = 0.0, _MOST
-    for _ in range(_HALVINGS):  # the loss is convex in the factor: its slope changes sign once
-        middle = (low + high) / 2
-        p = (middle * centred).softmax(1)
-        slope = float(((p * centred).sum(1) - centred.gather(1, labels.unsqueeze(1)).squeeze(1)).sum())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return (low + high) / 2
+    seen = centred.gather(1, labels.unsqueeze(1)).sum()
+    low, high, factor = centred.new_tensor([0.0, _MOST, 1.0]).unbind()
+    for _ in range(_STEPS):  # the loss is convex in the factor: Newton's method, within where its slope changes sign
+        p = (factor * centred).softmax(1)
+        mean, square = (p * centred).sum(1), (p * centred.square()).sum(1)
+        slope, curvature = mean.sum() - seen, (square - mean.square()).sum()
+        low, high = torch.where(slope < 0, factor, low), torch.where(slope < 0, high, factor)
+        newton = factor - slope / curvature
+        inside = (newton > low) & (newton < high)
+        before, factor = factor, torch.where(inside, newton, (low + high) / 2)
+        if float((factor - before).abs()) <= _SETTLED:
+            break
+    return float(factor)
 
 
 def _check(gamma: float) -> None:

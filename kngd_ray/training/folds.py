@@ -18,12 +18,13 @@ def fold_of(labels: Tensor, folds: int) -> Tensor:
         (N,) fold of each shot. With fewer shots than folds in a class, some folds hold out the whole
         class: it is then predicted from the prior.
     """
-    fold = torch.empty_like(labels)
-    for c in labels.unique():
-        members = (labels == c).nonzero().squeeze(1)
-        # offset by class, so that single-shot classes do not all leave together
-        fold[members] = (torch.arange(len(members), device=labels.device) + int(c)) % folds
-    return fold
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    members = torch.arange(len(labels), device=labels.device)
+    turn = torch.empty_like(labels)
+    turn[order] = members - torch.searchsorted(ordered, ordered)  # number of each shot in its class
+    # offset by class, so that single-shot classes do not all leave together
+    return (turn + labels) % folds
 
 
 def single(labels: Tensor) -> bool:

@@ -6,8 +6,10 @@ With z_n the whitened inputs (A = L_A L_A^T, z_n = s L_A^T x_n) and B = L_B L_B^
 
 which is convex. Each linearisation is an iterated-EKF step (Bell and Cathey 1993), for a softmax the same as Newton's.
 Its S has (N C)^2 numbers; so the step is found by conjugate gradients, and S never formed. A step that raises the
-objective is halved, and one that would move a logit so far that the softmax saturates is shortened. Directions are computed in float32, which costs half; what they lead to in the problem's own
-precision. So rounding slows the last steps down a little, and the mode is as exact as the problem is given.
+objective is halved, and one that would move a logit so far that the softmax saturates is shortened.
+
+Directions are computed in float32, which costs half; what they lead to in the problem's own precision. So rounding
+slows the last steps down a little, and the mode is as exact as the problem is given.
 
 A linearisation reads one small tensor back to the host, whether the problem is on a GPU or not.
 """

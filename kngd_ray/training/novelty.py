@@ -1,10 +1,10 @@
 """How unlike the shots a picture is: the rank of its logits' variance among those of the shots.
 
 The variance is that of the belief N(mu, P) of the weights, through the linearised H P H^T of the logits; it needs no
-tau. Each shot's own must be that of a belief which has not seen it. A posterior at the mode of a class residual gives up
-a shot in closed form (:mod:`kngd_ray.filters.left_out`). Other fits are measured by those of the cross-validation that
-chooses tau. These have seen less than the one that predicts, and are less sure of everything; a few fits that lack a
-single shot say by how much.
+tau. Each shot's own must be that of a belief which has not seen it. A posterior at the mode of a class residual gives
+up a shot in closed form (:mod:`kngd_ray.filters.left_out`). Other fits are measured by those of the cross-validation
+that chooses tau. These have seen less than the one that predicts, and are less sure of everything; a few fits that lack
+a single shot say by how much.
 """
 
 from collections.abc import Iterator, Sequence

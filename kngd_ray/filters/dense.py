@@ -130,7 +130,7 @@ def symmetric(P: Tensor) -> Tensor:
     Returns:
         (..., n, n) symmetric to the last bit.
     """
-    return (P + P.mT) / 2
+    return (P + P.mT.contiguous()).mul_(0.5)  # transposed in one go: the sum runs over memory in order
 
 
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:

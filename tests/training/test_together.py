@@ -24,15 +24,6 @@ ALL_MOVES = (RandomWalk(q=2e-3), OrnsteinUhlenbeck(gamma=0.8), Forgetting(factor
 
 
 @pytest.fixture
-def double() -> Iterator[None]:
-    """Adapters in float64, as torch's default dtype says."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
-
-
-@pytest.fixture
 def only_together(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No trial falls back to the ordinary code, and no operation to a loop over trials."""
     monkeypatch.delattr(together_module._Trial, "alone")

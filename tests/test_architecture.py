@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -413,21 +414,25 @@ def test_commands_and_options_are_frozen() -> None:
 
 
 BLOCK = """
-import sys
+import importlib, sys
+blocked = set()
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
+        if name.partition(".")[0] in blocked:
             raise ImportError(f"{{name}} is not installed here")
 sys.meta_path.insert(0, Blocked())
-import importlib
-for name in {names!r}:
-    importlib.import_module(name)
+for without, names in {stages!r}:
+    blocked = without
+    for name in names:
+        importlib.import_module(name)
 print("imported")
 """
 
 
-def import_without(blocked: set[str], names: list[str]) -> None:
-    code = BLOCK.format(blocked=blocked, names=names)
+def import_without(*stages: tuple[set[str], list[str]]) -> None:
+    """Import modules without some packages, in one process: each stage lacks no more than the one before."""
+    assert all(later <= before for (before, _), (later, _) in pairwise(stages))
+    code = BLOCK.format(stages=stages)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "imported", done.stderr
 
@@ -438,20 +443,14 @@ def below(layer: str) -> list[str]:
     return [name_of(p).removesuffix(".__init__") for p in modules() if layer_of(name_of(p)) in own]
 
 
-def test_everything_below_ray_jobs_imports_without_ray_mlflow_and_open_clip() -> None:
-    import_without({"ray", "mlflow", "open_clip", "typer", "rich"}, [*below("ray_jobs"), "kngd_ray.config"])
-    import_without({"optuna"}, below("search"))
-
-
-def test_the_maths_imports_without_a_configuration_library() -> None:
+def test_layers_import_without_what_they_do_not_need() -> None:
+    without = {"ray", "mlflow", "sqlalchemy", "open_clip", "typer", "rich", "optuna", "pydantic", "yaml"}
     # classifier restores options from a manifest, and so is the one module of training that validates
-    names = [name for name in below("search") if name != "kngd_ray.training.classifier"]
-    import_without({"ray", "mlflow", "open_clip", "pydantic", "yaml", "typer", "rich"}, names)
-
-
-def test_tracking_imports_without_mlflow() -> None:
-    import_without({"ray", "mlflow", "sqlalchemy"}, ["kngd_ray.tracking", "kngd_ray.commands.train"])
-
-
-def test_data_imports_without_torch() -> None:
-    import_without({"torch", "open_clip", "ray", "mlflow", "pydantic"}, ["kngd_ray.data"])
+    maths = [name for name in below("search") if name != "kngd_ray.training.classifier"]
+    import_without(
+        (without | {"torch"}, ["kngd_ray.data"]),
+        (without, maths),
+        (without - {"pydantic", "yaml"}, below("search")),
+        (without - {"pydantic", "yaml", "optuna"}, [*below("ray_jobs"), "kngd_ray.config"]),
+        ({"ray", "mlflow", "sqlalchemy"}, ["kngd_ray.tracking", "kngd_ray.commands.train"]),
+    )

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,34 @@ from kngd_ray import cli
 def _one_thread() -> None:
     """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine."""
     torch.set_num_threads(1)
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    from open_clip.factory import get_tokenizer
+
+    return get_tokenizer(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_brief() -> Iterator[Any]:
+    """Without the greater part of so short a run: painting its figures, and a vocabulary read at every command.
+
+    Figures are put together and saved, but stay blank.
+    """
+    from matplotlib.figure import Figure
+
+    draw = Figure.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda self, renderer: None)
+        patch.setattr("open_clip.get_tokenizer", _tokenizer)
+        yield draw
+
+
+@pytest.fixture
+def painted(_in_brief: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose figures are to be painted too."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", _in_brief)
 
 
 @dataclass

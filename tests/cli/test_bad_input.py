@@ -335,6 +335,7 @@ def refusals(run: Path, method: str = "kalman") -> list[float]:
     ("preset", "says"),
     [("kalman", "features or logits are NaN or infinite"), ("kalman_diagonal", "4 of 4 innovations are NaN or inf")],
 )
+@pytest.mark.usefixtures("painted")
 def test_one_bad_step_is_refused_and_the_run_goes_on(command, monkeypatch, preset: str, says: str) -> None:
     poison_batches(monkeypatch, 4)
     outcome = command("train", *command.settings(f"preset={preset}", "trainer.name=nan"), "--json")

@@ -91,6 +91,7 @@ def test_train_json_of_one_seed(command) -> None:
     assert json.loads((command.run("j") / "results.json").read_text()) == report
 
 
+@pytest.mark.usefixtures("painted")
 def test_train_json_of_several_seeds_and_a_baseline(command) -> None:
     outcome = command("train", "--json", *command.settings("seeds=0,1,2", "baselines=adamw", "epochs=1"))
     report = outcome.json
@@ -132,6 +133,7 @@ def test_a_file_and_settings_over_it(command) -> None:
     assert printed["epochs"] == 4
 
 
+@pytest.mark.usefixtures("painted")
 def test_evaluate_agrees_with_train(command) -> None:
     trained = command("train", "--json", *command.settings("trainer.name=e")).json
     run = command.run("e")

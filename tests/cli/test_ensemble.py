@@ -33,6 +33,7 @@ def same(found, expected) -> None:
         assert found[figure] == pytest.approx(expected[figure], rel=1e-4, abs=1e-6), figure
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_run_of_adapters_from_end_to_end(command) -> None:
     trained = command("train", "--json", *command.settings("trainer.name=a", "seeds=0,1")).json
     run = command.run("a")

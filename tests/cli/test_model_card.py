@@ -15,6 +15,7 @@ def card_of(command, run: str, record: str) -> str:
     return (command.run(run) / "records" / record / "artifacts" / "model_card.md").read_text()
 
 
+@pytest.mark.usefixtures("painted")
 def test_card_of_several_seeds_and_of_each(command) -> None:
     outcome = command.train("trainer.name=c", "seeds=0,1", "baselines=adamw", "posterior.temperature=0.3", "--json")
     assert outcome.code == 0, outcome.err

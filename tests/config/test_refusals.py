@@ -22,9 +22,8 @@ def refusal(*settings: str, file: Path | None = None) -> str:
     return sentence
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
+def test_wrong_setting(subtests: pytest.Subtests) -> None:
+    for setting, words in [
         # misspelt: the nearest valid name
         ("data.shot=4", ["unknown key 'data.shot'", "did you mean data.shots?", "valid:", "train_domain"]),
         ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
@@ -105,13 +104,11 @@ def refusal(*settings: str, file: Path | None = None) -> str:
         ("=3", ["'=3' is neither"]),
         ("epochs=[1", ["the value of epochs is not valid YAML", "quote it"]),
         ("trainer.name=2024-02-30", ["the value of trainer.name is not valid YAML", "quote it"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_wrong_setting(setting: str, words: list[str]) -> None:
-    sentence = refusal(setting)
-    for word in words:
-        assert word in sentence, sentence
+    ]:
+        with subtests.test(setting):
+            sentence = refusal(setting)
+            for word in words:
+                assert word in sentence, sentence
 
 
 def test_one_of_several_elements_needs_its_number() -> None:
@@ -206,8 +203,13 @@ def random_tree(dice: random.Random, depth: int) -> Any:
     return {dice.choice(names): random_tree(dice, depth - 1) for _ in range(dice.randrange(4))}
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_nothing_but_a_usage_error(tmp_path, seed: int) -> None:
+def test_nothing_but_a_usage_error(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for seed in range(200):
+        with subtests.test(seed=seed):
+            check_random_settings(tmp_path, seed)
+
+
+def check_random_settings(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     settings = [f"{dice.choice(PATHS)}={dice.choice(VALUES)}" for _ in range(dice.randrange(1, 4))]
     tree = random_tree(dice, 4)

@@ -1,5 +1,7 @@
 """Gates: what they call an outlier, what they leave of it, and what a filter then does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.cases import (
@@ -19,7 +21,7 @@ from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from torch.nn.functional import normalize
 
-from kngd_ray.filters import Belief, Gate, Inflate, Judged, Layer, NoGate, Rows, Skip, update
+from kngd_ray.filters import Belief, Ema, Gate, Inflate, Judged, Layer, NoGate, Rows, Skip, update
 from kngd_ray.observations import Categorical, LogLikelihood, Probability
 from kngd_ray.sharding import Group, Observed, ShardedFilter, SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Support
@@ -207,6 +209,33 @@ def test_wrong_labels_are_found(observation, tempering):
     without.step(Batch(support.features[~wrong], labels[~wrong], [17], 0, 0))
     assert stats.gated == 3 * sum(model.rows(CLASSES) for model in options.observation)
     assert max_error(gated.belief.mu, without.belief.mu) < 1e-10
+
+
+@pytest.mark.parametrize("gate", [Skip(), Inflate()], ids=repr)
+@pytest.mark.parametrize("observation", ["probability", "cosine"])
+@pytest.mark.parametrize("form", ["scalar", "diagonal", "full"])
+def test_noise_is_learned_from_what_the_gate_let_through(form, observation, gate):
+    """Otherwise one wrong label would widen the noise, and the next would pass."""
+    labels = torch.arange(20) % CLASSES
+    noise = torch.randn(20, DIM, generator=rng(4), dtype=torch.float64)
+    x = normalize(class_embeddings()[labels] + 0.05 * noise, dim=1)
+    if observation == "cosine":  # of matched pairs, where what does not match is another picture
+        x[:3] = -x[:3]
+    else:
+        labels[:3] = (labels[:3] + 1) % CLASSES
+    wrong = torch.arange(20) < 3
+    options = FitOptions(
+        adapter=ADAPTERS["class_residual"],
+        observation=(replace(OBSERVATIONS[observation][0], r0=0.01),),
+        noise=NoiseOptions(observation=Ema(beta=0.5, form=form)),
+        filter=FilterOptions(p0=1e-3, gate=gate),
+    )
+    gated, without = (KalmanNGD(make_head(options.adapter, perturb=0.0), options) for _ in range(2))
+    begun = gated.noise
+    assert gated.step(Batch(x, labels, [20], 0, 0)).gated == 3
+    assert without.step(Batch(x[~wrong], labels[~wrong], [17], 0, 0)).gated == 0
+    assert max_error(gated.noise, without.noise) < 1e-12
+    assert max_error(gated.noise, begun) > 0.1
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -1,6 +1,7 @@
 """Layers that see many tokens: rows by runs, estimates by draws, and one token in the place of many."""
 
 from dataclasses import replace
+from itertools import product
 from math import sqrt
 
 import pytest
@@ -39,15 +40,17 @@ def by_draws(family: Diagonal, H: Factors | Rows, *seeds: int) -> Tensor:
     return torch.stack([family.update_layer(P, H, work, replace(innovation, seed=x))["variance"] for x in seeds])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("budget", "columns"), [(1, 2), (100, 2), (1, 512), (100, 512), (1 << 20, 512)])
-@pytest.mark.parametrize("rule", ["ekf", "vdekf"])
-@pytest.mark.parametrize(
-    ("s", "k", "T", "shared"), [(4, 1, 3, False), (3, 2, 6, False), (3, 2, 4, True), (0, 2, 3, False)]
-)
-def test_runs_of_rows_are_the_same_as_all(monkeypatch, s, k, T, shared, rule, budget, columns, dtype):
+def test_runs_of_rows_are_the_same_as_all(monkeypatch, subtests, budget, columns):
     monkeypatch.setitem(diagonal_module._ROW_NUMBERS, "cpu", budget)
     monkeypatch.setattr(diagonal_module, "_TILE_COLUMNS", columns)
+    forms = [(4, 1, 3, False), (3, 2, 6, False), (3, 2, 4, True), (0, 2, 3, False)]
+    for form, rule, dtype in product(forms, ["ekf", "vdekf"], [torch.float64, torch.bfloat16]):
+        with subtests.test(form=form, rule=rule, dtype=dtype):
+            check_runs(*form, rule, dtype)
+
+
+def check_runs(s, k, T, shared, rule, dtype):
     H, nu = random_factors(ROWS, COLUMNS, s, k, T, shared, dtype=dtype), randn(s * k, seed=5)
     belief = Belief(torch.zeros(N, dtype=DOUBLE), variances())
     found, seen = update(Diagonal(rule=rule), belief, {"w": H}, nu)

@@ -11,17 +11,25 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 
 CLASSES, DIM, SCALE = 12, 48, 18.0
+SHIPPED = {"classes": 20, "dim": 63}  # 64 dimensions in a cone
 _CONE, _KAPPA = 0.65, 0.2  # length of what tells images apart; cosine that all images have with all texts
 
 
-def made(shots: int, seed: int = 0, spread: float = 0.9, dtype: torch.dtype = torch.float64) -> tuple[Support, Tensor]:
+def made(
+    shots: int,
+    seed: int = 0,
+    spread: float = 0.9,
+    dtype: torch.dtype = torch.float64,
+    classes: int = CLASSES,
+    dim: int = DIM,
+) -> tuple[Support, Tensor]:
     """Shots around their classes' texts, as far as CLIP knows the classes; and the texts (C, d)."""
     g = torch.Generator().manual_seed(3)
-    texts = normalize(torch.randn(CLASSES, DIM, generator=g, dtype=torch.float64), dim=1)
-    centres = texts + 0.8 * normalize(torch.randn(CLASSES, DIM, generator=g, dtype=torch.float64), dim=1)
+    texts = normalize(torch.randn(classes, dim, generator=g, dtype=torch.float64), dim=1)
+    centres = texts + 0.8 * normalize(torch.randn(classes, dim, generator=g, dtype=torch.float64), dim=1)
     g = torch.Generator().manual_seed(10 + seed)
-    labels = torch.arange(CLASSES).repeat_interleave(shots)
-    noise = torch.randn(len(labels), DIM, generator=g, dtype=torch.float64) / DIM**0.5
+    labels = torch.arange(classes).repeat_interleave(shots)
+    noise = torch.randn(len(labels), dim, generator=g, dtype=torch.float64) / dim**0.5
     x = normalize(centres[labels] + spread * noise, dim=1)
     return Support(x.to(dtype), labels), texts.to(dtype)
 
@@ -52,3 +60,10 @@ def in_both(
         task_of(support, texts, SCALE, *overrides),
         task_of(cone, texts_of_a_cone(texts), 100.0, *overrides),
     )
+
+
+def as_shipped(shots: int, *overrides: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> FitTask:
+    """A fit where real ones happen: twenty classes, 64 dimensions, a cone, scale 100; by default that of `kalman`."""
+    support, texts = made(shots, seed, dtype=dtype, **SHIPPED)
+    cone = Support(in_a_cone(support.features), support.labels)
+    return task_of(cone, texts_of_a_cone(texts), 100.0, *overrides, seed=seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from helpers.cases import FAMILIES, make_options, make_task
 from helpers.compare import covariance_of
+from helpers.cones import as_shipped
 from torch import Tensor
 
 from kngd_ray.sharding import Group
@@ -42,6 +43,10 @@ KALMAN = {
 }
 
 
+SHIPPED = "default"  # the default's fit where real ones happen
+RANKED = (*KALMAN, SHIPPED)
+
+
 class Killed(Exception):
     """Stands for whatever ends a run from outside."""
 
@@ -67,6 +72,8 @@ def float64() -> Iterator[None]:
 
 def kalman_task(family: str) -> FitTask:
     """A float64 fit of six steps; to be built and run in :func:`float64`."""
+    if family == SHIPPED:
+        return as_shipped(1, "epochs=2", "batch_size=7")
     return make_task(make_options(**KALMAN[family]), dtype=torch.float64)  # type: ignore[arg-type]
 
 
@@ -91,7 +98,7 @@ def run_all(group: Group, folder: Path, kill: int | None) -> dict[str, Any]:
     """Run every Kalman fit in a folder, or what is left of it; ends early after step `kill`."""
     ends = {}
     with float64():
-        for family in KALMAN:
+        for family in RANKED:
             try:
                 ends[family] = run_fit(
                     kalman_task(family),

@@ -1,5 +1,6 @@
 """Fits as Ray Train jobs: equal to one process, and bitwise unmoved by the death of a worker."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,50 @@ def final(folder: Path, fit: str) -> dict[str, torch.Tensor]:
     return everything_in(found.folder)
 
 
-def test_two_workers_do_what_one_process_does(ray_up: None, tmp_path: Path) -> None:
-    fits = {
-        f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+linear+class_residual"))
-        for method in ("kalman", "adamw")
-    }
-    events: list[FitEvent] = []
-    run_job(Job(fits, IDENTITY, tmp_path / "two"), TrainerConfig(num_workers=2), events.append)
-    run_fits(Job(fits, IDENTITY, tmp_path / "one"), lambda event: None)
-    for fit, task in fits.items():
-        two, one = final(tmp_path / "two", fit), final(tmp_path / "one", fit)
+SAME = {  # on two workers as in one process
+    f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+linear+class_residual"))
+    for method in ("kalman", "adamw")
+}
+LONG = {"kalman-seed1": long_task(200), "kalman-seed2": long_task(20)}
+BROKEN = "kalman-seed3"
+
+
+def broken_task() -> FitTask:
+    """A fit none of whose steps is taken."""
+    task = long_task(20)
+    features = torch.full_like(task.support.features, torch.nan)
+    return replace(task, support=Support(features, task.support.labels))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A job on two workers that nothing happened to."""
+
+    folder: Path
+    events: list[FitEvent]
+
+
+@pytest.fixture(scope="module")
+def whole(ray_up: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """One job for all, since it is the start of its workers that takes long."""
+    done = Whole(tmp_path_factory.mktemp("whole"), [])
+    fits = {BROKEN: broken_task(), **SAME, **LONG}
+    run_job(Job(fits, IDENTITY, done.folder, checkpoint_every=5), TrainerConfig(num_workers=2), done.events.append)
+    return done
+
+
+def test_two_workers_do_what_one_process_does(whole: Whole, tmp_path: Path) -> None:
+    run_fits(Job(SAME, IDENTITY, tmp_path), lambda event: None)
+    for fit, task in SAME.items():
+        two, one = final(whole.folder, fit), final(tmp_path, fit)
         assert two.keys() == one.keys()
         for name in one:
             assert max_error(two[name], one[name]) < 1e-5, (fit, name)
-        steps = [event.record["step"] for event in events if event.fit == fit and event.record]
+        steps = [event.record["step"] for event in whole.events if event.fit == fit and event.record]
         assert steps == list(range(1, task.sampler.steps + 1))
 
 
-def test_a_killed_worker_changes_nothing(ray_up: None, tmp_path: Path) -> None:
-    fits = {"kalman-seed0": long_task(200), "kalman-seed1": long_task(20)}
+def test_a_killed_worker_changes_nothing(whole: Whole, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill(event: FitEvent) -> None:
@@ -63,21 +89,27 @@ def test_a_killed_worker_changes_nothing(ray_up: None, tmp_path: Path) -> None:
             killed.append(victim.pid)
 
     trainer = TrainerConfig(num_workers=2, max_failures=2)
-    run_job(Job(fits, IDENTITY, tmp_path / "killed", checkpoint_every=5), trainer, kill)
+    run_job(Job(LONG, IDENTITY, tmp_path, checkpoint_every=5), trainer, kill)
     assert killed
-    run_job(Job(fits, IDENTITY, tmp_path / "whole", checkpoint_every=5), trainer, lambda event: None)
-    for fit in fits:
-        broken, whole = final(tmp_path / "killed", fit), final(tmp_path / "whole", fit)
-        assert broken.keys() == whole.keys()
-        for name in whole:
-            assert torch.equal(broken[name], whole[name]), (fit, name)
+    for fit in LONG:
+        found, expected = final(tmp_path, fit), final(whole.folder, fit)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), (fit, name)
+
+
+def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(whole: Whole) -> None:
+    errors = {event.fit: event.error for event in whole.events if event.error}
+    assert list(errors) == [BROKEN]
+    assert "10 steps in a row were refused" in str(errors[BROKEN])
+    refused = [event.record["refused"] for event in whole.events if event.fit == BROKEN and event.record]
+    assert all("are NaN or infinite" in reason for reason in refused)
+    assert all(len(final(whole.folder, fit)) > 0 for fit in (*SAME, *LONG))
 
 
 def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_path: Path) -> None:
     task = long_task(20)
-    broken = FitTask(
-        task.options, 0, Support(task.support.features, task.support.labels + 7), task.class_embeddings, 18.0
-    )
+    broken = replace(task, support=Support(task.support.features, task.support.labels + 7))
     with pytest.raises(KngdError, match=r"^worker [01] failed: .*--resume\.$"):
         run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
 
@@ -138,21 +170,6 @@ def test_a_worker_that_died_before_it_had_its_work() -> None:
     says = "a worker died while it was handed its work (out of memory, killed, or its node is gone); the run can be"
     assert str(_explained(ControllerError(ActorDiedError()))).startswith(says)
     assert str(_explained(ControllerError(ValueError("else.")))).startswith("the Ray Train job failed: else; the run")
-
-
-def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(ray_up: None, tmp_path: Path) -> None:
-    task = long_task(20)
-    features = torch.full_like(task.support.features, torch.nan)
-    broken = FitTask(task.options, 0, Support(features, task.support.labels), task.class_embeddings, 18.0)
-    events: list[FitEvent] = []
-    fits = {"kalman-seed0": broken, "kalman-seed1": task}
-    run_job(Job(fits, IDENTITY, tmp_path), TrainerConfig(num_workers=2), events.append)
-    errors = {event.fit: event.error for event in events if event.error}
-    assert list(errors) == ["kalman-seed0"]
-    assert "10 steps in a row were refused" in str(errors["kalman-seed0"])
-    refused = [event.record["refused"] for event in events if event.fit == "kalman-seed0" and event.record]
-    assert all("are NaN or infinite" in reason for reason in refused)
-    assert len(final(tmp_path, "kalman-seed1")) > 0
 
 
 def test_more_workers_than_cores_are_refused(ray_up: None) -> None:

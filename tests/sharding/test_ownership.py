@@ -1,6 +1,7 @@
 """Who owns what: pure arithmetic, no process group."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -31,21 +32,23 @@ def make_layers(seed: int) -> list[Layer]:
     ]
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("total", [0, 1, 2, 3, 10, 101])
-def test_split_evenly(total, world_size):
-    sizes = split_evenly(total, world_size)
-    assert len(sizes) == world_size
-    assert sum(sizes) == total
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
+def test_split_evenly(subtests):
+    for total, world_size in product([0, 1, 2, 3, 10, 101], WORLDS):
+        with subtests.test(total=total, world_size=world_size):
+            sizes = split_evenly(total, world_size)
+            assert len(sizes) == world_size
+            assert sum(sizes) == total
+            assert max(sizes) - min(sizes) <= 1
+            assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("seed", range(6))
-def test_parts_tile_the_layers_in_order_and_respect_their_grain(family, world_size, seed):
-    layers = make_layers(seed)
+def test_parts_tile_the_layers_in_order_and_respect_their_grain(subtests):
+    for family, world_size, seed in product(FAMILIES, WORLDS, range(6)):
+        with subtests.test(family=family, world_size=world_size, seed=seed):
+            check_that_parts_tile(family, make_layers(seed), world_size)
+
+
+def check_that_parts_tile(family, layers, world_size):
     ownership = Ownership.balanced(FAMILIES[family], layers, world_size)
     assert ownership.world_size == world_size
     assert sum(ownership.sizes) == sum(layer.size for layer in layers)
@@ -62,12 +65,14 @@ def test_parts_tile_the_layers_in_order_and_respect_their_grain(family, world_si
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "coarse"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(20))
-def test_a_rank_holds_its_share_of_the_covariance_and_at_most_one_unit_more(family, world_size, seed):
+def test_a_rank_holds_its_share_of_the_covariance_and_at_most_one_unit_more(subtests):
+    for family, world_size, seed in product([*FAMILIES, "coarse"], [1, 2, 3, 4], range(20)):
+        with subtests.test(family=family, world_size=world_size, seed=seed):
+            check_shares(FAMILIES.get(family, Coarse()), make_layers(seed), world_size)
+
+
+def check_shares(chosen, layers, world_size):
     """Counted in the numbers that the tensors have, not in what the family says that they cost."""
-    chosen, layers = FAMILIES.get(family, Coarse()), make_layers(seed)
     ownership = Ownership.balanced(chosen, layers, world_size)
 
     def numbers(parts):
@@ -81,23 +86,24 @@ def test_a_rank_holds_its_share_of_the_covariance_and_at_most_one_unit_more(fami
     assert max(held) <= -(-total // world_size) + (total if chosen.joint else unit)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 101])
-def test_variances_are_spread_evenly(n, world_size):
-    sizes = Ownership.balanced(Diagonal(), [Layer("a", n, 1, factored=False)], world_size).sizes
-    assert sum(sizes) == n
-    assert max(sizes) - min(sizes) <= 1
+def test_variances_are_spread_evenly(subtests):
+    for n, world_size in product([1, 2, 3, 10, 101], WORLDS):
+        with subtests.test(n=n, world_size=world_size):
+            sizes = Ownership.balanced(Diagonal(), [Layer("a", n, 1, factored=False)], world_size).sizes
+            assert sum(sizes) == n
+            assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_a_joint_covariance_has_one_owner(world_size):
-    sizes = Ownership.balanced(FAMILIES["dense"], make_layers(0), world_size).sizes
-    assert sorted(sizes) == [0] * (world_size - 1) + [sum(layer.size for layer in make_layers(0))]
+def test_a_joint_covariance_has_one_owner(subtests):
+    for world_size in WORLDS:
+        with subtests.test(world_size=world_size):
+            sizes = Ownership.balanced(FAMILIES["dense"], make_layers(0), world_size).sizes
+            assert sorted(sizes) == [0] * (world_size - 1) + [sum(layer.size for layer in make_layers(0))]
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_no_layers_belong_to_nobody(world_size):
-    assert Ownership.balanced(Diagonal(), [], world_size).sizes == [0] * world_size
+def test_no_layers_belong_to_nobody():
+    found = [Ownership.balanced(Diagonal(), [], world_size).sizes for world_size in WORLDS]
+    assert found == [[0] * world_size for world_size in WORLDS]
 
 
 def test_slices_tile_the_vector():

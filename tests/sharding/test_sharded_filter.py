@@ -5,7 +5,7 @@ import torch
 from helpers.cases import FAMILIES
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
-from helpers.sharded import EXCHANGES, FORMS, KALMAN_CASES, exchange_case, exchange_samples, run_everything
+from helpers.sharded import EXCHANGES, FORMS, KALMAN_CASES, SHIPPED, exchange_case, exchange_samples, run_everything
 
 from kngd_ray.sharding import Ownership, SingleProcess
 
@@ -23,16 +23,18 @@ def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_everything)
 
 
-@pytest.mark.parametrize("case", KALMAN_CASES)
-def test_equals_one_process(ranks, alone, case):
-    for rank in ranks:
-        for key, expected in alone[case].items():
-            assert max_error(rank[case][key], expected) < TOLERANCE[KALMAN_CASES[case]["dtype"]], key
-            assert rank[case][key].dtype == expected.dtype
+def test_equals_one_process(ranks, alone, subtests):
+    tolerances = {case: TOLERANCE[names["dtype"]] for case, names in KALMAN_CASES.items()}
+    for case, tolerance in {**tolerances, **dict.fromkeys(SHIPPED, 1e-9)}.items():
+        with subtests.test(case):
+            for rank in ranks:
+                for key, expected in alone[case].items():
+                    assert max_error(rank[case][key], expected) < tolerance, key
+                    assert rank[case][key].dtype == expected.dtype
 
 
 def test_replicated_quantities_are_bitwise_the_same_on_every_rank(ranks):
-    for case in KALMAN_CASES:
+    for case in (*KALMAN_CASES, *SHIPPED):
         first, *others = (rank[case] for rank in ranks)
         for other in others:
             assert all(torch.equal(other[key], first[key]) for key in REPLICATED), case

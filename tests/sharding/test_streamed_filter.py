@@ -26,13 +26,14 @@ def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_streams) if request.param else [run_streams(SingleProcess())]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_sharded_filter(ranks, whole, case):
-    for rank in ranks:
-        for key in FIGURES:
-            assert max_error(rank[case][key], whole[case][key]) < TOLERANCE[CASES[case]["dtype"]], key
-            assert rank[case][key].dtype == whole[case][key].dtype
-            assert torch.equal(rank[case][key], ranks[0][case][key]), key
+def test_equals_the_sharded_filter(ranks, whole, subtests):
+    for case, names in CASES.items():
+        with subtests.test(case):
+            for rank in ranks:
+                for key in FIGURES:
+                    assert max_error(rank[case][key], whole[case][key]) < TOLERANCE[names["dtype"]], key
+                    assert rank[case][key].dtype == whole[case][key].dtype
+                    assert torch.equal(rank[case][key], ranks[0][case][key]), key
 
 
 def test_gates_closed_in_some_cases_and_not_in_others(whole):
@@ -47,8 +48,13 @@ def test_a_layer_is_built_once_in_each_pass_and_once_where_it_is_kept(ranks):
         assert counts == {"tight": {2}, "some": {1, 2}, "roomy": {1}}[CASES[case]["budget"]], case
 
 
-@pytest.mark.parametrize("family", STREAMS)
-def test_a_refused_step_is_refused_everywhere_and_changes_nothing(ranks, family):
+def test_a_refused_step_is_refused_everywhere_and_changes_nothing(ranks, subtests):
+    for family in STREAMS:
+        with subtests.test(family):
+            check_refusal(ranks, family)
+
+
+def check_refusal(ranks, family):
     for rank in ranks:
         found = rank[f"refused/{family}"]
         assert found["kept"] == [True, True, True]

@@ -1,6 +1,7 @@
 """KalmanNGD as an optimiser: what a step writes, reports and refuses, on one process."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,15 +16,19 @@ from helpers.cases import (
     make_head,
     make_options,
     make_support,
+    make_task,
 )
 from helpers.compare import covariance_of, max_error
+from helpers.cones import as_shipped
 from scipy.optimize import least_squares
 from torch.func import functional_call
 
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, OrnsteinUhlenbeck, Part, RandomWalk, Rows, Seen, update
+from kngd_ray.filters import Belief, Diagonal, OrnsteinUhlenbeck, Part, RandomWalk, Rows, Seen, Skip, update
 from kngd_ray.observations import Cosine, Linearizer, flatten, jacobian_rows, stack, trainable, unflatten
+from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Support, seeded
+from kngd_ray.training.fit import FitTask, begin
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 
@@ -40,12 +45,14 @@ def tensors(method: KalmanNGD) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("noise", "observation"),
-    # a cosine has no likelihood to take its noise from
-    [(noise, seen) for noise in NOISES for seen in OBSERVATIONS if (noise, seen) != ("categorical", "cosine")],
-)
-def test_a_step_is_the_composition_of_its_published_parts(family, observation, noise):
+def test_a_step_is_the_composition_of_its_published_parts(family, subtests):
+    for noise, observation in product(NOISES, OBSERVATIONS):
+        if (noise, observation) != ("categorical", "cosine"):  # a cosine has no likelihood to take its noise from
+            with subtests.test(noise=noise, observation=observation):
+                check_composition(family, observation, noise)
+
+
+def check_composition(family, observation, noise):
     """Observe, stack, predict, whiten by one Cholesky factor, condition, estimate the noise: by hand, from rows."""
     turn = list(NOISES).index(noise) + list(OBSERVATIONS).index(observation)
     process, tempering = list(PROCESSES)[turn % 3], TEMPERING[turn % 2]
@@ -271,6 +278,49 @@ def test_the_iterated_filter_converges_to_the_posterior_mode(adapter):
     assert distances[60] < 0.1 * distances[2] < 0.1 * distances[1]
 
 
+def toy(**changes) -> FitTask:
+    return make_task(
+        FitOptions(
+            adapter=ADAPTERS["linear-both"],
+            observation=(Cosine(r0=0.5),),
+            filter=FilterOptions(covariance=FAMILIES["dense"], p0=0.05, iterations=60, tolerance=1e-12, **changes),
+            noise=NoiseOptions(process=RandomWalk(q=0.0), tempering="none"),
+        ),
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    "task",
+    [
+        # steps that are halved where they raise the objective, and the rest without one
+        as_shipped(1, "preset=kalman_diagonal", "filter.iterations=60"),
+        as_shipped(1, "observation=log_likelihood,cosine"),
+        as_shipped(1, "preset=loko", "noise.observation=fixed"),
+        toy(),
+        toy(serial=3),
+        toy(gate=Skip(quantile=1 - 1e-12)),
+    ],
+    ids=["kalman_diagonal", "kronecker", "loko", "toy", "serial", "gated"],
+)
+def test_the_covariance_is_that_of_the_last_linearisation(task):
+    """Where the mean ended, and not where it began."""
+    method = begin(task, SingleProcess())
+    assert isinstance(method, KalmanNGD)
+    assert method.to_mode is None
+    prior, batch = method.belief, task.sampler.batch(0)
+    before = method.observer.observe(batch, method.noise).observed
+    assert method.step(batch).gated == 0
+    after = method.observer.observe(batch, method.noise).observed
+    found = method.family.diagonal(method.belief.covariance)
+    expected, other = (
+        method.family.diagonal(update(method.family, prior, o.jacobian, o.nu)[0].covariance) for o in (after, before)
+    )
+    assert max_error(found, expected) < 1e-8
+    assert max_error(other, expected) > 1e-4
+
+
 def test_iterations_change_nothing_where_observations_are_linear():
     beliefs = []
     for iterations in (1, 4):
@@ -280,6 +330,36 @@ def test_iterations_change_nothing_where_observations_are_linear():
         beliefs.append(method)
     assert max_error(beliefs[0].belief.mu, beliefs[1].belief.mu) < 1e-11
     assert max_error(covariance_of(beliefs[0]), covariance_of(beliefs[1])) < 1e-11
+
+
+@pytest.mark.parametrize("rule", ["ekf", "vdekf"])
+def test_random_signs_are_drawn_anew_at_every_step(rule):
+    """One draw says little of a weight; over many steps on the same rows the errors of fresh ones average out."""
+    options = FitOptions(
+        adapter=ADAPTERS["class_residual"],
+        observation=OBSERVATIONS["cosine"],
+        filter=FilterOptions(covariance=Diagonal(rule=rule, samples=1), p0=1e-4),
+        noise=NoiseOptions(process=RandomWalk(q=0.0), tempering="none"),
+    )
+    support, steps = make_support(9), 300
+
+    def learned(*at: int, seed: int = 0) -> torch.Tensor:
+        """(n,) information gained by steps of these numbers, on the rows of a cosine, which stay as they are."""
+        method = KalmanNGD(make_head(options.adapter), options, seed=seed)
+        (before,) = method.belief.covariance.values()
+        for step in at:
+            method.step(whole(support, step))
+        (after,) = method.belief.covariance.values()
+        return 1 / after["variance"] - 1 / before["variance"]
+
+    assert torch.equal(learned(0), learned(0))
+    assert max_error(learned(1), learned(0)) > 0.1
+    assert max_error(learned(0, seed=1), learned(0)) > 0.1
+    one, many = learned(0), learned(*range(steps)) / steps
+    options = replace(options, filter=replace(options.filter, covariance=Diagonal(rule="vdekf")))
+    exact = learned(0)
+    assert max_error(one, exact) > 0.5
+    assert max_error(many, exact) < 0.25
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,19 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.compare import max_error
-from helpers.cones import CLASSES, SCALE, in_a_cone, in_both, made, task_of, texts_of_a_cone
+from helpers.compare import covariance_of, max_error
+from helpers.cones import CLASSES, SCALE, as_shipped, in_a_cone, in_both, made, task_of, texts_of_a_cone
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.config import load_config
+from kngd_ray.config import load_config, presets
 from kngd_ray.errors import UsageError
 from kngd_ray.filters.informed import common_offset
-from kngd_ray.observations import Cosine
+from kngd_ray.observations import Cosine, jacobian_rows
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.fit import FitTask, begin, fit
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.together import Together, fit_together, shape_of
 
@@ -107,6 +108,36 @@ def test_fits_of_other_shots_and_variances_advance_together(preset):
         assert isinstance(found, Together)
         predictors = [predictor_of(method, PosteriorOptions()) for method in (found.method, fit(task))]
         assert max_error(*(predictor.predict(x, 0.0).probabilities for predictor in predictors)) < 1e-5
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("preset", "variance"), [("kalman", 1000.0), ("kalman_diagonal", 30.0), ("kf_clip", 10.0), ("loko", 5.0)]
+)
+def test_a_logit_may_vary_as_much_as_published_results_say(preset, variance):
+    """Nats^2 around its mean over the shots, before the first step; what was measured holds for no other prior."""
+    task = as_shipped(2, f"preset={preset}", "filter.logit_spread=0")
+    method = begin(task, SingleProcess())
+    assert isinstance(method, KalmanNGD)
+    x, C = task.support.features, len(task.class_embeddings)
+    pieces = jacobian_rows(method.head, x, torch.eye(C, dtype=x.dtype).expand(len(x), C, C))
+    H = torch.cat([*pieces.values()], 1)
+    of_class = (H @ covariance_of(method) @ H.mT).view(len(x), C, len(x), C).diagonal(dim1=1, dim2=3)
+    found = of_class.diagonal().sum() / len(x) / C - of_class.mean()
+    assert float(found) == pytest.approx(variance, rel=1e-6)
+
+
+def test_priors_that_presets_give_to_weights_and_towers():
+    configs = {name: load_config(overrides=[f"preset={name}"]) for name in presets()}
+    found = {name: config.filter for name, config in configs.items() if config.method == "kalman"}
+    of_weights = {name: prior for name, prior in found.items() if prior.logit_variance is None}
+    assert {name: prior.weight_variance for name, prior in of_weights.items()} == {
+        "kalman_cite": 0.1,
+        "kalman_full": 0.1,
+        "kalman_lora": 0.1,
+    }
+    assert of_weights["kalman_cite"].towers == of_weights["kalman_full"].towers == 0.01
+    assert {name: prior.logit_spread for name, prior in found.items() if prior.logit_spread} == {"kalman": 2.0}
 
 
 def test_it_is_centred_on_frozen_features_alone():

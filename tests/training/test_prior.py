@@ -36,15 +36,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture
-def double():
-    """Adapters in float64, as torch's default dtype says."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
-
-
 def prior_from(folder: Path, task: FitTask, group: Group = ALONE) -> Prior:
     """The posterior of a fit as it lies on storage."""
     written = run_fit(task, folder, IDENTITY, group, "cpu", checkpoint_every=0)

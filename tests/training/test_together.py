@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import ADAPTERS, FAMILIES, NOISES, OBSERVATIONS, PROCESSES, make_options, make_support, make_task
 from helpers.compare import covariance_of, max_error
+from helpers.cones import as_shipped
 
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.filters import Ema, Factors, Forgetting, OrnsteinUhlenbeck, RandomWalk
@@ -21,15 +22,6 @@ from kngd_ray.training.fit import FitTask, begin, fit
 from kngd_ray.training.together import Together, fit_together, shape_of
 
 ALL_MOVES = (RandomWalk(q=2e-3), OrnsteinUhlenbeck(gamma=0.8), Forgetting(factor=0.8, rate=0.9), RandomWalk(q=0.0))
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    """Adapters in float64, as torch's default dtype says."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
 
 
 @pytest.fixture
@@ -111,11 +103,33 @@ def test_any_number_and_processes_side_by_side(process, count):
 
 
 @pytest.mark.usefixtures("double", "only_together")
+@pytest.mark.parametrize("columns", ["function", "within_class"])
 @pytest.mark.parametrize(
-    "changes", [{"iterations": 3}, {"serial": 3}, {"iterations": 2, "serial": 2}, {"tempering": "none"}], ids=str
+    "changes",
+    [
+        ("filter.iterations=4",),
+        ("filter.iterations=1", "filter.serial=3"),
+        ("filter.iterations=2", "filter.serial=2"),
+        ("filter.iterations=1", "noise.tempering=passes"),
+    ],
+    ids="-".join,
 )
-def test_relinearised_serial_and_untempered(changes):
-    assert_all_alike(make_task(make_options("kronecker", noise="ema-scalar", **changes), dtype=torch.float64), 3)
+def test_relinearised_serial_and_untempered_where_real_fits_happen(changes, columns):
+    """At scale 100, in a cone, under a prior that each trial's shots inform."""
+    settings = [
+        f"filter.covariance={{kind: kronecker, columns: {columns}, shrinkage: 0.3}}",
+        "filter.mean=zero_shot",
+        "filter.logit_spread=0",
+        "observation=log_likelihood,cosine",
+        "noise.observation=ema",
+        "epochs=2",
+        "batch_size=16",
+        *changes,
+    ]
+    tasks = [as_shipped(2, *settings, f"filter.logit_variance={30 * 3**b}", seed=b) for b in range(3)]
+    assert len({shape_of(task) for task in tasks}) == 1
+    for found, task in zip(fit_together(tasks), tasks, strict=True):
+        assert_alike(found, task, 1e-6)  # a loss of 1e-5 nats is what large logits leave
 
 
 @pytest.mark.usefixtures("double", "only_together")

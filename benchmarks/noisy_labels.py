@@ -45,7 +45,7 @@ from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.summary import interval, over_seeds
 from kngd_ray.config import load_config
-from kngd_ray.filters import Gate, Inflate, Judged, NoGate, Skip
+from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support, seeded
 from kngd_ray.training.calibration import Calibration, fold_of, predictor_of
@@ -82,7 +82,7 @@ class Watched:
     weight: torch.Tensor | None = None
     kind: str = field(default="watched", init=False)
 
-    def weights(self, predicted: torch.Tensor, judged: Judged, k: int) -> torch.Tensor | None:
+    def weights(self, predicted: torch.Tensor, judged: GateResiduals, k: int) -> torch.Tensor | None:
         """What the gate says."""
         self.weight = self.gate.weights(predicted, judged, k)
         return self.weight

@@ -24,7 +24,7 @@ from kngd_ray.clip import (
 )
 from kngd_ray.errors import InputError
 from kngd_ray.estimator._conventions import array_of, conversion_warning
-from kngd_ray.training.given import encode_pictures, labels_of
+from kngd_ray.estimator.given import encode_pictures, labels_of
 
 
 class Inputs(Protocol):

@@ -17,7 +17,9 @@ from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, learn, write
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
+from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.filters import Belief
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
@@ -34,8 +36,6 @@ from kngd_ray.training.classifier import (
     save_settled,
 )
 from kngd_ray.training.fit import FitTask
-from kngd_ray.training.given import check_lengths, label_array, labels_of, ordered, seed_of
-from kngd_ray.training.in_memory import Held, check_continues, learn, settle, write
 from kngd_ray.training.interval import probability_std
 from kngd_ray.training.novelty import total_variance
 from kngd_ray.training.predict import Predictor
@@ -325,7 +325,7 @@ class KalmanCLIP(Parameters):
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = self._settled  # too few to choose anything by
         else:
-            calibration, novelty = settle(task, config.posterior, kept.state)
+            calibration, novelty = calibrate(task, config.posterior, kept.state)
             settled = Settled(calibration, config.posterior, None, novelty)
         self._adopt(kept, settled, classes)
         self._restore(model)

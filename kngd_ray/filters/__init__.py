@@ -11,7 +11,7 @@ from kngd_ray.filters._update import Belief, innovation_covariance, update, vari
 from kngd_ray.filters.block_diagonal import BlockDiagonal
 from kngd_ray.filters.dense import Dense
 from kngd_ray.filters.diagonal import Diagonal
-from kngd_ray.filters.gate import Gate, Inflate, Judged, NoGate, Skip
+from kngd_ray.filters.gate import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.filters.informed import common_offset
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows, scaled
 from kngd_ray.filters.kronecker import Kronecker
@@ -48,11 +48,11 @@ __all__ = [
     "Forgetting",
     "Gate",
     "GateModel",
+    "GateResiduals",
     "HeldOut",
     "Inflate",
     "Innovation",
     "Jacobian",
-    "Judged",
     "Kronecker",
     "Layer",
     "Layerwise",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray.errors import FilterError, IndefiniteError
-from kngd_ray.filters.unchecked import checked, cholesky
+from kngd_ray.filters.functional_mode import cholesky, eager
 
 _JITTER_STEPS = 6
 
@@ -22,8 +22,8 @@ class Innovation:
     Attributes:
         cholesky: (M, M) lower factor L of S = L L^T, in S's dtype.
         weights: (M,) w = S^-1 nu; the mean moves by P H^T w.
-        log_evidence: log N(nu; 0, S) in nats, summed over the M observations; unchecked, a float64 scalar tensor.
-        nis: normalised innovation squared nu^T S^-1 nu, expected value M; unchecked, likewise.
+        log_evidence: log N(nu; 0, S) in nats, summed over the M observations; in functional mode a float64 scalar.
+        nis: normalised innovation squared nu^T S^-1 nu, expected value M; likewise.
         jitter: what had to be added to the diagonal of S before it would factor; normally 0.
         seed: of the signs that estimates draw, alike on every rank and another at each update.
     """
@@ -87,7 +87,7 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
         IndefiniteError: S stays indefinite under the largest jitter.
     """
     # one look at both: a sum is finite only if its terms are, and is cheaper than a look at each
-    if checked() and not isfinite(float(nu.sum()) + float(S.sum())):
+    if eager() and not isfinite(float(nu.sum()) + float(S.sum())):
         _refuse(S, nu)
     L, jitter = cholesky(S), 0.0
     if L is None:
@@ -95,7 +95,7 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
     nu = nu.to(S.dtype)
     weights = torch.cholesky_solve(nu.unsqueeze(1), L).squeeze(1)
     figures = torch.stack([nu @ weights, L.diagonal().log().sum()]).double()
-    nis, half_log_det = figures.tolist() if checked() else _as_floats(figures)
+    nis, half_log_det = figures.tolist() if eager() else _as_floats(figures)
     return Innovation(L, weights, -0.5 * (nis + nu.numel() * log(2.0 * pi)) - half_log_det, nis, jitter)
 
 

@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows
-from kngd_ray.filters.unchecked import checked
 
 LayerState = Mapping[str, Tensor]
 
@@ -86,7 +86,7 @@ class Layerwise(ABC):
 
     def predict(self, P: Covariance, scale: float, q: float, total: Callable[[Tensor], Tensor]) -> Covariance:
         """Time update of each part."""
-        if checked() and scale == 1.0 and q == 0.0:
+        if eager() and scale == 1.0 and q == 0.0:
             return P
         return {name: self.predict_layer(state, scale, q) for name, state in P.items()}
 

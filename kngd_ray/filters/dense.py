@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
+from kngd_ray.filters.functional_mode import cholesky, eager
 from kngd_ray.filters.jacobian import Jacobian, Layer, Part
-from kngd_ray.filters.unchecked import checked, cholesky
 
 ROUNDING = 64  # units of rounding that an update in floats is taken to lose
 _ALL = "all"  # its state is that of one layer, which all layers together are
@@ -105,9 +105,9 @@ def root(P: Tensor) -> Tensor:
         P: (..., n, n) symmetric.
 
     Returns:
-        (..., n, n) L with L L^T = P; unchecked, of P with units of rounding on its diagonal.
+        (..., n, n) L with L L^T = P; in functional mode, of P with units of rounding on its diagonal.
     """
-    if not checked():  # what is singular in one trial of many would cost all of them an eigendecomposition
+    if not eager():  # what is singular in one trial of many would cost all of them an eigendecomposition
         number = torch.finfo(P.dtype)
         lost = (ROUNDING * number.eps * P.diagonal(dim1=-2, dim2=-1).amax(-1)).clamp_min(number.tiny)
         P = P + lost[..., None, None] * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)

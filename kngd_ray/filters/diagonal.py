@@ -51,8 +51,8 @@ from torch import Generator, Tensor
 
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
+from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
-from kngd_ray.filters.unchecked import checked
 
 _VARIANCE = "variance"
 # Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
@@ -256,7 +256,7 @@ class _Scratch:
 
     def like(self, dtype: torch.dtype, where: Tensor, rows: int, columns: int) -> Tensor | None:
         """(rows, columns) on a tensor's device, always of one dtype; None where products cannot be directed."""
-        if not checked():
+        if not eager():
             return None
         if self._numbers is None or self._numbers.numel() < rows * columns:
             self._numbers = where.new_empty(rows * columns, dtype=dtype)
@@ -265,7 +265,7 @@ class _Scratch:
 
 def _formed(H: Factors | Rows) -> bool:
     """Whether rows of tiles are new tensors that may be written over; of a batch of fits some may be one for all."""
-    return isinstance(H, Factors) and checked()
+    return isinstance(H, Factors) and eager()
 
 
 def _run(most: int, columns: int) -> int:

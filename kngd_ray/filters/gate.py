@@ -33,7 +33,7 @@ _VISITS = 20  # to each observation at most, on average; a batch of few-shot dat
 
 
 @dataclass(frozen=True)
-class Judged:
+class GateResiduals:
     """The observations of a batch as residuals of unit noise.
 
     Attributes:
@@ -45,13 +45,13 @@ class Judged:
     nu: Tensor
     scale: Tensor
 
-    def take(self, rows: slice) -> "Judged":
+    def take(self, rows: slice) -> "GateResiduals":
         """Some of the observations."""
-        return Judged(self.nu[rows], self.scale[rows])
+        return GateResiduals(self.nu[rows], self.scale[rows])
 
-    def shifted(self, by: Tensor) -> "Judged":
+    def shifted(self, by: Tensor) -> "GateResiduals":
         """The residuals at a mean by which the whitened innovations are less by so much."""
-        return Judged(self.nu - self.scale * by, self.scale)
+        return GateResiduals(self.nu - self.scale * by, self.scale)
 
 
 class Gate(Protocol):
@@ -62,7 +62,7 @@ class Gate(Protocol):
         """The gate's name in configuration files."""
         ...
 
-    def weights(self, predicted: Tensor, judged: Judged, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
         """What is left of each observation.
 
         Args:
@@ -86,7 +86,7 @@ class NoGate:
 
     kind: Literal["none"] = "none"
 
-    def weights(self, predicted: Tensor, judged: Judged, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
         """None."""
         return None
 
@@ -110,7 +110,7 @@ class _AtQuantile(ABC):
     def _factors(self, inflation: Tensor) -> Tensor:
         """Factor on each observation whose noise would have to rise from 1 to 1 + inflation."""
 
-    def weights(self, predicted: Tensor, judged: Judged, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
         """The smallest factor of each sample, (M,); None where all are 1."""
         rows = judged.scale.nonzero().squeeze(1)
         # Few numbers and many small steps, all alike on every rank: float64 on the CPU.

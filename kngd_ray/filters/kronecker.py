@@ -68,10 +68,10 @@ from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
+from kngd_ray.filters.functional_mode import cholesky, eager
 from kngd_ray.filters.informed import measured_columns, measured_without, within_class_covariance
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 from kngd_ray.filters.left_out import PriorWithout
-from kngd_ray.filters.unchecked import checked, cholesky
 
 _REACH = 4.0  # times the numbers of rows: beyond, factors are not reduced
 _PLAIN = Diagonal()  # of layers without factors
@@ -199,7 +199,7 @@ class Kronecker(Layerwise):
         if "B" not in P:
             return _PLAIN.predict_layer(P, scale, q)
         B, A = scale * P["B"], P["A"]
-        if not checked() or q > 0:
+        if not eager() or q > 0:
             trace, mean = B.diagonal().sum(), A.diagonal().mean()
             total = trace + q * len(B) / mean
             A = A * (trace / total)

@@ -38,8 +38,8 @@ from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState
 from kngd_ray.filters.diagonal import column_energies
+from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Jacobian, Layer, Part, Rows
-from kngd_ray.filters.unchecked import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,10 @@ class DiagonalLowRank:
 
     def predict(self, P: Covariance, scale: float, q: float, total: Callable[[Tensor], Tensor]) -> Covariance:
         """Precision of scale * P + q I, of the same form."""
-        if checked() and scale == 1.0 and q == 0.0:
+        if eager() and scale == 1.0 and q == 0.0:
             return P
         C = torch.eye(self.rank, dtype=torch.float64)
-        if not checked() or q > 0:
+        if not eager() or q > 0:
             shares = [(W.mT @ (W / (scale + q * lam).unsqueeze(1))).double() for lam, W in map(_parts, P.values())]
             C = C.to(shares[0].device) if shares else C
             C = C + q * total(sum(shares, torch.zeros_like(C))).to(C.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kngd_ray.errors import FilterError
 from kngd_ray.sharding import SingleProcess, covariance_bytes
-from kngd_ray.training import together
+from kngd_ray.training import batched_fits
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
@@ -56,7 +56,7 @@ def fit_together(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for number, task in enumerate(tasks):
-        groups[together.shape_of(task)].append(number)
+        groups[batched_fits.shape_of(task)].append(number)
     done: dict[int, Fitted | FilterError] = {}
     for shape, members in groups.items():
         count = 1 if shape is None else _count(tasks[members[0]])
@@ -66,7 +66,7 @@ def fit_together(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
             if shape is None or len(some) == 1:
                 done |= zip(some, fit_alone(chosen), strict=True)
                 continue
-            for n, outcome in zip(some, together.fit_together(chosen), strict=True):
+            for n, outcome in zip(some, batched_fits.fit_together(chosen), strict=True):
                 done[n] = (
                     outcome if isinstance(outcome, FilterError) else _fitted(tasks[n], outcome.method, outcome.records)
                 )

@@ -3,7 +3,7 @@
 from kngd_ray.sharding.collectives import Group, ProcessGroup, SingleProcess
 from kngd_ray.sharding.exchange import exchange
 from kngd_ray.sharding.ownership import Ownership, split_evenly
-from kngd_ray.sharding.placed import Observed, Placed, StreamedOutcome
+from kngd_ray.sharding.partitioned import Observed, PartitionedFilter, StreamedOutcome
 from kngd_ray.sharding.sharded_filter import ShardedFilter, ShardedUpdate, covariance_bytes
 from kngd_ray.sharding.streamed import StreamedFilter
 
@@ -11,7 +11,7 @@ __all__ = [
     "Group",
     "Observed",
     "Ownership",
-    "Placed",
+    "PartitionedFilter",
     "ProcessGroup",
     "ShardedFilter",
     "ShardedUpdate",

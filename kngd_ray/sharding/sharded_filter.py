@@ -17,9 +17,9 @@ from kngd_ray.filters import (
     Covariance,
     Family,
     Gate,
+    GateResiduals,
     Innovation,
     Jacobian,
-    Judged,
     Layer,
     Transition,
     innovation_covariance,
@@ -29,7 +29,7 @@ from kngd_ray.filters import (
 )
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.exchange import exchange
-from kngd_ray.sharding.placed import Observed, Placed, StreamedOutcome, by_sample
+from kngd_ray.sharding.partitioned import Observed, PartitionedFilter, StreamedOutcome, by_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class _Conditioned:
     innovation_weights: Tensor
 
 
-class ShardedFilter(Placed[Family]):
+class ShardedFilter(PartitionedFilter[Family]):
     """A covariance family placed on a group of ranks.
 
     Args:
@@ -152,7 +152,9 @@ class ShardedFilter(Placed[Family]):
         own = exchange(self.group, self.ownership, H, samples, k, self._reach)
         return variances(self.family, belief.covariance, own, like.new_empty(s, k), self.group.sum)
 
-    def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, of: Observed) -> _Conditioned:
+    def _condition(
+        self, P: Covariance, H: Jacobian, nu: Tensor, judged: GateResiduals | None, of: Observed
+    ) -> _Conditioned:
         """Condition the own parts on some observations of a batch, all at once."""
         family, M, k = self.family, len(nu), of.k
         share, work = family.gram(P, H, nu)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from kngd_ray.filters import Belief, Factors, Gate, Innovation, Layer, Layerwise, Rows, Transition
-from kngd_ray.filters.unchecked import checked
+from kngd_ray.filters.functional_mode import eager
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.exchange import exchange
-from kngd_ray.sharding.placed import Observed, Placed, StreamedOutcome, by_sample
+from kngd_ray.sharding.partitioned import Observed, PartitionedFilter, StreamedOutcome, by_sample
 from kngd_ray.sharding.sharded_filter import factored
 
 # Numbers of rows, of all M observations: layers below are brought together, and kept from the first pass to the second.
@@ -35,7 +35,7 @@ _KEPT = 1 << 22
 _Own = dict[str, Factors | Rows]
 
 
-class StreamedFilter(Placed[Layerwise]):
+class StreamedFilter(PartitionedFilter[Layerwise]):
     """A covariance family placed on a group of ranks, updated in place and layer by layer.
 
     H is asked for each layer once in each pass, in the order of the layers, and not kept. It must not depend on the
@@ -160,7 +160,7 @@ class StreamedFilter(Placed[Layerwise]):
     def _predicted(self, belief: Belief, name: str, transition: Transition) -> Mapping[str, Tensor]:
         """The own part of a layer's P after the time update."""
         P = belief.covariance[name]
-        if checked() and transition.scale == 1.0 and transition.q == 0.0:
+        if eager() and transition.scale == 1.0 and transition.q == 0.0:
             return P
         return self.family.predict_layer(P, transition.scale, transition.q * self._units.get(name, 1.0))
 

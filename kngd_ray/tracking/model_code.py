@@ -78,7 +78,7 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
     def _batches(self, model_input: pd.DataFrame) -> Iterator[Any]:
         """What the classifier takes, a part at a time."""
         from kngd_ray.data import decode
-        from kngd_ray.training.given import features_of
+        from kngd_ray.estimator.given import features_of
 
         if "image" in model_input:
             pictures = [bytes(data) for data in model_input["image"]]

@@ -11,8 +11,8 @@ from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
+from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
-from kngd_ray.training.feed import fed
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import P0, KalmanNGD
@@ -256,7 +256,7 @@ def fit(
         method.load(state)
     refusals = Refusals(steps)
     began = perf_counter()  # a step's time is what it waits for its batch too
-    with fed(task.to(device).sampler, method.head, group, device, start) as batches:
+    with loader.batches(task.to(device).sampler, method.head, group, device, start) as batches:
         for batch in batches:
             stats, reason = refusals.attempt(method, batch)
             done = batch.step + 1

@@ -12,11 +12,11 @@ from torch import Tensor
 from kngd_ray.clip import CLIPHead, Head
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Covariance, NoGate, Transition
-from kngd_ray.filters.unchecked import checked
+from kngd_ray.filters.functional_mode import eager
 from kngd_ray.observations import Linearisation, flatten, trainable, unflatten
 from kngd_ray.sharding import (
     Group,
-    Placed,
+    PartitionedFilter,
     ShardedFilter,
     ShardedUpdate,
     SingleProcess,
@@ -138,7 +138,7 @@ class KalmanNGD:
         """Spread the prior belief over the ranks."""
         self._anchor = flatten(self.parameters)
         self.filter = ShardedFilter(self.family, self.observer.layers, self.group, prior.gate, prior.serial)
-        self.placed: Placed[Any] = self.filter
+        self.placed: PartitionedFilter[Any] = self.filter
         self.belief = self.filter.init(self._anchor, prior.weight_variance)
 
     def begin_at(self, covariance: Covariance, *, gamma: float, p0: float, logit_variance: float | None = None) -> None:
@@ -289,12 +289,12 @@ class KalmanNGD:
             seen = observe(there, predicted.mu - there)
             total = far / 2 + self.group.sum(seen.energy)
             falls = total <= cost + _ROUNDED * cost.abs()
-            if checked() and not bool(falls) and bool(total.isfinite()):
+            if eager() and not bool(falls) and bool(total.isfinite()):
                 size = size / 2
                 continue
             # what is not finite is refused here
             new = self.filter.update(predicted, seen.observed)
-            if checked():
+            if eager():
                 moved = ((seen.logits - logits).abs() > options.tolerance).any().double()
                 mu, distance, cost, outcome, aim, logits = there, far, total, new, _Aim.of(new, seen), seen.logits
                 if not bool(self.group.sum(moved)) and bool(size == 1.0):

@@ -17,6 +17,7 @@ from torch import Tensor
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.filters import Classified, Kronecker, PriorWithout, spread_left_out
 from kngd_ray.sharding import SingleProcess, covariance_bytes
+from kngd_ray.training.batched_fits import fit_together, shape_of
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import (
     Calibration,
@@ -31,7 +32,6 @@ from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.predict import PosteriorOptions, Predictor, centred_variances
-from kngd_ray.training.together import fit_together, shape_of
 
 _LEFT_OUT = 8  # shots of which each is left out of a fit of its own
 _TOGETHER = 1 << 28  # bytes of covariances that advance together

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kngd_ray.clip import Head
-from kngd_ray.filters import Judged, NoGate, NoiseModel, Seen, Whitening
+from kngd_ray.filters import GateResiduals, NoGate, NoiseModel, Seen, Whitening
 from kngd_ray.observations import Linearisation, Linearizer, Observation, stack
 from kngd_ray.sharding import Group, Observed, StreamedOutcome
 from kngd_ray.training.batches import Batch, seeded
@@ -222,11 +222,11 @@ class Observer:
         gathered = self._group.gather_rows(packed, batch.sizes).unbind(2)
         return [column.to(mine.dtype) for column, mine in zip(gathered, columns, strict=True)]
 
-    def _judged(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> Judged:
+    def _judged(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> GateResiduals:
         """Residuals as they are, less the tempering of their noise; in the place of the others nu and factor (s, k)."""
         tempering = self._passes**0.5
         deviation = (R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)).double().sqrt()
-        return Judged(
+        return GateResiduals(
             torch.where(self._residual, tempering * whitened.double(), nu).flatten(),
             torch.where(self._residual, tempering, factor * deviation).flatten(),
         )

@@ -21,7 +21,7 @@ from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from torch.nn.functional import normalize
 
-from kngd_ray.filters import Belief, Ema, Gate, Inflate, Judged, Layer, NoGate, Rows, Skip, update
+from kngd_ray.filters import Belief, Ema, Gate, GateResiduals, Inflate, Layer, NoGate, Rows, Skip, update
 from kngd_ray.observations import Categorical, LogLikelihood, Probability
 from kngd_ray.sharding import Group, Observed, ShardedFilter, SingleProcess
 from kngd_ray.training.batches import Batch, BatchSampler, Support
@@ -42,8 +42,8 @@ def batch(seed: int = 0, m: int = M) -> tuple[torch.Tensor, torch.Tensor]:
     return H, H @ theta + torch.randn(m, generator=g, dtype=torch.float64)
 
 
-def residuals(nu: torch.Tensor) -> Judged:
-    return Judged(nu, torch.ones_like(nu))
+def residuals(nu: torch.Tensor) -> GateResiduals:
+    return GateResiduals(nu, torch.ones_like(nu))
 
 
 def z2(predicted: torch.Tensor, nu: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -127,9 +127,9 @@ def test_what_is_done_to_one_observation_is_done_to_its_sample(name):
     scale[1::3] = 1.0  # the second of the three observations of a sample is all that is judged
     nu = 0.1 * nu
     nu[0] += 1000.0
-    assert GATES[name].weights(predicted, Judged(nu, scale), 3) is None
+    assert GATES[name].weights(predicted, GateResiduals(nu, scale), 3) is None
     nu[7] += 20.0
-    weight = GATES[name].weights(predicted, Judged(nu, scale), 3)
+    weight = GATES[name].weights(predicted, GateResiduals(nu, scale), 3)
     alone = GATES[name].weights(predicted[1::3, 1::3], residuals(nu[1::3]), 1)
     assert weight is not None
     assert alone is not None

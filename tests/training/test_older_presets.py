@@ -14,12 +14,12 @@ from kngd_ray.errors import UsageError
 from kngd_ray.filters.informed import common_offset
 from kngd_ray.observations import Cosine, jacobian_rows
 from kngd_ray.sharding import SingleProcess
+from kngd_ray.training.batched_fits import BatchedFit, fit_together, shape_of
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.fit import FitTask, begin, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.predict import PosteriorOptions
-from kngd_ray.training.together import Together, fit_together, shape_of
 
 PRESETS = ("kalman", "kalman_diagonal", "kf_clip", "loko")
 HARD = 3.0
@@ -105,7 +105,7 @@ def test_fits_of_other_shots_and_variances_advance_together(preset):
     assert len({shape_of(task) for task in tasks}) == 1
     x = in_a_cone(made(5, seed=1)[0].features)
     for found, task in zip(fit_together(tasks), tasks, strict=True):
-        assert isinstance(found, Together)
+        assert isinstance(found, BatchedFit)
         predictors = [predictor_of(method, PosteriorOptions()) for method in (found.method, fit(task))]
         assert max_error(*(predictor.predict(x, 0.0).probabilities for predictor in predictors)) < 1e-5
 

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from kngd_ray.filters import Belief, Covariance, Family, Gate, Jacobian, Judged, Layer, Layerwise, NoGate
+from kngd_ray.filters import Belief, Covariance, Family, Gate, GateResiduals, Jacobian, Layer, Layerwise, NoGate
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.ownership import Ownership
 
@@ -29,7 +29,7 @@ class Observed:
 
     jacobian: Jacobian
     nu: Tensor
-    judged: Judged | None
+    judged: GateResiduals | None
     samples: Sequence[int]
     k: int
     noise: float = 1.0
@@ -57,7 +57,7 @@ class StreamedOutcome:
     unlearned: tuple[str, ...] = ()
 
 
-class Placed(Generic[F]):
+class PartitionedFilter(Generic[F]):
     """A covariance family whose parts are spread over a group of ranks.
 
     Args:

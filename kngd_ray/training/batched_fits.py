@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition
-from kngd_ray.filters.unchecked import unchecked
+from kngd_ray.filters.functional_mode import functional_mode
 from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch, Support
@@ -46,7 +46,7 @@ _State = dict[tuple[str, ...], Tensor]
 
 
 @dataclass(frozen=True)
-class Together:
+class BatchedFit:
     """One of several fits that advanced together.
 
     Attributes:
@@ -156,7 +156,7 @@ def fit_together(
     *,
     device: torch.device | str = "cpu",
     on_step: Callable[[Sequence[StepRecord | None]], None] | None = None,
-) -> list[Together | FilterError]:
+) -> list[BatchedFit | FilterError]:
     """Run several fits of one shape to their ends, all a step at a time.
 
     Each is what :func:`~kngd_ray.training.fit.fit` makes of its task in one process, up to rounding.
@@ -195,7 +195,7 @@ def fit_together(
             break
     for b, trial in enumerate(alive):
         trial.state = _of(state, b)
-    return [trial.error or Together(trial.method, trial.records) for trial in trials]
+    return [trial.error or BatchedFit(trial.method, trial.records) for trial in trials]
 
 
 def _stepped(
@@ -241,7 +241,7 @@ def _tried(
     )
     still = all(transition == _STILL for transition in transitions)
     try:
-        with torch.no_grad(), unchecked():
+        with torch.no_grad(), functional_mode():
             after, numbers, scores = vmap(partial(_advance, leader, first, still))(state, given)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None

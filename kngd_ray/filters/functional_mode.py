@@ -1,9 +1,9 @@
 """Filter functions under ``torch.func.vmap``, which cannot branch on numbers: nothing is looked at until all is done.
 
 What goes wrong rarely (a matrix that does not factor, numbers that are not finite) is looked for where it may happen,
-and dealt with there. A transform that advances many trials together has no answer to such a question. Within
-:func:`unchecked` it is not asked: what cannot be computed is NaN, and the caller, who sees the trials side by side
-again, does those that are not finite once more, alone and checked.
+and dealt with there. A transform that advances many trials together has no answer to such a question. In functional
+mode it is not asked: what cannot be computed is NaN, and the caller, who sees the trials side by side again, does those
+that are not finite once more, alone and eagerly.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_CHECKED = ContextVar("checked", default=True)
+_EAGER = ContextVar("eager", default=True)
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
+def functional_mode() -> Iterator[None]:
     """A stretch of code in which failures are NaN."""
-    token = _CHECKED.set(False)
+    token = _EAGER.set(False)
     try:
         yield
     finally:
-        _CHECKED.reset(token)
+        _EAGER.reset(token)
 
 
-def checked() -> bool:
+def eager() -> bool:
     """Whether numbers may be looked at."""
-    return _CHECKED.get()
+    return _EAGER.get()
 
 
 def cholesky(P: Tensor) -> Tensor | None:
@@ -38,10 +38,10 @@ def cholesky(P: Tensor) -> Tensor | None:
         P: (..., n, n) symmetric.
 
     Returns:
-        (..., n, n) lower factor; None if one of the matrices is not positive definite. Unchecked, the factor of such a
-        matrix is NaN instead.
+        (..., n, n) lower factor; None if one of the matrices is not positive definite. In functional mode the factor of
+        such a matrix is NaN instead.
     """
     L, info = torch.linalg.cholesky_ex(P)
-    if not checked():
+    if not eager():
         return torch.where((info == 0)[..., None, None], L, torch.nan)
     return None if bool(info.any()) else L

@@ -16,7 +16,7 @@ _THREADS = 16  # more do not decode faster: the rest of a picture's way is one t
 
 
 @contextmanager
-def fed(
+def batches(
     sampler: BatchSampler, head: Head, group: Group, device: torch.device | str, start: int
 ) -> Iterator[Iterator[Batch]]:
     """This rank's batches of a fit.
@@ -50,13 +50,13 @@ def fed(
         shots, plan, steps, head.transform, augment=_augment(head), threads=decoding_threads(world_size)
     ) as pixels:
 
-        def batches() -> Iterator[Batch]:
+        def decoded() -> Iterator[Batch]:
             for step, images in zip(steps, pixels, strict=True):
                 chosen = sampler.chosen(step, rank, world_size)
                 labels = shots.labels[chosen.local.to(shots.labels.device)]
                 yield chosen.batch(head.inputs(labels, image=images.to(device)), labels)
 
-        yield batches()
+        yield decoded()
 
 
 def decoding_threads(world_size: int = 1) -> int:

@@ -65,7 +65,7 @@ def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(Path(), manifest, state)
 
 
-def settle(task: FitTask, posterior: PosteriorOptions, fitted: MethodState) -> tuple[Calibration, Novelty | None]:
+def calibrate(task: FitTask, posterior: PosteriorOptions, fitted: MethodState) -> tuple[Calibration, Novelty | None]:
     """Choose tau on the shots, as far as they can be held out.
 
     Args:

@@ -13,9 +13,10 @@ from helpers.tower_fits import FITS, STEPS, make_task, write_shots
 from kngd_ray.clip import CLIPNetwork, RandomResizedCrop
 from kngd_ray.errors import DataError
 from kngd_ray.sharding import Group, SingleProcess
+from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch
-from kngd_ray.training.feed import decoding_threads, fed
 from kngd_ray.training.fit import FitTask, build_head, fit
+from kngd_ray.training.loader import decoding_threads
 from kngd_ray.training.pictures import Pictures, augmentation
 
 CITE = "cite-vdekf"
@@ -45,7 +46,7 @@ def network(task) -> CLIPNetwork:
 
 
 def batches(task: FitTask, network: CLIPNetwork, group: Group | None = None, start: int = 0) -> list[Batch]:
-    with fed(task.sampler, network, group or SingleProcess(), "cpu", start) as found:
+    with loader.batches(task.sampler, network, group or SingleProcess(), "cpu", start) as found:
         return list(found)
 
 

@@ -4,14 +4,20 @@
 :mod:`~kngd_ray.sharding.ownership` in between. What is replicated (S, its Cholesky factor, the
 weights w, theta) is bitwise the same on every rank, because every rank computes it from the same
 gathered numbers.
+
+A matrix may fail to factor in the parts of one rank alone. The others would wait for it in the next collective, so that
+rank brings NaN there, which every rank refuses.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kngd_ray.errors import FilterError
 from kngd_ray.filters import (
     Belief,
     Covariance,
@@ -55,6 +61,7 @@ class _Conditioned:
     predicted: Tensor
     weight: Tensor
     innovation_weights: Tensor
+    failed: Exception | None = None
 
 
 class ShardedFilter(Placed[Family]):
@@ -73,6 +80,7 @@ class ShardedFilter(Placed[Family]):
     ) -> None:
         super().__init__(family, layers, group, gate)
         self.serial = serial
+        self._parts = self.ownership.parts[group.rank]
 
     def predict(self, belief: Belief, transition: Transition, anchor: Tensor) -> Belief:
         """Time update.
@@ -106,8 +114,9 @@ class ShardedFilter(Placed[Family]):
             The posterior and the innovation.
 
         Raises:
-            FilterError: non-finite innovations or an indefinite S, on every rank alike; the
-                arguments are left as they were.
+            FilterError: non-finite innovations, an indefinite S or an update that is not finite. Every rank refuses
+                together, and the arguments are left as they were.
+            LinAlgError: in place of it, on the rank whose part of the update could not be computed.
         """
         k, total = observed.k, sum(observed.samples)
         H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k, self._reach)
@@ -127,7 +136,7 @@ class ShardedFilter(Placed[Family]):
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
-            belief=Belief(self._moved(belief.mu, moved or {}), covariance),
+            belief=Belief(self._moved(belief.mu, moved or {}, done), covariance),
             log_evidence=sum(part.innovation.log_evidence for part in done),
             nis=sum(part.innovation.nis for part in done),
             jitter=max(part.innovation.jitter for part in done),
@@ -153,35 +162,72 @@ class ShardedFilter(Placed[Family]):
         return variances(self.family, belief.covariance, own, like.new_empty(s, k), self.group.sum)
 
     def _condition(self, P: Covariance, H: Jacobian, nu: Tensor, judged: Judged | None, of: Observed) -> _Conditioned:
-        """Condition the own parts on some observations of a batch, all at once."""
+        """Condition the own parts on some observations of a batch, all at once.
+
+        Raises:
+            LinAlgError: a matrix did not factor, in one process; with several ranks see :meth:`_moved`.
+        """
         family, M, k = self.family, len(nu), of.k
-        share, work = family.gram(P, H, nu)
-        gram = self.group.sum(share)
+        gram, work = self._gram(P, H, nu)
         predicted = family.spread(gram, M)
         innovation, first = factored(predicted, nu, of.noise)
+        failed: Exception | None = None
         weight = None if judged is None else self.gate.weights(predicted, judged, k)
         if weight is not None:
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
-            share, work = family.gram(P, H, nu)
-            gram = self.group.sum(share)
+            gram, work = self._gram(P, H, nu)
             innovation, _ = factored(family.spread(gram, M), nu)
         innovation = replace(innovation, seed=of.seed)
-        step = family.gain(P, H, gram, work, innovation.weights)
-        posterior = family.update(P, H, gram, work, innovation)
         weight = torch.ones_like(nu) if weight is None else weight
-        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights)
+        try:
+            step = family.gain(P, H, gram, work, innovation.weights)
+            posterior = family.update(P, H, gram, work, innovation)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            if self.group.world_size == 1:
+                raise
+            failed, posterior = error, P
+            step = {part.layer.name: nu.new_full((part.size,), nan) for part in self._parts}
+        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights, failed)
+
+    def _gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Any]:
+        """The family's sums for H P H^T of all ranks, and what it keeps of its own; NaN if one rank could not.
+
+        Raises:
+            LinAlgError: a matrix did not factor, in one process.
+        """
+        try:
+            share, work = self.family.gram(P, H, nu)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if self.group.world_size == 1:
+                raise
+            share, work = self.family.gram({}, {}, nu)  # what a rank without parts brings
+            share = torch.full_like(share, nan)
+        return self.group.sum(share), work
 
     def _shift(self, H: Jacobian, moved: Mapping[str, Tensor], nu: Tensor) -> Tensor:
         """H (mu - mu-) (M,) of a mean that earlier observations have moved."""
         own = [H[name].times(step).to(nu.dtype) for name, step in moved.items()]
         return self.group.sum(torch.stack(own).sum(0) if own else torch.zeros_like(nu))
 
-    def _moved(self, mu: Tensor, step: Mapping[str, Tensor]) -> Tensor:
-        """The mean after the own parts of all ranks have moved."""
+    def _moved(self, mu: Tensor, step: Mapping[str, Tensor], done: Sequence[_Conditioned]) -> Tensor:
+        """The mean after the own parts of all ranks have moved.
+
+        Raises:
+            FilterError: with several ranks, a part is not finite; on all of them.
+            LinAlgError: in place of it, on the rank that could not compute its part.
+        """
         flat = torch.cat([part.to(mu.dtype) for part in step.values()]) if step else mu.new_zeros(0)
         if self.group.world_size == 1:
             return mu + flat
-        return self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+        mu = self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+        if not isfinite(float(mu.sum())):
+            for failed in (part.failed for part in done if part.failed is not None):
+                raise failed
+            raise FilterError(
+                "the update moved a weight to NaN or infinity, or a rank could not compute its part: the step was "
+                "refused and the belief kept; lower filter.p0 or raise observation.r0."
+            )
+        return mu
 
 
 def factored(predicted: Tensor, nu: Tensor, noise: float = 1.0) -> tuple[Innovation, Innovation]:

@@ -100,6 +100,18 @@ class ShardedFilter(Placed[Family]):
 
         return Belief(mu, self.family.predict(belief.covariance, transition.scale, transition.q, total))
 
+    def runs(self, samples: int) -> list[tuple[int, int]]:
+        """The runs of samples that a batch is conditioned on, one after another.
+
+        Args:
+            samples: of the global batch.
+
+        Returns:
+            First sample of each, and the one after its last.
+        """
+        length = self.serial or samples
+        return [(start, min(start + length, samples)) for start in range(0, samples, length)] if samples else []
+
     def update(self, belief: Belief, observed: Observed) -> ShardedUpdate:
         """Condition on the observations of all ranks, `serial` samples at a time.
 
@@ -122,17 +134,16 @@ class ShardedFilter(Placed[Family]):
         H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k, self._reach)
         done: list[_Conditioned] = []
         covariance, moved = belief.covariance, None
-        for start in range(0, total, self.serial or total):
-            stop = min(start + (self.serial or total), total)
+        for start, stop in self.runs(total):
             some = H if stop - start == total else {name: piece.take(start, stop, k) for name, piece in H.items()}
             rows = slice(start * k, stop * k)
             nu, judged = observed.nu[rows], observed.judged and observed.judged.take(rows)
             if moved is not None:
                 shift = self._shift(some, moved, nu)
                 nu, judged = nu - shift, judged and judged.shifted(shift)
-            done.append(
-                self._condition(covariance, some, nu, judged, replace(observed, seed=observed.seed + len(done)))
-            )
+            run = len(done)
+            of_run = replace(observed, seed=observed.seed + run, signs=observed.signs[run : run + 1])
+            done.append(self._condition(covariance, some, nu, judged, of_run))
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
@@ -177,7 +188,7 @@ class ShardedFilter(Placed[Family]):
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
             gram, work = self._gram(P, H, nu)
             innovation, _ = factored(family.spread(gram, M), nu)
-        innovation = replace(innovation, seed=of.seed)
+        innovation = replace(innovation, seed=of.seed, drawn=of.signs[0] if of.signs else None)
         weight = torch.ones_like(nu) if weight is None else weight
         try:
             step = family.gain(P, H, gram, work, innovation.weights)

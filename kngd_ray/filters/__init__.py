@@ -5,7 +5,7 @@ A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one name
 """
 
 from kngd_ray.filters._family import Covariance, Family, Work
-from kngd_ray.filters._innovation import Innovation, solve_innovation
+from kngd_ray.filters._innovation import Innovation, random_signs, solve_innovation
 from kngd_ray.filters._layerwise import Layerwise
 from kngd_ray.filters._update import Belief, innovation_covariance, update, variances
 from kngd_ray.filters.block_diagonal import BlockDiagonal
@@ -77,6 +77,7 @@ __all__ = [
     "common_offset",
     "condition_softmax",
     "innovation_covariance",
+    "random_signs",
     "scaled",
     "solve_innovation",
     "spread_left_out",

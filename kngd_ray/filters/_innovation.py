@@ -1,7 +1,7 @@
 """The innovation of one update: Cholesky of S, the gain weights, evidence and NIS."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import isfinite, log, pi
 from random import Random
 from typing import Any
@@ -26,6 +26,7 @@ class Innovation:
         nis: normalised innovation squared nu^T S^-1 nu, expected value M; likewise.
         jitter: what had to be added to the diagonal of S before it would factor; normally 0.
         seed: of the signs that estimates draw, alike on every rank and another at each update.
+        drawn: (draws, M) those signs, where many trials advance together, each with its own; None draws by the seed.
     """
 
     cholesky: Tensor
@@ -34,6 +35,7 @@ class Innovation:
     nis: float
     jitter: float
     seed: int = 0
+    drawn: Tensor | None = None
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -48,10 +50,9 @@ class Innovation:
 
     def signs(self, draws: int) -> Tensor:
         """(draws, M) signs z, a function of the seed alone, with E[z z^T] = I, in float64."""
-        M = len(self.weights)
-        bits = Random(self.seed).getrandbits(max(draws * M, 1))  # noqa: S311 - torch draws nothing under vmap
-        signs = [float((bits >> n & 1) * 2 - 1) for n in range(draws * M)]
-        return torch.tensor(signs, dtype=torch.float64, device=self.weights.device).view(draws, M)
+        if self.drawn is not None:
+            return self.drawn
+        return random_signs(self.seed, draws, len(self.weights), self.weights.device)
 
     def probes(self, draws: int) -> Tensor:
         """(draws, M) rows p = L^-T z of :meth:`signs`, with E[p p^T] = S^-1, in float64."""
@@ -67,6 +68,24 @@ class Innovation:
             (n, M) whitened cross-covariance U L^-T.
         """
         return torch.linalg.solve_triangular(self.cholesky.mT.to(U.dtype), U, upper=True, left=False)
+
+
+@lru_cache(maxsize=8)
+def random_signs(seed: int, draws: int, M: int, device: torch.device) -> Tensor:
+    """Independent random signs; every layer and linearisation of an update asks for the same.
+
+    Args:
+        seed: what they are a function of.
+        draws: rows.
+        M: observations.
+        device: where they are.
+
+    Returns:
+        (draws, M) float64, not to be written to.
+    """
+    bits = Random(seed).getrandbits(max(draws * M, 1))  # noqa: S311 - torch draws nothing under vmap
+    signs = [float((bits >> n & 1) * 2 - 1) for n in range(draws * M)]
+    return torch.tensor(signs, dtype=torch.float64, device=device).view(draws, M)
 
 
 def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:

@@ -25,6 +25,8 @@ class Observed:
         k: observations per sample.
         noise: their own noise variance in units of the one that they are weighed by: below 1 where R is tempered.
         seed: of the signs that a family may draw; the same on every rank, and another at each step.
+        signs: of each run of :meth:`~kngd_ray.sharding.ShardedFilter.runs` those signs (draws, M), where many trials
+            advance together, each with its own; empty draws by the seed.
     """
 
     jacobian: Jacobian
@@ -34,6 +36,7 @@ class Observed:
     k: int
     noise: float = 1.0
     seed: int = 0
+    signs: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,20 @@
 :mod:`~kngd_ray.sharding.ownership` in between. What is replicated (S, its Cholesky factor, the
 weights w, theta) is bitwise the same on every rank, because every rank computes it from the same
 gathered numbers.
+
+A matrix may fail to factor in the parts of one rank alone. The others would wait for it in the next collective, so that
+rank brings NaN there, which every rank refuses.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kngd_ray.errors import FilterError
 from kngd_ray.filters import (
     Belief,
     Covariance,
@@ -55,6 +61,7 @@ class _Conditioned:
     predicted: Tensor
     weight: Tensor
     innovation_weights: Tensor
+    failed: Exception | None = None
 
 
 class ShardedFilter(PartitionedFilter[Family]):
@@ -73,6 +80,7 @@ class ShardedFilter(PartitionedFilter[Family]):
     ) -> None:
         super().__init__(family, layers, group, gate)
         self.serial = serial
+        self._parts = self.ownership.parts[group.rank]
 
     def predict(self, belief: Belief, transition: Transition, anchor: Tensor) -> Belief:
         """Time update.
@@ -92,6 +100,18 @@ class ShardedFilter(PartitionedFilter[Family]):
 
         return Belief(mu, self.family.predict(belief.covariance, transition.scale, transition.q, total))
 
+    def runs(self, samples: int) -> list[tuple[int, int]]:
+        """The runs of samples that a batch is conditioned on, one after another.
+
+        Args:
+            samples: of the global batch.
+
+        Returns:
+            First sample of each, and the one after its last.
+        """
+        length = self.serial or samples
+        return [(start, min(start + length, samples)) for start in range(0, samples, length)] if samples else []
+
     def update(self, belief: Belief, observed: Observed) -> ShardedUpdate:
         """Condition on the observations of all ranks, `serial` samples at a time.
 
@@ -106,28 +126,28 @@ class ShardedFilter(PartitionedFilter[Family]):
             The posterior and the innovation.
 
         Raises:
-            FilterError: non-finite innovations or an indefinite S, on every rank alike; the
-                arguments are left as they were.
+            FilterError: non-finite innovations, an indefinite S or an update that is not finite. Every rank refuses
+                together, and the arguments are left as they were.
+            LinAlgError: in place of it, on the rank whose part of the update could not be computed.
         """
         k, total = observed.k, sum(observed.samples)
         H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k, self._reach)
         done: list[_Conditioned] = []
         covariance, moved = belief.covariance, None
-        for start in range(0, total, self.serial or total):
-            stop = min(start + (self.serial or total), total)
+        for start, stop in self.runs(total):
             some = H if stop - start == total else {name: piece.take(start, stop, k) for name, piece in H.items()}
             rows = slice(start * k, stop * k)
             nu, judged = observed.nu[rows], observed.judged and observed.judged.take(rows)
             if moved is not None:
                 shift = self._shift(some, moved, nu)
                 nu, judged = nu - shift, judged and judged.shifted(shift)
-            done.append(
-                self._condition(covariance, some, nu, judged, replace(observed, seed=observed.seed + len(done)))
-            )
+            run = len(done)
+            of_run = replace(observed, seed=observed.seed + run, signs=observed.signs[run : run + 1])
+            done.append(self._condition(covariance, some, nu, judged, of_run))
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
-            belief=Belief(self._moved(belief.mu, moved or {}), covariance),
+            belief=Belief(self._moved(belief.mu, moved or {}, done), covariance),
             log_evidence=sum(part.innovation.log_evidence for part in done),
             nis=sum(part.innovation.nis for part in done),
             jitter=max(part.innovation.jitter for part in done),
@@ -155,35 +175,72 @@ class ShardedFilter(PartitionedFilter[Family]):
     def _condition(
         self, P: Covariance, H: Jacobian, nu: Tensor, judged: GateResiduals | None, of: Observed
     ) -> _Conditioned:
-        """Condition the own parts on some observations of a batch, all at once."""
+        """Condition the own parts on some observations of a batch, all at once.
+
+        Raises:
+            LinAlgError: a matrix did not factor, in one process; with several ranks see :meth:`_moved`.
+        """
         family, M, k = self.family, len(nu), of.k
-        share, work = family.gram(P, H, nu)
-        gram = self.group.sum(share)
+        gram, work = self._gram(P, H, nu)
         predicted = family.spread(gram, M)
         innovation, first = factored(predicted, nu, of.noise)
+        failed: Exception | None = None
         weight = None if judged is None else self.gate.weights(predicted, judged, k)
         if weight is not None:
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
-            share, work = family.gram(P, H, nu)
-            gram = self.group.sum(share)
+            gram, work = self._gram(P, H, nu)
             innovation, _ = factored(family.spread(gram, M), nu)
-        innovation = replace(innovation, seed=of.seed)
-        step = family.gain(P, H, gram, work, innovation.weights)
-        posterior = family.update(P, H, gram, work, innovation)
+        innovation = replace(innovation, seed=of.seed, drawn=of.signs[0] if of.signs else None)
         weight = torch.ones_like(nu) if weight is None else weight
-        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights)
+        try:
+            step = family.gain(P, H, gram, work, innovation.weights)
+            posterior = family.update(P, H, gram, work, innovation)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            if self.group.world_size == 1:
+                raise
+            failed, posterior = error, P
+            step = {part.layer.name: nu.new_full((part.size,), nan) for part in self._parts}
+        return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights, failed)
+
+    def _gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Any]:
+        """The family's sums for H P H^T of all ranks, and what it keeps of its own; NaN if one rank could not.
+
+        Raises:
+            LinAlgError: a matrix did not factor, in one process.
+        """
+        try:
+            share, work = self.family.gram(P, H, nu)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if self.group.world_size == 1:
+                raise
+            share, work = self.family.gram({}, {}, nu)  # what a rank without parts brings
+            share = torch.full_like(share, nan)
+        return self.group.sum(share), work
 
     def _shift(self, H: Jacobian, moved: Mapping[str, Tensor], nu: Tensor) -> Tensor:
         """H (mu - mu-) (M,) of a mean that earlier observations have moved."""
         own = [H[name].times(step).to(nu.dtype) for name, step in moved.items()]
         return self.group.sum(torch.stack(own).sum(0) if own else torch.zeros_like(nu))
 
-    def _moved(self, mu: Tensor, step: Mapping[str, Tensor]) -> Tensor:
-        """The mean after the own parts of all ranks have moved."""
+    def _moved(self, mu: Tensor, step: Mapping[str, Tensor], done: Sequence[_Conditioned]) -> Tensor:
+        """The mean after the own parts of all ranks have moved.
+
+        Raises:
+            FilterError: with several ranks, a part is not finite; on all of them.
+            LinAlgError: in place of it, on the rank that could not compute its part.
+        """
         flat = torch.cat([part.to(mu.dtype) for part in step.values()]) if step else mu.new_zeros(0)
         if self.group.world_size == 1:
             return mu + flat
-        return self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+        mu = self.group.gather_rows(mu[self._own] + flat, self.ownership.sizes)
+        if not isfinite(float(mu.sum())):
+            for failed in (part.failed for part in done if part.failed is not None):
+                raise failed
+            raise FilterError(
+                "the update moved a weight to NaN or infinity, or a rank could not compute its part: the step was "
+                "refused and the belief kept; lower filter.p0 or raise observation.r0."
+            )
+        return mu
 
 
 def factored(predicted: Tensor, nu: Tensor, noise: float = 1.0) -> tuple[Innovation, Innovation]:

@@ -15,6 +15,7 @@ refused there leaves the belief as it was.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from types import MappingProxyType
 from typing import Any
 
@@ -106,7 +107,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         nu, kept = observed.nu, _Kept()
         gram = nu.new_zeros(len(nu), len(nu), dtype=torch.promote_types(nu.dtype, torch.float32))
         for name, H in self._pieces(observed, kept):
-            share, work = self.family.gram_layer(self._predicted(belief, name, transition), H)
+            share, work = self._gram(self._predicted(belief, name, transition), H)
             gram = gram + share
             kept.works[name] = work if name in kept.pieces else None
             del H, share, work  # before the next layer is asked for
@@ -133,6 +134,16 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             weight=torch.ones_like(nu) if weight is None else weight,
             unlearned=tuple(unlearned),
         )
+
+    def _gram(self, P: Mapping[str, Tensor], H: Factors | Rows) -> tuple[Tensor | float, Any]:
+        """A layer's share of H P H^T, and what the family keeps of it; NaN where it cannot be computed.
+
+        Other ranks go on to the next exchange, so that this one must too. S is then refused by all.
+        """
+        try:
+            return self.family.gram_layer(P, H)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return nan, None
 
     def _condition(
         self,

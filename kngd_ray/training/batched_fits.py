@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition
+from kngd_ray.filters import Belief, Diagonal, Ema, NoGate, NoiseModel, RandomWalk, Transition, random_signs
 from kngd_ray.filters.functional_mode import functional_mode
 from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
@@ -67,6 +67,7 @@ class _Given(NamedTuple):
     inputs: Tensor
     labels: Tensor
     uniforms: list[Tensor]
+    signs: list[Tensor]
     centres: dict[str, Tensor]
 
 
@@ -237,6 +238,7 @@ def _tried(
         inputs=torch.stack([batch.inputs for batch in batches]),
         labels=torch.stack([batch.labels for batch in batches]),
         uniforms=[torch.stack(of_model) for of_model in zip(*uniforms, strict=True)],
+        signs=[torch.stack(of_run) for of_run in zip(*map(_signs, trials, batches), strict=True)],
         centres={name: torch.stack([of_head[name] for of_head in own]) for name in own[0]},
     )
     still = all(transition == _STILL for transition in transitions)
@@ -270,7 +272,8 @@ def _advance(
 
     def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
         passed = observer.linearizer.run_at(unflatten(mu, leader.parameters) | given.centres, batch.inputs)
-        return observer.look(passed, batch, given.uniforms, r, displaced)
+        seen = observer.look(passed, batch, given.uniforms, r, displaced)
+        return replace(seen, observed=replace(seen.observed, signs=given.signs))
 
     scores = belief.mu.new_zeros(0)
     if batch.scored:
@@ -289,6 +292,17 @@ def _advance(
     ]
     sound = torch.stack([tensor.sum().double() for tensor in (*after.values(), *numbers[3:])]).sum()
     return after, torch.stack([number.double() for number in (*numbers, sound)]), scores
+
+
+def _signs(trial: _Trial, batch: Batch) -> list[Tensor]:
+    """The signs that a trial's covariance family draws in a step, run by run; none where it draws none."""
+    method, device = trial.method, batch.inputs.device
+    draws = method.family.samples if isinstance(method.family, Diagonal) else 0
+    if not draws:
+        return []
+    seed, k = method.observer.seed_of_signs(batch), method.observer.per_sample
+    runs = method.filter.runs(batch.total)
+    return [random_signs(seed + run, draws, (stop - start) * k, device) for run, (start, stop) in enumerate(runs)]
 
 
 def _with_beta(model: NoiseModel, beta: Tensor) -> NoiseModel:

@@ -284,6 +284,7 @@ class KalmanNGD:
         mu, distance, cost = predicted.mu, first.energy.new_zeros(()), self.group.sum(first.energy)
         aim = _Aim.of(outcome, first)
         size, logits = torch.ones_like(distance), first.logits
+        going = torch.ones_like(distance, dtype=torch.bool)
         for _ in range(options.iterations):
             there, far = mu.lerp(outcome.belief.mu, size.to(mu)), aim.distance(distance, size)
             seen = observe(there, predicted.mu - there)
@@ -294,14 +295,17 @@ class KalmanNGD:
                 continue
             # what is not finite is refused here
             new = self.filter.update(predicted, seen.observed)
+            moved = ((seen.logits - logits).abs() > options.tolerance).any()
             if eager():
-                moved = ((seen.logits - logits).abs() > options.tolerance).any().double()
                 mu, distance, cost, outcome, aim, logits = there, far, total, new, _Aim.of(new, seen), seen.logits
-                if not bool(self.group.sum(moved)) and bool(size == 1.0):
+                if not bool(self.group.sum(moved.double())) and bool(size == 1.0):
                     break
                 size = torch.ones_like(size)
-            else:  # of many trials each goes its own way
+            else:  # of many trials each goes its own way, and as far as it would alone
+                falls = falls & going
+                going = going & ~(falls & ~moved & (size == 1.0))
                 keep = partial(_either, falls)
+                logits = keep(seen.logits, logits)
                 mu, distance, cost = keep(there, mu), keep(far, distance), keep(total, cost)
                 aim = _Aim(*map(keep, _Aim.of(new, seen), aim))
                 belief = Belief(keep(new.belief.mu, outcome.belief.mu), _either_of(falls, new, outcome))

@@ -135,7 +135,7 @@ class Observer:
             shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
             whitened, judged = whitened - shift, judged and judged.shifted(shift)
         observed = Observed(
-            H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes, self._seed * 1_000_003 + batch.step
+            H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes, self.seed_of_signs(batch)
         )
         logits = passed.logits[:, : self._classes]
         return BatchSeen(logits, observed, whitening, nu, base, channel, plain, energy)
@@ -174,6 +174,10 @@ class Observer:
         predicted = seen.whitening.restored(outcome.predicted.to(seen.nu.dtype))
         batch = Seen(seen.nu, predicted, seen.base, seen.channel, kept.to(seen.nu))
         return (model or self.noise_model).update(noise, batch).to(noise.dtype)
+
+    def seed_of_signs(self, batch: Batch) -> int:
+        """The seed of the signs that a covariance family draws for a batch."""
+        return self._seed * 1_000_003 + batch.step
 
     def uniforms(self, batch: Batch) -> list[Tensor]:
         """Random numbers of each model, drawn for the global batch and cut: the ranks see what one process would.

@@ -1,8 +1,11 @@
-"""A fit that fails on one rank only, in the middle, while the others wait for it."""
+"""What fails on one rank only, in the middle, while the others wait for it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,3 +41,33 @@ class FailsOnOneRank(Support):
                 os._exit(7)
             raise {"ValueError": ValueError, "StorageError": StorageError}[self.reason]("a distinctive reason.")
         return super().subset(keep)
+
+
+class FailsToFactor:
+    """A covariance family of which one function meets a matrix that does not factor, once.
+
+    Args:
+        family: does the rest.
+        function: name of the function that fails.
+        calls: how often it goes well before.
+    """
+
+    def __init__(self, family: Any, function: str, calls: int = 0) -> None:
+        self._family = family
+        self._function = function
+        self._left = calls
+
+    def __getattr__(self, name: str) -> Any:
+        """The family's own, or its failing stand-in."""
+        whole = getattr(self._family, name)
+        return self._failing(whole) if name == self._function else whole
+
+    def _failing(self, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            if args[0]:  # a rank without parts has nothing to factor
+                self._left -= 1
+                if self._left == -1:
+                    raise torch.linalg.LinAlgError("linalg.cholesky: a distinctive reason.")
+            return whole(*args)
+
+        return function

@@ -21,6 +21,7 @@ from helpers.cases import (
 )
 from helpers.compare import covariance_of
 from helpers.cones import as_shipped
+from helpers.failing import FailsToFactor
 from helpers.resuming import float64
 from torch import Tensor, nn
 
@@ -132,6 +133,44 @@ def run_refused(group: Group, family: str) -> Outcome:
         "mu": method.belief.mu,
         "noise": method.noise,
     }
+
+
+def run_failed(group: Group, family: str, function: str, names: dict[str, Any]) -> Outcome:
+    """Three steps, in the second of which a matrix of the last rank does not factor."""
+    options = make_options(family, adapter="bottleneck+linear+class_residual", **names)
+    method = KalmanNGD(make_head(options.adapter), options, group=group)
+    sampler = BatchSampler(make_support(SHOTS), 7, 2, seed=5)
+    method.step(sampler.batch(0, group.rank, group.world_size))
+    before = _snapshot(method)
+    owners = [rank for rank, parts in enumerate(method.filter.ownership.parts) if parts]
+    if group.rank == owners[-1]:
+        method.filter.family = FailsToFactor(method.family, function, calls=names.get("iterations", 1) - 1)
+    try:
+        method.step(sampler.batch(1, group.rank, group.world_size))
+        refused = ""
+    except FilterError as error:
+        refused = str(error)
+    after = _snapshot(method)
+    method.step(sampler.batch(2, group.rank, group.world_size))
+    return {
+        "refused": refused,
+        "fails": group.rank == owners[-1],
+        "kept": all(torch.equal(before[key], after[key]) for key in before),
+        "mu": method.belief.mu,
+    }
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    f"{function}/{family}/{case}": {"function": function, "family": family, "names": names}
+    for function in ("gram", "gain", "update")
+    for family, case, names in (
+        ("kronecker", "once", {}),
+        ("kronecker", "iterated", {"iterations": 3}),
+        ("ekf", "gated", {"gate": "skip"}),
+        ("block_diagonal", "serial", {"serial": 3}),
+        ("dense", "once", {}),
+    )
+}
 
 
 def run_cost(group: Group, family: str) -> Outcome:
@@ -274,6 +313,8 @@ def run_everything(group: Group) -> dict[str, Outcome]:
         work[f"frozen/{family}"] = partial(run_frozen, family=family)
         work[f"refused/{family}"] = partial(run_refused, family=family)
         work[f"cost/{family}"] = partial(run_cost, family=family)
+    for case, names in FAILURES.items():
+        work[f"failed/{case}"] = partial(run_failed, **names)
     work["adamw"] = partial(run_gradient, method="adamw", schedule="constant")
     work["sgd"] = partial(run_gradient, method="sgd", schedule="cosine")
     outcomes = {}

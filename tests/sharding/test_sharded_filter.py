@@ -5,7 +5,16 @@ import torch
 from helpers.cases import FAMILIES
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
-from helpers.sharded import EXCHANGES, FORMS, KALMAN_CASES, SHIPPED, exchange_case, exchange_samples, run_everything
+from helpers.sharded import (
+    EXCHANGES,
+    FAILURES,
+    FORMS,
+    KALMAN_CASES,
+    SHIPPED,
+    exchange_case,
+    exchange_samples,
+    run_everything,
+)
 
 from kngd_ray.sharding import Ownership, SingleProcess
 
@@ -62,6 +71,21 @@ def test_a_refused_step_is_refused_everywhere_and_changes_nothing(ranks, alone, 
         assert found["kept"]
         assert max_error(found["mu"], expected["mu"]) < 1e-10
         assert max_error(found["noise"], expected["noise"]) < 1e-10
+
+
+def test_a_matrix_that_does_not_factor_on_one_rank_refuses_the_step_on_all(ranks, alone):
+    """Otherwise the others would wait in a collective that this rank never joins."""
+    for case in FAILURES:
+        expected = alone[f"failed/{case}"]
+        assert "a distinctive reason" in expected["refused"], case
+        for rank in ranks:
+            found = rank[f"failed/{case}"]
+            assert "refused" in found["refused"], case
+            assert found["kept"], case
+            assert torch.equal(found["mu"], ranks[0][f"failed/{case}"]["mu"]), case
+            assert max_error(found["mu"], expected["mu"]) < 1e-10, case
+            if found["fails"] and not case.startswith("gram") and "serial" not in case:
+                assert "a distinctive reason" in found["refused"], case
 
 
 @pytest.mark.parametrize("family", FAMILIES)

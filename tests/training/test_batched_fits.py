@@ -134,6 +134,20 @@ def test_relinearised_serial_and_untempered_where_real_fits_happen(changes, colu
 
 
 @pytest.mark.usefixtures("double", "only_together")
+@pytest.mark.parametrize("rule", ["ekf", "vdekf"])
+@pytest.mark.parametrize("changes", [{}, {"serial": 3}, {"iterations": 3}], ids=str)
+@pytest.mark.parametrize("adapter", ["class_residual", "bottleneck-image"])
+def test_each_draws_its_own_signs(adapter, changes, rule):
+    options = make_options("ekf", adapter=adapter, **changes)
+    family = Diagonal(rule=rule, samples=2)
+    options = replace(options, filter=replace(options.filter, covariance=family))
+    task = make_task(options, dtype=torch.float64)
+    assert_all_alike(task, 2)
+    one, other = fit_together([task, replace(task, seed=1)])
+    assert max_error(covariance_of(one.method), covariance_of(other.method)) > 1e-3
+
+
+@pytest.mark.usefixtures("double", "only_together")
 def test_pairs_in_several_runs(monkeypatch):
     monkeypatch.setattr(diagonal_module, "_PAIR_NUMBERS", 60)
     assert_all_alike(make_task(make_options("ekf", adapter="bottleneck-image"), dtype=torch.float64), 2)

@@ -105,6 +105,7 @@ PUBLIC = {
         "common_offset",
         "condition_softmax",
         "innovation_covariance",
+        "random_signs",
         "scaled",
         "solve_innovation",
         "spread_left_out",

@@ -7,7 +7,7 @@ r"""What a Kalman step over a whole image tower costs, in multiples of a full fi
     python -m benchmarks.tower_cost --out benchmarks/results             add what is measured to tower_cost.json
     python -m benchmarks.tower_cost --markdown                           put its tables into benchmarks/README.md
 
-A step is all of ``StreamedKalmanNGD.step`` or ``GradientDescent.step`` on the same pictures, already decoded. The
+A step is all of ``KalmanNGD.step`` or ``GradientDescent.step`` on the same pictures, already decoded. The
 methods take turns in one process; memory is that of a fresh process for each: on a CPU the peak of the resident set
 above what it was with the network and the batch in memory, on CUDA ``max_memory_allocated`` above the same. *CPU time*
 is the time that the process had a core for, which says more than wall time where a machine does other things as well.

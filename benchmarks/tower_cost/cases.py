@@ -16,10 +16,10 @@ from kngd_ray.observations import LogLikelihood
 from kngd_ray.sharding import Group, split_evenly
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.gradient import GradientDescent
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.losses import CrossEntropy
 from kngd_ray.training.method import Method
 from kngd_ray.training.options import FilterOptions, FitOptions, OptimizerOptions
-from kngd_ray.training.streamed import StreamedKalmanNGD
 
 REFERENCE = "adamw"
 FAMILIES: dict[str, CovarianceFamily] = {
@@ -75,7 +75,7 @@ class Case:
             # little, so that each step is like the first; less would make numbers too small for fast arithmetic
             filter=FilterOptions(covariance=FAMILIES[name], p0=1e-4, towers=1e-4),
         )
-        return StreamedKalmanNGD(network, options, group=group)
+        return KalmanNGD(network, options, group=group, streamed=True)
 
 
 Make = Callable[[str], Method]

@@ -9,8 +9,6 @@ mean and its figures ::
     all       mu (n,), figures                                                                  all_gather, all_reduce
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,78 +16,54 @@ from kngd_ray.clip import CLIPHead
 from kngd_ray.clip.adapters import ClassResidualAdapter
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Classified, condition_softmax
-from kngd_ray.sharding import ShardedFilter
 from kngd_ray.training.batches import Batch
-from kngd_ray.training.options import FilterOptions
+from kngd_ray.training.posterior import InMemoryPosterior, Update
 
 _FIGURES = 4
 
 
-@dataclass(frozen=True)
-class AtMode:
-    """What one batch made of a predicted belief; names as those of a step that linearises rows.
-
-    Attributes:
-        belief: the posterior.
-        logits: (m, C) of the local samples at the predicted mean.
-        innovation_rms: root mean square of the Pearson residuals there, a scalar.
-        nis: squared Mahalanobis distance of step and residuals at the mode.
-        observations: M, classes times samples.
-        log_evidence: Laplace's approximation of the labels' log-probability, nats.
-        jitter: 0.
-        gated: 0.
-    """
-
-    belief: Belief
-    logits: Tensor
-    innovation_rms: Tensor
-    nis: float
-    observations: int
-    log_evidence: float
-    jitter: float = 0.0
-    gated: int = 0
-
-
-class ModeStep:
-    """Conditions the belief over a class residual on batches of labelled features.
+class ModePosterior(InMemoryPosterior):
+    """A belief over a class residual, the only adapter of its head, whose family is Kronecker.
 
     Args:
-        head: with a class residual as its only adapter.
-        sharded: the filter that the belief is placed by, whose family is Kronecker.
-        options: tolerance and linearisations.
+        head: as of :class:`~kngd_ray.training.posterior.Posterior`.
+        options: likewise.
+        observer: likewise.
+        filter: likewise.
     """
 
-    def __init__(self, head: CLIPHead, sharded: ShardedFilter, options: FilterOptions) -> None:
-        residual = head.residual
-        assert residual is not None
-        self.residual: ClassResidualAdapter = residual
-        self._head = head
-        self._sharded = sharded
-        self._options = options
+    @property
+    def residual(self) -> ClassResidualAdapter:
+        """The adapter."""
+        assert isinstance(self.head, CLIPHead)
+        assert self.head.residual is not None
+        return self.head.residual
 
-    def condition(self, predicted: Belief, batch: Batch, noise: float) -> AtMode:
-        """Condition on a batch; the head's weights are those of the predicted mean.
+    def conditioned(self, predicted: Belief, batch: Batch) -> Update:
+        """Condition on a batch, at the mode.
 
         Args:
             predicted: the belief before.
             batch: this rank's part of the global batch.
-            noise: r; above 1 a sample counts less than once.
 
         Returns:
-            The belief after it, and figures of the batch before it.
+            The belief after it, and figures of the batch before it: ``innovation_rms`` is of the Pearson residuals, and
+            ``nis`` of step and residuals at the mode.
 
         Raises:
             FilterError: the step is refused, on every rank alike.
         """
-        group, ownership = self._sharded.group, self._sharded.ownership
+        if predicted.mu is not self.belief.mu:
+            self.write(predicted.mu)
+        group, ownership = self.group, self.filter.ownership
         with torch.no_grad():
-            logits: Tensor = self._head(batch.inputs)
+            logits: Tensor = self.head(batch.inputs)
         seen = Classified(
             group.gather_rows(self.residual.inputs(batch.inputs), batch.sizes),
             group.gather_rows(logits, batch.sizes),
             group.gather_rows(batch.labels, batch.sizes),
-            self._head.logit_scale,
-            noise,
+            self.head.logit_scale,
+            self.observer.r0,
         )
         own = predicted.mu[ownership.slice(group.rank)]
         figures = torch.zeros(_FIGURES, dtype=torch.float64, device=own.device)
@@ -101,8 +75,8 @@ class ModeStep:
                     P["B"],
                     P["A"],
                     seen,
-                    tolerance=self._options.tolerance,
-                    linearisations=self._options.iterations,
+                    tolerance=self.options.filter.tolerance,
+                    linearisations=self.options.filter.iterations,
                 )
             except (FilterError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 refused = error
@@ -118,8 +92,9 @@ class ModeStep:
             raise FilterError("the rank that owns the covariance refused the step, and the belief was kept.")
         p = seen.logits.double().softmax(1).gather(1, seen.labels.unsqueeze(1)).clamp_min(1e-12)
         classes = logits.shape[1]
-        return AtMode(
+        return Update(
             Belief(group.gather_rows(own, ownership.sizes), covariance),
+            self.noise,
             logits,
             ((1 / p - 1).mean() / classes).sqrt(),
             nis,

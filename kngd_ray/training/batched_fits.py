@@ -32,6 +32,7 @@ from kngd_ray.filters.functional_mode import functional_mode
 from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch, Support
+from kngd_ray.training.ekf import IteratedEKF
 from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import StepStats, centres
@@ -92,6 +93,8 @@ class _Trial:
         method = begin(task, SingleProcess(), device)
         assert isinstance(method, KalmanNGD)
         self.method = method
+        assert isinstance(method.posterior, IteratedEKF)
+        self.posterior = method.posterior
         self.anchor = method.belief.mu  # mu_0: a fit begins there, from a prior too
         self.records: list[StepRecord] = []
         self.refusals = Refusals(self.sampler.steps)
@@ -104,7 +107,7 @@ class _Trial:
 
     @state.setter
     def state(self, state: _State) -> None:
-        self.method.go_on(_belief(state), state[_NOISE])
+        self.posterior.go_on(_belief(state), state[_NOISE])
 
     def alone(self, batch: Batch) -> tuple[StepStats | None, str | None]:
         """A step by the ordinary code: its figures, or why it was refused. It may end the fit."""
@@ -226,7 +229,7 @@ def _tried(
     trials: Sequence[_Trial], state: _State, batches: Sequence[Batch]
 ) -> tuple[_State, Sequence[_Figures | None]] | None:
     """One step of all trials at once; None where an operation refused, of one of them, and does not say of which."""
-    leader, first = trials[0].method, batches[0]
+    leader, first = trials[0].posterior, batches[0]
     transitions = [trial.options.noise.process.transition(first.step, trial.method.p0) for trial in trials]
     noises = [trial.options.noise.observation for trial in trials]
     uniforms = [trial.method.observer.uniforms(batch) for trial, batch in zip(trials, batches, strict=True)]
@@ -251,12 +254,12 @@ def _tried(
 
 
 def _advance(
-    leader: KalmanNGD, like: Batch, still: bool, state: _State, given: _Given
+    leader: IteratedEKF, like: Batch, still: bool, state: _State, given: _Given
 ) -> tuple[_State, Tensor, Tensor]:
     """One step of one trial, as a function of tensors: the state after it, its :class:`_Figures` but one, and that one.
 
     Args:
-        leader: any of the trials' methods, for what all have in common.
+        leader: any of the trials' posteriors, for what all have in common.
         like: any of the trials' batches, of which all have size and number.
         still: whether no trial's belief moves between steps.
         state: the trial's, before the step.
@@ -266,7 +269,7 @@ def _advance(
     observer, (decay, scale, q) = leader.observer, given.transition
     if not still:
         # scale and q are tensors here, on which the families compute as on numbers
-        P = leader.family.predict(belief.covariance, scale, q, lambda share: share)
+        P = leader.filter.family.predict(belief.covariance, scale, q, lambda share: share)
         belief = Belief(given.anchor.lerp(belief.mu, decay), P)
     batch = replace(like, inputs=given.inputs, labels=given.labels)
 
@@ -279,16 +282,15 @@ def _advance(
     if batch.scored:
         passed = observer.linearizer.run_at(unflatten(belief.mu, leader.parameters) | given.centres, batch.inputs)
         scores = leader.log_predictive(belief, passed, batch)
-    done = leader.condition(belief, observe)
-    noise = observer.learned(r, done.seen, done.outcome, _with_beta(observer.noise_model, given.beta))
-    after = _state(done.belief, noise)
-    logits = done.seen.logits
+    learn = partial(observer.learned, r, model=_with_beta(observer.noise_model, given.beta))
+    update = leader.condition(belief, observe, learn)
+    after, logits = _state(update.belief, update.noise), update.logits
     numbers = [
         cross_entropy(logits, batch.labels),
         (logits.argmax(1) == batch.labels).double().mean(),
-        done.innovation_rms,
-        torch.as_tensor(done.outcome.nis),
-        done.log_evidence,
+        update.innovation_rms,
+        torch.as_tensor(update.nis),
+        torch.as_tensor(update.log_evidence),
     ]
     sound = torch.stack([tensor.sum().double() for tensor in (*after.values(), *numbers[3:])]).sum()
     return after, torch.stack([number.double() for number in (*numbers, sound)]), scores
@@ -301,7 +303,7 @@ def _signs(trial: _Trial, batch: Batch) -> list[Tensor]:
     if not draws:
         return []
     seed, k = method.observer.seed_of_signs(batch), method.observer.per_sample
-    runs = method.filter.runs(batch.total)
+    runs = trial.posterior.filter.runs(batch.total)
     return [random_signs(seed + run, draws, (stop - start) * k, device) for run, (start, stop) in enumerate(runs)]
 
 

@@ -19,7 +19,6 @@ from kngd_ray.training.kalman import P0, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
-from kngd_ray.training.streamed import StreamedKalmanNGD
 
 _MAX_REFUSED = 10
 
@@ -131,8 +130,7 @@ def build_method(task: FitTask, head: Head, group: Group) -> Method:
     """
     if task.options.method != "kalman":
         return GradientDescent(head, task.options, task.sampler.steps, group)
-    kalman = KalmanNGD if task.towers is None else StreamedKalmanNGD
-    return kalman(head, task.options, task.seed, group)
+    return KalmanNGD(head, task.options, task.seed, group, streamed=task.towers is not None)
 
 
 def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Method:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from kngd_ray.clip import CLIPHead
 from kngd_ray.filters import Classified, Covariance, Factors, HeldOut, Kronecker, common_offset
 from kngd_ray.sharding import Group
+from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batches import Support
 from kngd_ray.training.folds import ENOUGH, fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
@@ -55,7 +56,7 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
     """
     head = method.head
     assert isinstance(head, CLIPHead)
-    found = decided(head, options, shots, at_mode=method.to_mode is not None)
+    found = decided(head, options, shots, at_mode=isinstance(method.posterior, ModePosterior))
     gamma, chosen = _agreed(method.group, shots.features, *found)
     head.gamma = gamma  # by which adapters of embeddings count too
     covariance, p0 = _measured(method, shots), options.weight_variance
@@ -180,8 +181,8 @@ def _measured(method: KalmanNGD, shots: Support) -> Covariance:
     family, covariance = method.family, method.belief.covariance
     if not isinstance(family, Kronecker) or family.columns == "identity":
         return covariance
-    if method.to_mode is not None:  # its one layer's inputs are known without a pass
-        x = method.to_mode.residual.inputs(shots.features)
+    if isinstance(method.posterior, ModePosterior):  # its one layer's inputs are known without a pass
+        x = method.posterior.residual.inputs(shots.features)
         return {name: family.informed_layer(state, x, shots.labels) for name, state in covariance.items()}
     inputs: dict[str, list[Tensor]] = {}
     for features in shots.features.split(_AT_ONCE):
@@ -199,11 +200,11 @@ def _measured(method: KalmanNGD, shots: Support) -> Covariance:
 
 def _variance_of_logits(method: KalmanNGD, covariance: Covariance, shots: Support) -> float:
     """The prior variance of a logit around its mean over the shots, nats^2: the mean of some shots and classes."""
-    if method.to_mode is not None:
+    if isinstance(method.posterior, ModePosterior):
         (name,) = (layer.name for layer in method.observer.layers)
         mine = 0.0
         if name in covariance:
-            P, x = covariance[name], method.to_mode.residual.inputs(shots.features)
+            P, x = covariance[name], method.posterior.residual.inputs(shots.features)
             mine = method.head.logit_scale**2 * varied(P["A"], x) * float(P["B"].diagonal().mean())
         return float(method.group.sum(torch.tensor(mine, dtype=torch.float64, device=shots.features.device)))
     n = len(shots)
@@ -216,7 +217,7 @@ def _variance_of_logits(method: KalmanNGD, covariance: Covariance, shots: Suppor
     H = passed.jacobian(rows.expand(N, *rows.shape))
     own = {
         part.layer.name: H[part.layer.name].part(part.start, part.stop)
-        for part in method.placed.ownership.parts[method.group.rank]
+        for part in method.posterior.filter.ownership.parts[method.group.rank]
     }
     M = N * len(some)
     share, _ = method.family.gram(covariance, own, passed.logits.new_zeros(M))

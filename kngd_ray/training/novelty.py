@@ -17,6 +17,7 @@ from torch import Tensor
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.filters import Classified, Kronecker, PriorWithout, spread_left_out
 from kngd_ray.sharding import SingleProcess, covariance_bytes
+from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batched_fits import fit_together, shape_of
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import (
@@ -127,11 +128,11 @@ def variance_left_out(
     """
     before = begin(task, SingleProcess(), device)
     assert isinstance(before, KalmanNGD)
-    assert before.to_mode is not None
+    assert isinstance(before.posterior, ModePosterior)
     assert isinstance(before.family, Kronecker)
     (prior,), shots = before.belief.covariance.values(), task.to(device).support
     assert isinstance(shots, Support)
-    x = before.to_mode.residual.inputs(shots.features)
+    x = before.posterior.residual.inputs(shots.features)
     without = PriorWithout.unchanged(x)
     if task.prior is None:
         of_prior = before.family.prior_without(prior["A"], x, shots.labels)

@@ -24,7 +24,7 @@ def covariance_of(method: KalmanNGD) -> Tensor:
 
     Families may hold one P as different numbers (factors up to a rotation or a scale): this is what they stand for.
     """
-    ownership, mu = method.placed.ownership, method.belief.mu
+    ownership, mu = method.posterior.filter.ownership, method.belief.mu
     eye = torch.eye(len(mu), dtype=mu.dtype)
     columns = dict(
         zip((x.name for x in ownership.layers), eye.split([x.size for x in ownership.layers], 1), strict=True)

@@ -142,9 +142,9 @@ def run_failed(group: Group, family: str, function: str, names: dict[str, Any]) 
     sampler = BatchSampler(make_support(SHOTS), 7, 2, seed=5)
     method.step(sampler.batch(0, group.rank, group.world_size))
     before = _snapshot(method)
-    owners = [rank for rank, parts in enumerate(method.filter.ownership.parts) if parts]
+    owners = [rank for rank, parts in enumerate(method.posterior.filter.ownership.parts) if parts]
     if group.rank == owners[-1]:
-        method.filter.family = FailsToFactor(method.family, function, calls=names.get("iterations", 1) - 1)
+        method.posterior.filter.family = FailsToFactor(method.family, function, calls=names.get("iterations", 1) - 1)
     try:
         method.step(sampler.batch(1, group.rank, group.world_size))
         refused = ""

@@ -19,7 +19,6 @@ from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.losses import ClipCiteLoss, CrossEntropy
 from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions, OptimizerOptions
-from kngd_ray.training.streamed import StreamedKalmanNGD
 
 NAME = "kngd-test-towers"
 CLASSES = ("cat", "dog", "boat")
@@ -105,11 +104,11 @@ def make_batch(network: CLIPNetwork, step: int, group: Group) -> Batch:
 def run_kalman(group: Group, case: str, *, streamed: bool = True) -> dict[str, Any]:
     """A few steps of the filter: what it ends with."""
     network = make_network(KALMAN[case])
-    method: KalmanNGD = StreamedKalmanNGD(network, KALMAN[case], seed=2, group=group)
+    method = KalmanNGD(network, KALMAN[case], seed=2, group=group, streamed=True)
     if not streamed:  # from the same prior, in which layers differ
         prior = method.belief.covariance
         method = KalmanNGD(network, KALMAN[case], seed=2, group=group)
-        method.belief = Belief(method.belief.mu, prior)
+        method.posterior.belief = Belief(method.belief.mu, prior)
     stats = [method.step(make_batch(network, step, group)) for step in range(STEPS)]
     return {
         "mu": method.belief.mu.clone(),

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, normalize
 from kngd_ray.config import load_config, override
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.sharding import SingleProcess
+from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate, decided_task, predictor_of
 from kngd_ray.training.fit import FitTask, begin, fit
@@ -101,7 +102,7 @@ def test_the_default_is_the_mode_that_an_optimiser_finds():
     with torch.no_grad():
         found = predictor.head(task.support.features).double()
     assert float((found - (start + root @ U.detach().mT)).abs().max()) < 1e-3
-    assert method.to_mode is not None
+    assert isinstance(method.posterior, ModePosterior)
 
 
 def test_the_prior_of_a_logit_has_the_variance_that_is_asked_for():
@@ -137,7 +138,7 @@ def test_so_it_has_for_other_adapters_and_families(adapter, covariance):
     predictor = predictor_of(method, PosteriorOptions(draws=400))
     drawn = []
     for theta in method.belief.mu + predictor._draw():
-        method._write(theta)
+        method.posterior.write(theta)
         with torch.no_grad():
             logits = method.head(support.features)
         drawn.append(logits - logits.mean(0))

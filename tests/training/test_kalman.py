@@ -27,6 +27,7 @@ from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Diagonal, OrnsteinUhlenbeck, Part, RandomWalk, Rows, Seen, Skip, update
 from kngd_ray.observations import Cosine, Linearizer, flatten, jacobian_rows, stack, trainable, unflatten
 from kngd_ray.sharding import SingleProcess
+from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batches import Batch, BatchSampler, Support, seeded
 from kngd_ray.training.fit import FitTask, begin
 from kngd_ray.training.kalman import KalmanNGD
@@ -100,7 +101,7 @@ def check_composition(family, observation, noise):
 
         stats = method.step(batch)
         assert max_error(method.belief.mu, belief.mu) < 1e-10
-        oracle.belief = belief
+        oracle.posterior.belief = belief
         assert max_error(covariance_of(method), covariance_of(oracle)) < 1e-10
         assert max_error(method.noise, r) < 1e-10
         # what is reported holds the observations' own noise, however it is tempered
@@ -308,7 +309,7 @@ def test_the_covariance_is_that_of_the_last_linearisation(task):
     """Where the mean ended, and not where it began."""
     method = begin(task, SingleProcess())
     assert isinstance(method, KalmanNGD)
-    assert method.to_mode is None
+    assert not isinstance(method.posterior, ModePosterior)
     prior, batch = method.belief, task.sampler.batch(0)
     before = method.observer.observe(batch, method.noise).observed
     assert method.step(batch).gated == 0
@@ -377,7 +378,7 @@ def test_without_evidence_an_ornstein_uhlenbeck_belief_returns_to_where_it_began
     method.step(whole(support))
     moved = method.belief.mu - start
     variances = method.family.diagonal(method.belief.covariance)
-    method.noise = torch.full_like(method.noise, 1e12)
+    method.posterior.noise = torch.full_like(method.noise, 1e12)
     for step in range(1, 31):
         method.step(whole(support, step))
         assert max_error(method.belief.mu - start, gamma**step * moved) < 1e-6

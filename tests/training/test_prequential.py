@@ -45,12 +45,12 @@ def test_a_scored_batch_is_predicted_as_the_linearised_posterior_would(family, a
         before = replace(method.belief, mu=method.belief.mu.clone())
         expected = None
         if batch.scored:
-            method.belief = method.filter.predict(before, transition, anchor)
-            method.go_on(method.belief, method.noise)
+            method.posterior.belief = method.posterior.filter.predict(before, transition, anchor)
+            method.posterior.go_on(method.belief, method.noise)
             predictor = predictor_of(method, PosteriorOptions(predict="linearised"))
             p = [predictor.predict(batch.inputs, tau).probabilities for tau in TAU_GRID]
             expected = [float(each.gather(1, batch.labels.unsqueeze(1)).log().sum()) for each in p]
-            method.go_on(before, method.noise)
+            method.posterior.go_on(before, method.noise)
         found = method.step(batch).log_predictive
         assert (found is None) == (expected is None)
         if expected is not None:

@@ -104,7 +104,9 @@ def test_p0_feeds_the_process_and_not_the_prior(tmp_path):
     method = begin(replace(continued(task, prior), options=options), ALONE)
     assert isinstance(method, KalmanNGD)
     displaced = replace(method.belief, mu=method.belief.mu + 1.0)
-    predicted = method.filter.predict(displaced, options.noise.process.transition(0, p0), method._anchor)
+    predicted = method.posterior.filter.predict(
+        displaced, options.noise.process.transition(0, p0), method.posterior.anchor
+    )
     assert max_error(predicted.mu, method.belief.mu + gamma) < 1e-6
     for layer, state in method.belief.covariance.items():
         for key, P in state.items():

@@ -12,8 +12,8 @@ from kngd_ray.errors import FilterError
 from kngd_ray.filters import OrnsteinUhlenbeck
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.gradient import GradientDescent
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.losses import ClipCiteLoss
-from kngd_ray.training.streamed import StreamedKalmanNGD
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_covariance_is_divided_among_ranks(ranks, alone, case):
 def test_the_network_is_the_mean(case):
     network = make_network(KALMAN[case])
     before = flat(network).clone()
-    method = StreamedKalmanNGD(network, KALMAN[case])
+    method = KalmanNGD(network, KALMAN[case], streamed=True)
     assert torch.equal(method.belief.mu, before)
     method.step(make_batch(network, 0, SingleProcess()))
     assert torch.equal(method.belief.mu, flat(network))
@@ -69,7 +69,7 @@ def test_the_network_is_the_mean(case):
 @pytest.mark.parametrize("case", KALMAN)
 def test_a_refused_step_leaves_all_as_it_was(case):
     network = make_network(KALMAN[case])
-    method = StreamedKalmanNGD(network, KALMAN[case])
+    method = KalmanNGD(network, KALMAN[case], streamed=True)
     method.step(make_batch(network, 0, SingleProcess()))
     mu = method.belief.mu.clone()
     P = {(n, k): v.clone() for n, state in method.belief.covariance.items() for k, v in state.items()}
@@ -95,7 +95,7 @@ def test_a_small_prior_makes_the_step_that_of_the_loss(alone):
     parameters = [p for p in network.parameters() if p.requires_grad]
     found = torch.autograd.grad(outputs, parameters, gradient, materialize_grads=True)
     expected = -torch.cat([g.flatten() for g in found]) * batch.total
-    method = StreamedKalmanNGD(network, options)
+    method = KalmanNGD(network, options, streamed=True)
     for state in method.belief.covariance.values():
         state["variance"].fill_(1e-12)
     method.step(batch)
@@ -123,7 +123,7 @@ def test_towers_have_a_prior_and_process_noise_of_their_own(case):
     options = replace(options, observation=blind, noise=noise, filter=replace(options.filter, p0=0.5, towers=0.04))
     network = make_network(options)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    method = StreamedKalmanNGD(network, options)
+    method = KalmanNGD(network, options, streamed=True)
     for _ in range(2):  # an Ornstein-Uhlenbeck process stays at its prior
         for name, state in method.belief.covariance.items():
             relative = case.startswith("full") and name.startswith("clip.")

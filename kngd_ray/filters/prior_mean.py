@@ -91,21 +91,24 @@ def likeliest_scale(logits: Tensor, labels: Tensor) -> float:
     Returns:
         gamma_0, between 0 and 4; 1 where all logits of each sample are alike.
     """
-    centred = logits.double()
+    centred = logits.to(torch.promote_types(logits.dtype, torch.float32))
     centred = centred - centred.mean(1, keepdim=True)
     if not float(centred.abs().max()) > 0:
         return 1.0
-    seen = centred.gather(1, labels.unsqueeze(1)).sum()
-    low, high, factor = centred.new_tensor([0.0, _MOST, 1.0]).unbind()
+    wide = torch.float64  # of sums
+    seen = centred.gather(1, labels.unsqueeze(1)).sum(dtype=wide)
+    settled = max(_SETTLED, 100 * torch.finfo(centred.dtype).eps)
+    low, high, factor = seen.new_tensor([0.0, _MOST, 1.0]).unbind()
     for _ in range(_STEPS):  # the loss is convex in the factor: Newton's method, within where its slope changes sign
-        p = (factor * centred).softmax(1)
-        mean, square = (p * centred).sum(1), (p * centred.square()).sum(1)
-        slope, curvature = mean.sum() - seen, (square - mean.square()).sum()
+        weighed = (factor.to(centred) * centred).softmax(1) * centred
+        mean = weighed.sum(1, dtype=wide)
+        slope = mean.sum() - seen
+        curvature = (weighed * centred).sum(dtype=wide) - mean.square().sum()
         low, high = torch.where(slope < 0, factor, low), torch.where(slope < 0, high, factor)
         newton = factor - slope / curvature
         inside = (newton > low) & (newton < high)
         before, factor = factor, torch.where(inside, newton, (low + high) / 2)
-        if float((factor - before).abs()) <= _SETTLED:
+        if float((factor - before).abs()) <= settled:
             break
     return float(factor)
 

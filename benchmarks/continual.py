@@ -31,12 +31,12 @@ from kngd_ray.config import load_config
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
 from kngd_ray.training.calibration import Calibration
-from kngd_ray.training.classifier import restore_predictor
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import run_fit
 
 ROWS = {

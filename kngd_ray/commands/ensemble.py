@@ -19,10 +19,11 @@ from kngd_ray.config import parse, parse_override
 from kngd_ray.errors import UsageError
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
-from kngd_ray.training.classifier import open_fit, read_settled, restore_predictor, save_settled
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.options import FitOptions
+from kngd_ray.training.restoring import open_fit, restore_predictor
 from kngd_ray.training.resumable import check_same
+from kngd_ray.training.settled import read_settled, save_settled
 
 FIGURE = "ensemble.png"
 _MEAN = "OOD mean"

@@ -16,12 +16,13 @@ from kngd_ray.config import parse_override, read_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.tracking import reliability_diagram
-from kngd_ray.training.classifier import open_fit, read_settled, restore_predictor
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.evaluation import evaluate as score
 from kngd_ray.training.metrics import aurc, ood_auroc
 from kngd_ray.training.predict import entropy
+from kngd_ray.training.restoring import open_fit, restore_predictor
 from kngd_ray.training.resumable import check_same
+from kngd_ray.training.settled import read_settled
 
 
 def evaluate(

@@ -15,10 +15,11 @@ from kngd_ray.commands.run_folder import find_fit
 from kngd_ray.config import parse
 from kngd_ray.errors import UsageError
 from kngd_ray.storage import storage_errors, write_text
-from kngd_ray.training.classifier import identity_of, open_fit, read_settled, restore_predictor
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.resumable import SOURCE, check_same
+from kngd_ray.training.settled import read_settled
 
 CLASSES = "classes.json"
 

@@ -18,12 +18,14 @@ from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
 from kngd_ray.training.calibration import Calibration
-from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Settled, read_settled, restore_predictor, save_settled
+from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.novelty import calibrate_and_compare
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
+from kngd_ray.training.settled import Settled, read_settled, save_settled
 
 # figures of a step that are about the ranks, not about the fit
 _METRICS = {"bytes_moved": "shard/bytes_per_step", "covariance_bytes": "shard/covariance_bytes"}

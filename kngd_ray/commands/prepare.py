@@ -37,12 +37,12 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.training.batches import Shots, Support
-from kngd_ray.training.classifier import identity_of, load_fitted
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import Towers
 from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
+from kngd_ray.training.restoring import identity_of, load_fitted
 
 PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
 

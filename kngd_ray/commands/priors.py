@@ -7,9 +7,9 @@ from typing import Any
 from kngd_ray.commands.run_folder import CONFIG, fit_of, locate, read_config
 from kngd_ray.config import Config, flatten, parse
 from kngd_ray.errors import CheckpointError
-from kngd_ray.training.classifier import open_fit
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.restoring import open_fit
 
 
 def find_priors(config: Config) -> dict[int, Prior]:

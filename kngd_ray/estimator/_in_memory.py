@@ -50,7 +50,7 @@ def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
 
     Args:
         task: what to fit.
-        identity: what the weights belong to; see :func:`kngd_ray.training.classifier.identity_of`.
+        identity: what the weights belong to; see :func:`kngd_ray.training.restoring.identity_of`.
 
     Returns:
         The checkpoint that a run would have written, without a folder.

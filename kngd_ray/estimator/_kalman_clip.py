@@ -25,21 +25,14 @@ from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint
-from kngd_ray.training.classifier import (
-    CLASS_EMBEDDINGS,
-    Classifier,
-    Settled,
-    identity_of,
-    open_fit,
-    read_settled,
-    restore_predictor,
-    save_settled,
-)
+from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.interval import probability_std
 from kngd_ray.training.novelty import total_variance
 from kngd_ray.training.predict import Predictor
+from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.resumable import SOURCE
+from kngd_ray.training.settled import Settled, read_settled, save_settled
 
 _FILE = "estimator.json"
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")

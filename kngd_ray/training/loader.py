@@ -10,7 +10,8 @@ import torch
 from kngd_ray.clip import CLIPNetwork, Head, RandomResizedCrop
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch, BatchSampler, Support
-from kngd_ray.training.pictures import Pictures, Prefetcher, Sample, augmentation
+from kngd_ray.training.decoding import Prefetcher
+from kngd_ray.training.pictures import Pictures, Sample, augmentation
 
 _THREADS = 16  # more do not decode faster: the rest of a picture's way is one thread's
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kngd_ray.data import ImageSet
-from kngd_ray.training.pictures import Transform, stream
+from kngd_ray.training.decoding import stream
+from kngd_ray.training.pictures import Transform
 
 
 class Pixels(Protocol):

@@ -11,8 +11,9 @@ from kngd_ray.commands.prepare import open_task, prepare
 from kngd_ray.commands.run_folder import read_config
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
-from kngd_ray.training.classifier import open_fit, read_settled, restore_predictor
 from kngd_ray.training.evaluation import evaluate
+from kngd_ray.training.restoring import open_fit, restore_predictor
+from kngd_ray.training.settled import read_settled
 
 FIGURES = ("accuracy", "nll", "ece", "brier")
 TOWERS = ("method=adamw", "tune.parameters=lora", "data.classes=[bird,flower]", "data.shots=1", "epochs=1")

@@ -13,7 +13,8 @@ from kngd_ray.commands.display import Display
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
 from kngd_ray.errors import ModelError
-from kngd_ray.training.classifier import Classifier, read_settled, save_settled
+from kngd_ray.training.classifier import Classifier
+from kngd_ray.training.settled import read_settled, save_settled
 
 pytestmark = pytest.mark.slow  # minutes on two cores; what it covers is also seen, in less detail, by quicker tests
 

@@ -13,10 +13,11 @@ from torch.nn.functional import normalize
 from kngd_ray.clip import CLIPHead, ModelConfig, load_model
 from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, FeatureCache, open_images, select
-from kngd_ray.training.classifier import Classifier, open_fit
+from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.pixels import TestPictures
+from kngd_ray.training.restoring import open_fit
 
 FOUR = ("bird", "flower", "plant", "tool")
 TEMPLATE = ("a photo of a {}.",)

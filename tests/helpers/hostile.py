@@ -148,7 +148,7 @@ def load_model(path: Path) -> None:
 
 def load_settled(path: Path) -> None:
     """A fit's calibration."""
-    from kngd_ray.training.classifier import read_settled
+    from kngd_ray.training.settled import read_settled
 
     read_settled(path)
 

@@ -136,11 +136,13 @@ def test_published_model_in_a_fresh_process(open_record, run_folder, store, expe
     from kngd_ray.sharding import SingleProcess
     from kngd_ray.training.batches import Support
     from kngd_ray.training.calibration import Calibration
-    from kngd_ray.training.classifier import Classifier, Settled, identity_of, save_settled
+    from kngd_ray.training.classifier import Classifier
     from kngd_ray.training.fit import FitTask
     from kngd_ray.training.options import FitOptions
     from kngd_ray.training.predict import PosteriorOptions
+    from kngd_ray.training.restoring import identity_of
     from kngd_ray.training.resumable import run_fit
+    from kngd_ray.training.settled import Settled, save_settled
 
     clip, fit = load_model(ModelConfig()), run_folder / "fits" / "seed-0"
     templates = ["a photo of a {}."]
@@ -182,12 +184,13 @@ def fitted(tmp_path):
     from kngd_ray.clip import ModelConfig, load_model
     from kngd_ray.sharding import SingleProcess
     from kngd_ray.training.batches import Support
-    from kngd_ray.training.classifier import Settled, identity_of, save_settled
     from kngd_ray.training.fit import FitTask
     from kngd_ray.training.novelty import calibrate_and_compare
     from kngd_ray.training.options import FitOptions
     from kngd_ray.training.predict import PosteriorOptions
+    from kngd_ray.training.restoring import identity_of
     from kngd_ray.training.resumable import run_fit
+    from kngd_ray.training.settled import Settled, save_settled
 
     clip, fit, templates = load_model(ModelConfig()), tmp_path / "fit", ["a photo of a {}."]
     pictures = [png(n) for n in range(9)]

@@ -12,7 +12,6 @@ from kngd_ray.errors import CheckpointError
 from kngd_ray.filters import Diagonal, Inflate, Kronecker
 from kngd_ray.training.batches import Support, seeded
 from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
-from kngd_ray.training.classifier import Settled, read_settled, save_settled
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.interval import probability_interval, probability_std
 from kngd_ray.training.novelty import (
@@ -22,6 +21,7 @@ from kngd_ray.training.novelty import (
 )
 from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.settled import Settled, read_settled, save_settled
 
 C, D, SHOTS = 4, 16, 10
 CENTRES = normalize(torch.randn(C, D, generator=seeded(1)), dim=1)

@@ -21,7 +21,8 @@ from kngd_ray.clip._augment import RandomResizedCrop
 from kngd_ray.data import BadImage, DataConfig, PictureFile, open_images
 from kngd_ray.errors import DataError
 from kngd_ray.sharding import split_evenly
-from kngd_ray.training.pictures import Pictures, Prefetcher, augmentation, stream
+from kngd_ray.training.decoding import Prefetcher, stream
+from kngd_ray.training.pictures import Pictures, augmentation
 
 SHOTS, BATCH, STEPS = 30, 7, 9
 CROP = RandomResizedCrop((16, 16), (0.5,) * 3, (0.25,) * 3)
@@ -292,7 +293,8 @@ ABANDONED = """
     from pathlib import Path
     import torch
     from kngd_ray.data import DataConfig, PictureFile, open_images
-    from kngd_ray.training.pictures import Pictures, Prefetcher, stream
+    from kngd_ray.training.decoding import Prefetcher, stream
+    from kngd_ray.training.pictures import Pictures
 
     images = open_images(DataConfig())
     path = Path(sys.argv[1])

@@ -17,8 +17,8 @@ from helpers.resuming import IDENTITY, KALMAN, RANKED, Killed, everything_in, ki
 from kngd_ray.errors import CheckpointError, StorageError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
-from kngd_ray.training.classifier import open_fit
 from kngd_ray.training.options import OptimizerOptions
+from kngd_ray.training.restoring import open_fit
 from kngd_ray.training.resumable import latest, run_fit
 
 FITS = {

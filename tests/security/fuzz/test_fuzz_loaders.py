@@ -32,8 +32,8 @@ from kngd_ray.data import DataConfig, FeatureCache, PictureFile, open_images
 from kngd_ray.errors import KngdError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
-from kngd_ray.training.classifier import Settled, save_settled
 from kngd_ray.training.method import MethodState
+from kngd_ray.training.settled import Settled, save_settled
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 SECONDS = float(os.environ.get("KNGD_FUZZ_SECONDS", "20"))  # of each loader, in the slow version

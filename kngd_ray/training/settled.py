@@ -1,0 +1,66 @@
+"""What was chosen for a fit after it had ended, kept beside its checkpoints."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kngd_ray.config import parse
+from kngd_ray.errors import CheckpointError
+from kngd_ray.storage import read_json, write_text
+from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.novelty import Novelty
+from kngd_ray.training.predict import PosteriorOptions
+
+CALIBRATION = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was chosen for a fit after it had ended.
+
+    Attributes:
+        calibration: tau and the scaling temperature.
+        posterior: how the posterior enters.
+        alpha: weight ensembling with the pretrained model; None is as the fit was told.
+        novelty: what pictures are compared with to say how unlike the shots they are; None where that is not known.
+    """
+
+    calibration: Calibration = field(default_factory=lambda: Calibration(1.0, 1.0))
+    posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
+    alpha: float | None = None
+    novelty: Novelty | None = None
+
+
+def save_settled(folder: Path, settled: Settled) -> None:
+    """Keep a fit's calibration beside its checkpoints.
+
+    Args:
+        folder: of the fit.
+        settled: what was chosen.
+    """
+    write_text(folder / CALIBRATION, json.dumps(asdict(settled), indent=1))
+
+
+def read_settled(folder: Path) -> Settled:
+    """Read what :func:`save_settled` kept.
+
+    Args:
+        folder: of the fit.
+
+    Returns:
+        What was chosen; tau = 1 and no scaling where nothing was kept.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / CALIBRATION
+    if not path.is_file():
+        return Settled()
+    try:
+        raw = read_json(path)
+        posterior = parse(PosteriorOptions, raw["posterior"])
+        compared = raw.get("novelty")  # runs of earlier versions have none
+        novelty = None if compared is None else Novelty(tuple(float(q) for q in compared["quantiles"]))
+        return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"), novelty)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it to predict with tau = 1.") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray.errors import FilterError, IndefiniteError
-from kngd_ray.filters.functional_mode import cholesky, eager
+from kngd_ray.filters.functional_mode import eager
 
 _JITTER_STEPS = 6
 
@@ -105,17 +105,31 @@ def solve_innovation(S: Tensor, nu: Tensor) -> Innovation:
         FilterError: nu or S is not finite.
         IndefiniteError: S stays indefinite under the largest jitter.
     """
-    # one look at both: a sum is finite only if its terms are, and is cheaper than a look at each
-    if eager() and not isfinite(float(nu.sum()) + float(S.sum())):
-        _refuse(S, nu)
-    L, jitter = cholesky(S), 0.0
-    if L is None:
-        L, jitter = _jittered(S)
-    nu = nu.to(S.dtype)
-    weights = torch.cholesky_solve(nu.unsqueeze(1), L).squeeze(1)
-    figures = torch.stack([nu @ weights, L.diagonal().log().sum()]).double()
-    nis, half_log_det = figures.tolist() if eager() else _as_floats(figures)
+    L, info = torch.linalg.cholesky_ex(S)
+    jitter = 0.0
+    if not eager():
+        L = torch.where(info == 0, L, torch.nan)
+        weights, figures = _solved(L, nu)
+        nis, half_log_det = _as_floats(figures)
+    else:
+        weights, figures = _solved(L, nu)
+        # One read for all that is looked at, which a GPU waits for. A sum is finite only if its terms are.
+        sums = [nu.sum().double() + S.sum().double(), info.double(), *figures.unbind()]
+        total, failed, nis, half_log_det = torch.stack(sums).tolist()
+        if not isfinite(total):
+            _refuse(S, nu)
+        if failed:
+            L, jitter = _jittered(S)
+            weights, figures = _solved(L, nu)
+            nis, half_log_det = figures.tolist()
     return Innovation(L, weights, -0.5 * (nis + nu.numel() * log(2.0 * pi)) - half_log_det, nis, jitter)
+
+
+def _solved(L: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) S^-1 nu, and (2,) float64: nu^T S^-1 nu and half the logarithm of the determinant of S."""
+    nu = nu.to(L.dtype)
+    weights = torch.cholesky_solve(nu.unsqueeze(1), L).squeeze(1)
+    return weights, torch.stack([nu @ weights, L.diagonal().log().sum()]).double()
 
 
 def _as_floats(figures: Tensor) -> Any:

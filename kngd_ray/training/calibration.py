@@ -197,6 +197,7 @@ def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptio
     labels = []
     for method, held in fits:
         predictor = predictor_of(method, options, alpha)
+        held = held.to(predictor.device)
         labels.append(held.labels.cpu())
         if predictor.belief is not None and options.temperature is not None:
             taus: tuple[float, ...] = (options.temperature,)

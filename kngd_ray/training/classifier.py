@@ -147,7 +147,8 @@ class Classifier:
         Returns:
             Probabilities and logit spread, (m, C) each.
         """
-        return self.predictor.predict(self._inputs(images), self.calibration.tau)
+        found = self.predictor.predict(self._inputs(images), self.calibration.tau)
+        return Prediction(found.probabilities.cpu(), found.logit_std.cpu())
 
     def judge(self, images: Sequence[Image.Image] | Tensor) -> Judgement:
         """Predictions of pictures with all that is known of their uncertainty.
@@ -164,13 +165,14 @@ class Classifier:
         unlike = None
         if self.novelty is not None and isinstance(self.predictor, Predictor):
             unlike = self.novelty.score(total_variance(self.predictor, inputs))
-        return Judgement(found.probabilities, found.logit_std, interval, unlike)
+        interval = None if interval is None else interval.cpu()
+        return Judgement(found.probabilities.cpu(), found.logit_std.cpu(), interval, unlike)
 
     def _inputs(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """What the predictor takes of pictures: features of the pretrained tower, or pixels for a trained one."""
         if isinstance(images, Tensor):
-            return images
+            return images.to(self.predictor.device)
         assert isinstance(self.model, ClipModel)
         if isinstance(self.predictor, Predictor):
-            return self.model.encode_images(list(images))
+            return self.model.encode_images(list(images)).to(self.predictor.device)
         return torch.stack([self.model.transform(image.convert("RGB")) for image in images])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,24 +71,28 @@ class IteratedEKF(InMemoryPosterior):
             return Update.of(outcome.belief, learn(first, first_outcome), first, first_outcome)
         mu, distance, cost = predicted.mu, first.energy.new_zeros(()), self.group.sum(first.energy)
         aim = _Aim.of(outcome, first)
-        size, logits = torch.ones_like(distance), first.logits
+        size: Any = 1.0 if eager() else torch.ones_like(distance)
+        logits = first.logits
         going = torch.ones_like(distance, dtype=torch.bool)
         for _ in range(options.iterations):
-            there, far = mu.lerp(outcome.belief.mu, size.to(mu)), aim.distance(distance, size)
+            share = size if eager() else size.to(mu)
+            there, far = mu.lerp(outcome.belief.mu, share), aim.distance(distance, size)
             seen = observe(there, predicted.mu - there)
             total = far / 2 + self.group.sum(seen.energy)
             falls = total <= cost + _ROUNDED * cost.abs()
-            if eager() and not bool(falls) and bool(total.isfinite()):
-                size = size / 2
-                continue
+            if eager():
+                fell, finite = torch.stack([falls, total.isfinite()]).tolist()
+                if finite and not fell:
+                    size = size / 2
+                    continue
             # what is not finite is refused here
             new = self.filter.update(predicted, seen.observed)
             moved = ((seen.logits - logits).abs() > options.tolerance).any()
             if eager():
                 mu, distance, cost, outcome, aim, logits = there, far, total, new, _Aim.of(new, seen), seen.logits
-                if not bool(self.group.sum(moved.double())) and bool(size == 1.0):
+                if not bool(self.group.sum(moved.double())) and size == 1.0:
                     break
-                size = torch.ones_like(size)
+                size = 1.0
             else:  # of many trials each goes its own way, and as far as it would alone
                 falls = falls & going
                 going = going & ~(falls & ~moved & (size == 1.0))
@@ -115,7 +119,7 @@ class _Aim(NamedTuple):
         w, nu = update.weights.double(), seen.observed.nu.double()
         return cls(w @ (nu - w), w @ (nu - seen.plain.double()))
 
-    def distance(self, here: Tensor, size: Tensor) -> Tensor:
+    def distance(self, here: Tensor, size: Any) -> Tensor:
         """Squared distance after a part of the step, begun at a squared distance."""
         return (1 - size) ** 2 * here + 2 * size * (1 - size) * self.across + size**2 * self.whole
 

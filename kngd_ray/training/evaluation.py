@@ -61,7 +61,8 @@ def evaluate(predictor: AnyPredictor, tests: Mapping[str, Shots], calibration: C
         All figures.
     """
     probabilities = {
-        name: predictor.predict(test.inputs, calibration.tau).probabilities for name, test in tests.items()
+        name: predictor.predict(test.to(predictor.device).inputs, calibration.tau).probabilities.cpu()
+        for name, test in tests.items()
     }
     plain = {name: Scores.of(p, tests[name].labels) for name, p in probabilities.items()}
     scaled = {name: Scores.of(scale(p, calibration.scaling), tests[name].labels) for name, p in probabilities.items()}

@@ -126,14 +126,19 @@ class KalmanNGD:
 
     def _stats(self, batch: Batch, update: Update, moved: int) -> StepStats:
         """Figures of a step that was taken; `moved` is what had been received from other ranks before it."""
+        figures = (update.innovation_rms, update.log_evidence, update.gated)
+        # in one read, which a GPU waits for
+        rms, log_evidence, gated = torch.stack([
+            torch.as_tensor(figure, dtype=torch.float64, device=update.logits.device) for figure in figures
+        ]).tolist()
         return StepStats(
             **batch_scores(update.logits, batch, self.group),
-            innovation_rms=float(update.innovation_rms),
+            innovation_rms=rms,
             nis=update.nis,
             nis_per_observation=update.nis / max(update.observations, 1),
-            log_evidence=float(update.log_evidence),
+            log_evidence=log_evidence,
             jitter=update.jitter,
-            gated=int(update.gated),
+            gated=int(gated),
             bytes_moved=self.group.bytes_moved - moved,
             covariance_bytes=covariance_bytes(self.belief.covariance),
             log_predictive=update.log_predictive,

@@ -44,6 +44,11 @@ class NetworkPredictor:
         self.belief = belief
         self.options = options
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; pictures are brought to it."""
+        return self.head.class_embeddings.device
+
     def predict(self, inputs: Pixels | Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
 
@@ -79,7 +84,7 @@ class NetworkPredictor:
         return Prediction(total / draws, (second / draws - (first / draws).square()).clamp_min(0).sqrt())
 
     def _logits(self, inputs: Pixels | Tensor) -> Tensor:
-        device = self.head.class_embeddings.device
+        device = self.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             t = self.head.classifier()  # once for all pictures
             # of no pictures, as a fold may hold out, towers take no batch

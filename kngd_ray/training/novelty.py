@@ -228,7 +228,7 @@ def _attempted(task: FitTask, device: torch.device | str) -> Method | FilterErro
 def _variance(method: KalmanNGD, shots: Shots, alpha: float) -> Tensor:
     """(m,) variance of shots by a fit of a head, deviations of the weights shrunk by alpha."""
     predictor = Predictor(method.head, method.family, method.belief, PosteriorOptions())
-    return alpha**2 * total_variance(predictor, shots.inputs).cpu()
+    return alpha**2 * total_variance(predictor, shots.to(predictor.device).inputs).cpu()
 
 
 def total_variance(predictor: Predictor, features: Tensor) -> Tensor:

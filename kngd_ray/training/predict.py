@@ -1,6 +1,7 @@
 """Predictions that carry the posterior: point, Monte Carlo, and linearised variance of the logits."""
 
 from dataclasses import dataclass
+from itertools import chain
 from math import inf, log, pi
 from typing import Literal
 
@@ -101,6 +102,11 @@ class Predictor:
         self._deviations: Tensor | None = None
         self._linearizer: Linearizer | None = None
         self._known: tuple[Tensor, Tensor] | None = None  # features and their variance: taus are tried on the same ones
+
+    @property
+    def device(self) -> torch.device:
+        """Where features have to be."""
+        return next(chain(self.head.buffers(), self.head.parameters())).device
 
     def predict(self, features: Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.

@@ -76,6 +76,7 @@ def restore_predictor(
     *,
     alpha: float | None = None,
     class_embeddings: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> AnyPredictor:
     """The predictor that a checkpoint holds.
 
@@ -85,9 +86,10 @@ def restore_predictor(
         posterior: how the posterior enters.
         alpha: weight ensembling with the pretrained model; None is as the fit was told.
         class_embeddings: (C, d) unit text embeddings of its classes, if they are known already.
+        device: where a head on frozen towers is to be; None is where the model is. Trained towers stay with the model.
 
     Returns:
-        The predictor, where the model is; of a fit that trains no towers, on the CPU.
+        The predictor.
 
     Raises:
         CheckpointError: the weights are of another architecture.
@@ -96,7 +98,7 @@ def restore_predictor(
     options = parse(FitOptions, manifest["options"])
     if class_embeddings is None:
         class_embeddings = model.encode_classes(manifest["class_names"], manifest["templates"])
-    head: Head = CLIPHead(class_embeddings, model.logit_scale, options.adapter)
+    head: Head = CLIPHead(class_embeddings, model.logit_scale, options.adapter).to(device or model.device)
     if options.tune.images:
         assert isinstance(model, ClipModel)
         head = CLIPNetwork(
@@ -106,7 +108,7 @@ def restore_predictor(
             options.tune,
             options.adapter,
             pairs=options.pairs,
-            class_embeddings=class_embeddings,
+            class_embeddings=class_embeddings.to(model.device),
         )
     parameters = trainable(head)
     shapes = {name: list(p.shape) for name, p in parameters.items()}

@@ -37,7 +37,7 @@ class TrainerConfig:
     Attributes:
         num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray. A pair ``[least, most]`` starts
             with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
-        use_gpu: give each rank a GPU.
+        use_gpu: give each rank a GPU; ``auto`` does where there are as many.
         cpus_per_worker: CPU cores that each rank reserves.
         address: Ray cluster to join; None joins $RAY_ADDRESS or the cluster that you run on this machine, or starts
             one; ``local`` always starts one.
@@ -48,7 +48,7 @@ class TrainerConfig:
     """
 
     num_workers: int | tuple[int, ...] = 2
-    use_gpu: bool = False
+    use_gpu: bool | Literal["auto"] = "auto"
     cpus_per_worker: float = 1.0
     address: str | None = None
     storage_path: str = field(default_factory=lambda: os.environ.get("KNGD_STORAGE_PATH") or "kngd_runs")

@@ -3,7 +3,7 @@
 from kngd_ray.clip._augment import RandomResizedCrop
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers
 from kngd_ray.clip._head import CLIPHead
-from kngd_ray.clip._model import ClipModel, load_model
+from kngd_ray.clip._model import ClipModel, best_device, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
 from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed, read_class_embeddings
 from kngd_ray.clip._prompts import resolve_templates
@@ -24,6 +24,7 @@ __all__ = [
     "PrecomputedModel",
     "RandomResizedCrop",
     "TuneOptions",
+    "best_device",
     "check_without_towers",
     "given_precomputed",
     "load_model",

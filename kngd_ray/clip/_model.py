@@ -159,6 +159,15 @@ class ClipModel:
         return normalize(torch.cat(features), dim=-1)
 
 
+def best_device() -> str:
+    """Where to compute if nobody says: on this machine's GPU, if there is one.
+
+    Returns:
+        ``cuda`` or ``cpu``.
+    """
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:
     """Load a CLIP model, frozen and in evaluation mode.
 

@@ -61,7 +61,7 @@ def _checks(config: Config, *, with_ray: bool) -> Iterator[Finding]:
     yield Finding("versions", HERE, "ok", shown)
     with ExitStack() as stack:
         ask: Ask = _ask_here
-        up, gpus = False, trainer.use_gpu
+        up, gpus = False, trainer.use_gpu is True
         if with_ray:
             for finding in _isolated("ray", lambda: _ray(trainer, stack)):
                 yield finding
@@ -147,7 +147,7 @@ def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:
         *_isolated("access", lambda: _access(facts.dashboard, ours=ours)),
     ]
     ranks = trainer.least_workers
-    for name, needed in {"CPU": ranks * trainer.cpus_per_worker, "GPU": ranks * trainer.use_gpu}.items():
+    for name, needed in {"CPU": ranks * trainer.cpus_per_worker, "GPU": ranks * (trainer.use_gpu is True)}.items():
         there, most = facts.resources.get(name, 0), facts.most.get(name, 0)
         if needed <= there:
             continue

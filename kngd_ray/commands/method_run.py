@@ -182,11 +182,16 @@ class MethodRun:
                 f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
             )
         kept = read_settled(fit_folder).alpha  # of an ensemble that was settled on after the run had ended
+        device = self._prepared.device
         predictor = restore_predictor(
-            checkpoint, self._prepared.evaluator, posterior, alpha=kept, class_embeddings=task.class_embeddings
+            checkpoint,
+            self._prepared.evaluator,
+            posterior,
+            alpha=kept,
+            class_embeddings=task.class_embeddings,
+            device=device,
         )
         try:
-            device = "cpu" if task.towers is None else self._prepared.evaluator.device
             calibration, novelty = calibrate_and_compare(task, posterior, device, checkpoint.state)
         except FilterError:  # a fold has fewer shots than the fit that went well
             calibration, novelty = Calibration(posterior.unasked, 1.0), None

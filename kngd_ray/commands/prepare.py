@@ -14,10 +14,12 @@ from kngd_ray.clip import (
     ClipModel,
     CLIPNetwork,
     TuneOptions,
+    best_device,
     load_model,
     load_precomputed,
     resolve_templates,
 )
+from kngd_ray.commands.session import with_gpus
 from kngd_ray.config import Config
 from kngd_ray.data import (
     DataConfig,
@@ -107,8 +109,13 @@ class Prepared:
     @cached_property
     def evaluator(self) -> AnyModel:
         """The model where trained towers are evaluated: on this machine's GPU if the run is to use one."""
-        on_gpu = self.config.tune.images and self.config.trainer.use_gpu and torch.cuda.is_available()
-        return load_model(self.config.model, "cuda") if on_gpu else self.model
+        elsewhere = self.config.tune.images and self.device != str(self.model.device)
+        return load_model(self.config.model, self.device) if elsewhere else self.model
+
+    @property
+    def device(self) -> str:
+        """Where this process computes: on this machine's GPU, unless the run is to use none."""
+        return "cpu" if self.config.trainer.use_gpu is False else best_device()
 
     def towers(self, tune: TuneOptions) -> Towers | None:
         """Where a fit has its towers from; None if it trains none."""
@@ -361,10 +368,13 @@ def encode(
         from kngd_ray.ray_jobs import ray_stream
 
         stream = ray_stream(
-            images, config.model, encoders=max(config.trainer.least_workers, 1), use_gpu=config.trainer.use_gpu
+            images,
+            config.model,
+            encoders=max(config.trainer.least_workers, 1),
+            use_gpu=with_gpus(config.trainer).use_gpu is True,
         )
         return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
-    device = "cuda" if config.trainer.use_gpu and torch.cuda.is_available() else "cpu"
+    device = "cpu" if config.trainer.use_gpu is False else best_device()
     encoder = model if device == "cpu" else load_model(config.model, device)
     return encode_missing(
         images,

@@ -1,8 +1,10 @@
 """Ray for as long as a command needs it, or not at all."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from kngd_ray.config import TrainerConfig
+from kngd_ray.errors import UsageError
 
 
 def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractContextManager[None]:
@@ -22,4 +24,32 @@ def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractConte
         return nullcontext()
     from kngd_ray.ray_jobs import ray_session
 
-    return ray_session(trainer.address, cpus=n * trainer.cpus_per_worker, gpus=n * trainer.use_gpu, dashboard=dashboard)
+    gpus = n if trainer.use_gpu is True else 0
+    return ray_session(trainer.address, cpus=n * trainer.cpus_per_worker, gpus=gpus, dashboard=dashboard)
+
+
+def with_gpus(trainer: TrainerConfig) -> TrainerConfig:
+    """Decide ``use_gpu: auto``, once Ray is up where it is needed.
+
+    Args:
+        trainer: of the run.
+
+    Returns:
+        The same with a yes or no: whether each rank has a GPU, or this process where there is no rank.
+
+    Raises:
+        UsageError: a GPU is asked for in this process, which has none.
+    """
+    if not trainer.least_workers:
+        import torch
+
+        there = torch.cuda.is_available()
+        if trainer.use_gpu is True and not there:
+            raise UsageError(
+                "trainer.use_gpu is true and this machine has no usable GPU: leave it out, or join a cluster."
+            )
+    elif trainer.use_gpu == "auto":
+        import ray
+
+        there = ray.cluster_resources().get("GPU", 0.0) >= trainer.most_workers
+    return trainer if trainer.use_gpu != "auto" else replace(trainer, use_gpu=there)

@@ -17,7 +17,7 @@ from kngd_ray.commands.method_run import MethodRun
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.priors import check_prior, find_priors
 from kngd_ray.commands.protocols import Protocol, open_protocol, prepare_protocol
-from kngd_ray.commands.session import ray_for
+from kngd_ray.commands.session import ray_for, with_gpus
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
@@ -26,6 +26,7 @@ from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
 ZERO_SHOT = "zero-shot"
@@ -74,8 +75,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         resolve_uri(config.tracking.uri)  # a store that MLflow does not know is refused before anything is done
     if config.method in config.baselines:
         raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
-    if config.trainer.use_gpu and not config.trainer.num_workers and not torch.cuda.is_available():
-        raise UsageError("trainer.use_gpu is true and this machine has no usable GPU: leave it out, or join a cluster.")
+    if not config.trainer.least_workers:
+        with_gpus(config.trainer)  # what this process lacks is refused before anything is done
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
@@ -85,6 +86,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
+        config = replace(config, trainer=with_gpus(config.trainer))
+        display.say(_where(config.trainer))
         with display.pictures("encoding") as progress:
             use_ray = config.trainer.most_workers > 0
             prepared = prepare(task, use_ray=use_ray, progress=progress)
@@ -94,7 +97,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
-        with compute_threads(config.trainer.cpus_per_worker):
+        with compute_threads(config.trainer.cpus_per_worker if config.trainer.least_workers else cores()):
             methods = [
                 MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
             ]
@@ -189,6 +192,14 @@ def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str,
     result = {**reports[0], **({"baselines": list(reports[1:])} if reports[1:] else {})}
     write_text(folder / run_folder.RESULTS, json.dumps(result, indent=1))
     return result
+
+
+def _where(trainer: TrainerConfig) -> str:
+    """On what a run computes, in one line."""
+    what = "a GPU" if trainer.use_gpu else "the CPU"
+    if trainer.least_workers:
+        return f"computing on {what} in each of {trainer.most_workers} workers"
+    return f"computing on {what} in this process" + ("" if trainer.use_gpu else f", with {cores()} threads")
 
 
 @contextmanager

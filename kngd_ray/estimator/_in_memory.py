@@ -45,17 +45,18 @@ class Held(Prior):
         return self.state
 
 
-def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
+def learn(task: FitTask, identity: Mapping[str, Any], device: str) -> Checkpoint:
     """Run a fit to its end.
 
     Args:
         task: what to fit.
         identity: what the weights belong to; see :func:`kngd_ray.training.restoring.identity_of`.
+        device: where to compute.
 
     Returns:
         The checkpoint that a run would have written, without a folder.
     """
-    state, steps = fit(task).state(), task.sampler.steps
+    state, steps = fit(task, device=device).state(), task.sampler.steps
     manifest = describe(task, identity) | {
         "step": steps,
         "steps": steps,
@@ -65,19 +66,22 @@ def learn(task: FitTask, identity: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(Path(), manifest, state)
 
 
-def calibrate(task: FitTask, posterior: PosteriorOptions, fitted: MethodState) -> tuple[Calibration, Novelty | None]:
+def calibrate(
+    task: FitTask, posterior: PosteriorOptions, fitted: MethodState, device: str
+) -> tuple[Calibration, Novelty | None]:
     """Choose tau on the shots, as far as they can be held out.
 
     Args:
         task: the fit.
         posterior: how the posterior enters predictions.
         fitted: what came of the fit.
+        device: where to compute.
 
     Returns:
         The calibration, at the tau of no folds where one cannot be fitted, and what pictures are compared with.
     """
     try:
-        return calibrate_and_compare(task, posterior, fitted=fitted)
+        return calibrate_and_compare(task, posterior, device, fitted)
     except FilterError:  # a fold has fewer pictures than the fit that went well
         return Calibration(posterior.unasked, 1.0), None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, best_device
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
@@ -63,7 +63,7 @@ class KalmanCLIP(Parameters):
         settings: settings over the preset by dotted key, as ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
         random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for
             another one each time.
-        device: where pictures are encoded.
+        device: where to compute; None is this machine's GPU if there is one.
 
     Attributes:
         classes_: labels in the order of the columns of :meth:`predict_proba`.
@@ -88,7 +88,7 @@ class KalmanCLIP(Parameters):
         preset: str = "kalman",
         settings: Mapping[str, Any] | None = None,
         random_state: Any = 0,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         self.model = model
         self.pretrained = pretrained
@@ -172,7 +172,7 @@ class KalmanCLIP(Parameters):
         """
         classifier, features = self._features(X)
         tau = classifier.calibration.tau
-        p = classifier.predictor.predict(features, tau).probabilities.double().numpy()
+        p = classifier.predictor.predict(features, tau).probabilities.double().cpu().numpy()
         if not return_std:
             return p
         return p, probability_std(_head(classifier), features, tau).double().numpy()
@@ -314,11 +314,11 @@ class KalmanCLIP(Parameters):
         identity = identity_of(model, inputs.source, names, templates)
         if before is not None:
             check_continues(before, identity, plain(config.fit_options))
-        kept = learn(task, identity)
+        kept = learn(task, identity, self._device)
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = self._settled  # too few to choose anything by
         else:
-            calibration, novelty = calibrate(task, config.posterior, kept.state)
+            calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
         self._adopt(kept, settled, classes)
         self._restore(model)
@@ -341,6 +341,10 @@ class KalmanCLIP(Parameters):
         return override(config, settings)
 
     @property
+    def _device(self) -> str:
+        return best_device() if self.device is None else self.device
+
+    @property
     def _inputs(self) -> Inputs:
         """What the parameters say is learned from.
 
@@ -361,7 +365,7 @@ class KalmanCLIP(Parameters):
             raise InputError(f"logit_scale is {self.logit_scale!r}; it must be a positive number.") from error
         if source.precomputed:
             return Matrix(source, given if path is None else None)
-        return Pictures(source, self.device)
+        return Pictures(source, self._device)
 
     @property
     def _width(self) -> int | None:

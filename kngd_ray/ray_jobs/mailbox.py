@@ -75,7 +75,7 @@ class Cluster:
             return
         self._counted = now
         resources = ray.cluster_resources()
-        for name, each in (("CPU", self._trainer.cpus_per_worker), ("GPU", float(self._trainer.use_gpu))):
+        for name, each in (("CPU", self._trainer.cpus_per_worker), ("GPU", float(self._trainer.use_gpu is True))):
             needed, there = each * self._trainer.least_workers, resources.get(name, 0.0)
             if there < needed:
                 logger.warning("the job waits for a node: it needs %g %ss, and Ray has %g left", needed, name, there)

@@ -63,8 +63,8 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         train_loop_config={"job": ray.put(job), "queue": queue, "driver": name},
         scaling_config=ScalingConfig(
             num_workers=trainer.num_workers,
-            use_gpu=trainer.use_gpu,
-            resources_per_worker={"CPU": trainer.cpus_per_worker, **({"GPU": 1} if trainer.use_gpu else {})},
+            use_gpu=trainer.use_gpu is True,
+            resources_per_worker={"CPU": trainer.cpus_per_worker, **({"GPU": 1} if trainer.use_gpu is True else {})},
         ),
         # Checkpoints are ours, in the run's folder: Ray is not asked to copy or to choose them (a report of one
         # costs seconds), and since it resumes a name that it has seen by its own records, each job is new to it.

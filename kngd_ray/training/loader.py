@@ -62,9 +62,13 @@ def batches(
 
 def decoding_threads(world_size: int = 1) -> int:
     """How many pictures a rank decodes at once: its share of the cores, if all ranks were on this machine."""
+    return max(2, min(_THREADS, cores() // world_size))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(2, min(_THREADS, cores // world_size))
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _augment(network: CLIPNetwork) -> RandomResizedCrop | None:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kngd_ray.clip import AnyModel, CLIPHead, ClipModel, CLIPNetwork, Head, ModelConfig, load_model, load_precomputed
+from kngd_ray.clip import (
+    AnyModel,
+    CLIPHead,
+    ClipModel,
+    CLIPNetwork,
+    Head,
+    ModelConfig,
+    best_device,
+    load_model,
+    load_precomputed,
+)
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
 from kngd_ray.filters import Belief
@@ -54,14 +64,14 @@ def load_fitted(manifest: Mapping[str, Any], config: ModelConfig | None = None) 
         config: where the model is now; None is where it was.
 
     Returns:
-        The model. Its fingerprint tells whether it is still the same.
+        The model, on this machine's GPU if there is one. Its fingerprint tells whether it is still the same.
 
     Raises:
         CheckpointError: the manifest is damaged.
     """
     config = config or parse(ModelConfig, manifest[SOURCE])
     if not config.precomputed:
-        return load_model(config)
+        return load_model(config, best_device())
     known = manifest["model"]
     try:
         return load_precomputed(config, known.get("classes", manifest["class_names"]), int(known["embed_dim"]))

@@ -175,7 +175,7 @@ class KalmanCLIP(Parameters):
         p = classifier.predictor.predict(features, tau).probabilities.double().cpu().numpy()
         if not return_std:
             return p
-        return p, probability_std(_head(classifier), features, tau).double().numpy()
+        return p, probability_std(_head(classifier), features, tau).double().cpu().numpy()
 
     def unlike(self, X: Any) -> npt.NDArray[np.float64]:
         """How unlike the training pictures others are.
@@ -407,6 +407,7 @@ class KalmanCLIP(Parameters):
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:
         classifier, inputs = self._restored_classifier(), self._inputs
         features = inputs.encode(classifier.model, inputs.check(X, self._width))
+        features = features.to(classifier.predictor.device)
         return classifier, features.double() if self.model == PRECOMPUTED else features
 
 

@@ -167,7 +167,7 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         comma = r",(?!\s)" if element is str else ","
         raw = [item.strip() for item in re.split(comma, raw)] if isinstance(raw, str) else [raw]
     given = raw if isinstance(raw, list) else [raw]
-    if any(isinstance(item, bool) for item in given) and bool not in (hint, element) and hint != (bool | None):
+    if any(isinstance(item, bool) for item in given) and bool not in (element, *_members(hint)):
         raise UsageError(f"{path}={shortened(raw).lower()}: expected {_named(hint)}.")
     try:
         value = _adapter(hint).validate_python(raw)
@@ -250,11 +250,15 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint)
 
 
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The hints of a union; any other hint alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
 def _choices(hint: Any) -> dict[str, type]:
     """The dataclasses with a ``kind`` that a hint admits, by kind; empty for any other hint."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     found = {}
-    for member in members:
+    for member in _members(hint):
         if not (is_dataclass(member) and isinstance(member, type)):
             return {}
         kinds = [f.default for f in fields(member) if f.name == "kind"]
@@ -266,7 +270,7 @@ def _choices(hint: Any) -> dict[str, type]:
 
 def _tuple_element(hint: Any) -> Any:
     """The T of ``tuple[T, ...]``, also where the hint is optional or admits a bare T; None otherwise."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    members = _members(hint)
     if str in members:
         return None  # `str | tuple[str, ...]` takes a bare string as it is
     for member in members:
@@ -276,7 +280,7 @@ def _tuple_element(hint: Any) -> Any:
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    return tuple(choice for member in _members(hint) if get_origin(member) is Literal for choice in get_args(member))
 
 
 def _named(hint: Any) -> str:

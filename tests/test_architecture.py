@@ -145,14 +145,14 @@ PUBLIC = {
         "split_evenly",
     ],
     "kngd_ray.clip": [
+        "LOGIT_SCALE",
+        "PRECOMPUTED",
         "AnyModel",
         "CLIPHead",
         "CLIPNetwork",
         "ClipModel",
         "Head",
-        "LOGIT_SCALE",
         "ModelConfig",
-        "PRECOMPUTED",
         "PrecomputedModel",
         "RandomResizedCrop",
         "TuneOptions",
@@ -242,7 +242,7 @@ PUBLIC = {
         "run_here",
     ],
     "kngd_ray.estimator": ["KalmanCLIP", "NotFittedError"],
-    "kngd_ray.ray_jobs": ["ray_session", "ray_stream", "run_job", "run_search"],
+    "kngd_ray.ray_jobs": ["gpus_of_cluster", "ray_session", "ray_stream", "run_job", "run_search"],
 }
 
 COMMANDS = {

@@ -18,6 +18,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,13 +60,14 @@ class ClipModel:
         tokenizer: Callable[[list[str]], Tensor],
         architecture: dict[str, Any],
         device: torch.device | str = "cpu",
+        fingerprint: str | None = None,  # if it is known: to take it reads all weights
     ) -> None:
         self.name = name
         self.zero_shot = True
         self.device = torch.device(device)
         self.architecture = architecture
         self.embed_dim: int = architecture["embed_dim"]
-        self.fingerprint = _fingerprint(network, transform, architecture)
+        self.fingerprint = fingerprint or _fingerprint(network, transform, architecture)
         self._network = network.eval().requires_grad_(False).to(self.device)
         self._transform = transform
         self._tokenizer = tokenizer
@@ -73,6 +75,13 @@ class ClipModel:
 
     def __repr__(self) -> str:
         return f"ClipModel({self.name!r}, embed_dim={self.embed_dim}, fingerprint={self.fingerprint[:12]!r})"
+
+    def copied(self, device: torch.device | str) -> "ClipModel":
+        """The same model with weights of its own, which may be trained."""
+        network = deepcopy(self._network)
+        return ClipModel(
+            self.name, network, self._transform, self._tokenizer, self.architecture, device, self.fingerprint
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def best_device() -> str:
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:
-    """Load a CLIP model, frozen and in evaluation mode.
+    """Load a CLIP model, frozen and in evaluation mode; the last one is read and hashed once in a process.
 
     Needs no network for ``embedded``, local files and ``random``. Nothing is unpickled beyond tensors,
     and the state of the global random generators is left as it was. A :class:`ModelError` tells of an
@@ -183,11 +192,27 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
         The model.
     """
     source = _locate(config)
-    with quiet_open_clip():
-        network, transform, tokenizer, architecture = _build(source)
-        if source.checkpoint is not None:
-            _load_weights(network, source.checkpoint, source.name)
-    return ClipModel(source.name, network, transform, tokenizer, architecture, device)
+    version = () if source.checkpoint is None else _version(source.checkpoint)
+    known = _last.get((source.key, version))
+    if known is None:
+        with quiet_open_clip():
+            network, transform, tokenizer, architecture = _build(source)
+            if source.checkpoint is not None:
+                _load_weights(network, source.checkpoint, source.name)
+        known = ClipModel(source.name, network, transform, tokenizer, architecture)
+        _last.clear()
+        _last[source.key, version] = known
+    # towers are trained in place, so that nobody is given those that are kept
+    return known.copied(device)
+
+
+_last: dict[tuple[str, tuple[int, ...]], ClipModel] = {}
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that is written in its place."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,11 @@ class _Source:
     open_clip_name: str
     checkpoint: Path | None
     tag: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Another one for every other source."""
+        return json.dumps([self.name, self.open_clip_name, str(self.checkpoint), self.tag], default=str)
 
 
 def _locate(config: ModelConfig) -> _Source:

@@ -41,15 +41,15 @@ def with_gpus(trainer: TrainerConfig) -> TrainerConfig:
         UsageError: a GPU is asked for in this process, which has none.
     """
     if not trainer.least_workers:
-        import torch
+        from kngd_ray.clip import best_device  # which imports torch, that not every command needs
 
-        there = torch.cuda.is_available()
+        there = best_device() != "cpu"
         if trainer.use_gpu is True and not there:
             raise UsageError(
                 "trainer.use_gpu is true and this machine has no usable GPU: leave it out, or join a cluster."
             )
     elif trainer.use_gpu == "auto":
-        import ray
+        from kngd_ray.ray_jobs import gpus_of_cluster
 
-        there = ray.cluster_resources().get("GPU", 0.0) >= trainer.most_workers
+        there = gpus_of_cluster() >= trainer.most_workers
     return trainer if trainer.use_gpu != "auto" else replace(trainer, use_gpu=there)

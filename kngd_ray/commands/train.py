@@ -86,8 +86,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
-        config = replace(config, trainer=with_gpus(config.trainer))
-        display.say(_where(config.trainer))
+        trainer = with_gpus(config.trainer)
+        display.say(_where(trainer))
         with display.pictures("encoding") as progress:
             use_ray = config.trainer.most_workers > 0
             prepared = prepare(task, use_ray=use_ray, progress=progress)
@@ -101,7 +101,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
             methods = [
                 MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
             ]
-            return _run(config, methods, prepared, protocol, folder, display)
+            # the run's folder keeps what was asked for, so that it can be continued where there is another GPU
+            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display)
 
 
 def _run(

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kngd_ray.ray_jobs.encode import ray_stream
-    from kngd_ray.ray_jobs.session import ray_session
+    from kngd_ray.ray_jobs.session import gpus_of_cluster, ray_session
     from kngd_ray.ray_jobs.train import run_job
     from kngd_ray.ray_jobs.tune import run_search
 
-__all__ = ["ray_session", "ray_stream", "run_job", "run_search"]
+__all__ = ["gpus_of_cluster", "ray_session", "ray_stream", "run_job", "run_search"]
 
 # Each from its own module: who looks at a job on a cluster needs neither torch nor Ray Train.
-_HOMES = {"ray_session": "session", "ray_stream": "encode", "run_job": "train", "run_search": "tune"}
+_HOMES = {
+    "gpus_of_cluster": "session",
+    "ray_session": "session",
+    "ray_stream": "encode",
+    "run_job": "train",
+    "run_search": "tune",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -295,3 +295,8 @@ def _check_size(cpus: float, gpus: float) -> None:
                 f"the run needs {needed:g} {name}s at once and Ray has {there:g}: lower trainer.num_workers "
                 "(0 runs without Ray), or join a larger cluster with trainer.address."
             )
+
+
+def gpus_of_cluster() -> float:
+    """How many GPUs Ray has, used or not, on the nodes that are up."""
+    return float(ray.cluster_resources().get("GPU", 0.0))

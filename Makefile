@@ -2,6 +2,7 @@
 # make test    install, then run the tests (under 20 minutes); make test-slow runs the long ones too
 # make lint    format, docstrings, types
 # make bench   the benchmarks
+# make gpu     the tests and benchmarks of a GPU, on this machine's, in under eight minutes: benchmarks/results/gpu.json
 # make lock    what CI installs, at exact versions with hashes: .ci/requirements.lock; LOCK=.ci/requirements.lock installs it
 # make audit   known vulnerabilities of what the lock pins
 LOCK ?=
@@ -11,7 +12,7 @@ PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint bench lock audit clean
+.PHONY: demo test test-slow lint bench gpu lock audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kngd-ray train seeds=0,1,2 baselines=adamw
@@ -34,6 +35,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.step_cost --markdown
 	$(BIN)/python -m benchmarks.peers --markdown
+
+gpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks.gpu
 
 lock: $(VENV)/.installed
 	$(BIN)/python .ci/lock

@@ -65,15 +65,30 @@ def measured(quick: bool) -> Iterator[Line]:
     """All measurements, each as soon as it is there."""
     seconds = 1.0 if quick else 12.0
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        rates = Rates.measured(device)
-        for number, case in enumerate(MAIN):
-            yield from _steps("main", case, device, rates, seconds, memory=not quick or number == 0)
-        for part, cases in {} if quick else {"n": GROWING_N, "M": GROWING_M}.items():
-            for case in cases:
-                yield from _steps(part, case, device, rates, seconds, memory=False)
+        yield from on_device(device, quick=quick, seconds=seconds)
     rates = Rates.measured("cpu", threads=1)
     for ranks in (1, 2) if quick else (1, 2, 3, 4):
         yield from _ranks(MAIN[0], ranks, rates, seconds)
+
+
+def on_device(device: str, *, quick: bool, seconds: float, cases: int | None = None) -> Iterator[Line]:
+    """The measurements of one process.
+
+    Args:
+        device: where.
+        quick: the main cases alone, and the memory of the first of them.
+        seconds: of the steps of a case.
+        cases: how many of the main ones; None is all.
+
+    Yields:
+        A line for each case and method.
+    """
+    rates = Rates.measured(device)
+    for number, case in enumerate(MAIN[:cases]):
+        yield from _steps("main", case, device, rates, seconds, memory=not quick or number == 0)
+    for part, growing in {} if quick else {"n": GROWING_N, "M": GROWING_M}.items():
+        for case in growing:
+            yield from _steps(part, case, device, rates, seconds, memory=False)
 
 
 def _steps(part: str, case: Case, device: str, rates: Rates, seconds: float, memory: bool) -> Iterator[Line]:

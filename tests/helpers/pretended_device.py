@@ -11,6 +11,7 @@ to the device and every operation that would launch a kernel is counted by the l
 Collectives have to be pretended too: see :class:`DeviceGroup`.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from kngd_ray.sharding import Group
 
 NAME = "npy"  # the one name that torch gives to a backend written in Python
+REAL = os.environ.get("KNGD_TEST_DEVICE")
 _PACKAGE = "/kngd_ray/"
 _aten = torch.ops.aten
 
@@ -323,6 +325,31 @@ def pretended_device() -> Iterator[Machine]:
         mock.patch.object(torch, "as_tensor", _made(machine, torch.as_tensor)),
         mock.patch.object(Tensor, "new_tensor", _new(machine, torch.tensor, Tensor.new_tensor)),
     ):
+        yield machine
+
+
+@dataclass(frozen=True)
+class RealDevice:
+    """A device that torch itself has.
+
+    Attributes:
+        device: what to ask tensors to move to.
+    """
+
+    device: torch.device
+
+
+@contextmanager
+def device_to_test() -> Iterator[Machine | RealDevice]:
+    """The device that ``KNGD_TEST_DEVICE`` names, or a pretended one.
+
+    Yields:
+        The device.
+    """
+    if REAL is not None:
+        yield RealDevice(torch.device(REAL))
+        return
+    with pretended_device() as machine:
         yield machine
 
 

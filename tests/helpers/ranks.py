@@ -28,7 +28,9 @@ class RankError(AssertionError):
     """A rank raised, died or did not finish in time; the message names it and holds its traceback."""
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_ranks(
+    world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 300.0, backend: str = "gloo"
+) -> list[Any]:
     """Call ``work(group, *args)`` on every rank.
 
     Args:
@@ -36,6 +38,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: fl
         work: a function that a fresh process can import; what it returns must survive ``torch.save``.
         *args: given to every rank alike.
         timeout: seconds for the work, from when all ranks have met.
+        backend: of the collectives; with ``nccl`` each rank has a GPU of its own.
 
     Returns:
         What each rank returned, in rank order.
@@ -46,7 +49,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: fl
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, timeout, work, args), daemon=True)
+            _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, timeout, backend, work, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -94,13 +97,21 @@ def _read(path: Path) -> str:
 
 
 def _rank(
-    rank: int, world_size: int, folder: Path, timeout: float, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: Path,
+    timeout: float,
+    backend: str,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     try:
         with (folder / f"stack-{rank}.txt").open("w") as stack:
             dist.init_process_group(
-                "gloo",
+                backend,
                 init_method=(folder / "rendezvous").as_uri(),
                 rank=rank,
                 world_size=world_size,

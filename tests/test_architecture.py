@@ -163,6 +163,7 @@ PUBLIC = {
         "load_precomputed",
         "read_class_embeddings",
         "resolve_templates",
+        "tower_products",
     ],
     "kngd_ray.clip.adapters": [
         "Adapter",

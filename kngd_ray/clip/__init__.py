@@ -3,10 +3,11 @@
 from kngd_ray.clip._augment import RandomResizedCrop
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers
 from kngd_ray.clip._head import CLIPHead
-from kngd_ray.clip._model import ClipModel, best_device, load_model
+from kngd_ray.clip._model import ClipModel, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
 from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed, read_class_embeddings
 from kngd_ray.clip._prompts import resolve_templates
+from kngd_ray.clip._transfer import best_device, tower_products
 from kngd_ray.clip._tuning import TuneOptions
 
 # What embeds classes; the second has towers that embed pictures and texts as well.
@@ -31,4 +32,5 @@ __all__ = [
     "load_precomputed",
     "read_class_embeddings",
     "resolve_templates",
+    "tower_products",
 ]

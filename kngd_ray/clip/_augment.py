@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kngd_ray.clip._transfer import normalised, pixels_of
+
 _TRIES = 10
 _MODES = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}  # the last as open_clip reads it
 
@@ -85,14 +87,25 @@ class RandomResizedCrop:
         Returns:
             Pixels (3, H, W), float32, normalised.
         """
+        return normalised(self.crop(picture, generator), torch.tensor(self.mean), torch.tensor(self.std))
+
+    def crop(self, picture: Image.Image, generator: torch.Generator) -> Tensor:
+        """Augment one picture, and leave it to others to normalise it.
+
+        Args:
+            picture: a picture of any size and mode.
+            generator: on the CPU; the crop is drawn from it.
+
+        Returns:
+            Pixels (3, H, W), uint8.
+        """
         # a second of import, which only training on pictures is to wait for
         import torchvision.transforms.functional as pixels  # type: ignore[import-untyped]
 
         mode = pixels.InterpolationMode(_MODES[self.interpolation])
         top, left, height, width = self.box(picture.width, picture.height, generator)
         cropped = pixels.resized_crop(picture.convert("RGB"), top, left, height, width, list(self.size), mode)
-        result: Tensor = pixels.normalize(pixels.to_tensor(cropped), self.mean, self.std, inplace=True)
-        return result
+        return pixels_of(cropped)
 
     def box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """Draw a crop; torchvision's steps, so that equal seeds draw equal crops.

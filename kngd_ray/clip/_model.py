@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 
 from kngd_ray.clip._config import CHECKPOINT_SUFFIXES, EMBEDDED, PRECOMPUTED, RANDOM, ModelConfig
 from kngd_ray.clip._prompts import expand
+from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
 from kngd_ray.errors import ModelError, closest
 
 _MINI_CLIP = Path(__file__).resolve().parents[1] / "assets" / "mini_clip"
@@ -49,6 +50,7 @@ class ClipModel:
         logit_scale: Factor from cosines to logits (the inverse temperature).
         device: Where the towers are; features always come back on the CPU.
         architecture: open_clip's configuration of the towers.
+        pictures: The transform in two parts: to bytes, and from bytes to what the tower takes.
         zero_shot: That its text tower tells classes apart before anything is learned.
     """
 
@@ -70,6 +72,7 @@ class ClipModel:
         self.fingerprint = fingerprint or _fingerprint(network, transform, architecture)
         self._network = network.eval().requires_grad_(False).to(self.device)
         self._transform = transform
+        self.pictures = PictureTransform(transform)
         self._tokenizer = tokenizer
         self.logit_scale = float(self._network.logit_scale.exp())
 
@@ -121,9 +124,12 @@ class ClipModel:
 
         def prepare(batch: Sequence[Image.Image]) -> Tensor:
             # RGB first: resizing a palette picture would interpolate palette indices.
-            return torch.stack([self._transform(image.convert("RGB")) for image in batch])
+            return torch.stack([self.pictures.decoded(image.convert("RGB")) for image in batch])
 
-        return self._encode(images, prepare, self._network.encode_image, batch_size)
+        def encode(pixels: Tensor) -> Tensor:
+            return self._network.encode_image(self.pictures.normalised(pixels))
+
+        return self._encode(images, prepare, encode, batch_size)
 
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Encode texts; what is longer than the context of the text tower is cut off.
@@ -161,20 +167,11 @@ class ClipModel:
     ) -> Tensor:
         features = [torch.empty(0, self.embed_dim)]
         for start in range(0, len(items), batch_size):
-            with torch.inference_mode():
-                batch = prepare(items[start : start + batch_size]).to(self.device)
+            with torch.inference_mode(), tower_products(self.device):
+                batch = sent(prepare(items[start : start + batch_size]), self.device)
                 features.append(tower(batch).float().cpu())
         # Outside inference_mode, whose tensors autograd refuses: these are the inputs of adapters.
         return normalize(torch.cat(features), dim=-1)
-
-
-def best_device() -> str:
-    """Where to compute if nobody says: on this machine's GPU, if there is one.
-
-    Returns:
-        ``cuda`` or ``cpu``.
-    """
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:

@@ -15,6 +15,7 @@ from kngd_ray.clip._head import CLIPHead, check_alpha
 from kngd_ray.clip._model import ClipModel
 from kngd_ray.clip._prompts import expand
 from kngd_ray.clip._towers import choose, recompute
+from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
 from kngd_ray.clip._tuning import TuneOptions
 from kngd_ray.clip.adapters import AdapterConfig
 
@@ -100,6 +101,22 @@ class CLIPNetwork(nn.Module):
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """What turns an RGB picture into the image tower's input (3, H, W) at evaluation."""
         return self._model.transform
+
+    @property
+    def pictures(self) -> PictureTransform:
+        """The same in two parts: to bytes, and from bytes to what the tower takes."""
+        return self._model.pictures
+
+    def received(self, pixels: Tensor) -> Tensor:
+        """Pictures as the image tower takes them, where it is.
+
+        Args:
+            pixels: (m, 3, H, W) bytes, or as the tower takes them; (m, d) embeddings are only moved.
+
+        Returns:
+            (m, 3, H, W) or (m, d).
+        """
+        return self.pictures.normalised(sent(pixels, self.class_embeddings.device))
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
@@ -284,7 +301,8 @@ class CLIPNetwork(nn.Module):
 
     def _unit(self, tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Unit embeddings in full precision by a tower in the precision of the options."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+        half = torch.autocast(x.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
+        with half, tower_products(x.device):
             y = tower(x)
         with torch.autocast(x.device.type, enabled=False):
             return normalize(y.float() if y.dtype in (torch.bfloat16, torch.float16) else y, dim=-1)

@@ -254,7 +254,7 @@ def fit(
         method.load(state)
     refusals = Refusals(steps)
     began = perf_counter()  # a step's time is what it waits for its batch too
-    with loader.batches(task.to(device).sampler, method.head, group, device, start) as batches:
+    with loader.batches(task.to(device).sampler, method.head, group, start) as batches:
         for batch in batches:
             stats, reason = refusals.attempt(method, batch)
             done = batch.step + 1

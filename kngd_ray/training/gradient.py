@@ -1,12 +1,13 @@
 """The gradient baselines: a loss with torch's AdamW or SGD, under DDP where there are ranks."""
 
+from contextlib import nullcontext
 from math import cos, isfinite, pi
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kngd_ray.clip import CLIPNetwork, Head, TuneOptions
+from kngd_ray.clip import CLIPNetwork, Head, TuneOptions, tower_products
 from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
@@ -75,7 +76,9 @@ class GradientDescent:
             )
         self._optimizer.zero_grad()
         # DDP averages gradients over ranks; their sum is meant
-        outputs.backward(gradient * self.group.world_size)
+        towers = tower_products(outputs.device) if isinstance(self.head, CLIPNetwork) else nullcontext()
+        with towers:
+            outputs.backward(gradient * self.group.world_size)
         self._optimizer.step()
         return StepStats(**scores, log_predictive=(-scores["nll"] * batch.total,) if batch.scored else None)
 

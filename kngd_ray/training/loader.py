@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from kngd_ray.clip import CLIPNetwork, Head, RandomResizedCrop
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch, BatchSampler, Support
@@ -17,16 +15,13 @@ _THREADS = 16  # more do not decode faster: the rest of a picture's way is one t
 
 
 @contextmanager
-def batches(
-    sampler: BatchSampler, head: Head, group: Group, device: torch.device | str, start: int
-) -> Iterator[Iterator[Batch]]:
+def batches(sampler: BatchSampler, head: Head, group: Group, start: int) -> Iterator[Iterator[Batch]]:
     """This rank's batches of a fit.
 
     Args:
         sampler: the batches; its shots on the device, as far as they are in memory.
-        head: what they go into.
+        head: what they go into, and where.
         group: the ranks.
-        device: where they go.
         start: steps that were done before.
 
     Yields:
@@ -47,15 +42,21 @@ def batches(
         chosen = sampler.chosen(step, rank, world_size)
         return [(i, augmentation(sampler.seed, chosen.turn, i)) for i in chosen.local.tolist()]
 
+    crop = _augment(head)
     with Prefetcher(
-        shots, plan, steps, head.transform, augment=_augment(head), threads=decoding_threads(world_size)
+        shots,
+        plan,
+        steps,
+        head.pictures.decoded,
+        augment=None if crop is None else crop.crop,
+        threads=decoding_threads(world_size),
     ) as pixels:
 
         def decoded() -> Iterator[Batch]:
             for step, images in zip(steps, pixels, strict=True):
                 chosen = sampler.chosen(step, rank, world_size)
                 labels = shots.labels[chosen.local.to(shots.labels.device)]
-                yield chosen.batch(head.inputs(labels, image=images.to(device)), labels)
+                yield chosen.batch(head.inputs(labels, image=head.received(images)), labels)
 
         yield decoded()
 

@@ -88,11 +88,15 @@ class NetworkPredictor:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             t = self.head.classifier()  # once for all pictures
             # of no pictures, as a fold may hold out, towers take no batch
-            found = [self.head.classify(pixels.to(device), t).cpu() for pixels in self._pixels(inputs) if len(pixels)]
+            found = [
+                self.head.classify(self.head.received(pixels), t).cpu()
+                for pixels in self._pixels(inputs)
+                if len(pixels)
+            ]
         return torch.cat(found) if found else torch.empty(0, len(t), dtype=t.dtype)
 
     def _pixels(self, inputs: Pixels | Tensor) -> Iterator[Tensor]:
-        return iter(inputs.split(_AT_ONCE)) if isinstance(inputs, Tensor) else inputs.pixels(self.head.transform)
+        return iter(inputs.split(_AT_ONCE)) if isinstance(inputs, Tensor) else inputs.pixels(self.head.pictures.decoded)
 
 
 def check_affordable(options: PosteriorOptions) -> None:

@@ -1,13 +1,14 @@
 """What a batch says about the weights: observation models and noise, from a forward pass to whitened rows of H."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kngd_ray.clip import Head
+from kngd_ray.clip import CLIPNetwork, Head, tower_products
 from kngd_ray.filters import GateResiduals, NoGate, NoiseModel, Seen, Whitening
 from kngd_ray.observations import Linearisation, Linearizer, Observation, stack
 from kngd_ray.sharding import Group, Observed, StreamedOutcome
@@ -62,6 +63,7 @@ class Observer:
         self._seed = seed
         self._group = group
         self._like = head.class_embeddings
+        self._towers = isinstance(head, CLIPNetwork)
         self.linearizer = Linearizer(head, head.example(_EXAMPLES))
         self.layers = self.linearizer.layers
         self._rows = [model.rows(self._classes) for model in self._models]
@@ -124,7 +126,8 @@ class Observer:
         R = self.noise_model.covariance(noise, base, channel) * self._passes
         whitening = Whitening(R)
         own = whitening if self._group.world_size == 1 else Whitening(R[batch.own])
-        H = passed.jacobian(own.rows(local.cotangent))
+        with tower_products(self._like.device) if self._towers else nullcontext():
+            H = passed.jacobian(own.rows(local.cotangent))
         whitened = whitening.innovations(nu)
         judged = self._judged(whitened, R, *form) if self._gated else None
         energy = self._energy(passed.logits, batch, whitened[batch.own], R[batch.own])

@@ -173,4 +173,5 @@ def stacked(pictures: Sequence[Tensor], prepare: Prepare) -> Tensor:
     """
     if pictures:
         return torch.stack(list(pictures))
-    return torch.empty(0, *prepare(_BLANK, "a blank picture", (0,)).shape)
+    blank = prepare(_BLANK, "a blank picture", (0,))
+    return blank.new_empty(0, *blank.shape)

@@ -46,7 +46,7 @@ def network(task) -> CLIPNetwork:
 
 
 def batches(task: FitTask, network: CLIPNetwork, group: Group | None = None, start: int = 0) -> list[Batch]:
-    with loader.batches(task.sampler, network, group or SingleProcess(), "cpu", start) as found:
+    with loader.batches(task.sampler, network, group or SingleProcess(), start) as found:
         return list(found)
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import open_shots, prepare
 from kngd_ray.commands.search_file import SearchConfig, save_search
 from kngd_ray.commands.search_records import SearchRecords
-from kngd_ray.commands.session import ray_for
+from kngd_ray.commands.session import ray_for, with_gpus
 from kngd_ray.commands.train import compute_threads, data_name, train
 from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, read_yaml, to_yaml
 from kngd_ray.errors import KngdError, UsageError
@@ -32,6 +33,7 @@ from kngd_ray.search import Driver, SearchStudy, TrialResult, Workload, fit_alon
 from kngd_ray.search.figures import study_figures
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
+from kngd_ray.training.loader import cores
 from kngd_ray.training.options import FitOptions
 
 CHAMPION = "champion.yaml"
@@ -75,7 +77,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             prepared.model.logit_scale,
             prepared.towers(config.tune),
         )
-        with compute_threads(trainer.cpus_per_worker), ExitStack() as lead:
+        with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
             return _Search(search, folder, work, display, lead).run(session.close)
 
 
@@ -177,15 +179,15 @@ class _Search:
             driver = Driver(self._study, self._records.begin, on_end)
             mode = mode_of(self._work, self._search.space)
             try:
+                trainer = with_gpus(trainer)
                 if trainer.num_workers:
                     from kngd_ray.ray_jobs import run_search
 
                     run_search(driver, self._work, trainer, mode, self._folder)
                 else:
-                    together = mode == "batched"
-                    run_here(
-                        driver, self._work, fit_together if together else fit_alone, options.batch if together else 1
-                    )
+                    together, device = mode == "batched", "cuda" if trainer.use_gpu else "cpu"
+                    fitter = partial(fit_together if together else fit_alone, device=device)
+                    run_here(driver, self._work, fitter, options.batch if together else 1)
             finally:
                 self._seconds = time.monotonic() - began
         if driver.problem is not None:

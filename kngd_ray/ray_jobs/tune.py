@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -23,6 +24,7 @@ from ray.tune.search import Searcher
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs.session import gpus_of_cluster
 from kngd_ray.ray_jobs.train import job_fitter
 from kngd_ray.search import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
 
@@ -44,7 +46,7 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
     Args:
         driver: gives the trials.
         work: what they work on.
-        trainer: ranks of each trial's job in the mode ``train``.
+        trainer: ranks of each trial's job in the mode ``train``; and whether a trial has a GPU.
         mode: ``local``, ``batched`` or ``train``.
         folder: of the search, shared by all nodes.
 
@@ -61,8 +63,11 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
             f"search.cpus_per_trial is {each:g}, and no node of the cluster has more than {room:g} CPUs: lower it"
         )
     slots = options.concurrency or max(1, int(cpus / each))
+    on_gpu = trainer.use_gpu is True and mode != "train"  # whose ranks ask for their own
+    if on_gpu:
+        slots = max(1, min(slots, int(gpus_of_cluster())))
     size = -(-options.batch // slots) if mode == "batched" else 1
-    resources: Mapping[str, float] = {"cpu": each}
+    resources: Mapping[str, float] = {"cpu": each, **({"gpu": 1} if on_gpu else {})}
     if mode == "train":
         # No CPU for what only waits: on a machine whose cores the ranks need, it would wait for ever.
         resources = {"cpu": 0, "memory": _SLOT_MEMORY}
@@ -126,7 +131,8 @@ def _wait(tuner: tune.Tuner, driver: Driver) -> None:
 def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mode: str, place: str) -> None:
     """What one of Tune's trials runs."""
     trials: list[Claimed] = [Claimed(**trial) for trial in config["trials"]]
-    fitter: Fitter = fit_together if mode == "batched" else fit_alone
+    device = "cuda" if trainer.use_gpu is True else "cpu"
+    fitter: Fitter = partial(fit_together if mode == "batched" else fit_alone, device=device)
     with (
         TemporaryDirectory(dir=Path(place).parent, prefix=Path(place).name)
         if mode == "train"

@@ -33,23 +33,25 @@ class Fitted:
     sizes: Sequence[int]
 
 
-def fit_alone(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
+def fit_alone(tasks: Sequence[FitTask], *, device: str = "cpu") -> list[Fitted | FilterError]:
     """Run fits one after another.
 
     Args:
         tasks: the fits.
+        device: where to compute.
 
     Returns:
         For each the fit, or the error that ended it.
     """
-    return [_alone(task) for task in tasks]
+    return [_alone(task, device) for task in tasks]
 
 
-def fit_together(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
+def fit_together(tasks: Sequence[FitTask], *, device: str = "cpu") -> list[Fitted | FilterError]:
     """Run fits of one shape together, and others one after another.
 
     Args:
         tasks: the fits.
+        device: where to compute.
 
     Returns:
         For each the fit, or the error that ended it.
@@ -64,9 +66,9 @@ def fit_together(tasks: Sequence[FitTask]) -> list[Fitted | FilterError]:
             some = members[start : start + count]
             chosen = [tasks[n] for n in some]
             if shape is None or len(some) == 1:
-                done |= zip(some, fit_alone(chosen), strict=True)
+                done |= zip(some, fit_alone(chosen, device=device), strict=True)
                 continue
-            for n, outcome in zip(some, batched_fits.fit_together(chosen), strict=True):
+            for n, outcome in zip(some, batched_fits.fit_together(chosen, device=device), strict=True):
                 done[n] = (
                     outcome if isinstance(outcome, FilterError) else _fitted(tasks[n], outcome.method, outcome.records)
                 )
@@ -131,10 +133,10 @@ def _count(task: FitTask) -> int:
     return max(1, min(_TOGETHER, _MEMORY // (2 * covariance_bytes(method.belief.covariance))))
 
 
-def _alone(task: FitTask) -> Fitted | FilterError:
+def _alone(task: FitTask, device: str) -> Fitted | FilterError:
     records: list[StepRecord] = []
     try:
-        return _fitted(task, fit(task, on_step=records.append), records)
+        return _fitted(task, fit(task, device=device, on_step=records.append), records)
     except FilterError as error:
         return error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers.cases import CLASSES
 from helpers.compare import max_error
+from helpers.pretended_device import pretended_device
 from helpers.searching import open_study, workload
 
 from kngd_ray.config import override
@@ -58,6 +60,19 @@ def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
     (at_once,) = judge(PRIORS, work, fitter, at_once=True)
     for one, other in zip(at_once, judged(PRIORS, work), strict=True):
+        for name in BOTH:
+            assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_a_device_gives_the_same(fitter: Fitter) -> None:
+    work = workload(objective=BOTH)
+    expected = judged(PRIORS, work, fitter)
+    with pretended_device() as machine:
+        found = judged(PRIORS, work, partial(fitter, device=machine.device))
+        assert machine.counts.kernels.total() > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.reason is None
         for name in BOTH:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
 

@@ -80,7 +80,7 @@ class _NetworkTransfer(NetworkPredictor):
         if network.text_trained:  # once for all pictures, but for every draw of the weights
             t = network.classifier_for(self._names, self._templates)
         with torch.no_grad(), torch.autocast(t.device.type, enabled=False):
-            found = [self._over(network.encode(pixels.to(t.device)), t).cpu() for pixels in self._pixels(inputs)]
+            found = [self._over(network.encode(network.received(pixels)), t).cpu() for pixels in self._pixels(inputs)]
         return torch.cat(found)
 
 

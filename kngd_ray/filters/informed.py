@@ -161,13 +161,14 @@ def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, 
     if constant:
         vectors = [pad(e, (0, 1)) for e in vectors]
         if len(x) <= _FEW:
-            # A^-1 holds [c, 1] [c, 1]^T / (bias r^2), of the offset c
+            # A^-1 holds [c, 1] [c, 1]^T / (bias r^2), of the offset c; without a bias it is singular there
             c = -precision @ A[:-1, -1]
-            free = 1 / (A[-1, -1] - c @ metric @ c)
-            rest = torch.arange(len(x), device=x.device)
-            without = torch.stack([common_offset(features[rest != n], reach) if len(x) > 1 else c for n in rest])
-            vectors += [pad(offsets, (0, 1), value=1.0) for offsets in (c.expand_as(without), without)]
-            weights += [-free.expand(len(x)), free.expand(len(x))]
+            bias = A[-1, -1] - c @ metric @ c
+            if bias > torch.finfo(torch.float32).eps * A[-1, -1]:
+                rest = torch.arange(len(x), device=x.device)
+                without = torch.stack([common_offset(features[rest != n], reach) if len(x) > 1 else c for n in rest])
+                vectors += [pad(offsets, (0, 1), value=1.0) for offsets in (c.expand_as(without), without)]
+                weights += [-(1 / bias).expand(len(x)), (1 / bias).expand(len(x))]
     if not vectors:
         return PriorWithout.unchanged(x)
     return PriorWithout(torch.stack(vectors, 1), torch.stack(weights, 1))

@@ -210,7 +210,9 @@ def mode(
             most = torch.stack([rise.amax(), reach.amax().double(), unsolved.amax().double()]).tolist()
             if most[0] <= 0:
                 logits, U, log_p, cost, distance = there, far, there_log_p, there_cost, there_distance
-                settled = most[1] <= tolerance and not halved
+                # a direction that was cut short says nothing of how far the mode is
+                whole = most[2] <= 0 or products == _PRODUCTS
+                settled = most[1] <= tolerance and not halved and whole
                 break
             size = torch.where(rise.view(F, 1, 1) <= 0, size, size / 2)
         else:  # of some nothing goes down any more: what is left of them is rounding, and they stay

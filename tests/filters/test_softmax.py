@@ -5,10 +5,11 @@ from math import log, pi
 import pytest
 import torch
 from helpers.compare import max_error
+from helpers.pretended_device import pretended_device
 from torch.nn.functional import cross_entropy, one_hot
 
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Classified, HeldOut, condition_softmax
+from kngd_ray.filters import Classified, HeldOut, condition_softmax, newton
 from kngd_ray.filters.newton import Whitened
 from kngd_ray.filters.softmax import nearest_product
 
@@ -189,3 +190,22 @@ def test_each_label_is_more_likely_than_before():
     residual = one_hot(seen.labels, ROWS).double() - after.softmax(1)
     expected = SCALE * residual.mT @ seen.x @ covariance(COLUMNS, 2)
     assert max_error(found.step, expected) < 1e-5
+
+
+def test_a_direction_that_was_cut_short_is_no_sign_of_having_arrived(monkeypatch):
+    """On a device, where products are few to begin with, and nobody looks whether they were enough."""
+    monkeypatch.setattr(newton, "_UNREAD", 1)
+    g, (N, C, d) = rng(1), (60, 20, 40)
+    x = torch.randn(N, d, dtype=torch.float64, generator=g) / d**0.5
+    logits = 3 * torch.randn(N, C, dtype=torch.float64, generator=g)
+    seen = Classified(x, logits, torch.randint(C, (N,), generator=g), 20.0)
+    problem = seen.problem(whitened(seen, covariance(d, 2)).Z)
+    one = torch.ones((), dtype=torch.float64)
+    expected = newton.mode(problem, newton.RowRoot(one), tolerance=1e-9, linearisations=100).log_p
+    with pretended_device() as machine:
+        parts = (problem.Z, problem.logits, problem.labels, problem.counts)
+        there = newton.Problem(*(part.to(machine.device) for part in parts))
+        found = newton.mode(there, newton.RowRoot(one.to(machine.device)), tolerance=0.3, linearisations=100)
+        log_p = found.log_p.cpu()
+    assert found.settled
+    assert float((log_p - expected).abs().max()) < 0.01

@@ -321,6 +321,16 @@ def test_a_posterior_gives_up_a_shot_as_a_fit_without_it_would(shots, inside):
     assert Novelty.of(found) == calibrate_and_compare(task, load_config().posterior, fitted=fit(task).state())[1]
 
 
+def test_without_a_bias_a_posterior_gives_up_its_shots_too():
+    """The prior is singular there, and says nothing of how the offset would move."""
+    task = in_both(2, "filter.covariance.bias=0", *FIXED)[1]
+    found = variance_left_out(task, fitted=fit(task).state())
+    seen = total_variance(predictor_of(fit(task), LINEARISED), task.support.features)
+    assert bool(found.isfinite().all())
+    assert bool((found > seen).all())
+    assert float((found / seen).max()) < 20
+
+
 def test_what_shots_decided_is_kept_with_the_fit():
     """And need not be decided again, where the fit goes on or is calibrated."""
     task = in_both(3)[1]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kngd_ray import KalmanCLIP
 from kngd_ray.config import load_config
-from kngd_ray.errors import CheckpointError, DataError, UsageError
+from kngd_ray.errors import CheckpointError, DataError, InputError, UsageError
 from kngd_ray.estimator import NotFittedError
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import nested
@@ -55,6 +55,12 @@ def test_three_lines(fitted, tests) -> None:
     assert fitted.score(*tests) >= 0.75
     assert np.array_equal(fitted.predict_proba(tests[0]), p)
     assert fitted.predict_proba([]).shape == (0, 3)
+
+
+def test_a_gpu_that_is_not_there_is_refused(train, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"device is 'cuda:1' and this machine has no usable GPU: leave it out\."):
+        KalmanCLIP(device="cuda:1", settings=QUICK).fit(*train)
 
 
 def test_unlike(fitted, train, tests) -> None:

@@ -342,7 +342,11 @@ class KalmanCLIP(Parameters):
 
     @property
     def _device(self) -> str:
-        return best_device() if self.device is None else self.device
+        if self.device is None:
+            return best_device()
+        if self.device.startswith("cuda") and best_device() == "cpu":
+            raise InputError(f"device is {self.device!r} and this machine has no usable GPU: leave it out.")
+        return self.device
 
     @property
     def _inputs(self) -> Inputs:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import Factors, Jacobian, Layer, Rows
 from kngd_ray.sharding import Group, Ownership, exchange
-from kngd_ray.training.batches import BatchSampler
+from kngd_ray.training.batches import Batch, BatchSampler
 from kngd_ray.training.fit import begin
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.kalman import KalmanNGD
@@ -120,11 +120,7 @@ def run_refused(group: Group, family: str) -> Outcome:
     batch = sampler.batch(1, group.rank, group.world_size)
     if group.rank == group.world_size - 1:
         batch.inputs[-1] = float("nan")  # a copy: batches are gathered from the support
-    try:
-        method.step(batch)
-        refused = ""
-    except FilterError as error:
-        refused = str(error)
+    refused = _refusal(method, batch)
     after = _snapshot(method)
     method.step(sampler.batch(2, group.rank, group.world_size))
     return {
@@ -133,6 +129,15 @@ def run_refused(group: Group, family: str) -> Outcome:
         "mu": method.belief.mu,
         "noise": method.noise,
     }
+
+
+def _refusal(method: KalmanNGD, batch: Batch) -> str:
+    """Why a step was refused; nothing if it was taken."""
+    try:
+        method.step(batch)
+    except FilterError as error:
+        return str(error)
+    return ""
 
 
 def run_failed(group: Group, family: str, function: str, names: dict[str, Any]) -> Outcome:
@@ -145,11 +150,7 @@ def run_failed(group: Group, family: str, function: str, names: dict[str, Any]) 
     owners = [rank for rank, parts in enumerate(method.posterior.filter.ownership.parts) if parts]
     if group.rank == owners[-1]:
         method.posterior.filter.family = FailsToFactor(method.family, function, calls=names.get("iterations", 1) - 1)
-    try:
-        method.step(sampler.batch(1, group.rank, group.world_size))
-        refused = ""
-    except FilterError as error:
-        refused = str(error)
+    refused = _refusal(method, sampler.batch(1, group.rank, group.world_size))
     after = _snapshot(method)
     method.step(sampler.batch(2, group.rank, group.world_size))
     return {

@@ -6,7 +6,7 @@ from threading import Event
 from typing import TypedDict
 
 from kngd_ray.errors import KngdError
-from kngd_ray.search.objective import Fitter, GateResiduals, Workload, judge
+from kngd_ray.search.objective import Fitter, Judged, Workload, judge
 from kngd_ray.search.study import Claimed, SearchStudy, TrialResult
 
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -20,7 +20,7 @@ class Report(TypedDict):
     reason: str | None
 
 
-def report_of(judged: GateResiduals) -> Report:
+def report_of(judged: Judged) -> Report:
     """The plain form of what is known of a trial."""
     return Report(scores=judged.scores, figures=judged.figures, reason=judged.reason)
 
@@ -113,7 +113,7 @@ class Driver:
                 self._ended(self.study.fail(trial.number, reason))
 
     def _take_in(self, number: int, report: Report) -> None:
-        judged = GateResiduals(report["scores"], report["figures"], report["reason"])
+        judged = Judged(report["scores"], report["figures"], report["reason"])
         if judged.reason is not None:
             self._ended(self.study.fail(number, judged.reason))
             return

@@ -53,7 +53,7 @@ class Workload:
 
 
 @dataclass
-class GateResiduals:
+class Judged:
     """What is known of a trial.
 
     Attributes:
@@ -79,7 +79,7 @@ class GateResiduals:
 
 def judge(
     trials: Sequence[Settings], work: Workload, fitter: Fitter, *, at_once: bool = False
-) -> Iterator[list[GateResiduals]]:
+) -> Iterator[list[Judged]]:
     """Judge trials on one support set after another, or on all at once.
 
     Args:
@@ -92,7 +92,7 @@ def judge(
         What is known of each trial after each support set, or after all. A trial that fails is not fitted again; when
         all have, there is no more to say.
     """
-    judged = [GateResiduals() for _ in trials]
+    judged = [Judged() for _ in trials]
     configs: list[Config | None] = [None] * len(trials)
     for n, settings in enumerate(trials):
         try:

@@ -28,7 +28,7 @@ from kngd_ray.search import (
     run_here,
 )
 from kngd_ray.search.driver import Report
-from kngd_ray.search.objective import GateResiduals
+from kngd_ray.search.objective import Judged
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate
 from kngd_ray.training.fit import FitTask, Towers
@@ -37,7 +37,7 @@ BOTH = ("evidence", "held_out_nll", "held_out_accuracy")
 PRIORS = [{"filter.p0": 0.01 * 3**n, "noise.process.q": 1e-4 * n, "observation.0.r0": 0.5 + n} for n in range(5)]
 
 
-def judged(trials: Sequence[dict], work: Workload, fitter: Fitter = fit_alone) -> list[GateResiduals]:
+def judged(trials: Sequence[dict], work: Workload, fitter: Fitter = fit_alone) -> list[Judged]:
     *_, last = judge(trials, work, fitter)
     return last
 

@@ -19,7 +19,7 @@ TIE = 1e-12
 LEVEL = 0.95
 
 _BETTER = {
-    **dict.fromkeys(("accuracy", "auroc", "evidence"), 1),
+    **dict.fromkeys(("accuracy", "auroc", "evidence", "log_posterior"), 1),
     **dict.fromkeys(("nll", "ece", "brier", "aurc", "fit_s", "step_ms", "refused", "bytes_per_step"), -1),
     "covariance_bytes": -1,
 }

@@ -130,7 +130,7 @@ def symmetric(P: Tensor) -> Tensor:
     Returns:
         (..., n, n) symmetric to the last bit.
     """
-    # transposed in one go, so that the sum runs over memory in order, and written over: large new tensors cost page faults
+    # transposed in one go: the sum runs over memory in order, and over the copy, as large new tensors cost page faults
     return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5)
 
 

@@ -130,6 +130,29 @@ def test_the_default_is_judged_by_the_same_objectives(fitter: Fitter) -> None:
     assert few.objective != many.objective
 
 
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_log_posterior_is_the_held_out_log_probability_and_the_prior_of_the_settings(fitter: Fitter) -> None:
+    space = parse_space({"filter.p0": {"low": 1e-3, "high": 3.0, "log": True, "median": 0.1, "spread": 1.0}})
+    work = replace(workload(objective=("log_posterior",)), space=space)
+    priors = [{"filter.p0": 0.1}, {"filter.p0": 0.3}]
+    for prior, found in zip(priors, judged(priors, work, fitter), strict=True):
+        for n, seed in enumerate(work.search.seeds):
+            expected = space.log_prior(prior) / len(work.shots[seed]) - found.figures["held_out_nll"][n]
+            assert found.scores["log_posterior"][n] == pytest.approx(expected, abs=1e-12)
+
+
+def test_single_shots_say_nothing_so_that_the_prior_decides() -> None:
+    space = parse_space({"filter.p0": {"low": 1e-3, "high": 3.0, "log": True, "median": 0.1, "spread": 1.0}})
+    work = replace(workload(objective=("log_posterior",)), space=space)
+    firsts = {
+        seed: shots.subset(torch.tensor([int((shots.labels == c).nonzero()[0]) for c in shots.labels.unique()]))
+        for seed, shots in work.shots.items()
+    }
+    median, wide = judged([{"filter.p0": 0.1}, {"filter.p0": 3.0}], replace(work, shots=firsts))
+    assert median.objective["log_posterior"] == 0
+    assert wide.objective["log_posterior"] < 0
+
+
 def test_gradient_methods_are_judged_by_held_out_shots() -> None:
     work = workload("method=adamw", objective=("held_out_nll", "held_out_accuracy"))
     slow, fast = judged([{"optimizer.lr": 1e-6}, {"optimizer.lr": 1e-2}], work)
@@ -176,7 +199,7 @@ def test_a_workload_has_no_test_pictures() -> None:
     work = workload(objective=BOTH)
     sizes = [len(tensor) for tensor in tensors(work)]
     assert sorted(sizes) == sorted([16, 16, 16, 16, CLASSES])
-    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers"}
+    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers", "space"}
     assert {f.name for f in fields(Workload)} == allowed
     assert {f.name for f in fields(Towers)} == {"model", "class_names", "templates"}
     assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}

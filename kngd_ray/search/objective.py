@@ -17,7 +17,7 @@ from kngd_ray.search.fitting import Fitted, evidence
 from kngd_ray.search.options import SearchOptions
 from kngd_ray.search.space import Space, Value
 from kngd_ray.training.batches import Shots
-from kngd_ray.training.calibration import calibration_of, held_out_tasks
+from kngd_ray.training.calibration import calibration_of, decided_task, held_out_tasks
 from kngd_ray.training.fit import FitTask, Towers
 from kngd_ray.training.folds import single
 
@@ -131,7 +131,7 @@ def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[Fi
     if "evidence" in search.objective:
         plan.append((_prequential(task), None))
     if search.cross_validated:
-        plan += held_out_tasks(task, config.posterior.folds)
+        plan += held_out_tasks(decided_task(task), config.posterior.folds)
     return plan
 
 

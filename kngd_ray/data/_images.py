@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
 from kngd_ray.data._folder import is_picture, scan_folder
 from kngd_ray.data._parquet import parquet_below, scan_parquet
-from kngd_ray.data._source import Ints, Keys, Rows, Source, listing, missing_path
+from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing, missing_path
 from kngd_ray.data._splits import count_copies, settle_splits
 from kngd_ray.data._walk import walk
 from kngd_ray.errors import DataError
@@ -92,13 +92,16 @@ class ImageSet:
             yield int(wanted[np.searchsorted(rows, row)]), data
 
 
-def open_images(config: DataConfig, *, test_fraction: float | None = None, features: bool = False) -> ImageSet:
+def open_images(
+    config: DataConfig, *, test_fraction: float | None = None, features: bool = False, absent: bool = False
+) -> ImageSet:
     """Index a data set, reading every picture or feature once for its hash.
 
     Args:
         config: its path, class list and test fraction.
         test_fraction: part held out where the data states no split, 1 for all; None is the configuration's.
         features: learn from the column `features`, not from pictures.
+        absent: whether the configuration may name classes that the data lacks.
 
     Returns:
         Pictures of the selected classes, in the order of the files.
@@ -110,7 +113,7 @@ def open_images(config: DataConfig, *, test_fraction: float | None = None, featu
     if not rows.keys:
         content = "features" if features else "pictures"
         raise DataError(f"{_shown(config.path)} has no rows: name a data set with {content} in data.path")
-    labels, class_names, all_names = resolve_classes(rows, config.classes)
+    labels, class_names, all_names = resolve_classes(rows, config.classes, absent=absent)
     fraction = config.test_fraction if test_fraction is None else test_fraction
     keys, domains = np.array(rows.keys, "S64"), np.array(rows.domains, np.str_)
     sides, sentence = settle_splits(rows, labels, domains, keys, config.val, fraction)
@@ -126,6 +129,34 @@ def open_images(config: DataConfig, *, test_fraction: float | None = None, featu
         all_names=all_names,
         notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept])),
     )
+
+
+def arrange(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """Number the classes of a data set as another numbers them, by their names.
+
+    Args:
+        images: the data set; it may lack classes, and have them in another order.
+        class_names: names of all classes in order of their labels.
+
+    Returns:
+        The same pictures.
+
+    Raises:
+        DataError: when it has pictures of other classes, or none.
+    """
+    number = {name: n for n, name in enumerate(class_names)}
+    present = [name for n, name in enumerate(images.class_names) if (images.labels == n).any()]
+    unknown = [name for name in present if name not in number]
+    if not present or unknown:
+        others = listing([repr(name) for name in unknown], 8) if unknown else "no pictures of them"
+        known = [name for name in present if name in number]
+        way = f": leave them out with data.classes=[{','.join(known)}]" if known else ", and none that it knows"
+        raise DataError(
+            f"the fit knows the classes {listing(class_names)}, and the data has {others}"
+            f"{hint(unknown[0], class_names) if unknown else ''}{way if unknown else ''}"
+        )
+    labels = np.array([number.get(name, -1) for name in images.class_names], np.int64)[images.labels]
+    return replace(images, labels=labels, class_names=tuple(class_names))
 
 
 def _scan(config: DataConfig, features: bool) -> Rows:

@@ -21,9 +21,9 @@ photo photos photograph photographs photography sketch sketches cartoon cartoons
 paintings drawing drawings clipart infograph infographic quickdraw real world realworld product products synthetic syn
 sim simulated simulation simulator render rendered renders renderings generated natural web webcam dslr amazon caltech
 labelme sun voc pascal mnist mnistm svhn usps imagenet coco comic comics anime watercolor watercolour graffiti
-sculpture embroidery rgb infrared ir nir thermal noto twemoji openmoji fluent emoji domain source target style site hospital
-clinic center centre location loc city country lab field studio indoor indoors outdoor outdoors scanner camera cam sensor device
-phone
+sculpture embroidery rgb infrared ir nir thermal noto twemoji openmoji fluent emoji domain source target style site
+hospital clinic center centre location loc city country lab field studio indoor indoors outdoor outdoors scanner
+camera cam sensor device phone
 """
 ORIGINS = frozenset(_ORIGINS.split())
 """How pictures came about, or where they are from: words for domains."""

@@ -138,6 +138,7 @@ def measure(args: argparse.Namespace) -> None:
     overrides = ["preset=kalman_diagonal", f"data.path={args.data}", f"data.shots={args.shots}", "seeds=0,1,2"]
     if args.domain:
         overrides.append(f"data.train_domain={args.domain}")
+    overrides.append("data.draw=first")  # as in the results that are kept
     search = load_search(SEARCH, overrides)
     prepared = prepare(open_task(search.config))
     began = time.monotonic()

@@ -252,6 +252,7 @@ def main() -> None:
         f"data.path={options.data}",
         f"data.train_domain={options.domain}",
         f"data.shots={options.shots}",
+        "data.draw=first",  # as in the results that are kept
     ]
     prepared = prepare(open_task(load_config(overrides=overrides)))
     columns = (

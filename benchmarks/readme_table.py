@@ -46,6 +46,7 @@ def main() -> None:
                 f"data.path={options.data}",
                 f"data.train_domain={options.domain or 'null'}",
                 f"data.shots={options.shots}",
+                "data.draw=first",  # as in the results that are kept
                 "trainer.num_workers=0",
                 f"trainer.storage_path={folder}",
                 "tracking.enabled=false",

@@ -115,6 +115,7 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
     settings, knob, values = METHODS[job["method"]]
     data = [f"data.path={job['data']}", f"data.shots={job['shots']}", f"seeds={job['seed']}", "trainer.num_workers=0"]
     data += [f"data.train_domain={job['domain']}"] if job["domain"] else []
+    data.append("data.draw=first")  # as in the results that are kept
     config = load_config(overrides=[*settings, *data])
     if job["epochs"] and config.tune.images:
         config = replace(config, epochs=job["epochs"])

@@ -171,7 +171,7 @@ class Config(FitOptions):
 
 
 def load_config(
-    file: Path | Mapping[str, Any] | Sequence[Path] | None = None,
+    file: Path | Mapping[str, Any] | Sequence[Path | Mapping[str, Any]] | None = None,
     overrides: Sequence[str] = (),
     *,
     forced: Mapping[str, Any] | None = None,

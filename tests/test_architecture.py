@@ -189,6 +189,7 @@ PUBLIC = {
         "ImageSet",
         "PictureFile",
         "Split",
+        "arrange",
         "content_key",
         "decode",
         "encode_batch",

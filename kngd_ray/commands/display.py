@@ -46,7 +46,7 @@ class Display:
 
     def note(self, text: str | None) -> None:
         """The same, if there is something to say."""
-        if text is not None:
+        if text:
             self.say(text)
 
     @contextmanager

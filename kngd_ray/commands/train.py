@@ -82,6 +82,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     task = open_task(config)
     display.note(task.note)
     unseen = open_protocol(config, task)
+    for target in unseen if config.protocol == "cdg" else ():
+        display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)

@@ -22,7 +22,7 @@ from kngd_ray.data._encode import (
     read_batches,
 )
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
-from kngd_ray.data._images import ImageSet, open_images
+from kngd_ray.data._images import ImageSet, arrange, open_images
 from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
@@ -41,6 +41,7 @@ __all__ = [
     "ImageSet",
     "PictureFile",
     "Split",
+    "arrange",
     "content_key",
     "decode",
     "encode_batch",

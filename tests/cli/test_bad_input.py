@@ -247,12 +247,6 @@ def test_locked_by_another_process(command) -> None:
     assert command("train", "--resume", command.run("busy")).code == 0, "the lock goes with its process"
 
 
-def test_evaluate_on_other_classes(command) -> None:
-    command.train("trainer.name=e", "epochs=1")
-    outcome = command("evaluate", command.run("e"), "data.classes=flower,bird")
-    refused(outcome, FAILED, "belongs to another task", "class_names", "flower")
-
-
 def test_evaluate_refuses_what_it_would_ignore(command) -> None:
     command.train("trainer.name=e", "epochs=1")
     refused(command("evaluate", command.run("e"), "posterior.draws=8"), USAGE, "leave out posterior.draws")

@@ -6,21 +6,25 @@ Three layouts are told apart by depth, and the two deeper ones by the names of t
     root/<train|test|val>/<class>/x.png    every top folder is a split; val and validation count as test
     root/<domain>/<class>/x.png            no top folder is a split
 
-Hidden files and files that are no pictures by their suffix are passed over. Nothing outside the
+Hidden files and files that are no pictures by their suffix are passed over, the latter counted. Nothing outside the
 root is ever read: a symbolic link that leads out of it is refused.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kngd_ray.data._decode import SUFFIXES
+from kngd_ray.data._passed_over import check_passed_over
 from kngd_ray.data._source import DEFAULT_DOMAIN, SPLITS, Ints, Rows, content_key, read_picture
 from kngd_ray.errors import DataError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LAYOUTS = "class/picture, train/class/picture and test/class/picture, or domain/class/picture"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def scan_folder(root: Path) -> Rows:
         mixed = ", ".join(sorted(tops - splits)) or "pictures without class folders"
         raise DataError(f"{root} mixes {', '.join(sorted(splits))} with {mixed}: lay it out as {LAYOUTS}")
     classes = [part[-1] for part in parts]
+    for sentence in check_passed_over(root, files, classes):
+        log.warning("%s: %s", root, sentence)
     return Rows(
         source=PictureFiles(tuple(str(file) for file in files)),
         labels=classes,

@@ -30,8 +30,8 @@ _OTHER_PICTURES = {
 def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[str]) -> tuple[str, ...]:
     """Count what is not read of a data set's folder.
 
-    Files that are no pictures by their suffix (text, tables, settings) do not count against a class, nor does one beside
-    a picture of the same name, as its annotation or raw original.
+    Files that are no pictures by their suffix (text, tables, settings) do not count against a class, nor do
+    those beside a picture of the same name, as its annotation or raw original.
 
     Args:
         root: the folder.

@@ -208,7 +208,9 @@ def _keep(found: Row, path: Path) -> None:
 
 def _line(problem: Mapping[str, Any]) -> str:
     ood = f"{100 * problem['ood_accuracy_gain']:+.1f}" if "ood_accuracy_gain" in problem else ""
-    name = " ".join(str(problem[key]) for key in ("data", "domain")) + ("" if problem["case"] == "plain" else f", {problem['case']}")
+    name = " ".join(str(problem[key]) for key in ("data", "domain")) + (
+        "" if problem["case"] == "plain" else f", {problem['case']}"
+    )
     return (
         f"| {name} | {problem['group']} | {problem['classes']} | {problem['shots']} "
         f"| {problem['spearman_nll']:.2f} / {problem['spearman_nll_better_half']:.2f} "
@@ -221,8 +223,8 @@ def _line(problem: Mapping[str, Any]) -> str:
 def table(problems: Sequence[Mapping[str, Any]]) -> str:
     """All problems, and what they come to, as Markdown."""
     head = (
-        "| data | group | classes | shots | Spearman with NLL: all / better half | with accuracy | regret against preset "
-        "| against best | ID accuracy | OOD accuracy |"
+        "| data | group | classes | shots | Spearman with NLL: all / better half | with accuracy | regret against "
+        "preset | against best | ID accuracy | OOD accuracy |"
     )
     lines = [head, "|---" * 10 + "|", *map(_line, problems)]
     several = [one for one in problems if one["shots"] > 1]

@@ -30,6 +30,10 @@ class DataError(KngdError):
     """A data set, picture, class list or feature cannot be used."""
 
 
+class BadImage(DataError):  # noqa: N818 - the name says it
+    """A picture cannot be decoded."""
+
+
 class ModelError(KngdError):
     """A CLIP model or its checkpoint cannot be loaded."""
 

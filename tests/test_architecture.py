@@ -35,7 +35,7 @@ LAYERS = (
     "commands",
     "cli",
 )
-SHARED = {"config", "_layered", "_vectors", "_yaml", "errors", "storage", "__init__"}
+SHARED = {"config", "_layered", "_rgb", "_vectors", "_yaml", "errors", "storage", "__init__"}
 STANDARD_ONLY = ("errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
@@ -178,6 +178,7 @@ PUBLIC = {
     ],
     "kngd_ray.data": [
         "EMBEDDED",
+        "SUFFIXES",
         "BadImage",
         "DataConfig",
         "EncodedBatch",
@@ -190,6 +191,7 @@ PUBLIC = {
         "PictureFile",
         "Split",
         "arrange",
+        "by_suffix",
         "content_key",
         "decode",
         "encode_batch",
@@ -197,12 +199,14 @@ PUBLIC = {
         "fill_cache",
         "halves",
         "open_images",
+        "picture_of",
         "read_batches",
         "read_features",
         "restrict",
         "sample_shots",
         "select",
         "select_tests",
+        "unread",
         "write_features",
     ],
     "kngd_ray.tracking": [

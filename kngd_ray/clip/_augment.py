@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kngd_ray._rgb import to_rgb
 from kngd_ray.clip._transfer import normalised, pixels_of
 
 _TRIES = 10
@@ -104,7 +105,7 @@ class RandomResizedCrop:
 
         mode = pixels.InterpolationMode(_MODES[self.interpolation])
         top, left, height, width = self.box(picture.width, picture.height, generator)
-        cropped = pixels.resized_crop(picture.convert("RGB"), top, left, height, width, list(self.size), mode)
+        cropped = pixels.resized_crop(to_rgb(picture), top, left, height, width, list(self.size), mode)
         return pixels_of(cropped)
 
     def box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:

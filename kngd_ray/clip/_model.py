@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kngd_ray._rgb import to_rgb
 from kngd_ray.clip._config import CHECKPOINT_SUFFIXES, EMBEDDED, PRECOMPUTED, RANDOM, ModelConfig
 from kngd_ray.clip._prompts import expand
 from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
@@ -124,7 +125,7 @@ class ClipModel:
 
         def prepare(batch: Sequence[Image.Image]) -> Tensor:
             # RGB first: resizing a palette picture would interpolate palette indices.
-            return torch.stack([self.pictures.decoded(image.convert("RGB")) for image in batch])
+            return torch.stack([self.pictures.decoded(to_rgb(image)) for image in batch])
 
         def encode(pixels: Tensor) -> Tensor:
             return self._network.encode_image(self.pictures.normalised(pixels))

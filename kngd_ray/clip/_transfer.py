@@ -8,12 +8,18 @@ is ::
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from kngd_ray.errors import DataError
+
+LONGEST = 32
+"""Short sides of a picture that are resized along its long one: what lies beyond is cropped off anyway."""
 
 
 class PictureTransform:
@@ -30,13 +36,25 @@ class PictureTransform:
         # a second of import, which only pictures are to wait for
         from torchvision.transforms import Compose, Normalize, ToTensor  # type: ignore[import-untyped]
 
-        self._whole = transform
+        self._transform = transform
+        self._longest, self._pads = _sides(transform)
         self._steps: Sequence[Any] | None = None
         self._mean = self._std = torch.zeros(0)
         steps = list(transform.transforms) if isinstance(transform, Compose) else []
         if len(steps) > 1 and isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize):
             self._steps = steps[:-2]
             self._mean, self._std = (torch.tensor(numbers) for numbers in (steps[-1].mean, steps[-1].std))
+
+    def whole(self, picture: Image.Image) -> Tensor:
+        """Both parts of one picture.
+
+        Args:
+            picture: in RGB.
+
+        Returns:
+            (3, H, W) float32, as the tower takes it.
+        """
+        return self._transform(self._bounded(picture))
 
     def decoded(self, picture: Image.Image) -> Tensor:
         """A picture before it is normalised.
@@ -48,7 +66,8 @@ class PictureTransform:
             (3, H, W) uint8; of a transform that stays whole float32, as the tower takes it.
         """
         if self._steps is None:
-            return self._whole(picture)
+            return self.whole(picture)
+        picture = self._bounded(picture)
         for step in self._steps:
             picture = step(picture)
         return pixels_of(picture)
@@ -63,6 +82,46 @@ class PictureTransform:
             (m, 3, H, W) float32; what is not bytes as it is.
         """
         return pixels if pixels.dtype != torch.uint8 else normalised(pixels, self._mean, self._std)
+
+    def _bounded(self, picture: Image.Image) -> Image.Image:
+        """Cut the ends off a picture so long that its resized copy would be far larger than what is kept of it.
+
+        Raises:
+            DataError: the picture is to be seen as a whole, and would have no height or width left.
+        """
+        short, long = sorted(picture.size)
+        if self._pads and long > self._pads * short:
+            raise DataError(
+                f"a picture of {picture.width} x {picture.height} pixels is too long for a model that takes pictures "
+                "whole: crop it"
+            )
+        if not self._longest or long <= self._longest * short:
+            return picture
+        # as far from the middle on both sides as the picture itself, or all that is kept would move by half a pixel
+        kept = self._longest * short + (long - self._longest * short) % 2
+        start = (long - kept) // 2
+        along = picture.width == long
+        return picture.crop((start, 0, start + kept, short) if along else (0, start, short, start + kept))
+
+
+def _sides(transform: Callable[[Image.Image], Tensor]) -> tuple[int, int]:
+    """How long pictures may be that a transform resizes, in short sides, or 0 for any.
+
+    Returns:
+        The bound where the short side is brought to a size and the middle cropped out; and that where the long side is,
+        beyond which nothing is left of the short one.
+    """
+    from open_clip.transform import ResizeKeepRatio
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    steps = list(transform.transforms) if isinstance(transform, Compose) else []
+    for step, following in pairwise(steps):
+        if isinstance(step, ResizeKeepRatio) and step.longest == 1:
+            return 0, min(step.size)
+        by_short = (isinstance(step, Resize) and isinstance(step.size, int)) or isinstance(step, ResizeKeepRatio)
+        if by_short and isinstance(following, CenterCrop):
+            return LONGEST, 0
+    return 0, 0
 
 
 def pixels_of(picture: Image.Image) -> Tensor:

@@ -1,6 +1,7 @@
 """``kngd-ray predict``: class, probability and uncertainty of picture files, or of features in parquet files."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from kngd_ray.commands.display import Display
 from kngd_ray.commands.gallery import MARK, Card, gallery
 from kngd_ray.commands.pages import check_place
 from kngd_ray.commands.run_folder import find_fit
-from kngd_ray.data import BadImage, decode, read_features
+from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.storage import write_text
 from kngd_ray.training.classifier import Classifier
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _FEATURES = ".parquet"
 _BATCH = 64  # decoded pictures held at once
 
@@ -70,6 +70,8 @@ def predict(
             rows.append({"image": name, **said})
             if html is not None:
                 cards.append(Card.of(rows[-1], picture))
+    if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
+        display.say(f"passed over for their suffix: {by_suffix(passed)}")
     if left_out:
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {left_out[0]}")
     if not rows:
@@ -136,7 +138,7 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
         found = []
         for place, folders, files in os.walk(path, onerror=refuse):
             folders[:] = [folder for folder in folders if not folder.startswith(".")]
-            found += [Path(place, file) for file in files if Path(file).suffix.lower() in _SUFFIXES and file[0] != "."]
+            found += [Path(place, file) for file in files if Path(file).suffix.lower() in SUFFIXES and file[0] != "."]
         yield from ((file, False) for file in sorted(found))
 
 
@@ -150,7 +152,7 @@ def _open(path: Path, named: bool) -> Image.Image | None:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
-        return decode(path.read_bytes(), str(path))
+        return decode(path.read_bytes(), str(path), "name others, or the folder that it is in")
     except BadImage:
         if named:
             raise

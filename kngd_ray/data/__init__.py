@@ -11,7 +11,7 @@ pictures = PictureFile.write("pictures.arrow", images, split.support)    # read 
 
 from kngd_ray.data._cache import FeatureCache
 from kngd_ray.data._config import EMBEDDED, DataConfig
-from kngd_ray.data._decode import BadImage, decode
+from kngd_ray.data._decode import SUFFIXES, decode, picture_of
 from kngd_ray.data._encode import (
     EncodedBatch,
     EncodedStream,
@@ -23,13 +23,16 @@ from kngd_ray.data._encode import (
 )
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
 from kngd_ray.data._images import ImageSet, arrange, open_images
+from kngd_ray.data._passed_over import by_suffix, unread
 from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
 from kngd_ray.data._source import content_key
 from kngd_ray.data._write import write_features
+from kngd_ray.errors import BadImage
 
 __all__ = [
     "EMBEDDED",
+    "SUFFIXES",
     "BadImage",
     "DataConfig",
     "EncodedBatch",
@@ -42,6 +45,7 @@ __all__ = [
     "PictureFile",
     "Split",
     "arrange",
+    "by_suffix",
     "content_key",
     "decode",
     "encode_batch",
@@ -49,11 +53,13 @@ __all__ = [
     "fill_cache",
     "halves",
     "open_images",
+    "picture_of",
     "read_batches",
     "read_features",
     "restrict",
     "sample_shots",
     "select",
     "select_tests",
+    "unread",
     "write_features",
 ]

@@ -1,10 +1,11 @@
 """Frozen features on disk, found by what they were computed from.
 
-    <root>/<model_key>/part-<uuid>.parquet     key: 32 bytes, feature: dim float32
+    <root>/<model_key>/part-<decoding>-<uuid>.parquet     key: 32 bytes, feature: dim float32
 
 The folder's name is a hash of the model's weights and preprocessing, a feature's key the sha256 of
 the picture's bytes. A changed model looks in another folder and a changed picture asks for another
-key, so neither ever meets a stale feature, and nothing has to be invalidated.
+key, so neither ever meets a stale feature, and nothing has to be invalidated. Parts of another version
+of the decoder, to which pictures looked otherwise, are left alone.
 
 A part is written under a temporary name, flushed to the disk and renamed: a writer that is killed
 leaves no part, and writers on one folder never touch each other's files. Every page carries a
@@ -27,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kngd_ray.data._decode import DECODING
 from kngd_ray.data._source import Keys
 from kngd_ray.errors import DataError, StorageError
 
@@ -39,6 +41,8 @@ ADVICE = {
     errno.EROFS: "mount it writable",
     errno.EACCES: "correct its permissions",
 }
+
+_PART = f"part-{DECODING}-"
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +114,7 @@ class FeatureCache:
                 f"{where}: the model's feature is not finite ({len(bad)} of {len(keys)} pictures):"
                 " compute in float32, or check the model's weights"
             )
-        name = f"part-{uuid.uuid4().hex}.parquet"
+        name = f"{_PART}{uuid.uuid4().hex}.parquet"
         self._publish(name, _to_bytes(keys, features, self._schema))
         self._add(name, keys)
 
@@ -150,7 +154,7 @@ class FeatureCache:
         for path in entries:
             if path.suffix == ".tmp":
                 _sweep(path)
-            elif path.suffix == ".parquet" and path.name not in self._seen:
+            elif path.suffix == ".parquet" and path.name.startswith(_PART) and path.name not in self._seen:
                 part = self._load(path.name)
                 if part is not None:
                     self._add(path.name, part[0])

@@ -9,10 +9,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from kngd_ray.data._cache import FeatureCache, Features
-from kngd_ray.data._decode import BadImage, decode
+from kngd_ray.data._decode import decode
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, content_key
-from kngd_ray.errors import DataError
+from kngd_ray.errors import BadImage, DataError
 
 Encoder = Callable[[list[Image.Image]], npt.NDArray[np.floating]]
 """m RGB pictures to features (m, d)."""

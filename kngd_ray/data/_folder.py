@@ -1,6 +1,6 @@
 """Data sets in folders of picture files, in the layouts that :mod:`kngd_ray.data._layout` tells apart.
 
-Hidden files and files that are no pictures by their suffix are passed over. Nothing outside the
+Hidden files and files that are no pictures by their suffix are passed over, the latter counted. Nothing outside the
 root is ever read: a symbolic link that leads out of it is refused.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from kngd_ray.data._config import DataConfig
+from kngd_ray.data._decode import SUFFIXES
 from kngd_ray.data._layout import LAYOUTS, read_folders
+from kngd_ray.data._passed_over import check_passed_over
 from kngd_ray.data._source import Ints, Rows, content_key, read_picture
 from kngd_ray.data._walk import passed_over, walk
 from kngd_ray.errors import DataError
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ def scan_folder(root: Path, config: DataConfig) -> Rows:
     passed: Counter[str] = Counter()
     files = sorted(walk(root, is_picture, passed))
     if not files:
-        raise DataError(f"{root} holds no pictures in class folders: lay it out as {LAYOUTS}")
+        hint = "name its files in data.path" if any(root.glob("*.parquet")) else f"lay it out as {LAYOUTS}"
+        raise DataError(f"{root} holds no pictures in class folders: {hint}")
     read = read_folders([file.relative_to(root).parts[:-1] for file in files], root, config)
+    unread = check_passed_over(root, files, read.classes)
     return Rows(
         source=PictureFiles(tuple(str(file) for file in files)),
         labels=read.classes,
@@ -70,7 +72,7 @@ def scan_folder(root: Path, config: DataConfig) -> Rows:
         splits=read.splits,
         keys=[content_key(_read(str(file))) for file in files],
         origins=read.origins,
-        notes=(*([read.note] if read.note else []), *passed_over(passed)),
+        notes=(*([read.note] if read.note else []), *passed_over(passed), *unread),
     )
 
 

@@ -37,11 +37,11 @@ def walk(root: Path, wanted: Callable[[str], bool], passed: Counter[str] | None 
 
     # Linked folders are not walked into: inside the root they would only repeat pictures, or loop.
     for place, folders, files in os.walk(root, onerror=refuse):
-        for name in [name for name in folders if name.casefold() in _SERVICE]:
+        for name in filter(of_a_system, folders):
             if passed is not None:
                 below = sum(map(wanted, [file for _, _, found in os.walk(Path(place, name)) for file in found]))
                 passed.update({name: below} if below else {})
-        folders[:] = [name for name in folders if not name.startswith(".") and name.casefold() not in _SERVICE]
+        folders[:] = [name for name in folders if not name.startswith(".") and not of_a_system(name)]
         found = [name for name in files if wanted(name) and not name.startswith(".")]
         for path in (Path(place, name) for name in folders + found):
             if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(known) for known in inside):
@@ -49,6 +49,11 @@ def walk(root: Path, wanted: Callable[[str], bool], passed: Counter[str] | None 
             if not _is_text(path.name):
                 raise DataError(f"{str(path)!r} has a name that is no UTF-8: rename it")
         yield from (Path(place, name) for name in found)
+
+
+def of_a_system(name: str) -> bool:
+    """Whether a folder is one that systems and programs put beside pictures, by its name."""
+    return name.casefold() in _SERVICE
 
 
 def passed_over(passed: Counter[str]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
-from kngd_ray.data import decode
+from kngd_ray.data import picture_of
 from kngd_ray.errors import DataError, InputError, UsageError
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
@@ -51,39 +50,9 @@ def picture(given: Any, number: int) -> Image.Image:
         number: of the picture, for messages.
 
     Returns:
-        The picture.
-
-    Raises:
-        DataError: it is none.
+        The picture, RGB; a DataError tells of one that is none.
     """
-    place = f"picture {number}"
-    if isinstance(given, Image.Image):
-        return given
-    if isinstance(given, (bytes, bytearray, memoryview)):
-        return decode(bytes(given), place)
-    if isinstance(given, (str, os.PathLike)):
-        try:
-            return decode(Path(given).read_bytes(), str(given))
-        except OSError as error:
-            raise DataError(f"the picture {given} cannot be read ({error.strerror}): check the path.") from error
-    pixels = np.asarray(given)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if (
-        pixels.ndim > 1
-        and pixels.dtype.kind == "f"
-        and pixels.size
-        and float(pixels.min()) >= 0
-        and float(pixels.max()) <= 1
-    ):
-        pixels = np.rint(255 * pixels).astype(np.uint8)
-    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
-    if pixels.dtype != np.uint8 or not fits or not pixels.size:
-        raise DataError(
-            f"{place} is {pixels.dtype} of shape {pixels.shape}: give a PIL picture, a file's bytes or path, or an "
-            "array (H, W) or (H, W, 3) of uint8, or of floats between 0 and 1."
-        )
-    return Image.fromarray(pixels).convert("RGB")
+    return picture_of(given, f"picture {number}")
 
 
 def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:

@@ -83,7 +83,10 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
         if "image" in model_input:
             pictures = [bytes(data) for data in model_input["image"]]
             for start in range(0, len(pictures), _BATCH):
-                yield [decode(data, f"row {start + n}") for n, data in enumerate(pictures[start : start + _BATCH])]
+                yield [
+                    decode(data, f"row {start + n}", "replace it")
+                    for n, data in enumerate(pictures[start : start + _BATCH])
+                ]
             return
         vectors = list(model_input["features"])
         for start in range(0, len(vectors), _FEATURES):

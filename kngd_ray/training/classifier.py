@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kngd_ray._rgb import to_rgb
 from kngd_ray.clip import AnyModel, ClipModel, ModelConfig, PrecomputedModel
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
@@ -175,4 +176,4 @@ class Classifier:
         assert isinstance(self.model, ClipModel)
         if isinstance(self.predictor, Predictor):
             return self.model.encode_images(list(images)).to(self.predictor.device)
-        return torch.stack([self.model.transform(image.convert("RGB")) for image in images])
+        return torch.stack([self.model.pictures.whole(to_rgb(image)) for image in images])

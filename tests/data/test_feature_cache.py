@@ -64,6 +64,14 @@ def test_another_model_or_picture_meets_nothing(tmp_path):
     assert FeatureCache(tmp_path, "m", DIM).missing(keys_of(2)) == set(keys_of(2).tolist())
 
 
+def test_features_of_an_older_decoder_are_not_read(tmp_path):
+    cache = fill(tmp_path, 1)
+    (part,) = parts(tmp_path)
+    part.rename(part.with_name(f"part-{part.name.rpartition('-')[2]}"))  # as they were called before
+    assert FeatureCache(tmp_path, "m", DIM).missing(keys_of(1)) == set(keys_of(1).tolist())
+    assert len(list(cache.folder.iterdir())) == 1
+
+
 def test_parts_of_other_writers_are_found(tmp_path):
     cache = FeatureCache(tmp_path, "m", DIM)
     assert cache.missing(keys_of(1))

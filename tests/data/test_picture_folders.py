@@ -206,3 +206,53 @@ def test_endless_link(write_folder):
     root = write_folder("cat/0.png")
     (root / "cat" / "1.png").symlink_to("1.png")
     assert "1.png cannot be read: " in refusal(root)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".ppm", ".pgm", ".pnm", ".apng", ".avif", ".jp2", ".heic", ".MPO"])
+def test_every_suffix_of_pictures_is_read(write_folder, suffix):
+    root = write_folder("cat/0.png", f"cat/1{suffix}", "dog/2.png", f"dog/3{suffix}")
+    assert opened(root).labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".tga", ".xyz", ""])
+def test_a_class_of_which_much_is_not_read(write_folder, suffix):
+    paths = [f"{name}/{n}.png" for name in ("cat", "dog") for n in range(5)]
+    root = write_folder(*paths, *(f"dog/{n}{suffix}" for n in range(5, 10)))
+    assert refusal(root) == (
+        f"{root}: 5 of the 10 files of the class 'dog' would be passed over for their suffix, {suffix or 'none'} (5): "
+        "save them as PNG or JPEG, or move them out of the folder"
+    )
+
+
+def test_a_class_of_which_nothing_is_read(write_folder):
+    root = write_folder("cat/0.png", "dog/1.png", "emu/2.psd", "emu/3.psd", "masks/4.npy")
+    assert "2 of the 2 files of the class 'emu' would be passed over for their suffix, .psd (2)" in refusal(root)
+
+
+def test_a_class_is_counted_over_its_folders(write_folder):
+    root = write_folder(
+        *(f"train/dog/{n}.png" for n in range(38)), "test/dog/x.tga", "test/dog/y.png", "test/cat/z.png"
+    )
+    assert len(opened(root)) == 40
+    (root / "train/dog/z.tga").write_bytes(b"")
+    (root / "train/dog/w.tga").write_bytes(b"")
+    assert "3 of the 42 files of the class 'dog'" in refusal(root)
+
+
+def test_what_lies_beside_pictures_is_counted_alone(write_folder):
+    root = write_folder(
+        *("cat/0.png", "cat/0.xml", "cat/1.jpg", "cat/1.CR2", "cat/Thumbs.db", "cat/labels.csv", "cat/.x.tga"),
+        *("dog/2.png", "README.md", "tools/x.m"),
+    )
+    found = opened(root)
+    assert len(found) == 3
+    (said,) = [note for note in found.notes if note.startswith("passed over for their suffix: ")]
+    for part in (".xml (1)", ".cr2 (1)", ".db (1)", ".csv (1)", ".md (1)", ".m (1)"):
+        assert part in said
+    assert ".tga" not in said
+
+
+def test_a_few_files_of_a_class_are_counted(write_folder):
+    found = opened(write_folder(*(f"cat/{n}.png" for n in range(19)), "cat/x.tga"))
+    assert len(found) == 19
+    assert "passed over for their suffix: .tga (1)" in found.notes

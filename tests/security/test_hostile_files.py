@@ -20,6 +20,7 @@ from helpers.hostile import DIM, MARK, Intruder, Outcome, pickled, png, read_apa
 from PIL import Image
 from safetensors.torch import save
 
+from kngd_ray.data._decode import DECODING
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
 from kngd_ray.training.method import MethodState
@@ -275,7 +276,7 @@ for what, maker in FOREIGN.items():
 
 def part(folder: Path, data: bytes) -> Path:
     (folder / "root" / "key").mkdir(parents=True)
-    path = folder / "root" / "key" / "part-0.parquet"
+    path = folder / "root" / "key" / f"part-{DECODING}-0.parquet"
     path.write_bytes(data)
     return path
 

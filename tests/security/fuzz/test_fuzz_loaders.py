@@ -29,6 +29,7 @@ from PIL import Image
 
 from kngd_ray.config import Config, to_yaml
 from kngd_ray.data import DataConfig, FeatureCache, PictureFile, open_images
+from kngd_ray.data._decode import DECODING
 from kngd_ray.errors import KngdError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
@@ -74,7 +75,7 @@ def cache(folder: Path) -> Path:
     made = FeatureCache(folder, "key", DIM)
     made.write(keys, np.arange(4 * DIM, dtype=np.float32).reshape(4, DIM))
     (part,) = (folder / "key").iterdir()
-    return part.rename(folder / "key" / "part-0.parquet")
+    return part.rename(folder / "key" / f"part-{DECODING}-0.parquet")
 
 
 def pictures(folder: Path) -> Path:

@@ -148,7 +148,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator
                 *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2"),
                 *("--dashboard-host=127.0.0.1", "--object-store-memory=200000000"),
                 *ports,
-                f"--ray-client-server-port={client}",
+                *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
             ],
             env=environment,
             stdout=log,
@@ -263,8 +263,8 @@ def test_a_job_is_left_running_and_stopped_by_name(head: Head) -> None:
 
     following = head.start("--logs", job_id)
     assert following.stdout is not None
-    line = following.stdout.readline()
-    assert "run stopped in" in line
+    assert select.select([following.stdout], [], [], PATIENCE)[0], "it shows nothing"
+    assert "run stopped in" in following.stdout.readline()
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=PATIENCE)
     assert following.returncode == 130

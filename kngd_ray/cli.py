@@ -273,8 +273,12 @@ def submit(
         str | None, typer.Option(metavar="URL", help="Ray's dashboard: $RAY_API_SERVER_ADDRESS, else port 8265 here.")
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option("--working-dir", metavar="FOLDER", help="What is sent, without data, runs and credentials.")
+        Path,
+        typer.Option("--working-dir", metavar="FOLDER", help="What is sent: its code and settings, as git lists them."),
     ] = Path(),
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATH", help="Send this file, folder or pattern, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and contact nobody.")] = False,
     no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for the job.")] = False,
     no_check: Annotated[
@@ -304,7 +308,12 @@ def submit(
         known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
         known.remove("submit")
         options = jobs.SubmitOptions(
-            address=address, working_dir=working_dir, dry_run=dry_run, follow=not no_follow, check=not no_check
+            address=address,
+            working_dir=working_dir,
+            include=include or (),
+            dry_run=dry_run,
+            follow=not no_follow,
+            check=not no_check,
         )
         result = jobs.submit(command or [], known, options, display)
     if as_json:

@@ -15,6 +15,9 @@ torch.set_num_threads(1)
 # Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# A cluster that somebody runs on this machine is not ours to use: its cores are taken, and it may end at any time.
+os.environ["RAY_ADDRESS"] = "local"
+
 
 def _starts_ray(item: pytest.Item) -> bool:
     return item.get_closest_marker("ray") is not None

@@ -266,6 +266,7 @@ COMMANDS = {
         "command",
         "--address",
         "--working-dir",
+        "--include",
         "--dry-run",
         "--no-follow",
         "--no-check",

@@ -18,17 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._common.utils import get_ray_address_file
-from ray._private import ray_constants, services
-from ray._private.authentication.authentication_token_setup import (
-    ensure_token_if_auth_enabled,
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined] # its stub lacks them
 from ray.exceptions import AuthenticationError, RayError
 
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs.nodes import most_resources
+from kngd_ray.ray_jobs import _ray_private
+from kngd_ray.ray_jobs.same_code import folders_to_pass, refuse_other_code
 
 # Read by Ray when it starts; what the user has set stays.
 _ENVIRONMENT = {
@@ -75,7 +69,7 @@ def ray_session(
     if owned:
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        for library in ("ray.data", "ray.train", "ray._private.authentication"):
+        for library in ("ray.data", "ray.train", *_ray_private.LOGGERS):
             logging.getLogger(library).setLevel(logging.ERROR)
         joins = _to_join(address)
         try:
@@ -90,6 +84,8 @@ def ray_session(
             raise KngdError(_refusal(joins, error)) from error
     try:
         _check_size(cpus, gpus)
+        if owned:
+            refuse_other_code()
         yield
     finally:
         if owned:
@@ -111,7 +107,7 @@ def _running_here() -> str | None:
     Only word of this user or of root is taken: the folder is one that everybody may write to. A cluster that was
     killed leaves its word behind, and Ray would go on calling it for a minute.
     """
-    word = Path(get_ray_address_file(None))
+    word = _ray_private.address_file()
     try:
         if word.stat().st_uid not in (os.getuid(), 0):
             return None
@@ -124,9 +120,10 @@ def _running_here() -> str | None:
 
 def _start(dashboard: bool, temp_dir: Path | None) -> None:
     _ensure_token()
-    with _loopback():
+    with _ray_private.loopback():
         ray.init(
             "local",
+            job_config=_ray_private.job_config(folders_to_pass()),
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
@@ -139,50 +136,30 @@ def _join(address: str) -> None:
     _knock(address)
     here = _host(address) in _LOOPBACK
     plain = ":" in address and "://" not in address
-    ours = here or _host(address) in {services.get_node_ip_address(), ""}
+    ours = here or _host(address) in {_ray_private.own_address(), ""}
     if ours and "RAY_AUTH_MODE" not in os.environ and not (plain and _lets_in(address)):
         # Ray sends its token only where it is told to or found the cluster itself, lest a stranger gets it: so may we.
         # But not to a cluster that asks for none: we would then ask its workers for one, and hear from none of them.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        _ray_private.use_token_if_there()
     if plain:
         # says within a second that a token is wrong, for which ray.init takes 20; without a token it ends the process
-        ensure_token_if_auth_enabled(create_token_if_missing=False)
-        _ask(address)
-    with _loopback() if here else nullcontext():
-        ray.init(address, **_QUIET)
-
-
-def _ask(address: str) -> None:
-    """Ask a head something."""
-    GcsClient(address=address).internal_kv_exists(b"CLUSTER_METADATA", namespace=b"cluster", timeout=_KNOCK_SECONDS)
+        _ray_private.require_token()
+        _ray_private.ask_head(address, _KNOCK_SECONDS)
+    own = {} if "://" in address else {"job_config": _ray_private.job_config(folders_to_pass())}
+    with _ray_private.loopback() if here else nullcontext():
+        ray.init(address, **own, **_QUIET)
 
 
 def _lets_in(address: str) -> bool:
     """Whether a head answers as this process is now."""
     try:
-        _ask(address)
+        _ray_private.ask_head(address, _KNOCK_SECONDS)
     except (RuntimeError, RayError):
         return False
     return True
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for this machine's address, as it does by default on macOS and Windows."""
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    constant, variable = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"  # the variable is for the processes of the instance
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = constant
-        if variable is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = variable
 
 
 def _ensure_token() -> None:
@@ -209,7 +186,7 @@ def _ensure_token() -> None:
             path.chmod(0o600)  # Ray made it, for everybody to read
     except (OSError, RuntimeError):  # no home, or one that cannot be written: a token for this instance alone
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    AuthenticationTokenLoader.instance().reset_cache()
+    _ray_private.forget_token()
 
 
 def _write_token(path: Path) -> None:
@@ -287,7 +264,7 @@ def _check_size(cpus: float, gpus: float) -> None:
         KngdError: it does not.
     """
     resources = ray.cluster_resources()
-    most = most_resources()
+    most = _ray_private.most_resources()
     for name, needed in (("CPU", cpus), ("GPU", gpus)):
         there = max(resources.get(name, 0.0), most.get(name, 0.0))
         if needed > there:

@@ -20,7 +20,7 @@ from helpers.heads import Head, ray_head
 
 from kngd_ray.commands import node_checks
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import session
+from kngd_ray.ray_jobs import _ray_private, session
 from kngd_ray.ray_jobs.nodes import ask_nodes, cluster_facts
 from kngd_ray.ray_jobs.session import ray_session
 
@@ -40,7 +40,7 @@ except KngdError as error:
 
 PRETEND_OTHER_VERSIONS = """
 import json, sys
-from ray._raylet import GcsClient
+from kngd_ray.ray_jobs._ray_private import GcsClient
 client, key = GcsClient(address=sys.argv[1]), b"CLUSTER_METADATA"
 told = json.loads(client.internal_kv_get(key, namespace=b"cluster"))
 client.internal_kv_put(key, json.dumps({**told, "ray_version": "2.9.0"}).encode(), True, b"cluster")
@@ -213,7 +213,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    session.AuthenticationTokenLoader.instance().reset_cache()
+    _ray_private.forget_token()
 
 
 def test_the_token_is_for_its_owner_only(home: Path) -> None:
@@ -260,10 +260,10 @@ def test_without_a_home_the_token_is_the_instance_s_own(home: Path) -> None:
 
 def test_what_an_autoscaler_can_bring_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 0.0})
-    monkeypatch.setattr(session, "most_resources", lambda: {"CPU": 8, "GPU": 2})
+    monkeypatch.setattr(_ray_private, "most_resources", lambda: {"CPU": 8, "GPU": 2})
     session._check_size(8, 2)
     with pytest.raises(KngdError, match="the run needs 9 CPUs at once and Ray has 8"):
         session._check_size(9, 0)
-    monkeypatch.setattr(session, "most_resources", dict)
+    monkeypatch.setattr(_ray_private, "most_resources", dict)
     with pytest.raises(KngdError, match="the run needs 1 CPUs at once and Ray has 0"):
         session._check_size(1, 0)

@@ -199,7 +199,7 @@ def test_weights_between_zero_shot_and_trained(command, train) -> None:
     refused(outcome, USAGE, "no towers to export", "CLIP model")
 
 
-def test_compare_and_the_logged_model(command, settings, files) -> None:
+def test_compare_and_the_logged_model(command, settings, files, request) -> None:
     """The model takes a frame of features and says what the fit says, also where the run's own files are gone."""
     import mlflow
 
@@ -208,6 +208,7 @@ def test_compare_and_the_logged_model(command, settings, files) -> None:
     uri = f"sqlite:///{command.folder}/mlflow.db"
     title = command("compare", "f", "--uri", uri, "--json").json["groups"][0]["title"]
     assert "features with classes.npy" in title
+    request.addfinalizer(lambda: mlflow.set_tracking_uri(None))  # or the tests after this one would read from there
     mlflow.set_tracking_uri(uri)
     fit = command.run("m") / "fits" / "kalman-seed0"
     vectors = feature_table()["features"].to_pylist()[:4]

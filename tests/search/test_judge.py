@@ -67,9 +67,9 @@ def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
 @pytest.mark.parametrize("fitter", [fit_alone, fit_together])
 def test_a_device_gives_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
-    expected = judged(PRIORS, work, fitter)
+    expected = judged(PRIORS[:2], work, fitter)
     with pretended_device() as machine:
-        found = judged(PRIORS, work, partial(fitter, device=machine.device))
+        found = judged(PRIORS[:2], work, partial(fitter, device=machine.device))
         assert machine.counts.kernels.total() > 0
     for one, other in zip(found, expected, strict=True):
         assert one.reason is None

@@ -33,35 +33,40 @@ def settle_splits(
         DataError: when splits are unknown or stated in part, or pictures for validation alone are left.
     """
     stated, chosen = _stated(rows), labels >= 0
-    if stated is None:
-        sides = np.where(chosen, "train", "").astype("U5")
-        sources = ["no split is stated"]
-    else:
-        sides = np.where(chosen, stated, "").astype("U5")
-        sources = [_source(rows, sides, split, val) for split in ("train", "test", "val") if (sides == split).any()]
-        sides[sides == "val"] = "" if val == "ignore" else val
-    ignored = stated is not None and bool((chosen & (stated == "val") & (sides == "")).any())
-    if ignored and (not (sides != "").any() or (fraction >= 1 and not (sides == "test").any())):
+    sides = np.where(chosen, "train" if stated is None else stated, "").astype("U5")
+    sources = "no split is stated" if stated is None else _sources(rows, sides, val)
+    for_validation = sides == "val"
+    sides[for_validation] = "" if val == "ignore" else val
+    if (sides == "test").any():
+        return sides, sources
+    if for_validation.any() and (fraction >= 1 or not (sides == "train").any()):
         raise DataError(
-            f"{rows.source.place(0)}: the data states pictures for validation and none to test on, and data.val=ignore"
-            " leaves them out: set data.val=test, or data.val=train"
+            f"{rows.source.place(0)}: the data states pictures for validation and none to test on, and data.val={val}"
+            f" {_USE[val][0]}: set data.val=test{', or data.val=train' if val == 'ignore' else ''}"
         )
-    if not (sides == "test").any():
-        left = np.flatnonzero(sides == "train")
-        sides[left] = hash_split(labels[left], domains[left], keys[left], fraction)
-        how = "all are tested on" if fraction >= 1 else f"{fraction:.0%} of each class and domain are held out to test"
-        sources.append(f"none to test on is stated, {how}" if stated is not None else how)
+    left = np.flatnonzero(sides == "train")
+    sides[left] = hash_split(labels[left], domains[left], keys[left], fraction)
+    how = "all are tested on" if fraction >= 1 else f"{fraction:.0%} of each class and domain are held out to test"
     trained, tested = (int((sides == side).sum()) for side in ("train", "test"))
-    return sides, f"{trained} pictures to train on, {tested} to test on: {'; '.join(sources)}"
+    none = "" if stated is None else "none to test on is stated, "
+    return sides, f"{sources}; {none}{how}: {trained} to train on, {tested} to test on"
 
 
-def _source(rows: Rows, sides: Names, split: str, val: str) -> str:
-    """Say how many pictures are of a split, and what states it."""
-    here = np.flatnonzero(sides == split)
-    origins = list(dict.fromkeys(str(rows.origins[row]) for row in here.tolist()))
-    said = f"{split} {len(here)} ({listing(origins, 4)})"
-    use = {"ignore": "left out", "train": "trained on", "test": "tested on"}[val]
-    return f"{said}, {use} by data.val={val}" if split == "val" else said
+_USE = {"ignore": ("leaves them out", "left out"), "train": ("trains on them", "trained on"), "test": ("", "tested on")}
+
+
+def _sources(rows: Rows, sides: Names, val: str) -> str:
+    """Say how many pictures are of each split, and what states it."""
+    found = []
+    for split in ("train", "test", "val"):
+        here = np.flatnonzero(sides == split).tolist()
+        if here:
+            use = f", {_USE[val][1]} by data.val={val}" if split == "val" else ""
+            origins = listing(list(dict.fromkeys(str(rows.origins[row]) for row in here)), 4)
+            found.append((f"{split} {len(here)}{use}", origins))
+    if len({origins for _, origins in found}) == 1:
+        return f"pictures: {', '.join(said for said, _ in found)} ({found[0][1]})"
+    return f"pictures: {'; '.join(f'{said} ({origins})' for said, origins in found)}"
 
 
 def _stated(rows: Rows) -> Names | None:

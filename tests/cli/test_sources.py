@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.emoji import CLASSES, small_table
 
+from kngd_ray.commands.run_folder import read_config
+
 FAILED = 1
 
 
@@ -27,8 +29,7 @@ def test_the_first_lines_say_what_states_the_splits(command, tmp_path: Path) -> 
     outcome = command.train("data.train_domain=null", "data.shots=2", "epochs=1", data=tmp_path / "pets")
     assert outcome.err.splitlines()[:3] == [
         "read 2 parquet files: data/test-00000-of-00001.parquet, data/train-00000-of-00001.parquet",
-        "30 pictures to train on, 24 to test on: train 30 (train-00000-of-00001.parquet); "
-        "test 24 (test-00000-of-00001.parquet)",
+        "pictures: train 30 (train-00000-of-00001.parquet); test 24 (test-00000-of-00001.parquet)",
         "shots are drawn over 2 domains, 3 of noto, 3 of twemoji: data.train_domain chooses one",
     ]
 
@@ -91,3 +92,11 @@ def test_one_class_is_refused_before_anything_is_learned(command, tmp_path: Path
     assert (outcome.code, outcome.out) == (FAILED, "")
     assert "the data has one class, 'bird': a classifier tells two or more apart" in outcome.sentence
     assert not command.runs.exists()
+
+
+def test_runs_of_before_the_settings_are_read_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("method: kalman\npreset: kalman\n")
+    assert (read_config(tmp_path).data.draw, read_config(tmp_path).data.val) == ("first", "test")
+    assert read_config(tmp_path, ["data.draw=random"]).data.draw == "random"
+    (tmp_path / "config.yaml").write_text("data: {draw: random, val: train}\n")
+    assert (read_config(tmp_path).data.draw, read_config(tmp_path).data.val) == ("random", "train")

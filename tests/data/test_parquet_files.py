@@ -118,22 +118,26 @@ SPLITS = ["train", "Test", "VALIDATION", "dev", "training"]
 @pytest.mark.parametrize(
     ("val", "splits", "said"),
     [
-        ("ignore", ["train", "test", "train"], "left out by data.val=ignore"),
-        ("train", ["train", "test", "train", "train", "train"], "trained on by data.val=train"),
-        ("test", ["train", "test", "test", "test", "train"], "tested on by data.val=test"),
+        ("ignore", ["train", "test", "train"], "left out"),
+        ("train", ["train", "test", "train", "train", "train"], "trained on"),
+        ("test", ["train", "test", "test", "test", "train"], "tested on"),
     ],
 )
 def test_validation_is_what_is_asked_for(write_parquet, val, splits, said):
     images = opened(write_parquet(label=["a", "b", "a", "b", "a"], split=SPLITS), val=val)
     assert images.splits.tolist() == splits
-    assert images.notes[-1].endswith(f"; val 2 (column split of set.parquet), {said}")
+    assert images.notes == (
+        f"pictures: train 2, test 1, val 2, {said} by data.val={val} (column split of set.parquet)",
+    )
 
 
 def test_without_pictures_to_test_on_some_are_held_out(write_parquet):
     path = write_parquet(label=["a", "b"] * 10, split=["train"] * 18 + ["val"] * 2)
     images = opened(path)
     assert (len(images), (images.splits == "test").sum()) == (18, 6)
-    assert "none to test on is stated, 30% of each class and domain are held out to test" in images.notes[-1]
+    assert images.notes[-1].endswith(
+        "; none to test on is stated, 30% of each class and domain are held out to test: 12 to train on, 6 to test on"
+    )
     with pytest.raises(DataError, match=r"data\.val=ignore leaves them out: set data\.val=test"):
         open_images(DataConfig(path=str(path)), test_fraction=1.0)
     with pytest.raises(DataError, match=r"set data\.val=test"):

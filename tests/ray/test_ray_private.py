@@ -1,4 +1,4 @@
-"""What this package takes of Ray that Ray does not promise: in one module, there in this version, sought in the next."""
+"""What this package takes of Ray that Ray does not promise: in one module, there in this version, and in the next."""
 
 import ast
 import os

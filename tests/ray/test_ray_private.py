@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -72,25 +73,38 @@ def test_the_next_minor_version_is_not_installed_unseen() -> None:
 
 @pytest.mark.next_minor
 @pytest.mark.slow
-def test_the_next_minor_version_of_ray_has_all_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("packages", "code"),
+    [
+        (
+            ["ray"],
+            "from ray.train import TrainingFailedError; from kngd_ray.ray_jobs import _ray_private as p; "
+            "from kngd_ray.ray_jobs import encode, nodes, session, submission, train, tune; "
+            "assert list(p.job_config(['/a'])._get_proto_job_config().py_driver_sys_path) == ['/a']",
+        ),
+        (["optuna"], "from kngd_ray.search import driver, samplers, study"),
+        (["mlflow", "mlflow-skinny", "mlflow-tracing"], "import mlflow.pyfunc, kngd_ray.tracking._server"),
+    ],
+    ids=CAPPED,
+)
+def test_the_next_minor_version_has_what_is_used(packages: list[str], code: str, tmp_path: Path) -> None:
     """A failure says what to look at before the bound in pyproject.toml is moved."""
-    major, minor = map(int, ray.__version__.split(".")[:2])
-    wanted = f"ray>={major}.{minor + 1},<{major}.{minor + 2}"
+    major, minor = map(int, version(packages[0]).split(".")[:2])
+    wanted = [f"{name}>={major}.{minor + 1},<{major}.{minor + 2}" for name in packages]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=20"]
-    found = subprocess.run(
-        [*pip, "--target", tmp_path, wanted], capture_output=True, text=True, timeout=500, check=False
+    got = subprocess.run(
+        [*pip, "--target", tmp_path, *wanted], capture_output=True, text=True, timeout=500, check=False
     )
-    if found.returncode:
-        pytest.skip(f"{wanted} cannot be installed: {(found.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    if got.returncode:
+        pytest.skip(f"{wanted[0]} is not to be had: {(got.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    code = (
-        "import ray; from ray.train import TrainingFailedError; from kngd_ray.ray_jobs import _ray_private, session, "
-        "nodes, train, tune, encode, submission; print(ray.__version__, *_ray_private.job_config(['/a'])"
-        "._get_proto_job_config().py_driver_sys_path)"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", f"{code}; import {packages[0]} as found; print(found.__version__)"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{major}.{minor + 1}.")
-    assert done.stdout.split()[1:] == ["/a"]

@@ -4,6 +4,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kngd_ray import __version__
-from kngd_ray.errors import KngdError, UsageError
+from kngd_ray.errors import KngdError, UsageError, printable, redact
 
 _INTERRUPTED = 130
 
@@ -355,6 +356,8 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
+    if logging.lastResort is not None:  # where warnings go that nobody else takes
+        logging.lastResort.setFormatter(_Shown())
     try:
         app()
     except KngdError as error:
@@ -372,9 +375,16 @@ def main() -> None:
         sys.exit(0)
 
 
+class _Shown(logging.Formatter):
+    """What modules log, as it may be shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, without control characters and secrets."""
+        return printable(redact(super().format(record)), "\n\t")
+
+
 def _fail(sentence: str, code: int) -> None:
-    # names come from files: those with control characters would write on the terminal what they like
-    sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+    sentence = printable(redact(sentence))
     ended = sentence if sentence.endswith((".", "?")) else f"{sentence}."
     sys.stderr.write(f"kngd-ray: {ended}\n")
     sys.exit(code)

@@ -25,7 +25,7 @@ from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shorte
 from kngd_ray._yaml import LimitError, plain_data, read_text
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
-from kngd_ray.errors import UsageError, nearest
+from kngd_ray.errors import UsageError, nearest, printable
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 
@@ -71,6 +71,8 @@ class TrainerConfig:
             raise ValueError(f"cpus_per_worker is {self.cpus_per_worker}; a rank needs more than 0")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise ValueError(f"name is {self.name!r}; it names a folder, without slashes or a leading dot")
+        if self.name is not None and printable(self.name) != self.name:
+            raise ValueError(f"name is {self.name!r}; a name has no control characters")
 
     @property
     def least_workers(self) -> int:
@@ -103,6 +105,9 @@ class TrackingConfig:
     registered_model: str | None = None
 
     def __post_init__(self) -> None:
+        for key, name in (("experiment", self.experiment), ("registered_model", self.registered_model)):
+            if name is not None and printable(name) != name:
+                raise ValueError(f"{key} is {name!r}; a name has no control characters")
         if self.registered_model is not None and not re.fullmatch(r"[^/:.%\"'\s][^/:%\"']*", self.registered_model):
             raise ValueError(
                 f"registered_model is {self.registered_model!r}; a name there has no slashes, colons or quotes"

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-from kngd_ray.errors import KngdError, UsageError
+from kngd_ray.errors import KEY_SHAPES, KngdError, UsageError
 from kngd_ray.storage import storage_errors
 
 RAYIGNORE = ".rayignore"
@@ -53,11 +53,7 @@ _NOT_PRIVATE = ("tokeniz", "special_tokens_map", "added_tokens")  # of text mode
 _READ_BYTES = 2**20  # settings and keys are smaller
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _PASSWORD = re.compile(rb"://[^/\s:@'\"]+:(?![$<{*])[^/\s@'\"]+@")
-# of Amazon, Hugging Face, GitHub, GitLab, OpenAI and Anthropic, Slack and Google
-_KEY = re.compile(
-    rb"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}"
-    rb"|glpat-[\w-]{20,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
-)
+_KEY = re.compile(KEY_SHAPES.encode())
 _SETTING = re.compile(  # password: hunter22, and no reference to one: ${PASSWORD}, /run/secrets/password
     rb"(?im)^[ \t\w.\"'-]*(?:password|passwd|token|api_?key|access_?key|secret_?key)[\"']?[ \t]*[:=]"
     rb"[ \t]*[\"']?[^\s\"'$<{*#/~.!][^\s\"'#]{7,}"

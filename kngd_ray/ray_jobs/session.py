@@ -8,6 +8,7 @@ makes for everybody to read.
 import logging
 import os
 import re
+import resource
 import secrets
 import socket
 import stat
@@ -37,6 +38,8 @@ _ENVIRONMENT = {
 }
 
 _KNOCK_SECONDS = 5.0
+_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
+_FILES, _LEAST_FILES = 4096, 256  # that a process may open; a raylet has dozens of connections, more with each worker
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -48,6 +51,7 @@ def ray_session(
     gpus: float = 0.0,
     dashboard: bool = False,
     temp_dir: Path | None = None,
+    leave_token: bool = True,
 ) -> Iterator[None]:
     """Make Ray available; an instance that was already up is used and left up.
 
@@ -58,6 +62,8 @@ def ray_session(
         gpus: GPUs that the work needs at once.
         dashboard: start it, on loopback, with an instance of our own.
         temp_dir: where an instance of our own keeps its logs and sockets; a short path. None is Ray's default.
+        leave_token: where this user has no token yet, write the one that an instance of our own asks for, for those to
+            come; else it is this instance's alone.
 
     Yields:
         Nothing.
@@ -71,17 +77,21 @@ def ray_session(
             os.environ.setdefault(key, value)
         for library in ("ray.data", "ray.train", *_ray_private.LOGGERS):
             logging.getLogger(library).setLevel(logging.ERROR)
+        _allow_files()
         joins = _to_join(address)
+        token = os.environ.get(_TOKEN)
         try:
             with _silent_stderr():
                 if joins is None:
+                    _ensure_token(leave=leave_token)
                     _start(dashboard, temp_dir)
                 else:
                     _join(joins)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             with suppress(Exception):  # what has come up of it
                 ray.shutdown()
-            raise KngdError(_refusal(joins, error)) from error
+            _restore_token(token)
+            raise KngdError(_refusal(joins, _named_by(address), error)) from error
     try:
         _check_size(cpus, gpus)
         if owned:
@@ -90,6 +100,27 @@ def ray_session(
     finally:
         if owned:
             ray.shutdown()
+            _restore_token(token)
+
+
+def _allow_files() -> None:
+    """Let this process and those that it starts open as many files as Ray needs: its sockets are files.
+
+    Raises:
+        KngdError: they may not.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _FILES:
+        return
+    if most == resource.RLIM_INFINITY or most >= _FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, most))
+    elif most < _LEAST_FILES:
+        raise KngdError(
+            f"a process may open {most} files here and Ray needs {_LEAST_FILES}: raise the limit (ulimit -n "
+            f"{_FILES}, or LimitNOFILE of the service), or set trainer.num_workers=0 to run without Ray."
+        )
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _to_join(address: str | None) -> str | None:
@@ -99,6 +130,15 @@ def _to_join(address: str | None) -> str | None:
         return None if asked == "local" else asked
     found = _running_here()
     return found or (address or os.environ.get("RAY_ADDRESS")) or None
+
+
+def _named_by(address: str | None) -> str:
+    """What has led to a cluster that was to be joined."""
+    if address and address != "auto":
+        return "trainer.address"
+    if os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto"):
+        return "$RAY_ADDRESS, which names it,"
+    return f"{_ray_private.address_file()}, which names it,"
 
 
 def _running_here() -> str | None:
@@ -119,7 +159,6 @@ def _running_here() -> str | None:
 
 
 def _start(dashboard: bool, temp_dir: Path | None) -> None:
-    _ensure_token()
     with _ray_private.loopback():
         ray.init(
             "local",
@@ -162,13 +201,16 @@ def _lets_in(address: str) -> bool:
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def _ensure_token() -> None:
+def _ensure_token(*, leave: bool = True) -> None:
     """See that there is a token which nobody but this user can read; where the user named one, it is the user's.
+
+    Args:
+        leave: write or narrow the user's file; else one that is there is used as it is, or a token of this process.
 
     Raises:
         KngdError: the file that the user named is not there.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get(_TOKEN):
         return
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if named:
@@ -179,14 +221,26 @@ def _ensure_token() -> None:
         return
     try:
         path = Path.home() / ".ray" / "auth_token"
+        if not leave:
+            if not path.exists():
+                os.environ[_TOKEN] = secrets.token_hex(32)
+            return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             _write_token(path)
         elif path.stat().st_uid == os.getuid() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             path.chmod(0o600)  # Ray made it, for everybody to read
     except (OSError, RuntimeError):  # no home, or one that cannot be written: a token for this instance alone
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    _ray_private.forget_token()
+        os.environ[_TOKEN] = secrets.token_hex(32)
+    finally:
+        _ray_private.forget_token()
+
+
+def _restore_token(token: str | None) -> None:
+    """Take a token of this process back; another instance, or a cluster, has another one."""
+    if os.environ.get(_TOKEN) != token:
+        os.environ.pop(_TOKEN, None)
+        _ray_private.forget_token()
 
 
 def _write_token(path: Path) -> None:
@@ -202,7 +256,7 @@ def _write_token(path: Path) -> None:
         own.unlink()
 
 
-def _refusal(joins: str | None, error: Exception) -> str:
+def _refusal(joins: str | None, named_by: str, error: Exception) -> str:
     """What is wrong with a cluster, and what to do about it."""
     text = str(error)
     if joins is None:
@@ -223,7 +277,7 @@ def _refusal(joins: str | None, error: Exception) -> str:
             "~/.ray/auth_token, or name the file that holds it in RAY_AUTH_TOKEN_PATH."
         )
     return (
-        f"cannot reach the Ray cluster at {joins} ({_first_line(text)}): check trainer.address and the cluster, or set "
+        f"cannot reach the Ray cluster at {joins} ({_first_line(text)}): check {named_by} and the cluster, or set "
         "trainer.num_workers=0 to run without Ray."
     )
 

@@ -200,7 +200,40 @@ def test_nobody_at_the_address_is_one_sentence() -> None:
         port = server.getsockname()[1]
     said = run(JOIN, f"127.0.0.1:{port}", environment=dict(os.environ))
     assert said.startswith(f"refused: cannot reach the Ray cluster at 127.0.0.1:{port} ("), said
-    assert "check trainer.address" in said
+    assert "check trainer.address and the cluster" in said
+
+
+def test_who_named_a_dead_cluster_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dead = f"127.0.0.1:{server.getsockname()[1]}"
+    said = run(JOIN, environment={**os.environ, "RAY_ADDRESS": dead})
+    assert said.startswith(f"refused: cannot reach the Ray cluster at {dead} ("), said
+    assert "check $RAY_ADDRESS, which names it, and the cluster" in said
+    assert "trainer.address" not in said
+
+
+def test_a_limit_of_files_is_raised_or_said(subtests: pytest.Subtests) -> None:
+    code = """
+import resource, sys
+from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs.session import _allow_files
+soft, most = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+try:
+    _allow_files()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+except KngdError as error:
+    print("refused:", error)
+"""
+    cases = {
+        (64, 64): "refused: a process may open 64 files here and Ray needs 256: raise the limit (ulimit -n 4096",
+        (64, 1000): "(1000, 1000)",
+        (256, 5000): "(4096, 5000)",
+        (5000, 5000): "(5000, 5000)",
+    }
+    for limits, said in cases.items():
+        with subtests.test(limits):
+            assert run(code, *map(str, limits), environment=dict(os.environ)).startswith(said)
 
 
 @pytest.fixture
@@ -256,6 +289,20 @@ def test_without_a_home_the_token_is_the_instance_s_own(home: Path) -> None:
     home.write_text("no folder")
     session._ensure_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_token_that_is_not_to_stay_is_the_instance_s_own(home: Path) -> None:
+    session._ensure_token(leave=False)
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    session._restore_token(None)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert list(home.iterdir()) == []
+    session._ensure_token()
+    path = home / ".ray" / "auth_token"
+    path.chmod(0o644)
+    session._ensure_token(leave=False)  # used as it is
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_what_an_autoscaler_can_bring_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ def test_objectives_come_one_support_set_at_a_time() -> None:
 @pytest.mark.parametrize("fitter", [fit_alone, fit_together])
 def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
-    (at_once,) = judge(PRIORS, work, fitter, at_once=True)
-    for one, other in zip(at_once, judged(PRIORS, work), strict=True):
+    (at_once,) = judge(PRIORS[:3], work, fitter, at_once=True)
+    for one, other in zip(at_once, judged(PRIORS[:3], work), strict=True):
         for name in BOTH:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
 
@@ -101,7 +101,7 @@ def test_held_out_objectives_are_those_of_the_calibration() -> None:
     ids=["plain", "gate", "noise", "kronecker", "linear"],
 )
 def test_together_or_alone_is_the_same(settings: tuple[str, ...]) -> None:
-    priors = [{"filter.p0": 0.01 * 3**n, "observation.0.r0": 0.5 + n} for n in range(4)]
+    priors = [{"filter.p0": 0.01 * 3**n, "observation.0.r0": 0.5 + n} for n in range(3)]
     work = workload(*settings, objective=BOTH)
     alone, together = judged(priors, work), judged(priors, work, fit_together)
     for one, other in zip(alone, together, strict=True):

@@ -98,7 +98,7 @@ def table_of(figures: np.ndarray) -> Table:
     """A comparison of rows whose accuracies (rows, seeds) are given; the first is AdamW's."""
     params = {"data.path": "x", "data.shots": "4"}
     rows = [
-        Row(f"id{n}", f"run{n}", "adamw" if n == 0 else "kalman", "kalman", {**params, "filter.p0": str(n)}, seeds)
+        Row(f"id{n}", f"run{n}", *(2 * ("adamw" if n == 0 else "kalman",)), {**params, "filter.p0": str(n)}, seeds)
         for n, row in enumerate(figures.tolist())
         for seeds in [{seed: {"id/accuracy": value} for seed, value in enumerate(row)}]
     ]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.environment import describe_environment
+from kngd_ray.commands.summary import with_interval
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
 
@@ -78,7 +79,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def cell(figure: Mapping[str, float], factor: float) -> str:
     """One figure of the table."""
     digits = 1 if factor == 100 else 3
-    return f"{figure['mean'] * factor:.{digits}f} ± {(figure['high'] - figure['low']) / 2 * factor:.{digits}f}"
+    return with_interval(figure, factor, digits).replace("±", " ± ")
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:

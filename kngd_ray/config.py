@@ -8,6 +8,9 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
   ``filter.covariance=dense``, then ``filter.covariance.rule=vdekf``. When a later layer changes the
   kind, options of the earlier kind that the new one does not have are dropped.
 * A list with one element can be addressed without its index: ``adapter.width=32``.
+
+Values are YAML 1.2, read as the setting's type asks: ``trainer.name=007`` is a text and ``data.shots=010`` ten. A list
+may be written with commas, and whole numbers in a row as a range: ``seeds=0-4,7``.
 """
 
 import os
@@ -22,7 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
-from kngd_ray._yaml import LimitError, plain_data, read_text
+from kngd_ray._yaml import LimitError, dumped, plain_data, read_text
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
@@ -391,7 +394,7 @@ def to_yaml(config: Any) -> str:
     Returns:
         YAML text.
     """
-    return yaml.safe_dump(plain(config) if is_dataclass(config) else config, sort_keys=False)
+    return dumped(plain(config) if is_dataclass(config) else config)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from rich.text import Text
 
 from kngd_ray.errors import printable
 
+from kngd_ray.commands.summary import with_interval
+
 _LINE_SECONDS = 2.0
 _PATIENCE = 60.0  # seconds between lines that say no more than that something goes on
 _LOG_WIDTH = 120
@@ -293,10 +295,9 @@ def cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
         factor: to the unit that is shown; 100 makes percents of shares.
 
     Returns:
-        The number, with half of its interval if it has one.
+        The number, with its interval if it has one.
     """
     digits = 1 if factor == 100 else 3
     if isinstance(figure, Mapping):
-        half = (figure["high"] - figure["low"]) / 2 * factor
-        return f"{figure['mean'] * factor:.{digits}f}±{half:.{digits}f}"
+        return with_interval(figure, factor, digits)
     return f"{figure * factor:.{digits}f}"

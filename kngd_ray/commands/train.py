@@ -243,7 +243,7 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
+    spread = "mean and 95 % interval over seeds (Student's t)" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
     protocol.show(rows, display)
 

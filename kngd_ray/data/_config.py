@@ -60,6 +60,10 @@ class DataConfig:
     """Folder of frozen features. None: kngd_ray/features in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
+        path = self.path
+        if isinstance(path, str) and "," in path and not Path(path).expanduser().exists():
+            # as lists of other settings are written; a file whose own name has a comma is that file
+            object.__setattr__(self, "path", tuple(part.strip() for part in path.split(",")))
         if not self.path:
             raise ValueError('path is empty: name a parquet file, a folder, or "embedded"')
         if self.shots < 1:

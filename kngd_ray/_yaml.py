@@ -157,7 +157,8 @@ class _Loader(yaml.SafeLoader):
         text: YAML.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # in place of those of YAML 1.1
+    # in place of those of YAML 1.1
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

@@ -6,7 +6,7 @@ from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, load_model
 from kngd_ray.clip._network import CLIPNetwork, Head
 from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed, read_class_embeddings
-from kngd_ray.clip._prompts import resolve_templates
+from kngd_ray.clip._prompts import expand, resolve_templates, same_sentences, worded
 from kngd_ray.clip._transfer import best_device, tower_products
 from kngd_ray.clip._tuning import TuneOptions
 
@@ -27,10 +27,13 @@ __all__ = [
     "TuneOptions",
     "best_device",
     "check_without_towers",
+    "expand",
     "given_precomputed",
     "load_model",
     "load_precomputed",
     "read_class_embeddings",
     "resolve_templates",
+    "same_sentences",
     "tower_products",
+    "worded",
 ]

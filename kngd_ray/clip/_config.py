@@ -11,6 +11,8 @@ from kngd_ray.clip.adapters import AdapterConfig, ClassResidual
 EMBEDDED = "embedded"
 PRECOMPUTED = "precomputed"
 RANDOM = "random"
+LOCAL_DIR = "local-dir:"
+HF_HUB = "hf-hub:"
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 LOGIT_SCALE = 100.0  # that of OpenAI's models, and of most others after training
@@ -22,10 +24,11 @@ class ModelConfig:
 
     Attributes:
         name: A model name of open_clip, ``embedded`` for the mini CLIP of this package, or ``precomputed`` for data
-            sets of features.
+            sets of features. ``local-dir:FOLDER`` is a model in a folder, as ``export`` writes it, and
+            ``hf-hub:ORGANISATION/REPOSITORY`` one on the hub of Hugging Face; both have their own weights.
         pretrained: A pretrained tag of that model, the path of a local checkpoint (``.safetensors``,
             or ``.pt``, ``.pth`` and ``.bin`` with nothing but tensors in it), or ``random`` for seeded
-            untrained weights. None for ``embedded`` and ``precomputed``.
+            untrained weights. None for the models that have no others.
         class_embeddings: Of ``precomputed``, a ``.npy`` file (C, d) with the text embeddings of all classes of the data
             in order of their labels, or (C, T, d) of T prompts. None learns a linear classifier from the shots alone.
         logit_scale: Of ``precomputed``, the factor from cosines to logits; None is 100.
@@ -58,6 +61,8 @@ class ModelConfig:
     def absolute(self) -> "ModelConfig":
         """The same model, for a process that works in another folder."""
         found = self
+        if self.name.startswith(LOCAL_DIR) and self.name != LOCAL_DIR:
+            found = replace(found, name=f"{LOCAL_DIR}{_absolute(self.name.removeprefix(LOCAL_DIR))}")
         if self.pretrained is not None and Path(self.pretrained).suffix in CHECKPOINT_SUFFIXES:
             found = replace(found, pretrained=_absolute(self.pretrained))
         if self.class_embeddings is not None:

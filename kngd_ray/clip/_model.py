@@ -1,11 +1,13 @@
 """Frozen CLIP towers: where their weights come from, and what exactly was loaded.
 
-A model is named in one of four ways::
+A model is named in one of six ways::
 
     name = "embedded"                                 the mini CLIP of this package, no network
     name = "ViT-B-16"   pretrained = "openai"         a tag of open_clip, fetched from its hub once
     name = "ViT-B-16"   pretrained = "vit.safetensors"   a local checkpoint file
     name = "ViT-B-16"   pretrained = "random"         untrained, the same weights every time
+    name = "local-dir:exported"                       a folder with architecture and weights, as ``export`` writes it
+    name = "hf-hub:org/repository"                    the same, fetched from the hub of Hugging Face once
 
 Everything a feature depends on is hashed into :attr:`ClipModel.fingerprint`, so that features can be
 cached on disk and never be taken for those of another model.
@@ -19,7 +21,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,14 +31,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kngd_ray._rgb import to_rgb
-from kngd_ray.clip._config import CHECKPOINT_SUFFIXES, EMBEDDED, PRECOMPUTED, RANDOM, ModelConfig
-from kngd_ray.clip._prompts import expand
+from kngd_ray.clip._config import ModelConfig
+from kngd_ray.clip._context import Reading
+from kngd_ray.clip._locate import Source, first_line, locate
+from kngd_ray.clip._precomputed import check_distinct
+from kngd_ray.clip._prompts import check_names, said_otherwise
 from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
-from kngd_ray.errors import ModelError, closest
-
-_MINI_CLIP = Path(__file__).resolve().parents[1] / "assets" / "mini_clip"
+from kngd_ray.errors import ModelError
 
 Item = TypeVar("Item")
+_TEXTS_AT_ONCE = 256
 
 
 class ClipModel:
@@ -60,7 +63,7 @@ class ClipModel:
         name: str,
         network: Any,  # one of open_clip's untyped CLIP classes
         transform: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Callable[..., Tensor],  # of texts, and of a context_length other than the tower's
         architecture: dict[str, Any],
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,  # if it is known: to take it reads all weights
@@ -132,7 +135,7 @@ class ClipModel:
 
         return self._encode(images, prepare, encode, batch_size)
 
-    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = _TEXTS_AT_ONCE) -> Tensor:
         """Encode texts; what is longer than the context of the text tower is cut off.
 
         Args:
@@ -145,24 +148,52 @@ class ClipModel:
         """
         return self._encode(texts, self.tokenize, self._network.encode_text, batch_size)
 
-    def encode_classes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+    def encode_classes(
+        self, class_names: Sequence[str], templates: str | Sequence[str], *, known: bool = False
+    ) -> Tensor:
         """Encode classes as the mean direction of their prompts: the weights of a zero-shot head.
+
+        A DataError tells of classes that the text tower does not tell apart, or whose names it cuts off.
 
         Args:
             class_names: C names; an underscore counts as a space.
             templates: Sentences with one ``{}`` each, or the name of a set of them.
+            known: They are those of a fit: what it learned may tell classes apart whose texts are one.
 
         Returns:
             Features (C, d), float32 rows of unit norm on the CPU.
         """
-        prompts = expand(class_names, templates)
-        features = self.encode_texts([prompt for row in prompts for prompt in row])
-        return normalize(features.view(len(prompts), -1, self.embed_dim).mean(dim=1), dim=-1)
+        reading = Reading(self._tokenizer, class_names, templates)
+        if not known:
+            check_names(class_names)
+            reading.check(self.name)
+        features = self._encode(reading.tokens, lambda tokens: tokens, self._network.encode_text, _TEXTS_AT_ONCE)
+        mean = features.view(len(class_names), -1, self.embed_dim).mean(dim=1)
+        embeddings = normalize(mean, dim=-1)
+        if not known:
+            check_distinct(embeddings.numpy(), class_names, f"the text tower of {self.name}")
+        return embeddings
+
+    def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+        """What is to be said of prompts: names that they have in words, and what of them is cut off.
+
+        Args:
+            class_names: the classes.
+            templates: of their prompts.
+
+        Returns:
+            Lines.
+        """
+        found = (
+            said_otherwise(class_names, templates),
+            Reading(self._tokenizer, class_names, templates).note(),
+        )
+        return [line for line in found if line is not None]
 
     def _encode(
         self,
-        items: Sequence[Item],
-        prepare: Callable[[Sequence[Item]], Tensor],
+        items: Sequence[Item] | Tensor,
+        prepare: Callable[[Any], Tensor],
         tower: Callable[[Tensor], Tensor],
         batch_size: int,
     ) -> Tensor:
@@ -189,8 +220,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
     Returns:
         The model.
     """
-    source = _locate(config)
-    version = () if source.checkpoint is None else _version(source.checkpoint)
+    source = locate(config)
+    version = tuple(number for file in source.files for number in _version(file))
     known = _last.get((source.key, version))
     if known is None:
         with quiet_open_clip():
@@ -213,105 +244,7 @@ def _version(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where open_clip finds one model: its name there, its weights, and what the tag says of them."""
-
-    name: str
-    open_clip_name: str
-    checkpoint: Path | None
-    tag: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Another one for every other source."""
-        return json.dumps([self.name, self.open_clip_name, str(self.checkpoint), self.tag], default=str)
-
-
-def _locate(config: ModelConfig) -> _Source:
-    """Find the architecture and the weights, fetching them if they are a tag of the hub.
-
-    Raises:
-        ModelError: There is no such model, tag or file, or none is named.
-    """
-    if config.precomputed:
-        raise ModelError(
-            f"model.name={PRECOMPUTED} has no towers to encode pictures or texts with: set model.name to a CLIP model"
-        )
-    if config.name == EMBEDDED:
-        if config.pretrained is not None:
-            raise ModelError(
-                f"model.pretrained={config.pretrained!r} is not for the embedded model, which has its own "
-                "weights: leave it out, or set model.name to the architecture of these weights"
-            )
-        # The folder has the layout of a hub repository: no name has to be registered with open_clip.
-        return _Source(EMBEDDED, f"local-dir:{_MINI_CLIP}", _MINI_CLIP / "open_clip_model.safetensors")
-
-    import open_clip
-
-    name = config.name.replace("/", "-")  # as the CLIP paper writes them: ViT-B/32
-    if name not in (models := open_clip.list_models()):
-        raise ModelError(
-            f"model.name={config.name!r} is not a model of open_clip: did you mean "
-            f"{_nearest(name, [EMBEDDED, PRECOMPUTED, *models])}?"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    choices = f"the path of a local checkpoint, or to a tag ({', '.join(tags) or 'it has none'})"
-    if config.pretrained is None:
-        raise ModelError(
-            f"model {name} needs weights: set model.pretrained to {choices}, or to {RANDOM!r} if untrained "
-            "weights are meant"
-        )
-    if config.pretrained == RANDOM:
-        return _Source(name, name, None)
-    if tag := open_clip.get_pretrained_cfg(name, config.pretrained):
-        return _Source(name, name, _fetch(name, config.pretrained, tag), tag)
-    path = Path(config.pretrained).expanduser()
-    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or len(path.parts) > 1:
-        return _Source(name, name, _check_path(path))
-    raise ModelError(
-        f"model.pretrained={config.pretrained!r} is neither a tag of {name} nor a file: set it to {choices}"
-    )
-
-
-def _fetch(name: str, tag_name: str, tag: dict[str, Any]) -> Path:
-    """Path of a tag's weights in the hub's cache, downloaded if they are not there.
-
-    Raises:
-        ModelError: The hub cannot be reached, or does not give them.
-    """
-    import open_clip
-
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # whatever the hub client, urllib or the file system raises
-        raise ModelError(
-            f"the weights {tag_name!r} of {name} are not in the local cache and cannot be downloaded "
-            f"({_first_line(error).split('Last error: ')[-1]}): pass a local checkpoint file through "
-            f"model.pretrained, or use the {EMBEDDED} model"
-        ) from error
-
-
-def _check_path(path: Path) -> Path:
-    """The path of a local checkpoint, if it is there and of a kind that can be read.
-
-    Raises:
-        ModelError: It is not.
-    """
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        found = [str(f) for f in sorted(folder.glob("*")) if f.suffix in CHECKPOINT_SUFFIXES]
-        hint = f"the nearest is {_nearest(str(path), found, n=1)}" if found else f"{folder} has no checkpoint"
-        raise ModelError(f"model.pretrained: there is no checkpoint file {path}; {hint}")
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise ModelError(
-            f"model.pretrained: {path} is not a checkpoint that can be read: the file name must end in "
-            f"{', '.join(CHECKPOINT_SUFFIXES)}"
-        )
-    return path
-
-
-def _build(source: _Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
+def _build(source: Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
     """Instantiate network (its weights untrained, but seeded), picture transform and tokenizer.
 
     Raises:
@@ -335,7 +268,7 @@ def _build(source: _Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
         architecture = open_clip.get_model_config(source.open_clip_name)
     except Exception as error:  # towers and tokenizers of other libraries fetch their files here
         raise ModelError(
-            f"model {source.name} cannot be built ({_first_line(error)}): install what is named there, or "
+            f"model {source.name} cannot be built ({first_line(error)}): install what is named there, or "
             "set model.name to a model without files of other libraries, such as 'ViT-B-32'"
         ) from error
     transform = image_transform_v2(PreprocessCfg(**network.visual.preprocess_cfg), is_train=False)
@@ -366,7 +299,7 @@ def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
                 f"{path} is corrupt or holds Python objects besides tensors, which are never unpickled: "
                 "fetch it again, or save its state dict as .safetensors"
             ) from error
-        reason = difference or _first_line(error)
+        reason = difference or first_line(error)
         raise ModelError(f"{path} is not a checkpoint of {name}: {reason}") from error
     if keys.missing_keys:
         raise ModelError(f"{path} is not a checkpoint of {name}: it has no {keys.missing_keys[0]!r}")
@@ -417,15 +350,6 @@ def _fingerprint(network: torch.nn.Module, transform: object, architecture: dict
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _nearest(word: str, words: Sequence[str], n: int = 3) -> str:
-    """The n words most like a word, as a list for a sentence."""
-    return " or ".join(closest(word, words, n, cutoff=0))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 @contextmanager

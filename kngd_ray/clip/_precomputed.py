@@ -71,12 +71,15 @@ class PrecomputedModel:
         known = {"classes": list(self.classes)} if self.zero_shot else {}
         return {"fingerprint": self.fingerprint, "embed_dim": self.embed_dim, **known}
 
-    def encode_classes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> Tensor:
+    def encode_classes(
+        self, class_names: Sequence[str], templates: str | Sequence[str] = (), *, known: bool = False
+    ) -> Tensor:
         """Find the embeddings of some of the classes.
 
         Args:
             class_names: Their names.
             templates: Unused: whoever made the embeddings chose the prompts.
+            known: Unused: all embeddings were told apart when they were read.
 
         Returns:
             Unit class embeddings (n, d), or zeros where there are none, float32 on the CPU.
@@ -93,6 +96,10 @@ class PrecomputedModel:
                 f"classes {', '.join(self.classes[:20])}{', ...' if len(self.classes) > 20 else ''}"
             )
         return torch.from_numpy(self._embeddings[[self._row[name] for name in class_names]])
+
+    def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> list[str]:
+        """Nothing: there are no prompts."""
+        return []
 
     def save(self, path: Path) -> None:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""
@@ -163,7 +170,7 @@ def given_precomputed(
         mean = unit(prompts.reshape(-1, d)).reshape(prompts.shape).mean(axis=1)
         _check(mean, f"the mean over prompts of {place}", [f"{name!r}" for name in classes])
         embeddings = unit(mean)
-    _check_distinct(embeddings, classes, place)
+    check_distinct(embeddings, classes, place)
     return PrecomputedModel(classes, embeddings, embed_dim, logit_scale)
 
 
@@ -208,8 +215,13 @@ def _check(vectors: Vectors, place: str, names: Sequence[str]) -> None:
         raise ModelError(f"{place}: the embedding of the class {names[row]} {what}: compute it again")
 
 
-def _check_distinct(embeddings: Vectors, classes: Sequence[str], place: str) -> None:
+def check_distinct(embeddings: Vectors, classes: Sequence[str], place: str) -> None:
     """Refuse two classes with one embedding.
+
+    Args:
+        embeddings: (C, d) unit vectors.
+        classes: C names.
+        place: What gives the embeddings, for the message.
 
     Raises:
         ModelError: There are two.

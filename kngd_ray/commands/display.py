@@ -14,9 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from kngd_ray.errors import printable
-
 from kngd_ray.commands.summary import with_interval
+from kngd_ray.errors import printable
 
 _LINE_SECONDS = 2.0
 _PATIENCE = 60.0  # seconds between lines that say no more than that something goes on

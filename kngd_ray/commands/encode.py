@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from kngd_ray.clip import PRECOMPUTED, ClipModel, load_model
+from kngd_ray.clip import PRECOMPUTED, ClipModel, load_model, worded
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.prepare import encode as encode_pictures
 from kngd_ray.commands.session import ray_for
@@ -56,6 +57,7 @@ def encode(
     workers = config.trainer.least_workers
     with ray_for(config.trainer):
         model = load_model(config.model)
+        texts = None if out is None else _texts(model, images, config.data.templates, display)  # before the long part
         cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
         everything = np.arange(len(images))
         missing = len(cache.missing(images.keys))
@@ -70,13 +72,22 @@ def encode(
         "undecodable": len(bad),
         "cache": str(cache.folder),
     }
-    if out is not None:
+    if out is not None and texts is not None:
         rows = np.setdiff1d(everything, list(bad))
-        report |= _write(images, rows, cache, model, config.data.templates, out)
+        report |= _write(images, rows, cache, model, texts, out)
         display.say(f"{report['features']}: {len(rows)} rows of {model.embed_dim} features")
         display.say("train, tune and evaluate on them, here or anywhere, with the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)
     return report
+
+
+def _texts(model: ClipModel, images: ImageSet, templates: Sequence[str], display: Display) -> Tensor:
+    """Class embeddings (C, d), and what is to be said of their prompts."""
+    names = images.class_names
+    templates = worded(templates, names)
+    for note in model.prompt_notes(names, templates):
+        display.say(note)
+    return model.encode_classes(names, templates)
 
 
 def _write(
@@ -84,12 +95,11 @@ def _write(
     rows: np.ndarray[Any, np.dtype[np.int64]],
     cache: FeatureCache,
     model: ClipModel,
-    templates: Sequence[str],
+    texts: Tensor,
     out: Path,
 ) -> dict[str, Any]:
     """Write features and class embeddings; returns where they are, and the settings for them."""
     features, embeddings = (out.absolute() / name for name in (FEATURES, CLASS_EMBEDDINGS))
-    texts = model.encode_classes(images.class_names, templates)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         np.save(embeddings, texts.numpy())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions, load_model
+from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
 from kngd_ray.clip.adapters import Linear
 from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
 from kngd_ray.commands.display import Display
@@ -88,6 +88,7 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         classes = {
             "class_names": list(manifest["class_names"]),
             "templates": list(manifest["templates"]),
+            "prompts": expand(manifest["class_names"], manifest["templates"]),
             "preprocess": model.preprocess_cfg,
         }
         write_text(out / CLASSES, json.dumps(classes, indent=1) + "\n")
@@ -99,6 +100,8 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
                 display.say(f"  {note}")
+    if towers:
+        display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
     display.say(f"{CLASSES} (class names in the order of the logits, prompts, preprocessing)")
     return {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
 

@@ -64,7 +64,8 @@ def write_card(
 def _model(config: Config, prepared: Prepared, steps: int) -> str:
     model = prepared.model
     what, of = "a CLIP model adapted to a few labelled pictures per class", "pictures"
-    source = f"CLIP model: {_plain(model.name)}"
+    folder = model.name.startswith("local-dir:")  # of which the place says more than it should
+    source = f"CLIP model: {_plain(Path(model.name).name if folder else model.name)}"
     if config.model.pretrained is not None:
         source += f", weights {_plain(Path(config.model.pretrained).name)}"
     if config.model.precomputed:

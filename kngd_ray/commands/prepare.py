@@ -18,6 +18,8 @@ from kngd_ray.clip import (
     load_model,
     load_precomputed,
     resolve_templates,
+    same_sentences,
+    worded,
 )
 from kngd_ray.commands.session import with_gpus
 from kngd_ray.config import Config
@@ -159,6 +161,7 @@ class Task:
         splits: what it gives when all pictures can be used.
         model: the CLIP model, or what stands for it.
         from_pictures: whether fits learn from pictures; cached features stand for them while the image tower is frozen.
+        known: whether a fit of it is there already.
     """
 
     config: Config
@@ -168,6 +171,7 @@ class Task:
     splits: dict[int, Split]
     model: AnyModel
     from_pictures: bool
+    known: bool
 
     @property
     def note(self) -> str:
@@ -180,6 +184,7 @@ class Task:
             lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
+        lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
         return "\n".join(lines)
 
     @property
@@ -303,8 +308,19 @@ def _task(
     config: Config, images: ImageSet, whole: ImageSet, choose: Choose, manifest: Mapping[str, Any] | None = None
 ) -> Task:
     splits, model = choose(frozenset()), _model(config, whole, manifest)
+    if not config.model.precomputed:
+        config = replace(config, data=replace(config.data, templates=_templates(config, whole, manifest)))
     from_pictures = isinstance(model, ClipModel) and config.tune.images and _trains_image_tower(config, images, model)
-    return Task(config, images, whole, choose, splits, model, from_pictures)
+    return Task(config, images, whole, choose, splits, model, from_pictures, manifest is not None)
+
+
+def _templates(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The prompts of a run, and how they say the names of its classes: of a fit that is there, as it was trained."""
+    given = config.data.templates
+    if manifest is None:
+        return worded(given, whole.class_names)
+    kept = tuple(manifest["templates"])
+    return kept if same_sentences(kept, given) else given
 
 
 def _model(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> AnyModel:
@@ -357,7 +373,7 @@ def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = No
         The prepared task.
     """
     config, images, splits, model = task.config, task.images, task.splits, task.model
-    class_embeddings = model.encode_classes(images.class_names, config.data.templates)
+    class_embeddings = model.encode_classes(images.class_names, config.data.templates, known=task.known)
     cache = task.whole.features or FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
     bad: frozenset[int] = frozenset()
     while True:

@@ -84,7 +84,7 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
     its, now = (found["class_names"] for found in (manifest, identity))
     if its != now:
         return f"knows other classes: {_parting(its, now)}; data.classes chooses and orders them"
-    its, now = (found["templates"] for found in (manifest, identity))
+    its, now = ([t.replace("{name}", "{}") for t in found["templates"]] for found in (manifest, identity))
     if its != now:
         return f"was trained with data.templates={its}, this run has {now}: the classes mean others"
     if options.method == "kalman" and earlier.method != "kalman":

@@ -12,6 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from kngd_ray.clip import worded
 from kngd_ray.commands.display import Display, cell
 from kngd_ray.commands.prepare import Prepared, Progress, Task, encode
 from kngd_ray.config import Config
@@ -155,7 +156,7 @@ class Protocol:
 
     def _score(self, name: str, predictor: AnyPredictor, calibration: Calibration) -> dict[str, Any]:
         unseen = self.unseen[name]
-        templates = self.prepared.config.data.templates
+        templates = worded(self.prepared.config.data.templates, unseen.images.class_names)
         other = transferred(predictor, unseen.images.class_names, templates, self.class_embeddings[name])
         tests: Shots = TestPictures(unseen.images, unseen.rows)
         if not isinstance(other, NetworkPredictor):
@@ -229,7 +230,8 @@ def prepare_protocol(
             raise DataError(f"none of the test pictures of {name} can be decoded.")
         usable[name] = replace(found, rows=rows)
     embeddings = {
-        name: model.encode_classes(found.images.class_names, config.data.templates) for name, found in usable.items()
+        name: model.encode_classes(names, worded(prepared.config.data.templates, names))
+        for name, names in ((name, found.images.class_names) for name, found in usable.items())
     }
     return Protocol(config.protocol, prepared, usable, embeddings)
 

@@ -199,6 +199,8 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     weights = config.model.pretrained
     if weights is not None and Path(weights).suffix in _CHECKPOINTS:
         inputs[weights] = "model.pretrained"
+    if config.model.name.startswith("local-dir:"):
+        inputs[config.model.name.removeprefix("local-dir:")] = "model.name"
     if config.model.class_embeddings is not None:
         inputs[config.model.class_embeddings] = "model.class_embeddings"
     if config.prior is not None and not resume:

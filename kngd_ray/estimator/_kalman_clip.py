@@ -227,6 +227,7 @@ class KalmanCLIP(Parameters):
         if not all(isinstance(label, (str, int, float, bool)) for label in labels):
             raise UsageError("labels must be strings, numbers or booleans to be saved.")
         params = self.get_params() | {
+            "model": self._inputs.source.absolute().name,
             "pretrained": self._inputs.source.absolute().pretrained,
             "class_embeddings": None,  # are in the folder
             "templates": list(_listed(self.templates)),

@@ -107,7 +107,7 @@ def restore_predictor(
     manifest = checkpoint.manifest
     options = parse(FitOptions, manifest["options"])
     if class_embeddings is None:
-        class_embeddings = model.encode_classes(manifest["class_names"], manifest["templates"])
+        class_embeddings = model.encode_classes(manifest["class_names"], manifest["templates"], known=True)
     head: Head = CLIPHead(class_embeddings, model.logit_scale, options.adapter).to(device or model.device)
     if options.tune.images:
         assert isinstance(model, ClipModel)

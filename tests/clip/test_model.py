@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchvision.transforms import Compose, RandomInvert
 import kngd_ray
 from kngd_ray.clip import _model
 from kngd_ray.clip._model import ModelConfig, load_model
-from kngd_ray.errors import ModelError
+from kngd_ray.errors import DataError, ModelError
 
 ASSETS = Path(kngd_ray.__file__).parent / "assets"
 SMALL = "kngd-test-tiny"  # registered with open_clip below: its own smallest take 0.4 s a load
@@ -122,6 +123,64 @@ def test_a_tag_gives_its_weights_preprocessing_and_activation(monkeypatch, tmp_p
     assert any(type(module).__name__ == "QuickGELU" for module in model.network.modules())
 
 
+# Folders and repositories
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """What a hub repository of open_clip's holds."""
+    return Path(shutil.copytree(ASSETS / "mini_clip", tmp_path_factory.mktemp("models") / "mine"))
+
+
+def test_a_folder_with_architecture_and_weights(mini, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for name in (f"local-dir:{folder}", "local-dir:mine", "local-dir:./mine"):
+        model = load_model(ModelConfig(name))
+        assert (model.name, model.fingerprint) == (name, mini.fingerprint)
+        assert ModelConfig(name).absolute().name == f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "says"),
+    [
+        ("local-dir:min", None, "there is no folder 'min'; the nearest is local-dir:mine"),
+        ("local-dir:", None, "there is no folder ''"),
+        ("local-dir:mine", "openai", "model.pretrained='openai' is not for local-dir:mine, which has its own weights"),
+        ("local-dir:bare", None, "lacks weights, such as open_clip_model.safetensors"),
+        ("local-dir:torn", None, "torn/open_clip_config.json describes no model"),
+        ("local-dir:unnamed", None, "lacks open_clip_config.json"),
+        ("mine", None, "'mine' is a folder: write local-dir:mine"),
+        ("someone/something", None, "a repository of Hugging Face's is named hf-hub:someone/something"),
+        ("hf-hub:", None, "write hf-hub:organisation/repository"),
+        ("hf-hub:someone/something", None, "is not in the local cache and cannot be downloaded"),
+        ("hf-hub:someone/something", "openai", "has its own weights"),
+    ],
+)
+def test_what_is_no_folder_or_repository(folder, monkeypatch, name, pretrained, says):
+    place = folder.parent
+    monkeypatch.chdir(place)
+    for other, files in (("bare", ["open_clip_config.json"]), ("torn", []), ("unnamed", [])):
+        (place / other).mkdir(exist_ok=True)
+        for file in files:
+            shutil.copy(folder / file, place / other / file)
+    (place / "torn" / "open_clip_config.json").write_text("{")
+    for other in ("torn", "unnamed"):
+        (place / other / "a.safetensors").touch()
+    assert says in error_of(name, pretrained)
+
+
+def test_a_repository_in_the_cache(mini, folder, monkeypatch):
+    """As the hub's own client finds it, which here may not look elsewhere."""
+    found = {"open_clip_config.json": folder / "open_clip_config.json", None: folder / "open_clip_model.safetensors"}
+    for module in (open_clip.pretrained, open_clip.factory):
+        monkeypatch.setattr(
+            module, "download_pretrained_from_hf", lambda repository, filename=None, **_: str(found[filename])
+        )
+    model = load_model(ModelConfig("hf-hub:someone/something"))
+    assert model.fingerprint == mini.fingerprint
+    assert ModelConfig("hf-hub:someone/something").absolute().name == "hf-hub:someone/something"
+
+
 # Fingerprint
 
 
@@ -201,6 +260,51 @@ def test_classes_are_the_mean_direction_of_their_prompts(mini):
     mean = prompts.mean(dim=0)
     torch.testing.assert_close(classes[1], mean / mean.norm(), rtol=0, atol=1e-5)
     torch.testing.assert_close(classes.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+
+
+LONG = "a very long name of a class that says much more than any text tower would read " * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "says"),
+    [
+        (
+            ["dog", "sea_bird", "sea bird"],
+            "a {}.",
+            "'sea_bird' and 'sea bird' have one prompt to embedded, 'a sea bird.'",
+        ),
+        (["IT", "it"], "a {}.", "'a IT.' and 'a it.', read as one"),
+        (["SeaLake", "sea lake"], "a {words}.", "'SeaLake' and 'sea lake'"),
+        (
+            [LONG + "a", LONG + "b", "dog"],
+            "a {}.",
+            "reads 32, so that its name is cut off, and so are those of 1 other",
+        ),
+        (["dog", "cat"], f"{LONG} {{}}", "the class 'dog' are too long"),
+        (["dog", "['cat']"], "a {}.", "a list as Python writes it"),
+    ],
+)
+def test_classes_that_are_not_told_apart_are_refused(mini, names, templates, says):
+    with pytest.raises(DataError) as error:
+        mini.encode_classes(names, templates)
+    assert says in str(error.value)
+    assert mini.encode_classes(names, templates, known=True).shape == (len(names), 256)
+
+
+def test_what_is_cut_behind_the_name_is_said(mini):
+    templates = [f"a {{}} {LONG}", "the {}"]
+    assert mini.prompt_notes(["dog"], ["a {}"]) == []
+    (line,) = mini.prompt_notes(["dog", "cat"], templates)
+    assert "prompts of 2 of 2 classes are longer than the 32 tokens" in line
+    assert line.endswith("cut off behind the name: dog, cat")
+    assert mini.encode_classes(["dog", "cat"], templates).shape == (2, 256)
+
+
+@pytest.mark.parametrize("words", range(24, 34))
+def test_a_prompt_that_just_fits_is_not_cut(mini, words):
+    """Each of these words is one token; the context is 32, with a token at each end."""
+    text = " ".join(["dog"] * words)
+    assert (mini.prompt_notes(["cat"], f"{{}} {text}") == []) == (words + 1 <= 30)
 
 
 # Errors: what, where, what to do

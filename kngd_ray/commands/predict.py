@@ -152,7 +152,7 @@ def _open(path: Path, named: bool) -> Image.Image | None:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
-        return decode(path.read_bytes(), str(path), "name others, or the folder that it is in")
+        return decode(path.read_bytes(), str(path), "replace it, or name its folder, of which it is left out")
     except BadImage:
         if named:
             raise

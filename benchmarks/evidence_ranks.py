@@ -1,237 +1,294 @@
-"""How well the evidence ranks priors: against held-out shots, and against the test pictures.
+"""How well a search's objective ranks priors of the default filter, and what its choice is worth.
 
-    python -m benchmarks.evidence_ranks --data pacs.parquet --domain photo
-    python -m benchmarks.evidence_ranks --data eurosat.parquet
-    python -m benchmarks.evidence_ranks --data caltech101.parquet --shots 4
+    python -m benchmarks.evidence_ranks --data pacs.parquet --domains photo sketch --geometry clip
+    python -m benchmarks.evidence_ranks --data features.parquet --shots 4 16
+    python -m benchmarks.evidence_ranks --data features.parquet --shots 8 --case unequal
     python -m benchmarks.evidence_ranks --draw
 
-Random priors of the shipped search's space are judged as a search judges them, by ``evidence`` and by ``held_out_nll``
-on the shots of each seed; then each is fitted on all shots of the seed and tested. Beside them two scores that look
-more like a textbook's evidence, and rank badly: the filter's own log N(nu; 0, S), and the labels' log-probability by
-the undamped posterior (tau = 1), both of one pass that counts each shot once.
+Random priors of ``tune_configs/noise_priors.yaml`` are judged as the search judges them, on the shots of each seed;
+then each is fitted on all shots of the seed and tested. Shown are rank correlations of the objective with what a prior
+is worth, and the regret of its choice: the test NLL of the prior that it puts first, less that of the preset and less
+that of the best. Cases that are hard by themselves: single shots, a thousand classes (``--data many``), classes of
+unequal size (``--case unequal``), a zero-shot head that knows nothing (``--case wrong_head``).
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from scipy.stats import spearmanr
 
+from benchmarks.few_shot.boot import Interval, over_problems
+from benchmarks.few_shot.groups import open_data
+from benchmarks.few_shot.problem import Case, Problem
 from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.search_file import SearchConfig, load_search
-from kngd_ray.config import override
-from kngd_ray.errors import FilterError
+from kngd_ray.config import load_config, override
 from kngd_ray.search import Fitted, Workload, fit_together, judge
-from kngd_ray.training.calibration import predictor_of
+from kngd_ray.training.calibration import calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
-from kngd_ray.training.fit import FitTask
 from kngd_ray.training.metrics import Scores
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = RESULTS / "evidence_ranks.json"
 SEARCH = Path(__file__).parents[1] / "tune_configs" / "noise_priors.yaml"
-TOGETHER = 8  # priors at a time
-WORST = float("-inf")
-SCORES = {
-    "evidence": "evidence",
-    "held_out_nll": "held-out NLL",
-    "gaussian": "log N(nu; 0, S)",
-    "undamped": "labels at tau = 1",
-}
-TARGETS = {
-    "held_out_nll": "held-out NLL",
-    "id_accuracy": "ID accuracy",
-    "id_nll": "ID NLL",
-    "ood_accuracy": "OOD accuracy",
-}
-LESS_IS_BETTER = ("held_out_nll", "id_nll")
+TOGETHER = 10  # priors at a time
+CASES = ("plain", "unequal", "wrong_head")
+OBJECTIVE = "log_posterior"
+Row = dict[str, Any]
 
 
-def random_priors(search: SearchConfig, count: int) -> list[dict[str, Any]]:
-    """Settings drawn from a search's space."""
+def random_priors(search: SearchConfig, count: int) -> list[Row]:
+    """The search's first trials, and settings drawn from its space."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    return [search.space.suggest(study.ask()) for _ in range(count)]
+    return [*map(dict, search.points), *(search.space.suggest(study.ask()) for _ in range(count))]
 
 
-def judged(search: SearchConfig, prepared: Prepared, priors: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Scores and test figures of each prior, means over the support sets."""
-    seeds = search.options.seeds
+def of_case(problem: Problem, case: str) -> Problem:
+    """A problem with what makes it a hard case.
+
+    Args:
+        problem: as it is.
+        case: ``unequal`` keeps between one and all shots of a class, ``wrong_head`` deals out the texts anew.
+
+    Returns:
+        The problem.
+    """
+    if case == "wrong_head":
+        classes = len(problem.class_embeddings)
+        return replace(problem, class_embeddings=problem.class_embeddings.roll(1 + classes // 3, 0))
+    if case == "unequal":
+        return replace(problem, cases=[replace(one, support=_unequal(one)) for one in problem.cases])
+    return problem
+
+
+def _unequal(case: Case) -> Any:
+    labels = case.support.labels.numpy()
+    rng, kept = np.random.default_rng(case.seed), []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        kept.append(own[: rng.integers(1, len(own) + 1)])
+    return case.support.subset(torch.from_numpy(np.sort(np.concatenate(kept))))
+
+
+def judged(search: SearchConfig, problem: Problem, priors: Sequence[Row]) -> list[Row]:
+    """Objective and test figures of each prior, means over the support sets; the shipped preset first."""
+    seeds = tuple(case.seed for case in problem.cases)
     work = Workload(
         search.config,
-        replace(search.options, objective=("evidence", "held_out_nll")),
-        {seed: prepared.support(seed) for seed in seeds},
-        prepared.class_embeddings,
-        prepared.model.logit_scale,
+        replace(search.options, seeds=seeds),
+        {case.seed: case.support for case in problem.cases},
+        problem.class_embeddings,
+        problem.logit_scale,
+        space=search.space,
     )
-    tests = {seed: prepared.tests(seed) for seed in seeds}
+    preset = load_config(overrides=["method=kalman"])
+    tasks = [work.task(preset, seed) for seed in seeds]
+    taus = [calibrate(task, preset.posterior).tau for task in tasks]
+    rows: list[Row] = [{"settings": "preset", **_tested(fit_together(tasks), problem, taus, preset.posterior)}]
     for start in range(0, len(priors), TOGETHER):
         some = priors[start : start + TOGETHER]
         *_, found = judge(some, work, fit_together, at_once=True)
-        configs = [override(search.config, settings) for settings in some]
-        tasks = [work.task(config, seed) for config in configs for seed in seeds]
-        fits = fit_together(tasks)
-        passes = fit_together([_single_pass(task) for task in tasks])
-        for n, (settings, config, one) in enumerate(zip(some, configs, found, strict=True)):
-            own = slice(n * len(seeds), (n + 1) * len(seeds))
-            row: dict[str, Any] = {"settings": settings, "failed": one.reason, **one.objective}
-            if one.reason is None and not any(isinstance(fit, FilterError) for fit in fits[own]):
-                row |= _tested(fits[own], [tests[seed] for seed in seeds], one.figures["tau"], config.posterior)
-                row |= _textbook(passes[own])
-            yield row
-        print(f"{min(start + TOGETHER, len(priors))} of {len(priors)} priors", file=sys.stderr, flush=True)
+        for settings, one in zip(some, found, strict=True):
+            row: Row = {"settings": settings, "failed": one.reason, **one.objective}
+            if one.reason is None:
+                config = override(search.config, settings)
+                fits = fit_together([work.task(config, seed) for seed in seeds])
+                row |= _tested(fits, problem, one.figures["tau"], config.posterior)
+            rows.append(row)
+    return rows
 
 
-def _single_pass(task: FitTask) -> FitTask:
-    return replace(task, options=replace(task.options, epochs=1), prequential=True)
-
-
-def _tested(fits: Sequence[Any], tests: Sequence[Any], taus: Sequence[float], posterior: Any) -> dict[str, float]:
+def _tested(fits: Sequence[Any], problem: Problem, taus: Sequence[float], posterior: Any) -> Row:
     rows = []
-    for fitted, sets, tau in zip(fits, tests, taus, strict=True):
+    for fitted, case, tau in zip(fits, problem.cases, taus, strict=True):
+        if not isinstance(fitted, Fitted):
+            return {"failed": str(fitted)}
         predictor = predictor_of(fitted.method, posterior)
         scores = {
             name: Scores.of(predictor.predict(held.features, tau).probabilities, held.labels)
-            for name, held in sets.items()
+            for name, held in case.tests.items()
         }
         row = {"id_accuracy": scores[ID].accuracy, "id_nll": scores[ID].nll}
-        if len(scores) > 1:
-            row["ood_accuracy"] = fmean(found.accuracy for name, found in scores.items() if name != ID)
+        others = [found for name, found in scores.items() if name != ID]
+        if others:
+            row |= {"ood_accuracy": fmean(s.accuracy for s in others), "ood_nll": fmean(s.nll for s in others)}
         rows.append(row)
     return {name: fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def _textbook(passes: Sequence[Fitted | FilterError]) -> dict[str, float]:
-    gaussian, undamped = [], []
-    for fitted in passes:
-        stats = [] if isinstance(fitted, FilterError) else [record.stats for record in fitted.records]
-        if not stats or any(one is None for one in stats):
-            return {"gaussian": WORST, "undamped": WORST}
-        gaussian.append(sum(one.log_evidence for one in stats) / sum(fitted.sizes))
-        undamped.append(sum(one.log_predictive[-1] for one in stats) / sum(fitted.sizes))
-    return {"gaussian": fmean(gaussian), "undamped": fmean(undamped)}
+def summary(rows: Sequence[Row]) -> Row:
+    """Rank correlations and regret of one problem.
+
+    Args:
+        rows: of :func:`judged`.
+
+    Returns:
+        ``spearman`` and that over the better half by test NLL, with NLL and accuracy; what the chosen prior has more
+        than preset and best prior.
+    """
+    preset, *trials = rows
+    sound = [row for row in trials if "id_nll" in row]
+    objective = np.array([row[OBJECTIVE] for row in sound])
+    nll, accuracy = (np.array([row[name] for row in sound]) for name in ("id_nll", "id_accuracy"))
+    better = nll <= np.median(nll)
+    chosen = sound[int(objective.argmax())]
+    found = {
+        "spearman_nll": _ranks(objective, -nll),
+        "spearman_accuracy": _ranks(objective, accuracy),
+        "spearman_nll_better_half": _ranks(objective[better], -nll[better]),
+        "spearman_accuracy_better_half": _ranks(objective[better], accuracy[better]),
+        "regret_preset": chosen["id_nll"] - preset["id_nll"],
+        "regret_best": chosen["id_nll"] - float(nll.min()),
+        "accuracy_gain": chosen["id_accuracy"] - preset["id_accuracy"],
+    }
+    if "ood_nll" in preset:
+        found["ood_accuracy_gain"] = chosen["ood_accuracy"] - preset["ood_accuracy"]
+        found["ood_nll_gain"] = chosen["ood_nll"] - preset["ood_nll"]
+    return found
 
 
-def spearman(rows: Sequence[dict[str, Any]], score: str, target: str) -> float | None:
-    """Rank correlation of a score with a target, positive where they agree on what is good."""
-    both = [(row[score], row[target]) for row in rows if score in row and target in row]
-    if not both:
-        return None
-    signs = [-1 if name in LESS_IS_BETTER else 1 for name in (score, target)]
-    pairs = [(signs[0] * a, signs[1] * b) for a, b in both]
-    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
+def _ranks(score: Any, worth: Any) -> float:
+    if np.ptp(score) == 0 or np.ptp(worth) == 0:
+        return 0.0
+    return float(spearmanr(score, worth).statistic)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Judge, fit and test the priors of one data set, and keep what came out."""
+    """Judge, fit and test the priors of data sets, and keep what came out."""
     torch.set_num_threads(args.threads)
-    overrides = ["preset=kalman_diagonal", f"data.path={args.data}", f"data.shots={args.shots}", "seeds=0,1,2"]
-    if args.domain:
-        overrides.append(f"data.train_domain={args.domain}")
-    search = load_search(SEARCH, overrides)
-    prepared = prepare(open_task(search.config))
-    began = time.monotonic()
-    rows = list(judged(search, prepared, random_priors(search, args.priors)))
-    name = Path(args.data).stem
-    better = sorted((row for row in rows if "held_out_nll" in row), key=lambda row: row["held_out_nll"])
-    better = better[: len(better) // 2]
-    result = {
-        "data": name,
-        "shots": args.shots,
-        "seeds": list(search.options.seeds),
-        "seconds": round(time.monotonic() - began, 1),
-        "failed": sum(row["failed"] is not None for row in rows),
-        "spearman": {score: {target: spearman(rows, score, target) for target in TARGETS} for score in SCORES},
-        "spearman_of_the_better_half": {s: {target: spearman(better, s, target) for target in TARGETS} for s in SCORES},
-        "environment": json.loads(describe_environment()),
-        "priors": rows,
-    }
-    (RESULTS / f"evidence_ranks_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({**{key: result[key] for key in ("data", "seconds", "failed")}, "priors": len(rows)}))
-    print(table([result]))
+    search = load_search(SEARCH, [])
+    priors = random_priors(search, args.priors)
+    for path in args.data:
+        data = open_data(path, geometry=args.geometry, dev=args.dev)
+        for domain in args.domains or data.domains[:1]:
+            for shots in args.shots:
+                if shots > data.most_shots[domain]:
+                    continue
+                began = time.monotonic()
+                problem = of_case(data.problem(domain, shots, range(args.seeds)), args.case)
+                rows = judged(search, problem, priors)
+                found = {
+                    "data": data.name,
+                    "group": data.group,
+                    "domain": domain,
+                    "shots": shots,
+                    "case": args.case,
+                    "classes": len(problem.class_embeddings),
+                    "seeds": args.seeds,
+                    "seconds": round(time.monotonic() - began, 1),
+                    **summary(rows),
+                    "priors": rows,
+                }
+                _keep(found, args.out)
+                print(_line(found), file=sys.stderr, flush=True)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Rank correlations as Markdown."""
-    lines = ["| data, priors | score | " + " | ".join(TARGETS.values()) + " |", "|---|---|" + "---|" * len(TARGETS)]
-    for result in results:
-        for score, label in SCORES.items():
-            halves = [result[key][score] for key in ("spearman", "spearman_of_the_better_half")]
-            cells = " | ".join(" / ".join(_cell(half[target]) for half in halves).strip(" /") for target in TARGETS)
-            lines.append(f"| {result['data']}, {len(result['priors'])} | {label} | {cells} |")
+def _key(problem: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(problem[name] for name in ("group", "data", "domain", "shots", "case"))
+
+
+def _keep(found: Row, path: Path) -> None:
+    known = json.loads(path.read_text())["problems"] if path.is_file() else []
+    problems = sorted([*(one for one in known if _key(one) != _key(found)), found], key=_key)
+    result = {"environment": json.loads(describe_environment()), "problems": problems}
+    path.write_text(json.dumps(result, default=float) + "\n")
+
+
+def _line(problem: Mapping[str, Any]) -> str:
+    ood = f"{100 * problem['ood_accuracy_gain']:+.1f}" if "ood_accuracy_gain" in problem else ""
+    name = " ".join(str(problem[key]) for key in ("data", "domain")) + (
+        "" if problem["case"] == "plain" else f", {problem['case']}"
+    )
+    return (
+        f"| {name} | {problem['group']} | {problem['classes']} | {problem['shots']} "
+        f"| {problem['spearman_nll']:.2f} / {problem['spearman_nll_better_half']:.2f} "
+        f"| {problem['spearman_accuracy']:.2f} / {problem['spearman_accuracy_better_half']:.2f} "
+        f"| {problem['regret_preset']:+.3f} | {problem['regret_best']:+.3f} "
+        f"| {100 * problem['accuracy_gain']:+.1f} | {ood} |"
+    )
+
+
+def table(problems: Sequence[Mapping[str, Any]]) -> str:
+    """All problems, and what they come to, as Markdown."""
+    head = (
+        "| data | group | classes | shots | Spearman with NLL: all / better half | with accuracy | regret against "
+        "preset | against best | ID accuracy | OOD accuracy |"
+    )
+    lines = [head, "|---" * 10 + "|", *map(_line, problems)]
+    several = [one for one in problems if one["shots"] > 1]
+    ranks = [median(one[name] for one in several) for name in ("spearman_nll", "spearman_nll_better_half")]
+    regret = mean_regret(problems)
+    lines += [
+        "",
+        f"Median Spearman with test NLL, of two shots or more: {ranks[0]:.2f}, over the better half {ranks[1]:.2f}. "
+        f"Mean regret against the preset {regret.mean:+.4f} [{regret.low:+.4f}, {regret.high:+.4f}] nats, at most "
+        f"{max(one['regret_preset'] for one in problems):+.3f}; 95 % intervals, problems of each data set resampled.",
+    ]
     return "\n".join(lines)
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def mean_regret(problems: Sequence[Mapping[str, Any]]) -> Interval:
+    """Mean test NLL of what is chosen less that of the preset, problems of each data set resampled."""
+    by_data: dict[str, list[float]] = {}
+    for one in problems:
+        by_data.setdefault(one["data"], []).append(one["regret_preset"])
+    return over_problems([np.array(values)[:, None] for values in by_data.values()])
 
 
-def draw() -> None:
-    """The figure: held-out NLL and test accuracy of each prior against its evidence."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("evidence_ranks_*.json"))]
-    figure = Figure(figsize=(4 * len(results), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(results), squeeze=False)
-    for column, result in enumerate(results):
-        rows = [row for row in result["priors"] if "id_accuracy" in row]
-        kinds = sorted({row["settings"]["observation"] for row in rows})
-        for axis, (target, label) in zip(
-            axes[:, column], (("held_out_nll", "held-out NLL"), ("id_accuracy", "test accuracy")), strict=True
-        ):
-            for number, kind in enumerate(kinds):
-                own = [row for row in rows if row["settings"]["observation"] == kind]
-                axis.scatter(
-                    [-row["evidence"] for row in own],
-                    [row[target] for row in own],
-                    s=16,
-                    color=f"C{number}",
-                    label=kind.replace(",", ", "),
-                    alpha=0.8,
-                )
-            axis.set_xscale("log")
-            scaled = [axis.xaxis]
-            if target == "held_out_nll":
-                axis.set_yscale("log")
-                scaled.append(axis.yaxis)
-            for one in scaled:
-                one.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                one.set_major_formatter(ScalarFormatter())
-                one.set_minor_formatter(NullFormatter())
-            axis.set_title(f"{result['data']}, Spearman {result['spearman']['evidence'][target]:.2f}", fontsize=10)
-            axis.set_xlabel("- evidence, nats per shot")
-            axis.set_ylabel(label)
-            axis.invert_xaxis()
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+def draw(path: Path) -> None:
+    """Print the table and write the figure: test NLL of each prior against the objective."""
+    problems = json.loads(path.read_text())["problems"]
+    shown = [one for one in problems if one["case"] == "plain" and one["shots"] > 1][:12]
+    columns = 4
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.7 * lines), layout="constrained")
+    for axis, problem in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
+        preset, *rows = problem["priors"]
+        sound = [row for row in rows if "id_nll" in row]
+        axis.scatter([row[OBJECTIVE] for row in sound], [row["id_nll"] for row in sound], s=12, alpha=0.8)
+        axis.axhline(preset["id_nll"], color="0.4", lw=0.8, ls="--")
+        axis.set_yscale("log")
+        axis.set_title(f"{problem['data']} {problem['domain']}, {problem['shots']} shots", fontsize=8)
+        axis.tick_params(labelsize=7, which="both")
+    figure.supxlabel("log posterior of the settings, nats per shot", fontsize=9)
+    figure.supylabel("test NLL (dashed: preset)", fontsize=9)
     figure.savefig(RESULTS / "evidence_ranks.png", dpi=110)
-    print(table(results))
+    print(table(problems))
 
 
 def main() -> None:
-    """Measure a data set, or draw what was measured."""
+    """Measure data sets, or draw what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data")
-    parser.add_argument("--domain")
-    parser.add_argument("--shots", type=int, default=16)
-    parser.add_argument("--priors", type=int, default=80)
+    parser.add_argument("--data", nargs="+", help="files of pictures or features, embedded, many")
+    parser.add_argument("--geometry", choices=["mini", "clip"], default="mini")
+    parser.add_argument("--domains", nargs="+")
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--case", choices=CASES, default="plain")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--priors", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dev", action="store_true", help="training pictures stand for the test sets")
+    parser.add_argument("--out", type=Path, default=KEPT)
     parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
     if args.draw:
-        draw()
+        draw(args.out)
     elif args.data:
         measure(args)
     else:
-        parser.error("name a data set, or --draw")
+        parser.error("name data sets, or --draw")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 from kngd_ray.clip import CLIPHead
 from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
-from kngd_ray.commands.summary import interval, over_seeds
+from kngd_ray.commands.summary import interval, over_seeds, with_interval
 from kngd_ray.config import load_config
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
@@ -205,7 +205,7 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     """One row of the Markdown table."""
 
     def cell(figure: Mapping[str, float]) -> str:
-        return f"{100 * figure['mean']:.1f} ± {50 * (figure['high'] - figure['low']):.1f}"
+        return with_interval(figure, 100, 1).replace("±", " ± ")
 
     figures = [row["id"], row["ood"], *(row.get("gain", {}).get(key) for key in ("id", "ood"))]
     cells = ["" if figure is None else cell(figure) for figure in figures]
@@ -252,6 +252,7 @@ def main() -> None:
         f"data.path={options.data}",
         f"data.train_domain={options.domain}",
         f"data.shots={options.shots}",
+        "data.draw=first",  # as in the results that are kept
     ]
     prepared = prepare(open_task(load_config(overrides=overrides)))
     columns = (

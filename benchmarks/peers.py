@@ -44,7 +44,7 @@ from benchmarks.few_shot.probe import Probe
 from benchmarks.step_cost.memory import allocated
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
-from kngd_ray.commands.summary import over_seeds
+from kngd_ray.commands.summary import over_seeds, with_interval
 from kngd_ray.config import load_config
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import calibrate, fold_of, predictor_of
@@ -194,7 +194,7 @@ def main() -> None:
         return
     name = "emoji" if options.data == "embedded" else Path(options.data).stem
     data = [f"seeds={options.seeds}", f"data.path={options.data}", f"data.shots={options.shots}"]
-    data.append(f"data.train_domain={options.domain or 'null'}")
+    data += [f"data.train_domain={options.domain or 'null'}", "data.draw=first"]  # as in the results that are kept
     found = {
         "environment": environment(),  # before the methods run
         "task": {"data": name, "domain": options.domain, "shots": options.shots, "seeds": options.seeds},
@@ -250,7 +250,7 @@ def _cell(figure: dict[str, float] | None, what: str) -> str:
     if figure is None:
         return ""
     factor, digits = (100, 1) if what == "accuracy" else (1, 3)
-    return f"{figure['mean'] * factor:.{digits}f} ± {(figure['high'] - figure['low']) / 2 * factor:.{digits}f}"
+    return with_interval(figure, factor, digits).replace("±", " ± ")
 
 
 if __name__ == "__main__":

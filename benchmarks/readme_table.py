@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from kngd_ray.commands.display import Display
 from kngd_ray.commands.environment import describe_environment
+from kngd_ray.commands.summary import with_interval
 from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
 
@@ -46,6 +47,7 @@ def main() -> None:
                 f"data.path={options.data}",
                 f"data.train_domain={options.domain or 'null'}",
                 f"data.shots={options.shots}",
+                "data.draw=first",  # as in the results that are kept
                 "trainer.num_workers=0",
                 f"trainer.storage_path={folder}",
                 "tracking.enabled=false",
@@ -77,7 +79,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def cell(figure: Mapping[str, float], factor: float) -> str:
     """One figure of the table."""
     digits = 1 if factor == 100 else 3
-    return f"{figure['mean'] * factor:.{digits}f} ± {(figure['high'] - figure['low']) / 2 * factor:.{digits}f}"
+    return with_interval(figure, factor, digits).replace("±", " ± ")
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.summary import interval
+from kngd_ray.commands.summary import interval, with_interval
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import FilterError
 from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks, predictor_of
@@ -115,6 +115,7 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
     settings, knob, values = METHODS[job["method"]]
     data = [f"data.path={job['data']}", f"data.shots={job['shots']}", f"seeds={job['seed']}", "trainer.num_workers=0"]
     data += [f"data.train_domain={job['domain']}"] if job["domain"] else []
+    data.append("data.draw=first")  # as in the results that are kept
     config = load_config(overrides=[*settings, *data])
     if job["epochs"] and config.tune.images:
         config = replace(config, epochs=job["epochs"])
@@ -181,7 +182,7 @@ def _table(done: dict[str, Any]) -> str:
         runs = [run for seed, run in found.items() if seed.isdigit()]
         row = [method, f"{METHODS[method][1]}={found['best']:g}", f"{runs[0]['steps']}"]
         row += [
-            _shown([factor * run[part][key] for run in runs if part in run], digits)
+            _shown([run[part][key] for run in runs if part in run], key, factor, digits)
             for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
             for part in ("id", "ood")
         ]
@@ -190,13 +191,12 @@ def _table(done: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _shown(values: Sequence[float], digits: int) -> str:
+def _shown(values: Sequence[float], figure: str, factor: float, digits: int) -> str:
     if not values:
         return ""
     if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    found = interval(values)
-    return f"{found['mean']:.{digits}f} ± {found['mean'] - found['low']:.{digits}f}"
+        return f"{values[0] * factor:.{digits}f}"
+    return with_interval(interval(values, figure), factor, digits).replace("±", " ± ")
 
 
 if __name__ == "__main__":

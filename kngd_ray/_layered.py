@@ -6,7 +6,7 @@ dataclass with a ``kind`` field, or a union of such; see :mod:`kngd_ray.config` 
 
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from kngd_ray._yaml import number, written
 from kngd_ray.errors import UsageError, nearest
 
 
@@ -26,6 +27,7 @@ class Leaf:
 
 
 _SHOWN = 200  # characters of a wrong value in a message
+_LONGEST_ROW = 10_000  # numbers that a range may stand for
 
 Node: TypeAlias = "Leaf | dict[str, Node] | list[Node]"
 T = TypeVar("T")
@@ -166,12 +168,27 @@ def _value(hint: Any, node: Node, path: str) -> Any:
         # "0,1,2" and a lone 0 are lists too; in texts a comma before a space belongs to the text, as in prompts
         comma = r",(?!\s)" if element is str else ","
         raw = [item.strip() for item in re.split(comma, raw)] if isinstance(raw, str) else [raw]
+    kinds = {*_members(hint), *_members(element)}
+    if isinstance(raw, list):
+        listed = [item for given in raw for item in (_in_a_row(given, path) if int in kinds else [given])]
+        raw = [_meant(item, kinds) for item in listed]
+    else:
+        raw = _meant(raw, kinds)
     given = raw if isinstance(raw, list) else [raw]
     if any(isinstance(item, bool) for item in given) and bool not in (element, *_members(hint)):
         raise UsageError(f"{path}={shortened(raw).lower()}: expected {_named(hint)}.")
     try:
+        words = {*_literals(hint), *_literals(element)}
+        if int in kinds and str not in kinds and any(isinstance(item, str) and item not in words for item in given):
+            # of which pydantic would make numbers by rules of its own: of 0-4 minus four
+            raise UsageError(f"{path}={shortened(raw)}: input should be a valid integer.")
         value = _adapter(hint).validate_python(raw)
     except ValidationError as error:
+        if bool in kinds:
+            others = "".join(f", {option}" for option in _literals(hint))
+            raise UsageError(f"{path}={shortened(raw)}: expected a boolean: true{others} or false.") from error
+        if str in kinds and raw is None:
+            raise UsageError(f"{path}=null: expected a text; if that is its name, quote it: '\"null\"'.") from error
         first = error.errors()[0]
         shown = first["input"] if not isinstance(raw, list) else raw
         options = [str(o) for o in (*_literals(hint), *_literals(element))]
@@ -182,6 +199,42 @@ def _value(hint: Any, node: Node, path: str) -> Any:
     if isinstance(value, float) and not isfinite(value):
         raise UsageError(f"{path}={raw}: expected a finite number.")
     return value
+
+
+def _meant(value: Any, kinds: Set[Any]) -> Any:
+    """A scalar as its setting takes it: what is written like a number is a text where texts are asked for.
+
+    Args:
+        value: as YAML has it.
+        kinds: types that the setting, or an element of its list, may have.
+
+    Returns:
+        The value, or another reading of it.
+    """
+    numbers = kinds & {int, float}
+    if isinstance(value, str) and numbers and str not in kinds:
+        found = number(value.strip())
+        return value if found is None else found
+    text = written(value)
+    words = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if text is not None and ((str in kinds and not numbers and bool not in kinds) or text in words):
+        return text
+    return value
+
+
+def _in_a_row(value: Any, path: str) -> list[Any]:
+    """The whole numbers of a range such as ``0-4``, both ends included; of anything else itself.
+
+    Raises:
+        UsageError: a range that goes down, or on and on.
+    """
+    found = re.fullmatch(r"\s*(\d{1,18})\s*-\s*(\d{1,18})\s*", value) if isinstance(value, str) else None
+    if found is None:
+        return [value]
+    first, last = int(found[1]), int(found[2])
+    if not first <= last < first + _LONGEST_ROW:
+        raise UsageError(f"{path}={value}: expected a range from less to more, of at most {_LONGEST_ROW:,} numbers.")
+    return list(range(first, last + 1))
 
 
 def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:

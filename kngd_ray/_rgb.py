@@ -98,16 +98,20 @@ def from_array(given: Any, place: str = "a picture", remedy: str = REPLACE) -> I
     return to_rgb(Image.fromarray(narrow[:, :, 0] if narrow.shape[2:] == (1,) else narrow), place, remedy)
 
 
-def check_size(picture: Image.Image) -> None:
+def check_size(picture: Image.Image, most: int = MAX_PIXELS) -> None:
     """Refuse a picture without pixels or with too many; of an opened one nothing is decoded.
+
+    Args:
+        picture: as PIL has it.
+        most: pixels that it may have.
 
     Raises:
         ValueError: it is.
     """
     if 0 in picture.size:
         raise ValueError(f"it has {picture.width} x {picture.height} pixels")
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} is over {MAX_PIXELS:,} pixels")
+    if picture.width * picture.height > most:
+        raise ValueError(f"{picture.width} x {picture.height} is over {most:,} pixels")
 
 
 def undecodable(place: str, reason: str, remedy: str = REPLACE) -> str:

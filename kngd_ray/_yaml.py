@@ -1,11 +1,15 @@
 """YAML from anybody: plain data alone, within bounds of size that no settings come near.
 
+Scalars are read as YAML 1.2 reads them: ``010`` is ten, ``0x10`` sixteen and ``1e-3`` a number; ``no``, ``12:30`` and
+``2024-01-05`` are texts. Numbers remember how they were written, since only the setting that they are for knows whether
+a number is meant: a domain may be called 2019, and a run 007.
+
 Aliases are counted each time: nine levels of ten of them are a billion entries that a page of text asks for.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.composer import ComposerError
@@ -17,6 +21,27 @@ _MAX_DEPTH = 50
 _MAX_KEY = 1000
 _MAX_NUMBER = 100  # characters of a number, date or whatever else is no text
 _FOREIGN = re.compile("[\0\ud800-\udfff]")  # which escapes may spell, and no file system or UTF-8 takes
+
+
+# of YAML 1.2's core schema; True and TRUE stay texts, which a setting that is a yes or no reads as one
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|false")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+
+
+class Whole(int):
+    """A whole number and how it was written."""
+
+    text: str
+
+
+class Real(float):
+    """A number with a point or an exponent, and how it was written."""
+
+    text: str
 
 
 class LimitError(ComposerError):
@@ -42,6 +67,53 @@ def read_text(path: Path) -> str:
     return data.decode()
 
 
+def number(text: str) -> Whole | Real | None:
+    """Read a number of YAML 1.2, digits in groups too, as in 1_000.
+
+    Args:
+        text: as it was written.
+
+    Returns:
+        The number; None if it is none.
+    """
+    digits = re.sub(r"(?<=[0-9])_(?=[0-9])", "", text)
+    if _INT.fullmatch(digits):
+        base = {"0x": 16, "0o": 8}.get(digits[:2], 10)
+        found: Whole | Real = Whole(digits[2:] if base != 10 else digits, base)
+    elif _FLOAT.fullmatch(digits):
+        found = Real(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    else:
+        return None
+    found.text = text
+    return found
+
+
+def written(value: Any) -> str | None:
+    """How a scalar that is no text was written.
+
+    Args:
+        value: of :func:`plain_data`, or of a program.
+
+    Returns:
+        The text; None of what is no number, yes or no.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    return getattr(value, "text", str(value)) if isinstance(value, (int, float)) else None
+
+
+def dumped(data: Any) -> str:
+    """Write plain data as YAML that reads the same by the rules of 1.2 and by the older ones.
+
+    Args:
+        data: nested mappings, lists and scalars.
+
+    Returns:
+        YAML.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+
+
 def plain_data(text: str) -> Any:
     """Read YAML without Python objects.
 
@@ -64,12 +136,29 @@ def plain_data(text: str) -> Any:
         loader.dispose()
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would take for no text."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> Any:
+    scalar = any(kind.fullmatch(text) for kind in (_NULL, _BOOL, _INT, _FLOAT))
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if scalar else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(Whole, lambda dumper, value: dumper.represent_int(int(value)))
+_Dumper.add_representer(Real, lambda dumper, value: dumper.represent_float(float(value)))
+
+
 class _Loader(yaml.SafeLoader):
     """Reads plain data, and no more of it than settings are.
 
     Args:
         text: YAML.
     """
+
+    # in place of those of YAML 1.1
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -117,3 +206,23 @@ class _Loader(yaml.SafeLoader):
     def _refuse(wrong: bool, reason: str, event: Any) -> None:
         if wrong:
             raise LimitError(None, None, reason, event.start_mark)
+
+
+def _construct_number(loader: _Loader, node: Any) -> Any:
+    found = number(loader.construct_scalar(node))
+    if found is None:
+        raise ValueError(f"{node.value!r} is no number")
+    return found
+
+
+for _tag, _pattern, _first in (
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("bool", _BOOL, list("tf")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", re.compile("<<"), ["<"]),
+):
+    # PyYAML asks for a match at the beginning
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)

@@ -4,6 +4,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kngd_ray import __version__
-from kngd_ray.errors import KngdError, UsageError
+from kngd_ray.errors import KngdError, UsageError, printable, redact
 
 _INTERRUPTED = 130
 
@@ -273,8 +274,12 @@ def submit(
         str | None, typer.Option(metavar="URL", help="Ray's dashboard: $RAY_API_SERVER_ADDRESS, else port 8265 here.")
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option("--working-dir", metavar="FOLDER", help="What is sent, without data, runs and credentials.")
+        Path,
+        typer.Option("--working-dir", metavar="FOLDER", help="What is sent: its code and settings, as git lists them."),
     ] = Path(),
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATH", help="Send this file, folder or pattern, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and contact nobody.")] = False,
     no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for the job.")] = False,
     no_check: Annotated[
@@ -304,7 +309,12 @@ def submit(
         known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
         known.remove("submit")
         options = jobs.SubmitOptions(
-            address=address, working_dir=working_dir, dry_run=dry_run, follow=not no_follow, check=not no_check
+            address=address,
+            working_dir=working_dir,
+            include=include or (),
+            dry_run=dry_run,
+            follow=not no_follow,
+            check=not no_check,
         )
         result = jobs.submit(command or [], known, options, display)
     if as_json:
@@ -346,6 +356,8 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
+    if logging.lastResort is not None:  # where warnings go that nobody else takes
+        logging.lastResort.setFormatter(_Shown())
     try:
         app()
     except KngdError as error:
@@ -363,9 +375,16 @@ def main() -> None:
         sys.exit(0)
 
 
+class _Shown(logging.Formatter):
+    """What modules log, as it may be shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, without control characters and secrets."""
+        return printable(redact(super().format(record)), "\n\t")
+
+
 def _fail(sentence: str, code: int) -> None:
-    # names come from files: those with control characters would write on the terminal what they like
-    sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+    sentence = printable(redact(sentence))
     ended = sentence if sentence.endswith((".", "?")) else f"{sentence}."
     sys.stderr.write(f"kngd-ray: {ended}\n")
     sys.exit(code)

@@ -8,6 +8,9 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
   ``filter.covariance=dense``, then ``filter.covariance.rule=vdekf``. When a later layer changes the
   kind, options of the earlier kind that the new one does not have are dropped.
 * A list with one element can be addressed without its index: ``adapter.width=32``.
+
+Values are YAML 1.2, read as the setting's type asks: ``trainer.name=007`` is a text and ``data.shots=010`` ten. A list
+may be written with commas, and whole numbers in a row as a range: ``seeds=0-4,7``.
 """
 
 import os
@@ -22,10 +25,10 @@ from typing import Any, Literal
 import yaml
 
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
-from kngd_ray._yaml import LimitError, plain_data, read_text
+from kngd_ray._yaml import LimitError, dumped, plain_data, read_text
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
-from kngd_ray.errors import UsageError, nearest
+from kngd_ray.errors import UsageError, nearest, printable
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 
@@ -71,6 +74,8 @@ class TrainerConfig:
             raise ValueError(f"cpus_per_worker is {self.cpus_per_worker}; a rank needs more than 0")
         if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
             raise ValueError(f"name is {self.name!r}; it names a folder, without slashes or a leading dot")
+        if self.name is not None and printable(self.name) != self.name:
+            raise ValueError(f"name is {self.name!r}; a name has no control characters")
 
     @property
     def least_workers(self) -> int:
@@ -103,6 +108,9 @@ class TrackingConfig:
     registered_model: str | None = None
 
     def __post_init__(self) -> None:
+        for key, name in (("experiment", self.experiment), ("registered_model", self.registered_model)):
+            if name is not None and printable(name) != name:
+                raise ValueError(f"{key} is {name!r}; a name has no control characters")
         if self.registered_model is not None and not re.fullmatch(r"[^/:.%\"'\s][^/:%\"']*", self.registered_model):
             raise ValueError(
                 f"registered_model is {self.registered_model!r}; a name there has no slashes, colons or quotes"
@@ -171,7 +179,7 @@ class Config(FitOptions):
 
 
 def load_config(
-    file: Path | Mapping[str, Any] | Sequence[Path] | None = None,
+    file: Path | Mapping[str, Any] | Sequence[Path | Mapping[str, Any]] | None = None,
     overrides: Sequence[str] = (),
     *,
     forced: Mapping[str, Any] | None = None,
@@ -386,7 +394,7 @@ def to_yaml(config: Any) -> str:
     Returns:
         YAML text.
     """
-    return yaml.safe_dump(plain(config) if is_dataclass(config) else config, sort_keys=False)
+    return dumped(plain(config) if is_dataclass(config) else config)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -12,8 +12,14 @@ from xdist.scheduler import LoadScopeScheduling
 # The tensors here are tiny: more threads would only contend, and sums could depend on the machine's cores.
 torch.set_num_threads(1)
 
+# And in a command that is run as a program, with a thread a core: those that wait do not take the core from others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+# A cluster that somebody runs on this machine is not ours to use: its cores are taken, and it may end at any time.
+os.environ["RAY_ADDRESS"] = "local"
 
 
 def _starts_ray(item: pytest.Item) -> bool:

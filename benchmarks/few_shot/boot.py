@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from kngd_ray.commands.summary import student
+
 REPLICATES = 2000
 _SEED = 7
 PROBLEM = ["data", "domain", "shots"]
@@ -22,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % bootstrap interval."""
+    """A figure with its 95 % interval: the bootstrap's over problems, Student's t over the few seeds of one."""
 
     mean: float
     low: float
@@ -37,13 +39,15 @@ NOTHING = Interval(nan, nan, nan)
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over the support sets of one problem."""
+    """Mean over the support sets of one problem; nothing is resampled, they are too few."""
     array = np.asarray(values, float)
     array = array[~np.isnan(array)]
     if not len(array):
         return NOTHING
-    drawn = np.random.default_rng(_SEED).integers(len(array), size=(REPLICATES, len(array)))
-    return _interval(float(array.mean()), array[drawn].mean(1))
+    if len(array) == 1 or not np.isfinite(array).all():
+        return exactly(float(array.mean()))
+    found = student(array.tolist())
+    return Interval(found.mean, found.low, found.high)
 
 
 def grids(frame: pd.DataFrame, value: str) -> list[Array]:

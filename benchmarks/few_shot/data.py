@@ -90,7 +90,8 @@ class DataSet:
         self.dev = dev
         self.group = CLIP_GEOMETRY if geometry == "clip" else MINI
         self.identity: tuple[Any, ...] = (geometry, SPREAD, OFFSET, SCALE) if geometry == "clip" else ()
-        self._config = load_config(overrides=["method=adamw", f"data.path={path}"])
+        # drawn as in the results that are kept, which name their support sets by seed
+        self._config = load_config(overrides=["method=adamw", f"data.path={path}", "data.draw=first", "data.val=test"])
         self.images = open_images(self._config.data)
 
     @cached_property
@@ -281,7 +282,7 @@ class FeatureSet:
         candidates = np.flatnonzero(own & (self.rows.splits == "train"))
         cases = []
         for seed in seeds:
-            support = sample_shots(self.rows.labels, candidates, shots, seed, self.rows.class_names)
+            support = sample_shots(self.rows.labels, candidates, shots, seed, self.rows.class_names, draw="first")
             tested = tests
             if self.dev:
                 tested = self.rows.splits == "train"

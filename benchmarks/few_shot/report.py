@@ -30,8 +30,8 @@ img{max-width:100%}.wide{overflow-x:auto}small{color:#777}"""
 _NOTE = """<p>Each group of problems is judged by itself. Intervals are 95 % of the bootstrap: of each data set its
 problems and its support sets are drawn again, all methods on the same draws; means count each problem once. The best
 rival is picked once, by the rows themselves, and stays in every draw. Wins / ties / losses are problems, a tie where
-the interval over support sets contains 0. The gap is by how much a claim holds; where it does not, what it
-lacks.</p>"""
+the interval over support sets (Student's t) contains 0. The gap is by how much a claim holds; where it does not, what
+it lacks.</p>"""
 
 
 def lines(rows: pd.DataFrame) -> list[dict[str, Any]]:

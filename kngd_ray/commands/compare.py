@@ -89,7 +89,10 @@ def _show(table: Table, found: Found, display: Display) -> None:
     for metrics in _blocks(table.metrics, display.out.width - _NAME - 16, 15):
         display.out.print(_means(table, lines, metrics))
     if table.baseline is not None and len(table.lines) > 1:
-        title = f"difference from {table.baseline.name} on the same seeds: mean, seeds won-tied-lost, [95 % interval]"
+        title = (
+            f"difference from {table.baseline.name} on the same seeds: mean, seeds won-tied-lost, [95 % interval of it "
+            "alone]; ! is beyond the noise of seeds (Holm over the rows)"
+        )
         display.out.print(title, highlight=False, markup=False)
         for metrics in _blocks(table.metrics, display.out.width - _NAME, 19):
             display.out.print(_differences(table, metrics))
@@ -143,7 +146,7 @@ def _mean(figure: Figure | None, metric: Metric) -> str:
         return "-"
     if figure.low is None or figure.high is None:
         return metric.show(figure.mean)
-    return f"{metric.show(figure.mean)}±{metric.show((figure.high - figure.low) / 2)}"
+    return metric.show(figure.mean) + metric.spread(figure.low, figure.mean, figure.high)
 
 
 def _difference(figure: Figure | None, metric: Metric) -> str:
@@ -154,7 +157,8 @@ def _difference(figure: Figure | None, metric: Metric) -> str:
     if metric.direction:
         text += f"  {difference.wins}-{difference.ties}-{difference.losses}"
     if difference.low is not None and difference.high is not None:
-        text += f"\n\\[{metric.show(difference.low, '+')}, {metric.show(difference.high, '+')}]"
+        mark = "!" if difference.decided else " "
+        text += f"\n\\[{metric.show(difference.low, '+')}, {metric.show(difference.high, '+')}]{mark}"
     return text
 
 

@@ -66,9 +66,10 @@ def _legend(table: Table) -> list[str]:
         return list(table.notes)
     front = ", ".join(metric.label.removesuffix(" %") for metric in table.front)
     return [
-        "mean ± half of its 95 % interval over seeds (Student's t)",
-        f"below it the difference from {table.baseline.name}, paired by seed: mean, 95 % bootstrap interval, the seeds "
-        "won – tied – lost; coloured where the interval excludes 0. Each interval is for one comparison alone",
+        "mean ± half of its 95 % interval over seeds (Student's t); both ends where it reaches 0 or 100 %",
+        f"below it the difference from {table.baseline.name}, paired by seed: mean, 95 % interval of this comparison "
+        "alone (Student's t), the seeds won – tied – lost; coloured where the difference is beyond the noise of seeds, "
+        "with Holm's correction for the rows of the table",
         *([f"Pareto front: no other row is as good in all of {front} and better in one"] if front else []),
         *table.notes,
     ]
@@ -118,7 +119,7 @@ def _cell(figure: Figure | None, metric: Metric, reach: float) -> str:
         return "<td>–</td>"
     half = ""
     if figure.low is not None and figure.high is not None:
-        half = f' <span class="half">±{metric.show((figure.high - figure.low) / 2)}</span>'
+        half = f' <span class="half">{metric.spread(figure.low, figure.mean, figure.high)}</span>'
     parts = [f'<td data-sort="{figure.mean!r}"><b>{metric.show(figure.mean)}</b>{half}']
     difference = figure.difference
     if difference is not None:
@@ -132,7 +133,7 @@ def _cell(figure: Figure | None, metric: Metric, reach: float) -> str:
 
 
 def _verdict(figure: Figure, metric: Metric) -> str:
-    """``good`` or ``bad`` where the interval excludes 0."""
+    """``good`` or ``bad`` where the difference is beyond the noise of seeds."""
     if figure.difference is None or not figure.difference.decided or not metric.direction:
         return ""
     return "good" if figure.difference.mean * metric.direction > 0 else "bad"

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kngd_ray.commands.compare_rows import (
     hint,
     name_rows,
 )
-from kngd_ray.commands.comparison import Difference, better, coverage_limit, paired_difference, pareto_front
+from kngd_ray.commands.comparison import Difference, better, holm, paired_difference, pareto_front
 from kngd_ray.commands.summary import interval
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
@@ -74,6 +74,12 @@ class Metric:
         digits = 1 if self.factor == 100 else 3 if abs(scaled) < 1000 else 0
         text = f"{scaled:{sign}.{digits}f}"
         return text.replace("-", "−") if float(text) else text.lstrip("+-")  # no -0.0
+
+    def spread(self, low: float, mean: float, high: float) -> str:
+        """An interval around a mean: ``±2.4``, or both ends where it has no half: at the bounds of what can be."""
+        if abs((high - mean) - (mean - low)) * self.factor < (0.05 if self.factor == 100 else 0.0005):
+            return f"±{self.show((high - low) / 2)}"
+        return f" [{self.show(low)}, {self.show(high)}]"
 
 
 @dataclass(frozen=True)
@@ -152,11 +158,15 @@ class Table:
         if self.baseline is None:
             return f"{said}."
         if best.row is not self.baseline:
-            return f"{said}, {_against(metric, best.figures[metric.name].difference, self.baseline.name)}."
+            return f"{said}, {self._against(metric, best, self.baseline.name)}."
         if not others:
             return f"{said}, the baseline."
-        difference = _against(metric, others[0].figures[metric.name].difference, "it")
-        return f"{said}, the baseline; next is {others[0].row.name}, {difference}."
+        return f"{said}, the baseline; next is {others[0].row.name}, {self._against(metric, others[0], 'it')}."
+
+    def _against(self, metric: Metric, line: Line, other: str) -> str:
+        differences = [each.figures[metric.name].difference for each in self.lines if metric.name in each.figures]
+        compared = sum(found is not None and found.p is not None for found in differences)
+        return _against(metric, line.figures[metric.name].difference, other, compared)
 
 
 def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str], baseline: str | None) -> list[Table]:
@@ -268,6 +278,8 @@ def _table(
         {metric.name: figure for metric in (*columns, *front) if (figure := _figure(row, metric, baseline)) is not None}
         for row in rows
     ]
+    for name in {metric.name for metric in (*columns, *front)}:
+        _correct([found for found in figures if name in found], name)
     seeds = _usual_seeds(rows)
     points = [[_mean(row.values(metric.name), seeds) for metric in front] for row in rows]
     on_front = pareto_front(points, [metric.direction for metric in front])
@@ -289,11 +301,20 @@ def _figure(row: Row, metric: Metric, baseline: Row | None) -> Figure | None:
     values = row.values(metric.name)
     if not values:
         return None
-    spread: dict[str, Any] = interval(list(values.values())) if len(values) > 1 else {"mean": _mean(values, values)}
+    spread: dict[str, Any] = {"mean": _mean(values, values)}
+    if len(values) > 1:
+        spread = interval(list(values.values()), metric.name)
     difference = None
     if baseline is not None and row is not baseline:
-        difference = paired_difference(values, baseline.values(metric.name), metric.direction)
+        difference = paired_difference(values, baseline.values(metric.name), metric.direction, metric.name)
     return Figure(values, spread["mean"], spread.get("low"), spread.get("high"), difference)
+
+
+def _correct(rows: Sequence[dict[str, Figure]], metric: str) -> None:
+    """Correct what is said of a metric's differences for the number of them, in place."""
+    tested = [(row, d, d.p) for row in rows if (d := row[metric].difference) is not None and d.p is not None]
+    for (row, difference, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
+        row[metric] = replace(row[metric], difference=replace(difference, p_holm=p))
 
 
 def _mean(values: Mapping[int, float], seeds: Iterable[int]) -> float:
@@ -332,10 +353,8 @@ def _explain(lines: Sequence[Line], baseline: Row | None, seeds: Sequence[int]) 
     common = {len(line.row.seeds.keys() & baseline.seeds.keys()) for line in lines if line.row is not baseline}
     if 1 in common:
         notes.append("one common seed gives a difference without an interval")
-    few = sorted(n for n in common if 2 <= n <= 5)
-    if few:
-        reach = ", ".join(f"{100 * coverage_limit(n):.0f} % for {n}" for n in few)
-        notes.append(f"a bootstrap interval of few seeds covers less than 95 %, at most {reach} seeds")
+    if any(_same_everywhere(figure.difference) for line in lines for figure in line.figures.values()):
+        notes.append("a difference that is the same on all seeds has no interval: by how much it varies is not known")
     if len({frozenset(line.row.seeds) for line in lines if line.row.method != ZERO_SHOT}) > 1:
         few_seeds = [line.row.name for line in lines if not line.row.seeds.keys() >= set(seeds)]
         left = f"; not ranked, for want of some: {', '.join(few_seeds)}" if few_seeds else ""
@@ -349,17 +368,39 @@ def _explain(lines: Sequence[Line], baseline: Row | None, seeds: Sequence[int]) 
     return notes
 
 
-def _against(metric: Metric, difference: Difference | None, other: str) -> str:
-    """``2.3 points higher than adamw (95 % interval +1.1 to +3.5, which excludes 0)``."""
+def _same_everywhere(difference: Difference | None) -> bool:
+    return difference is not None and len(difference.seeds) > 1 and difference.p is None
+
+
+def _against(metric: Metric, difference: Difference | None, other: str, compared: int) -> str:
+    """``2.3 points higher than adamw (95 % interval +1.1 to +3.5, which excludes 0)``.
+
+    Args:
+        metric: of the difference.
+        difference: what is told.
+        other: what it is from.
+        compared: rows of the table that have such a difference, which the verdict takes into account.
+
+    Returns:
+        Part of a sentence.
+    """
     if difference is None:
         return f"which has no seed in common with {other}"
     unit = " points" if metric.factor == 100 else ""
     way = "higher" if difference.mean > 0 else "lower"
     said = f"{metric.show(abs(difference.mean))}{unit} {way} than {other}"
+    if _same_everywhere(difference):
+        said = said if difference.mean else f"the same as {other}"
+        return f"{said} on all {len(difference.seeds)} common seeds (no interval)"
     if difference.low is None or difference.high is None:
         return f"{said} (one common seed, no interval)"
-    ends = f"{metric.show(difference.low, '+')} to {metric.show(difference.high, '+')}"
-    return f"{said} (95 % interval {ends}, which {'excludes' if difference.decided else 'includes'} 0)"
+    alone = not difference.low <= 0 <= difference.high
+    interval = f"95 % interval {metric.show(difference.low, '+')} to {metric.show(difference.high, '+')}"
+    if compared == 1 or not alone:
+        return f"{said} ({interval}, which {'excludes' if alone else 'includes'} 0)"
+    among = f"of this comparison alone, and p = {difference.p_holm:.2g} among {compared} (Holm)"
+    verdict = "beyond the noise of seeds" if difference.decided else "not beyond the noise of seeds"
+    return f"{said} ({interval} {among}: {verdict})"
 
 
 def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:

@@ -1,29 +1,26 @@
 """The statistics of a comparison: which way a metric is better, paired differences, the Pareto front. Pure functions.
 
-Differences are taken seed by seed, since a seed is a support set that both methods saw. Their interval is
-the bootstrap's *expanded percentile* interval: over n seeds the plain percentile interval is too narrow, by
-sqrt((n - 1) / n) and for want of Student's t, so a wider level is asked of the bootstrap, the one that makes up
-for both (Hesterberg, "What Teachers Should Know about the Bootstrap", arXiv 1411.5279).
+Differences are taken seed by seed, since a seed is a support set that both methods saw. Their interval is Student's t
+(:mod:`~kngd_ray.commands.summary`), each for one comparison alone. Of several comparisons one looks good by chance
+more often than one in twenty times: whether a difference is beyond the noise of seeds is decided with Holm's
+correction over the rows of a table, so that one table in twenty at most claims what is not there.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
-TIE = 1e-12
-"""Differences up to this size are ties: equal figures, give or take their last digit."""
+from kngd_ray.commands.summary import EQUAL, LEVEL, possible, student
 
-LEVEL = 0.95
+TIE = EQUAL
+"""Differences up to this size are ties."""
 
 _BETTER = {
-    **dict.fromkeys(("accuracy", "auroc", "evidence"), 1),
+    **dict.fromkeys(("accuracy", "auroc", "evidence", "log_posterior"), 1),
     **dict.fromkeys(("nll", "ece", "brier", "aurc", "fit_s", "step_ms", "refused", "bytes_per_step"), -1),
     "covariance_bytes": -1,
 }
-_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,14 @@ class Difference:
     Attributes:
         seeds: the seeds.
         mean: of the differences.
-        low: lower end of the 95 % interval; None for a single seed.
+        low: lower end of the 95 % interval of this difference alone; None for a single seed, and where all seeds have
+            the same difference: by how much it may vary is then not known.
         high: its upper end.
         wins: seeds on which the first is better.
         ties: seeds on which they differ by at most :data:`TIE`.
         losses: seeds on which it is worse.
+        p: how often noise gives such a difference; None without an interval.
+        p_holm: the same among all differences that it is one of; `p` for one alone.
     """
 
     seeds: tuple[int, ...]
@@ -47,11 +47,13 @@ class Difference:
     wins: int
     ties: int
     losses: int
+    p: float | None
+    p_holm: float | None
 
     @property
     def decided(self) -> bool:
-        """Whether there is an interval, and it excludes 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether it is beyond the noise of seeds, also among all differences that it is one of."""
+        return self.p_holm is not None and self.p_holm < 1 - LEVEL
 
 
 def better(metric: str) -> int:
@@ -68,7 +70,7 @@ def better(metric: str) -> int:
 
 
 def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], direction: int = 1
+    values: Mapping[int, float], baseline: Mapping[int, float], direction: int = 1, metric: str = ""
 ) -> Difference | None:
     """The difference of two methods, paired by seed.
 
@@ -76,6 +78,7 @@ def paired_difference(
         values: figure by seed.
         baseline: figure by seed of what it is compared with.
         direction: 1 where more is better, -1 where less is.
+        metric: what the figure is; the interval ends where differences of such figures do.
 
     Returns:
         The difference; None without a common seed.
@@ -84,50 +87,30 @@ def paired_difference(
     if not seeds:
         return None
     differences = np.array([values[seed] - baseline[seed] for seed in seeds], float)
-    low, high = bootstrap_interval(differences) if len(seeds) > 1 else (None, None)
+    low = high = p = None
+    if len(seeds) > 1 and np.ptp(differences) > TIE:
+        found, (least, most) = student(differences.tolist()), possible(metric)
+        low, high, p = max(found.low, least - most), min(found.high, most - least), found.p
     gains = differences * direction
     wins, losses = int((gains > TIE).sum()), int((gains < -TIE).sum())
-    return Difference(seeds, float(differences.mean()), low, high, wins, len(seeds) - wins - losses, losses)
+    return Difference(seeds, float(differences.mean()), low, high, wins, len(seeds) - wins - losses, losses, p, p)
 
 
-def bootstrap_interval(values: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:
-    """Expanded percentile interval of a mean; the same values give the same interval.
-
-    It never leaves the range of the values, and so covers a median at most :func:`coverage_limit` of the time.
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction: p-values, each as good as that of a single comparison.
 
     Args:
-        values (n,): two or more.
-        level: nominal coverage.
+        ps: p-values of comparisons that are looked at together.
 
     Returns:
-        Its ends.
+        The corrected ones, in the same order.
     """
-    n = len(values)
-    reach = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)
-    # 1 itself would ask for quantiles that scipy refuses
-    expanded = min(1 - 2 * float(stats.norm.cdf(-reach)), 1 - 1e-9)
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        confidence_level=expanded,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def coverage_limit(seeds: int) -> float:
-    """The most that an interval inside the range of n values can cover of what they scatter evenly around.
-
-    Args:
-        seeds: n.
-
-    Returns:
-        1 - 2^(1 - n): 0.75 for 3, 0.94 for 5, 0.97 for 6.
-    """
-    return 1 - 2.0 ** (1 - seeds)
+    corrected = [1.0] * len(ps)
+    reached = 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        reached = max(reached, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = reached
+    return corrected
 
 
 def pareto_front(points: Sequence[Sequence[float]], directions: Sequence[int]) -> list[bool]:

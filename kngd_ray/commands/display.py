@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from kngd_ray.commands.summary import with_interval
+from kngd_ray.errors import printable
 
 _LINE_SECONDS = 2.0
 _PATIENCE = 60.0  # seconds between lines that say no more than that something goes on
@@ -27,6 +31,14 @@ _SHOWN = (
 )
 
 
+class _Console(Console):
+    """A console to which no name can send a command: every text of a line or a table comes by here."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, its control characters written out; lines of ours end where they do."""
+        return super().render_str(printable(text, "\n\t"), **options)
+
+
 class Display:
     """Progress on standard error, results on standard output.
 
@@ -36,17 +48,17 @@ class Display:
 
     def __init__(self, *, quiet_stdout: bool = False) -> None:
         # in a log there is no width to keep to, and a squeezed table would lose digits
-        self.console = Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
-        self.out = self.console if quiet_stdout else Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+        self.console = _Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+        self.out = self.console if quiet_stdout else _Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
         self._live = self.console.is_terminal
 
     def say(self, text: str) -> None:
         """One line of information."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text, "\t"), highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str | None) -> None:
         """The same, if there is something to say."""
-        if text is not None:
+        if text:
             self.say(text)
 
     @contextmanager
@@ -254,6 +266,7 @@ class Display:
 
 
 def _advance(bar: Progress, name: str, done: int, total: int, figures: str) -> None:
+    name = escape(printable(name))
     known: dict[str, TaskID] = {task.description: task.id for task in bar.tasks}
     task = known.get(name)
     if task is None:
@@ -281,10 +294,9 @@ def cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
         factor: to the unit that is shown; 100 makes percents of shares.
 
     Returns:
-        The number, with half of its interval if it has one.
+        The number, with its interval if it has one.
     """
     digits = 1 if factor == 100 else 3
     if isinstance(figure, Mapping):
-        half = (figure["high"] - figure["low"]) / 2 * factor
-        return f"{figure['mean'] * factor:.{digits}f}±{half:.{digits}f}"
+        return with_interval(figure, factor, digits)
     return f"{figure * factor:.{digits}f}"

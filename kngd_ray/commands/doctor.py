@@ -59,6 +59,7 @@ def _checks(config: Config, *, with_ray: bool) -> Iterator[Finding]:
     trainer = config.trainer
     shown = ", ".join(f"{name} {version}" for name, version in node_checks.versions().items())
     yield Finding("versions", HERE, "ok", shown)
+    token, own = node_checks.token_file(), os.environ.get("RAY_AUTH_TOKEN")  # before Ray is up
     with ExitStack() as stack:
         ask: Ask = _ask_here
         up, gpus = False, trainer.use_gpu is True
@@ -68,7 +69,9 @@ def _checks(config: Config, *, with_ray: bool) -> Iterator[Finding]:
                 up = up or (finding.check == "ray" and finding.state == "ok")
         else:
             yield Finding("ray", HERE, "skipped", "--no-ray, or trainer.num_workers=0: runs go without it")
-        yield from _isolated("token", lambda: [doctor_checks.token(HERE, node_checks.token_file())])
+        if os.environ.get("RAY_AUTH_TOKEN") != own:  # the instance has one of its own, as there was none
+            token["mode"] = ""
+        yield from _isolated("token", lambda: [doctor_checks.token(HERE, token)])
         if up:
             from kngd_ray.ray_jobs.nodes import ask_nodes, cluster_facts
 
@@ -136,7 +139,7 @@ def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:
     # sockets are in there, whose paths may not be long
     temporary = tempfile.TemporaryDirectory(prefix="kr-", dir=os.environ.get("RAY_TMPDIR"), ignore_cleanup_errors=True)
     folder = Path(stack.enter_context(temporary))
-    stack.enter_context(ray_session(trainer.address, temp_dir=folder))
+    stack.enter_context(ray_session(trainer.address, temp_dir=folder, leave_token=False))
     facts = cluster_facts()
     ours = any(folder.iterdir())
     place = "started here for this check" if ours else f"joined {facts.address}"

@@ -52,6 +52,8 @@ def encode(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: name another one with --out.")
     images = open_images(config.data)
+    for note in images.notes:
+        display.say(note)
     workers = config.trainer.least_workers
     with ray_for(config.trainer):
         model = load_model(config.model)

@@ -46,9 +46,14 @@ def evaluate(
     run = fit_folder.parents[1]
     config = replace(read_config(run, overrides, file), seeds=(checkpoint.manifest["seed"],))
     given = _given(file, overrides)
-    own = _same(config.data.path, read_config(run).data.path)
+    trained_on = read_config(run).data
     manifest = checkpoint.manifest
-    task = open_task(config, manifest) if own else open_tests(config, given, manifest)
+    if _same(config.data.path, trained_on.path):
+        only = config.data.classes if "data.classes" in given else None
+        config = replace(config, data=replace(config.data, classes=trained_on.classes))
+        task = open_task(config, manifest, only)
+    else:
+        task = open_tests(config, given, manifest)
     display.note(task.note)
     workers = config.trainer.least_workers
     with ray_for(config.trainer), display.pictures("encoding") as progress:

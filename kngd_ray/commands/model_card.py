@@ -142,7 +142,7 @@ def _figures(
 ) -> str:
     several = isinstance(report["id"]["accuracy"], Mapping)
     spread = (
-        "Mean ± half of the 95 % interval (Student's t) over seeds."
+        "Mean and 95 % interval over seeds (Student's t)."
         if several
         else "One seed: no interval can be given. Another support set would give other figures."
     )

@@ -102,7 +102,7 @@ def usable_gpus() -> list[str] | str:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     try:
         asked = subprocess.run(  # noqa: S603 - our own interpreter
-            [sys.executable, "-c", _ASK_CUDA],
+            [sys.executable, "-P", "-c", _ASK_CUDA],  # of a torch.py in the current folder we ask nothing
             capture_output=True,
             text=True,
             timeout=_GPU_SECONDS,

@@ -1,52 +1,63 @@
 """What of a working folder goes to a cluster: code and settings; no data, runs, caches or credentials.
 
-Later rules win, as in git: the defaults below, the ``.gitignore`` files, the ``.rayignore`` files. A line such as
-``!shots.parquet`` in .rayignore sends what would be left out; nothing sends a credential.
+What git knows or would add, as far as its suffix is that of code or settings, and what ``--include`` names. Nothing
+sends what looks like a credential.
 """
 
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-from pathspec import GitIgnoreSpec
-
-from kngd_ray.errors import KngdError, UsageError
+from kngd_ray.errors import KEY_SHAPES, KngdError, UsageError
 from kngd_ray.storage import storage_errors
 
-GITIGNORE, RAYIGNORE = ".gitignore", ".rayignore"
+RAYIGNORE = ".rayignore"
+NO_CODE = "its suffix, which is of no code or settings (--include sends it)"
 
-_TOOLS = """
-    .git .hg .svn __pycache__/ *.py[cod] *.egg-info/ .eggs/ .venv/ venv/ node_modules/ .tox/ .nox/ .cache/
-    .mypy_cache/ .pytest_cache/ .ruff_cache/ .hypothesis/ .ipynb_checkpoints/ .idea/ .vscode/ .DS_Store
-"""
-_RUNS = "kngd_runs/ mlruns/ mlartifacts/ *.db *.db-journal *.db-shm *.db-wal *.sqlite *.sqlite3"
-_DATA = """
-    *.parquet *.arrow *.feather *.npy *.npz *.h5 *.hdf5 *.tfrecord *.lmdb *.mp4
-    *.png *.jpg *.jpeg *.gif *.bmp *.tif *.tiff *.webp
-    *.zip *.tar *.tgz *.gz *.bz2 *.xz *.zst *.7z *.whl
-    *.safetensors *.pt *.pth *.ckpt *.bin *.onnx
-"""
-_DEFAULTS = (*_TOOLS.split(), *_RUNS.split(), *_DATA.split())
-_ASSETS = "!/kngd_ray/assets/**"  # model and pictures of this package, where it is its own checkout that is sent
+_SUFFIXES = {
+    *(".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh"),
+    *(".yaml", ".yml", ".toml"),
+}
+_SOURCE = _SUFFIXES - {".sh", ".yaml", ".yml", ".toml"}  # where a word such as token says nothing
+_TOOLS = {
+    *(".git", ".hg", ".svn", "__pycache__", ".eggs", ".venv", "venv", "node_modules", ".tox", ".nox", ".cache"),
+    *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
+}
+_GIT_SECONDS = 60.0
 
-_PRIVATE_FOLDERS = {".aws", ".azure", ".docker", ".gnupg", ".huggingface", ".kube", ".mlflow", ".oci", ".ray", ".ssh"}
+_PRIVATE_FOLDERS = {
+    *(".aws", ".azure", ".config", ".docker", ".gcloud", ".gnupg", ".huggingface", ".kaggle", ".kube", ".mlflow"),
+    *(".oci", ".password-store", ".ray", ".ssh", ".streamlit", ".wandb"),
+}
 _PRIVATE_FILES = """
-    .env .env.* *.env *.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.tfstate id_rsa* id_dsa* id_ecdsa* id_ed25519*
-    .netrc _netrc .pgpass .my.cnf .pypirc .npmrc .git-credentials .htpasswd .boto .s3cfg .databrickscfg
-    kubeconfig* *.kubeconfig *service_account*.json *service-account*.json
+    .env .env.* *.env .envrc *.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.gpg *.asc *.tfstate *.tfvars *.ovpn
+    id_rsa* id_dsa* id_ecdsa* id_ed25519* .netrc _netrc netrc .pgpass pgpass .my.cnf .pypirc .npmrc .git-credentials
+    .htpasswd htpasswd .boto .s3cfg .databrickscfg kubeconfig* *.kubeconfig kaggle.json adc.json
+    *service_account*.json *service-account*.json *application_default_credentials*
 """
-_PRIVATE_WORDS = ("token", "secret", "credential", "password", "passwd")
+_PRIVATE_WORDS = (
+    *("token", "secret", "credential", "password", "passwd", "apikey", "api_key", "api-key", "access_key"),
+    *("accesskey", "access-key", "private_key", "private-key", "privatekey", "auth_key", "authkey"),
+)
 _NOT_PRIVATE = ("tokeniz", "special_tokens_map", "added_tokens")  # of text models
-_SOURCE = {".py", ".pyi", ".pyx", ".c", ".cc", ".cpp", ".cu", ".h", ".js", ".ts", ".css", ".html", ".md", ".rst"}
 _READ_BYTES = 2**20  # settings and keys are smaller
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _PASSWORD = re.compile(rb"://[^/\s:@'\"]+:(?![$<{*])[^/\s@'\"]+@")
+_KEY = re.compile(KEY_SHAPES.encode())
+_SETTING = re.compile(  # password: hunter22, and no reference to one: ${PASSWORD}, /run/secrets/password
+    rb"(?im)^[ \t\w.\"'-]*(?:password|passwd|token|api_?key|access_?key|secret_?key)[\"']?[ \t]*[:=]"
+    rb"[ \t]*[\"']?[^\s\"'$<{*#/~.!][^\s\"'#]{7,}"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Package:
     Attributes:
         root: the working folder.
         sizes: bytes of each file by its path in the folder, with slashes.
-        ignored: what each kind of rule left out; a folder stands for all in it and ends in a slash.
+        ignored: what each kind of rule left out of what git lists.
         secrets: what was left out as a credential.
         unfit: links that lead out or to folders, and what is no plain file.
     """
@@ -71,6 +82,20 @@ class Package:
     def bytes(self) -> int:
         """All files together, before they are compressed."""
         return sum(self.sizes.values())
+
+    @property
+    def shadowing(self) -> list[str]:
+        """Files and folders of modules that take the place of what is installed, such as ``torch.py``."""
+        installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        modules = {name: name.removesuffix(".py") for name in self.sizes if "/" not in name and name.endswith(".py")}
+        modules |= {f"{name.partition('/')[0]}/": name.partition("/")[0] for name in self.sizes if _is_package(name)}
+        return [
+            place
+            for place, module in modules.items()
+            if module != "kngd_ray"
+            and module.isidentifier()
+            and (module in sys.stdlib_module_names or PathFinder.find_spec(module, installed) is not None)
+        ]
 
     @property
     def brings_kngd_ray(self) -> bool:
@@ -95,34 +120,51 @@ class Package:
         name, size = self.largest(1)[0]
         raise UsageError(
             f"{self.root} has {show_bytes(self.bytes)} to send and Ray takes less than {show_bytes(limit)}: put what "
-            f"the run does not need into {self.root / RAYIGNORE}, first /{name} ({show_bytes(size)}), and data on "
-            "storage that the cluster reads."
+            f"the run does not need into {self.root / RAYIGNORE}, first /{name} ({show_bytes(size)}), name less by "
+            "--include, and put data on storage that the cluster reads."
         )
 
 
-def collect(root: Path) -> Package:
+def collect(root: Path, include: Sequence[str] = ()) -> Package:
     """Look through a working folder.
 
     Args:
         root: the folder.
+        include: files, folders or patterns below it that are sent whatever their suffix, and whatever git says.
 
     Returns:
         What would be sent of it, and what not.
 
     Raises:
-        UsageError: it is no folder, one that is more than a project, or nothing in it is to be sent.
+        UsageError: it is no folder, one that is more than a project, in no git repository and nothing is named, or
+            nothing in it is to be sent.
     """
     if not root.is_dir():
         raise UsageError(f"--working-dir {root}: there is no such folder; name the one to run the command in.")
     root = root.resolve()
     if root in (Path.home().resolve(), Path(root.anchor)):
         raise UsageError(f"{root} is no project's folder: change into that, or name it with --working-dir.")
-    walk = _Walk(root)
-    walk.folder("", [], [])
-    walk.links()
-    if not walk.sizes:
-        raise UsageError(f"nothing in {root} is to be sent: name another folder with --working-dir.")
-    return Package(root, dict(sorted(walk.sizes.items())), walk.ignored, tuple(walk.secrets), tuple(walk.unfit))
+    sorter = _Sorter(root)
+    for pattern in include:
+        for name in _asked_for(root, pattern):
+            sorter.take(name, asked_for=True)
+    listed = _listed(root)
+    if listed is None and not include:
+        raise UsageError(
+            f"{root} is in no git repository (or git is not installed), which would say what may be sent: run "
+            "`git init` there, or name what the command needs, as in --include run.yaml --include src."
+        )
+    kept, left_out = listed or ([], [])
+    for name in kept:
+        sorter.take(name, asked_for=False)
+    sorter.links()
+    if left_out:
+        sorter.ignored[RAYIGNORE] = left_out
+    if not sorter.sizes:
+        raise UsageError(
+            f"nothing in {root} is to be sent: name another folder with --working-dir, or files with --include."
+        )
+    return Package(root, dict(sorted(sorter.sizes.items())), sorter.ignored, tuple(sorter.secrets), tuple(sorter.unfit))
 
 
 def write_zip(package: Package, target: Path) -> None:
@@ -152,6 +194,10 @@ def write_zip(package: Package, target: Path) -> None:
                     copyfileobj(source, entry)
 
 
+def _is_package(name: str) -> bool:
+    return name.count("/") == 1 and name.endswith("/__init__.py")
+
+
 def show_bytes(count: int) -> str:
     """A size for people: 96 B, 3.2 KiB, 118.0 MiB."""
     value, unit = float(count), "B"
@@ -161,53 +207,44 @@ def show_bytes(count: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-class _Walk:
-    """One pass over a folder; what is left out is not looked into."""
+class _Sorter:
+    """Judges files one by one; each is judged once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        own = (root / "kngd_ray" / "__init__.py").is_file()
-        self.defaults = GitIgnoreSpec.from_lines([*_DEFAULTS, *([_ASSETS] if own else [])])
+        self.own = "kngd_ray/" if (root / "kngd_ray" / "__init__.py").is_file() else None
         self.sizes: dict[str, int] = {}
         self.ignored: dict[str, list[str]] = {}
         self.secrets: list[str] = []
         self.unfit: list[str] = []
+        self._seen: set[str] = set()
         self._links: list[str] = []
 
-    def folder(self, base: str, git: list[tuple[str, GitIgnoreSpec]], ray: list[tuple[str, GitIgnoreSpec]]) -> None:
-        """Judge all entries of a folder, by its own rules and those of the folders above.
+    def take(self, name: str, *, asked_for: bool) -> None:
+        """Judge a file.
 
-        Raises:
-            KngdError: it cannot be read.
+        Args:
+            name: its path in the folder.
+            asked_for: by name, so that its suffix does not matter.
         """
-        here = self.root / base
-        git, ray = git + list(_rules(here / GITIGNORE, base)), ray + list(_rules(here / RAYIGNORE, base))
-        try:
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        except OSError as error:
-            raise KngdError(
-                f"cannot read {here} ({error.strerror}): leave it out by the line /{base} in {RAYIGNORE}."
-            ) from error
-        for entry in entries:
-            name = base + entry.name
-            is_folder = entry.is_dir(follow_symlinks=False)
-            rule = self._rule(f"{name}/" if is_folder else name, git, ray)
-            if _secret_name(entry.name, is_folder):
-                self.secrets.append(f"{name}/" if is_folder else name)
-            elif rule is None and is_folder and _is_environment(here / entry.name):
-                self.ignored.setdefault("the defaults", []).append(f"{name}/")
-            elif rule is not None:
-                self.ignored.setdefault(rule, []).append(f"{name}/" if is_folder else name)
-            elif is_folder:
-                self.folder(f"{name}/", git, ray)
-            elif entry.is_symlink():
-                self._links.append(name)
-            elif not entry.is_file(follow_symlinks=False) or "\\" in name or not _is_unicode(name):
-                self.unfit.append(name.encode(errors="replace").decode())
-            elif _secret_content(here / entry.name):
-                self.secrets.append(name)
-            else:
-                self.sizes[name] = entry.stat(follow_symlinks=False).st_size
+        path = self.root / name
+        if name in self._seen or not os.path.lexists(path):  # of git's index alone: it was deleted
+            return
+        self._seen.add(name)
+        if "\\" in name or not _is_unicode(name):
+            self.unfit.append(name.encode(errors="replace").decode())
+        elif _secret_name(name):
+            self.secrets.append(name)
+        elif not (asked_for or path.suffix.lower() in _SUFFIXES or self._is_own(name)):
+            self.ignored.setdefault(NO_CODE, []).append(name)
+        elif path.is_symlink():
+            self._links.append(name)
+        elif not path.is_file():
+            self.unfit.append(name)
+        elif _secret_content(path):
+            self.secrets.append(name)
+        else:
+            self.sizes[name] = path.stat().st_size
 
     def links(self) -> None:
         """A link counts as the file that it leads to, if that is sent itself."""
@@ -219,26 +256,92 @@ class _Walk:
             else:
                 self.unfit.append(name)
 
-    def _rule(
-        self, name: str, git: list[tuple[str, GitIgnoreSpec]], ray: list[tuple[str, GitIgnoreSpec]]
-    ) -> str | None:
-        """Which kind of rule leaves an entry out; None if it is sent."""
-        verdict = None
-        for rule, specs in (("the defaults", [("", self.defaults)]), (GITIGNORE, git), (RAYIGNORE, ray)):
-            for base, spec in specs:
-                include = spec.check_file(name.removeprefix(base)).include
-                if include is not None:
-                    verdict = rule if include else None
-        return verdict
+    def _is_own(self, name: str) -> bool:
+        """Whether a file is of this package, whose model and pictures it needs, where its own checkout is sent."""
+        return self.own is not None and name.startswith(self.own)
 
 
-def _rules(file: Path, base: str) -> Iterator[tuple[str, GitIgnoreSpec]]:
-    if not file.is_file():
-        return
+def _listed(root: Path) -> tuple[list[str], list[str]] | None:
+    """Files of a folder that git knows or would add, and those of them that .rayignore leaves out.
+
+    Returns:
+        Both; None where the folder is in no repository.
+
+    Raises:
+        UsageError: git cannot be asked.
+    """
+    known = _git(root, "--cached", "--others", "--exclude-standard")
+    if known is None:
+        return None
+    left_out = set(_git(root, "--cached", "--others", "--ignored", f"--exclude-per-directory={RAYIGNORE}") or ())
+    return [name for name in known if name not in left_out], [name for name in known if name in left_out]
+
+
+def _git(root: Path, *which: str) -> list[str] | None:
+    """What `git ls-files` says of a folder; None where the folder is in no repository.
+
+    Raises:
+        UsageError: git is not installed, or does not answer.
+    """
+    # of a hook's; and a repository may name a program for git to run when it looks at files
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
+    command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", *which]
     try:
-        yield base, GitIgnoreSpec.from_lines(file.read_text().splitlines())
-    except (OSError, ValueError) as error:  # a pattern, or text, that is none
-        raise UsageError(f"{file} cannot be read ({error}): correct it, it decides what is sent.") from error
+        asked = subprocess.run(  # noqa: S603 - arguments of our own
+            command, cwd=root, env=environment, capture_output=True, timeout=_GIT_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"git does not list the files of {root} ({error}): correct that.") from error
+    if asked.returncode:
+        said = (asked.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[0]
+        if "not a git repository" in said:
+            return None
+        raise UsageError(f"git does not list the files of {root} ({said.rstrip('.')}): correct that.")
+    return [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name]
+
+
+def _asked_for(root: Path, pattern: str) -> list[str]:
+    """Files that an --include names: a file, all in a folder, or what a pattern such as ``conf/*.json`` matches.
+
+    Raises:
+        UsageError: it leads out of the folder, is the folder itself, or matches nothing.
+    """
+    parts = PurePosixPath(pattern)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+        raise UsageError(f"--include {pattern}: name a file or folder below {root}, as in --include conf/labels.json.")
+    place = root / pattern
+    if place.is_dir() and not place.is_symlink():
+        found = list(_below(place))
+    elif os.path.lexists(place):
+        found = [place]
+    else:
+        try:
+            found = [path for path in sorted(root.glob(pattern)) if path.is_symlink() or not path.is_dir()]
+        except (ValueError, NotImplementedError) as error:
+            raise UsageError(f"--include {pattern}: that is no pattern ({error}); take one as conf/*.json.") from error
+    if not found:
+        raise UsageError(f"--include {pattern}: there is no such file in {root}.")
+    return [path.relative_to(root).as_posix() for path in found]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, but for those of version control, caches and virtual environments.
+
+    Raises:
+        KngdError: a folder cannot be read.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise KngdError(f"cannot read {folder} ({error.strerror}): leave it out of what --include names.") from error
+    for entry in entries:
+        path = folder / entry.name
+        if not entry.is_dir(follow_symlinks=False):
+            yield path
+        elif entry.name not in _TOOLS and not _is_environment(path):
+            yield from _below(path)
 
 
 def _is_environment(folder: Path) -> bool:
@@ -250,22 +353,24 @@ def _is_unicode(name: str) -> bool:
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _secret_name(name: str, is_folder: bool) -> bool:
-    name = name.lower()
-    if is_folder:
-        return name in _PRIVATE_FOLDERS
-    if any(fnmatch(name, pattern) for pattern in _PRIVATE_FILES.split()):
+def _secret_name(name: str) -> bool:
+    """Whether a path looks like that of a credential: its name, or that of a folder that it is in."""
+    *folders, file = name.lower().split("/")
+    if not _PRIVATE_FOLDERS.isdisjoint(folders) or any(fnmatch(file, pattern) for pattern in _PRIVATE_FILES.split()):
         return True
-    source = PurePosixPath(name).suffix in _SOURCE or any(word in name for word in _NOT_PRIVATE)
-    return not source and any(word in name for word in _PRIVATE_WORDS)
+    if PurePosixPath(file).suffix in _SOURCE or any(word in file for word in _NOT_PRIVATE):
+        return False
+    return any(word in part for part in (*folders, file) for word in _PRIVATE_WORDS)
 
 
 def _secret_content(path: Path) -> bool:
-    """Whether a small file that is no source holds a private key, or an address with a password."""
-    if path.suffix.lower() in _SOURCE or path.stat().st_size > _READ_BYTES:
+    """Whether a small file holds a key that is known by its shape, or, if no source, a password or private key."""
+    if path.stat().st_size > _READ_BYTES:
         return False
     try:
         content = path.read_bytes()
     except OSError:
         return False  # said when it is packed
-    return bool(_PRIVATE_KEY.search(content) or _PASSWORD.search(content))
+    if path.suffix.lower() in _SOURCE:
+        return bool(_KEY.search(content))
+    return any(pattern.search(content) for pattern in (_KEY, _PRIVATE_KEY, _PASSWORD, _SETTING))

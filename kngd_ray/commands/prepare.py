@@ -31,6 +31,7 @@ from kngd_ray.data import (
     ImageSet,
     PictureFile,
     Split,
+    arrange,
     encode_missing,
     fill_cache,
     halves,
@@ -41,7 +42,7 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.training.batches import Shots, Support
-from kngd_ray.training.evaluation import ID
+from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
 from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
@@ -138,7 +139,7 @@ class Prepared:
         """
         split = self.splits[seed]
         made = self._pictures if tune is not None and tune.images and self.from_pictures else self._features
-        return {ID: made(split.id_test), **{d: made(rows) for d, rows in split.ood.items()}}
+        return {ID: made(split.id_test), **{set_name(d): made(rows) for d, rows in split.ood.items()}}
 
     def _pictures(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TestPictures:
         return TestPictures(self.images, rows)
@@ -173,12 +174,18 @@ class Task:
     known: bool
 
     @property
-    def note(self) -> str | None:
-        """What is to be said of the data before anything is done with it."""
-        source = self.whole.source
+    def note(self) -> str:
+        """What is to be said of the data before anything is done with it, in lines."""
+        source, lines = self.whole.source, list(self.whole.notes)
+        domains, counts = np.unique(self.images.domains[next(iter(self.splits.values())).support], return_counts=True)
+        if len(domains) > 1:
+            drawn = ", ".join(f"{count} of {domain}" for domain, count in zip(domains[:8], counts[:8], strict=True))
+            more = f" and of {len(domains) - 8} more" if len(domains) > 8 else ""
+            lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
         if isinstance(source, FeatureFiles) and source.rescaled:
-            return f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1"
-        return "\n".join(self.model.prompt_notes(self.images.class_names, self.config.data.templates)) or None
+            lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
+        lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
+        return "\n".join(lines)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -186,12 +193,13 @@ class Task:
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
 
-def open_task(config: Config, manifest: Mapping[str, Any] | None = None) -> Task:
+def open_task(config: Config, manifest: Mapping[str, Any] | None = None, only: Collection[str] | None = None) -> Task:
     """Index the data set, draw the shots of every seed, load the model.
 
     Args:
         config: what is asked for.
         manifest: of a checkpoint that is to be used on the data; it knows which class embedding is whose.
+        only: classes that are tested on; None is all.
 
     Returns:
         The task.
@@ -201,7 +209,8 @@ def open_task(config: Config, manifest: Mapping[str, Any] | None = None) -> Task
     images = _trained(config, whole)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
-        return {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        return splits if only is None else {seed: _of_classes(images, split, only) for seed, split in splits.items()}
 
     return _task(config, images, whole, choose, manifest)
 
@@ -229,8 +238,9 @@ def open_shots(config: Config) -> Task:
 def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, Any]) -> Task:
     """Index data that a fit was not trained on, load the model.
 
-    Data that states no split is tested on as a whole. Domains of the fit's own data that this data does not
-    have are forgotten, unless they were given for it: then every picture is in distribution.
+    Data that states no split is tested on as a whole. Its classes are the fit's by their names: in any order, and some
+    may lack. Domains of the fit's own data that this data does not have are forgotten, unless they were given for it:
+    then every picture is in distribution.
 
     Args:
         config: the fit's configuration, its data replaced.
@@ -241,8 +251,12 @@ def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, An
         The task, its support sets empty.
     """
     resolve_templates(config.data.templates)
-    whole = open_images(config.data, test_fraction=1.0, features=config.model.precomputed)
-    images = whole if "data.classes" in given else _trained(config, whole)
+    features, inherited = config.model.precomputed, "data.classes" not in given
+    whole = open_images(config.data, test_fraction=1.0, features=features, absent=inherited)
+    known = tuple(manifest["class_names"])
+    halved = config.protocol == "bng" and inherited
+    kept = [name for name in whole.class_names if name in known] if halved else whole.class_names
+    images = arrange(restrict(whole, kept), known)
     data = _known_domains(config.data, set(images.domains.tolist()), given)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
@@ -252,8 +266,32 @@ def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, An
 
 
 def _trained(config: Config, whole: ImageSet) -> ImageSet:
-    """The classes of a data set that the protocol trains on."""
+    """The classes of a data set that the protocol trains on.
+
+    Raises:
+        DataError: there is one class, which nothing can be told from.
+    """
+    if len(whole.class_names) < 2:
+        read = f" ({whole.notes[0]})" if whole.notes and "class/" in whole.notes[0] else ""
+        raise DataError(
+            f"the data has one class, {whole.class_names[0]!r}{read}: a classifier tells two or more apart,"
+            " add pictures of others"
+        )
     return restrict(whole, halves(whole.class_names)[0]) if config.protocol == "bng" else whole
+
+
+def _of_classes(images: ImageSet, split: Split, names: Collection[str]) -> Split:
+    """Leave test pictures of other classes out.
+
+    Raises:
+        DataError: a class is unknown, or a test set has no pictures of these.
+    """
+    chosen = np.isin(images.rows, restrict(images, tuple(names)).rows)
+    id_test, ood = split.id_test[chosen[split.id_test]], {d: rows[chosen[rows]] for d, rows in split.ood.items()}
+    for where, rows in [("in distribution", id_test), *((f"of the domain {d}", rows) for d, rows in ood.items())]:
+        if not len(rows):
+            raise DataError(f"no test pictures {where} are of {', '.join(names)}: name other classes in data.classes")
+    return replace(split, id_test=id_test, ood=ood)
 
 
 def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) -> DataConfig:

@@ -20,13 +20,12 @@ from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, sel
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
-from kngd_ray.training.evaluation import ID, evaluate
+from kngd_ray.training.evaluation import ID, MEAN, evaluate, set_name
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.pixels import TestPictures
 from kngd_ray.training.transfer import transferred
 
 NEW = "new"
-MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
             )
         return {NEW: Unseen(new, np.flatnonzero(in_test))}
     return {
-        name: _target(config, path, shots) for name, path in zip(_names(config.targets), config.targets, strict=True)
+        set_name(name): _target(config, path, shots)
+        for name, path in zip(_names(config.targets), config.targets, strict=True)
     }
 
 

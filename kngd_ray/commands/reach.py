@@ -31,6 +31,7 @@ VALUED = (
     "--resume", "--storage-path", "--points", "--out", "--parent", "--metric", "--baseline", "--uri", "--address",
     "--html",
 )  # fmt: skip
+_WRITTEN = ("--out", "--html")  # those that name what is written
 _LOG = ("train", "tune")
 _WRITE_RUNS = (*_LOG, "evaluate", "ensemble")
 _OF_A_RUN = ("evaluate", "ensemble", "export", "predict")
@@ -208,13 +209,14 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     return config, inputs
 
 
-def _lost_output(given: Arguments) -> list[Fault]:
-    """What would be written to the job's own folder by an option of the command."""
-    out = Path(given.options.get("--out", "")).expanduser()
-    wanted = given.command in ("export", "compare") or (given.command == "encode" and "--out" in given.options)
-    if not wanted or out.is_absolute():
-        return []
-    return [Fault(f"--out {out} {_LOST}: give the whole path of a place on shared storage.", usage=True)]
+def _lost_output(given: Arguments) -> Iterator[Fault]:
+    """What would be written to the job's own folder by an option of the command, or by its default."""
+    whole = "give the whole path of a place on shared storage."
+    for name in _WRITTEN:
+        if name in given.options and not Path(given.options[name]).expanduser().is_absolute():
+            yield Fault(f"{name} {given.options[name]} {_LOST}: {whole}", usage=True)
+    if given.command == "compare" and "--out" not in given.options:
+        yield Fault(f"what compare writes without --out {_LOST}: add --out, and {whole}", usage=True)
 
 
 def _lost_results(config: "Config") -> Iterator[Fault]:

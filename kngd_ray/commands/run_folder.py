@@ -26,6 +26,9 @@ CONFIG = "config.yaml"
 RESULTS = "results.json"
 SEARCH = "search.yaml"
 
+# what runs did that were kept before these settings were there
+_BEFORE = {"data": {"draw": "first", "val": "test"}}
+
 
 def new_name(method: str) -> str:
     """A run name that sorts by time and does not repeat."""
@@ -75,7 +78,7 @@ def read_config(folder: Path, overrides: Sequence[str] = (), file: Path | None =
     Returns:
         The configuration.
     """
-    return load_config([folder / CONFIG, *([file] if file is not None else [])], overrides, complete=True)
+    return load_config([_BEFORE, folder / CONFIG, *([file] if file is not None else [])], overrides, complete=True)
 
 
 def _settled(config: Config) -> Config:

@@ -41,6 +41,7 @@ class SubmitOptions:
     Attributes:
         address: of the cluster's dashboard; None looks in the environment.
         working_dir: what is sent.
+        include: files, folders or patterns in it that are sent whatever they are.
         dry_run: show what would be sent, and contact nobody.
         follow: show the job's log until it ends.
         check: look first whether the cluster has what the command needs.
@@ -48,6 +49,7 @@ class SubmitOptions:
 
     address: str | None = None
     working_dir: Path = Path()
+    include: Sequence[str] = ()
     dry_run: bool = False
     follow: bool = True
     check: bool = True
@@ -78,7 +80,7 @@ def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions,
                 "job's command: leave it out and set MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD on the cluster."
             )
-    package = collect(options.working_dir)
+    package = collect(options.working_dir, options.include)
     _check_file(name, arguments, package)
     from kngd_ray.ray_jobs.submission import Cluster, dashboard_address, package_limit
 
@@ -193,11 +195,11 @@ def _check_file(name: str, arguments: Sequence[str], package: Package) -> None:
     if "=" in first or Path(first).is_absolute() or Path(first).as_posix() in package.sizes:
         return
     files = [sent for sent in package.sizes if sent.endswith((".yaml", ".yml"))]
-    raise UsageError(
-        f"{first} is not among what {package.root} sends{nearest(first, files)}."
-        if not (package.root / first).is_file()
-        else f"{first} is left out of what is sent: see {RAYIGNORE}, .gitignore, and whether it holds a password."
-    )
+    if not (package.root / first).is_file():
+        raise UsageError(f"{first} is not among what {package.root} sends{nearest(first, files)}.")
+    if first in package.secrets:
+        raise UsageError(f"{first} is left out of what is sent, as it looks like a credential: take that out of it.")
+    raise UsageError(f"{first} is left out of what is sent, by git's rules or {RAYIGNORE}: add --include {first}.")
 
 
 def _show(package: Package, display: Display) -> None:
@@ -208,10 +210,14 @@ def _show(package: Package, display: Display) -> None:
     for rule, names in package.ignored.items():
         display.say(f"left out by {rule}: {_some(names)}")
     if package.secrets:
-        display.say(f"left out as credentials (rename what is none): {', '.join(package.secrets)}")
+        display.say(f"left out as credentials (rename what is none): {_some(package.secrets)}")
     if package.unfit:
-        display.say(f"left out as links to elsewhere or special files: {', '.join(package.unfit)}")
-    if not package.brings_kngd_ray:
+        display.say(f"left out as links to elsewhere or special files: {_some(package.unfit)}")
+    if package.shadowing:
+        display.say(f"goes before what is installed there under that name: {_some(package.shadowing)}")
+    if package.brings_kngd_ray:
+        display.say("kngd_ray is sent, and the cluster runs that, whatever is installed there")
+    else:
         display.say(f"kngd_ray itself is not sent: the cluster has to have version {__version__}")
 
 

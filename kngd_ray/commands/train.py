@@ -82,6 +82,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     task = open_task(config)
     display.note(task.note)
     unseen = open_protocol(config, task)
+    for target in unseen if config.protocol == "cdg" else ():
+        display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
@@ -241,7 +243,7 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    spread = "mean ± half of the 95 % interval over seeds" if len(config.seeds) > 1 else "one seed, no interval"
+    spread = "mean and 95 % interval over seeds (Student's t)" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
     protocol.show(rows, display)
 

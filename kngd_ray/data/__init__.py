@@ -22,7 +22,7 @@ from kngd_ray.data._encode import (
     read_batches,
 )
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
-from kngd_ray.data._images import ImageSet, open_images
+from kngd_ray.data._images import ImageSet, arrange, open_images
 from kngd_ray.data._passed_over import by_suffix, unread
 from kngd_ray.data._pictures import PictureFile, halves, restrict
 from kngd_ray.data._shots import Split, sample_shots, select, select_tests
@@ -44,6 +44,7 @@ __all__ = [
     "ImageSet",
     "PictureFile",
     "Split",
+    "arrange",
     "by_suffix",
     "content_key",
     "decode",

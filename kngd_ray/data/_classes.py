@@ -9,12 +9,15 @@ from kngd_ray.data._source import Ints, Rows, hint, listing
 from kngd_ray.errors import DataError
 
 
-def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tuple[str, ...], tuple[str, ...]]:
+def resolve_classes(
+    rows: Rows, classes: Sequence[str] | None, *, absent: bool = False
+) -> tuple[Ints, tuple[str, ...], tuple[str, ...]]:
     """Number the classes from 0.
 
     Args:
         rows: labels and names of N rows. Names win; bare numbers are named by `classes`.
         classes: selects and orders the names of the rows, or names their numbers; None for all.
+        absent: whether `classes` may name some that no row is of.
 
     Returns:
         Labels (N,), -1 for rows of a class that is not selected; the selected names; and the names of all classes in
@@ -45,6 +48,8 @@ def resolve_classes(rows: Rows, classes: Sequence[str] | None) -> tuple[Ints, tu
         if name == before_name:
             raise DataError(f"class {name!r} has several labels: give each class one label")
     chosen = tuple(ordered if classes is None else classes)
+    if absent:
+        chosen = tuple(name for name in chosen if name in ordered)
     for name in chosen:
         if name not in ordered:
             raise DataError(

@@ -17,9 +17,16 @@ class DataConfig:
     """
 
     path: str | tuple[str, ...] = EMBEDDED
-    """Parquet file, several parquet files with one class list, a folder of pictures, or "embedded":
-    the emoji in six drawing styles which come with the package. Where `model.name` is precomputed,
-    parquet files with features."""
+    """Parquet file, several parquet files with one class list, a folder of them or of pictures, or
+    "embedded": the emoji in six drawing styles which come with the package. Where `model.name` is
+    precomputed, parquet files with features."""
+
+    layout: Literal["auto", "domains", "classes"] = "auto"
+    """What the outermost folders of pictures are, below those of splits: domain/class/picture, or
+    class/picture with any folders between. "auto" tells it by the names, and refuses what can be both."""
+
+    val: Literal["ignore", "train", "test"] = "ignore"
+    """What becomes of pictures that the data states to be for validation."""
 
     train_domain: str | None = None
     """Domain of the support set and of the in-distribution test. None: "noto" for the embedded set,
@@ -31,6 +38,10 @@ class DataConfig:
     shots: int = 8
     """Labelled pictures per class in the support set."""
 
+    draw: Literal["random", "first"] = "random"
+    """How they are drawn. "random": every seed draws, evenly over the domains trained on, no picture
+    twice. "first": seed 0 takes the first of each class in the order of the files."""
+
     classes: tuple[str, ...] | None = None
     """Class names. Data that carries names: the subset to use, in this order. Data with bare numbers:
     the name of label 0, 1, 2 and so on. None: all classes of the data, in order of their labels."""
@@ -40,7 +51,7 @@ class DataConfig:
     are averaged. :func:`kngd_ray.clip.resolve_templates` knows the sets and checks the prompts."""
 
     test_fraction: float = 0.3
-    """Part of each class and domain held out for testing where the data states no split."""
+    """Part of each class and domain held out for testing where the data states no pictures for it."""
 
     on_bad_image: Literal["error", "skip"] = "error"
     """What an undecodable picture does: stop the run, or be left out of it."""
@@ -49,6 +60,10 @@ class DataConfig:
     """Folder of frozen features. None: kngd_ray/features in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
+        path = self.path
+        if isinstance(path, str) and "," in path and not Path(path).expanduser().exists():
+            # as lists of other settings are written; a file whose own name has a comma is that file
+            object.__setattr__(self, "path", tuple(part.strip() for part in path.split(",")))
         if not self.path:
             raise ValueError('path is empty: name a parquet file, a folder, or "embedded"')
         if self.shots < 1:

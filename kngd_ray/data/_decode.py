@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError, features
 
-from kngd_ray._rgb import REPLACE, check_size, from_array, to_rgb, undecodable
+from kngd_ray._rgb import MAX_PIXELS, REPLACE, check_size, from_array, to_rgb, undecodable
 from kngd_ray.data._source import read_picture
 from kngd_ray.errors import BadImage, DataError
 
@@ -28,8 +28,10 @@ SUFFIXES = frozenset({
 
 # Pillow's other decoders are for rare formats: EPS runs a program, TGA has nothing to tell it by.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_DENSE = 50_000_000  # pixels of the formats whose decoders take twice the memory: a telephone has 48 million
 MAX_SCANS = 100  # of a progressive JPEG, which has ten or so: each pass is over the whole picture
 
+_DENSE = ("AVIF", "HEIF", "JPEG2000")
 _SKIP = f"{REPLACE}, or set data.on_bad_image=skip"
 _AVIF = {b"avif", b"avis"}
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -134,7 +136,7 @@ def _open(data: bytes) -> Image.Image:
         UnidentifiedImageError: when it is none that can be decoded here.
     """
     opened = Image.open(io.BytesIO(data), formats=_formats(data))
-    check_size(opened)
+    check_size(opened, MAX_DENSE if opened.format in _DENSE else MAX_PIXELS)
     # a marker that cannot occur within a scan, where 0xff is followed by 0
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -13,9 +13,11 @@ import numpy.typing as npt
 from kngd_ray.data._classes import resolve_classes
 from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
-from kngd_ray.data._folder import scan_folder
-from kngd_ray.data._parquet import scan_parquet
-from kngd_ray.data._source import SPLITS, Ints, Keys, Rows, Source, missing_path
+from kngd_ray.data._folder import is_picture, scan_folder
+from kngd_ray.data._parquet import parquet_below, scan_parquet
+from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing, missing_path
+from kngd_ray.data._splits import count_copies, settle_splits
+from kngd_ray.data._walk import walk
 from kngd_ray.errors import DataError
 
 
@@ -34,6 +36,7 @@ class ImageSet:
         rows (N,): number of each picture in `source`, ascending.
         source: the files.
         all_names: names of all classes of the files in order of their labels, of which `class_names` are some.
+        notes: sentences on how the data set was read: what states its splits, what was left out, what is there twice.
     """
 
     labels: Ints
@@ -44,6 +47,7 @@ class ImageSet:
     rows: Ints
     source: Source
     all_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for array in (self.labels, self.domains, self.splits, self.keys, self.rows):
@@ -88,13 +92,16 @@ class ImageSet:
             yield int(wanted[np.searchsorted(rows, row)]), data
 
 
-def open_images(config: DataConfig, *, test_fraction: float | None = None, features: bool = False) -> ImageSet:
+def open_images(
+    config: DataConfig, *, test_fraction: float | None = None, features: bool = False, absent: bool = False
+) -> ImageSet:
     """Index a data set, reading every picture or feature once for its hash.
 
     Args:
         config: its path, class list and test fraction.
         test_fraction: part held out where the data states no split, 1 for all; None is the configuration's.
         features: learn from the column `features`, not from pictures.
+        absent: whether the configuration may name classes that the data lacks.
 
     Returns:
         Pictures of the selected classes, in the order of the files.
@@ -102,58 +109,63 @@ def open_images(config: DataConfig, *, test_fraction: float | None = None, featu
     Raises:
         DataError: when the data set is missing, empty or not as the formats ask.
     """
-    rows = _scan(config.path, features)
+    rows = _scan(config, features)
     if not rows.keys:
         content = "features" if features else "pictures"
         raise DataError(f"{_shown(config.path)} has no rows: name a data set with {content} in data.path")
-    labels, class_names, all_names = resolve_classes(rows, config.classes)
-    kept = np.flatnonzero(labels >= 0)
-    labels, keys = labels[kept], np.array(rows.keys, "S64")[kept]
-    domains = np.array(rows.domains, np.str_)[kept]
-    splits = _stated_splits(rows)
+    labels, class_names, all_names = resolve_classes(rows, config.classes, absent=absent)
     fraction = config.test_fraction if test_fraction is None else test_fraction
+    keys, domains = np.array(rows.keys, "S64"), np.array(rows.domains, np.str_)
+    sides, sentence = settle_splits(rows, labels, domains, keys, config.val, fraction)
+    kept = np.flatnonzero(sides != "")
     return ImageSet(
-        labels=labels,
-        domains=domains,
-        splits=hash_split(labels, domains, keys, fraction) if splits is None else splits[kept],
-        keys=keys,
+        labels=labels[kept],
+        domains=domains[kept],
+        splits=sides[kept],
+        keys=keys[kept],
         class_names=class_names,
         rows=kept,
         source=rows.source,
         all_names=all_names,
+        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept])),
     )
 
 
-def hash_split(labels: Ints, domains: npt.NDArray[np.str_], keys: Keys, fraction: float) -> npt.NDArray[np.str_]:
-    """Hold out a fraction of each class and domain, the pictures with the lowest hashes.
-
-    A picture's side depends on no random number and no file order. Copies of it fall on one side,
-    also when they lie in different classes or domains: held out in one is held out in all.
+def arrange(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """Number the classes of a data set as another numbers them, by their names.
 
     Args:
-        labels (N,): class numbers.
-        domains (N,): domain names.
-        keys (N,): picture hashes.
-        fraction: part held out.
+        images: the data set; it may lack classes, and have them in another order.
+        class_names: names of all classes in order of their labels.
 
     Returns:
-        "train" or "test" for each row (N,).
+        The same pictures.
+
+    Raises:
+        DataError: when it has pictures of other classes, or none.
     """
-    names, domain = np.unique(domains, return_inverse=True)
-    group = labels * len(names) + domain
-    order = np.argsort(group, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    pictures = [np.unique(keys[rows]) for rows in members]
-    held_out = np.concatenate([part[: int(fraction * len(part) + 0.5)] for part in pictures])
-    return np.where(np.isin(keys, held_out), "test", "train")
+    number = {name: n for n, name in enumerate(class_names)}
+    present = [name for n, name in enumerate(images.class_names) if (images.labels == n).any()]
+    unknown = [name for name in present if name not in number]
+    if not present or unknown:
+        others = listing([repr(name) for name in unknown], 8) if unknown else "no pictures of them"
+        known = [name for name in present if name in number]
+        way = f": leave them out with data.classes=[{','.join(known)}]" if known else ", and none that it knows"
+        raise DataError(
+            f"the fit knows the classes {listing(class_names)}, and the data has {others}"
+            f"{hint(unknown[0], class_names) if unknown else ''}{way if unknown else ''}"
+        )
+    labels = np.array([number.get(name, -1) for name in images.class_names], np.int64)[images.labels]
+    return replace(images, labels=labels, class_names=tuple(class_names))
 
 
-def _scan(path: str | tuple[str, ...], features: bool) -> Rows:
+def _scan(config: DataConfig, features: bool) -> Rows:
     """Scan files or a folder.
 
     Raises:
         DataError: when the path is missing, a folder is one of several paths, or there are pictures for features.
     """
+    path = config.path
     if path == EMBEDDED and features:
         raise DataError(holds_pictures(EMBEDDED))
     if path == EMBEDDED:
@@ -163,10 +175,19 @@ def _scan(path: str | tuple[str, ...], features: bool) -> Rows:
     for each in paths:
         if not os.path.exists(each):  # Path.exists raises where it may not look
             raise DataError(missing_path(each))
-    if len(paths) == 1 and paths[0].is_dir() and features:
-        raise DataError(holds_pictures(str(paths[0])))
     if len(paths) == 1 and paths[0].is_dir():
-        return scan_folder(paths[0])
+        found = parquet_below(paths[0])
+        if not found or not features:
+            pictures = next(walk(paths[0], is_picture), None) is not None
+            if features and pictures:
+                raise DataError(holds_pictures(str(paths[0])))
+            if found and pictures:
+                raise DataError(f"{paths[0]} holds pictures and parquet files: name the files, or one folder of either")
+            if not found:
+                return scan_folder(paths[0], config)
+        rows = scan_features(found) if features else scan_parquet(found)
+        names = listing([str(file.relative_to(paths[0])) for file in found], 6)
+        return rows._replace(notes=(f"read {len(found)} parquet files: {names}", *rows.notes))
     for each in paths:
         if each.is_dir():
             raise DataError(f"{each} is a folder: data.path takes several parquet files or one folder")
@@ -175,18 +196,3 @@ def _scan(path: str | tuple[str, ...], features: bool) -> Rows:
 
 def _shown(path: str | tuple[str, ...]) -> str:
     return path if isinstance(path, str) else ", ".join(path)
-
-
-def _stated_splits(rows: Rows) -> npt.NDArray[np.str_] | None:
-    """Return the splits (N,) the rows state, or None when no row states one.
-
-    Raises:
-        DataError: when a row states another split than train, test or val, or only some rows state one.
-    """
-    if all(split is None for split in rows.splits):
-        return None
-    for row, split in enumerate(rows.splits):
-        if split not in SPLITS:
-            stated = "no split, though others do" if split is None else f"the split {split!r}"
-            raise DataError(f"{rows.source.place(row)} states {stated}: use train, test or val (a test split)")
-    return np.array([SPLITS[str(split)] for split in rows.splits])

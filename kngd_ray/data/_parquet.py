@@ -1,8 +1,9 @@
 """Data sets in parquet files.
 
 Columns: `image` (bytes, or a struct {bytes, path} as Hugging Face `datasets` writes it), `label`
-(integer, or a class name), and optionally `class_name`, `domain` and `split`. A struct entry with a
-path alone is read from disk, relative to its parquet file and never outside that file's folder.
+(integer, or a class name), and optionally `class_name`, `domain` and `split`. Without `split`, the
+names of several files say it if they tell splits apart. A struct entry with a path alone is read
+from disk, relative to its parquet file and never outside that file's folder.
 Pictures are streamed: one batch of a row group is in memory at a time.
 """
 
@@ -18,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kngd_ray.data._layout import file_splits, split_named
 from kngd_ray.data._source import DEFAULT_DOMAIN, Ints, Rows, content_key, listing, read_picture
+from kngd_ray.data._walk import walk
 from kngd_ray.errors import DataError
 
 BATCH_ROWS = 256
@@ -160,19 +163,47 @@ def scan_parquet(paths: Sequence[Path], content: Content | None = None) -> Rows:
     starts: list[tuple[int, ...]] = []
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     keys: list[bytes] = []
-    for path in paths:
+    origins: list[str | None] = []
+    base = os.path.commonpath([path.parent for path in paths])
+    for path, named in zip(paths, file_splits(paths), strict=True):
         sizes, found, hashes = _scan_file(path, content)
         starts.append(tuple(np.cumsum([len(keys), *sizes]).tolist()))
         keys += hashes
-        for name, values in found.items():
-            columns[name] += values
+        shown = os.path.relpath(path, base)
+        origins += [f"column split of {shown}" if "split" in found else shown] * len(hashes)
+        for name in COLUMNS:
+            columns[name] += found.get(name, [named if name == "split" else None] * len(hashes))
     domains = [DEFAULT_DOMAIN if value is None else str(value) for value in columns["domain"]]
     source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts))
-    return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys)
+    return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins)
+
+
+def parquet_below(root: Path) -> list[Path]:
+    """Find the parquet files of a folder, such as a snapshot of a data set of Hugging Face's.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        The files in the order of their paths; none where there are none.
+
+    Raises:
+        DataError: they lie in several folders that are no splits, as the versions of one data set do.
+    """
+    files = sorted(walk(root, lambda name: name.lower().endswith(".parquet")))
+    places = [file.parent.relative_to(root) for file in files]
+    kinds = {tuple(part for part in place.parts if split_named(part) is None) for place in places}
+    if len(kinds) > 1:
+        named = listing(sorted({str(place) for place in places}), 8)
+        raise DataError(
+            f"{root} holds parquet files in several folders, {named}, which may be versions of one data set: name one"
+            " of them in data.path, or the files"
+        )
+    return files
 
 
 def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
-    """Return the sizes of a file's row groups, its columns (None where it has none) and content keys.
+    """Return the sizes of a file's row groups, those columns that it has, and content keys.
 
     Raises:
         DataError: when it does not hold the rows that it declares, or names that are none.
@@ -183,6 +214,7 @@ def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[
         _check_rows(file, path)
         content.check(file, path)
         label = _label_column(schema, path)
+        _check_texts(schema, path)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         stored = {name: name for name in COLUMNS if name in schema.names} | {"label": label}
         columns: dict[str, list[Any]] = {name: [] for name in stored}
@@ -191,17 +223,19 @@ def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[
         for batch in file.iter_batches(content.at_once(file), columns=wanted):
             keys += content.keys(batch.column(content.column), path, len(keys))
             for name, column in stored.items():
-                values = batch.column(column).to_pylist()
+                values = [_decoded(value, column, path) for value in batch.column(column).to_pylist()]
                 columns[name] += [once.setdefault(v, v) if isinstance(v, str) else v for v in values]
             for text in once:
                 if len(text) > MAX_NAME:
                     raise DataError(f"{path} has a name of {len(text):,} characters, {text[:40]!r}...: shorten it")
         if sum(sizes) != len(keys):
             raise DataError(f"{path} declares {sum(sizes):,} rows and holds {len(keys):,}: fetch or write it again")
-    if "class_name" not in columns:
-        known = _hugging_face_names(schema)
-        columns["class_name"] = [_name(value, known) for value in columns["label"]]
-    return sizes, {name: columns.get(name, [None] * len(keys)) for name in COLUMNS}, keys
+    columns.setdefault("class_name", columns["label"])
+    for name in stored.keys() | {"class_name"}:
+        if name != "label":
+            known = _hugging_face_names(schema, stored.get(name, label))
+            columns[name] = [_name(value, known, bare=name in stored) for value in columns[name]]
+    return sizes, columns, keys
 
 
 def _check_rows(file: Any, path: Path) -> None:
@@ -257,16 +291,54 @@ def _label_column(schema: Any, path: Path) -> str:
         raise DataError(
             f"{path} has no label column (it has {listing(schema.names)}): add `label`, integers or class names"
         )
-    kind = schema.field(label).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = _kind(schema, label)
+    if not (pa.types.is_integer(kind) or _is_text(kind)):
         raise DataError(f"{path}: column `{label}` is {kind}: it must be integers or class names")
     return label
 
 
+def _check_texts(schema: Any, path: Path) -> None:
+    """Refuse names that are none.
+
+    Raises:
+        DataError: a column of class names, domains or splits is neither text nor numbers of names.
+    """
+    for name in (name for name in COLUMNS[1:] if name in schema.names):
+        kind = _kind(schema, name)
+        if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise DataError(f"{path}: column `{name}` is {kind}: it must be text")
+
+
+def _kind(schema: Any, name: str) -> Any:
+    """The type of a column's values."""
+    kind = schema.field(name).type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether values are names; as bytes, which some writers make of them, they are taken for UTF-8."""
+    strings = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(is_kind(kind) for is_kind in strings) or _is_bytes(kind)
+
+
 def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _decoded(value: Any, column: str, path: Path) -> Any:
+    """Return a name as text, and a number as it is.
+
+    Raises:
+        DataError: when a name is bytes that are no UTF-8.
+    """
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: column `{column}` holds {value[:40]!r}, which is no UTF-8: write it as text"
+        ) from error
 
 
 def _picture(value: Any, path: Path) -> bytes:
@@ -291,17 +363,17 @@ def _picture(value: Any, path: Path) -> bytes:
         raise DataError(f"{path} names a picture that cannot be read, {entry['path']!r}: {reason}") from error
 
 
-def _hugging_face_names(schema: Any) -> list[str]:
-    """Return the class names which Hugging Face `datasets` keeps in the schema's metadata, if any."""
+def _hugging_face_names(schema: Any, column: str) -> list[str]:
+    """Return the names which Hugging Face `datasets` keeps in the schema's metadata for numbers, if any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
+        return [str(name) for name in features[column]["names"]]
     except (LookupError, TypeError, ValueError, RecursionError):
         return []
 
 
-def _name(label: Any, known: Sequence[str]) -> str | None:
-    """Return the class name of a label in a file without class names."""
-    if isinstance(label, str):
-        return label
-    return known[label] if label is not None and 0 <= label < len(known) else None
+def _name(value: Any, known: Sequence[str], *, bare: bool) -> str | None:
+    """Return the name that a value is, or is the number of; of other numbers their digits where `bare`, or nothing."""
+    if value is None or isinstance(value, str):
+        return value
+    return known[value] if 0 <= value < len(known) else str(value) if bare else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kngd_ray.data._decode import SUFFIXES
 from kngd_ray.data._source import listing
+from kngd_ray.data._walk import of_a_system
 from kngd_ray.errors import DataError
 
 MOST = 0.05
@@ -30,8 +31,8 @@ _OTHER_PICTURES = {
 def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[str]) -> tuple[str, ...]:
     """Count what is not read of a data set's folder.
 
-    Files that are no pictures by their suffix (text, tables, settings) do not count against a class, nor does one beside
-    a picture of the same name, as its annotation or raw original.
+    Files that are no pictures by their suffix (text, tables, settings) do not count against a class, nor do
+    those beside a picture of the same name, as its annotation or raw original.
 
     Args:
         root: the folder.
@@ -69,7 +70,7 @@ def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[st
 
 
 def unread(root: Path) -> Iterator[Path]:
-    """Yield the files of a folder and below that are not taken for pictures; no hidden ones, nor in hidden folders.
+    """Yield the files of a folder and below that are not taken for pictures, but for hidden ones and those of systems.
 
     Args:
         root: the folder.
@@ -78,7 +79,7 @@ def unread(root: Path) -> Iterator[Path]:
         Paths.
     """
     for place, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not of_a_system(name)]
         yield from (Path(place, n) for n in files if n[0] != "." and Path(n).suffix.lower() not in SUFFIXES)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._images import ImageSet
-from kngd_ray.data._source import Ints, hint, listing
+from kngd_ray.data._source import Ints, Keys, hint, listing
 from kngd_ray.errors import DataError
 
 EMBEDDED_TRAIN_DOMAIN = "noto"
@@ -35,12 +36,20 @@ class Split:
 
 
 def sample_shots(
-    labels: Ints, candidates: Ints, shots: int, seed: int, class_names: Sequence[str] | None = None
+    labels: Ints,
+    candidates: Ints,
+    shots: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    domains: npt.NDArray[np.str_] | None = None,
+    keys: Keys | None = None,
+    draw: Literal["random", "first"] = "random",
 ) -> Ints:
     """Draw a support set.
 
-    Seed 0 takes the first candidates of each class in file order. Another seed takes the head of its
-    own permutation of each class, so fewer shots of a seed are always part of more.
+    A seed takes the head of its own permutation of each class, so fewer shots of a seed are always part of more. Of
+    several domains each gives a picture before one gives another. No picture is drawn twice, nor a copy of it.
 
     Args:
         labels (N,): class numbers.
@@ -48,6 +57,9 @@ def sample_shots(
         shots: pictures per class.
         seed: 0 or more.
         class_names: names of the C classes; None takes the numbers up to the largest label.
+        domains (N,): domain names; None for one domain.
+        keys (N,): picture hashes, the same for copies; None where there are none.
+        draw: "first" permutes without regard to domains, and takes seed 0 in file order.
 
     Returns:
         Indices (C * shots,), class by class in the order drawn.
@@ -59,15 +71,31 @@ def sample_shots(
     rows = np.sort(candidates)
     drawn = []
     for label, name in enumerate(names):
-        pool = rows[labels[rows] == label]
-        if len(pool) < shots:
+        order = rows[labels[rows] == label]
+        if draw == "random" or seed > 0:
+            order = np.random.default_rng([seed, label]).permutation(order)
+        found = len(order)
+        if keys is not None:
+            order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
+        if domains is not None and draw == "random":
+            order = order[np.argsort(_turns(domains[order]), kind="stable")]
+        if len(order) < shots:
+            less = f" ({found} with copies)" if found > len(order) else ""
             raise DataError(
-                f"class {name!r} has {len(pool)} pictures to train on, fewer than {shots} shots:"
+                f"class {name!r} has {len(order)} pictures to train on{less}, fewer than {shots} shots:"
                 " lower data.shots, add pictures, or leave the class out with data.classes"
             )
-        order = pool if seed == 0 else np.random.default_rng([seed, label]).permutation(pool)
         drawn.append(order[:shots])
     return np.concatenate(drawn)
+
+
+def _turns(domains: npt.NDArray[np.str_]) -> Ints:
+    """Return for each picture (M,) how many of its domain are before it."""
+    turns = np.empty(len(domains), np.int64)
+    for domain in np.unique(domains):
+        here = np.flatnonzero(domains == domain)
+        turns[here] = np.arange(len(here))
+    return turns
 
 
 def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection[int] = frozenset()) -> Split:
@@ -76,7 +104,7 @@ def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection
     Args:
         images: the data set.
         config: domains and shots.
-        seed: draws the support set; 0 takes the first pictures of each class.
+        seed: draws the support set.
         excluded: indices of pictures that cannot be used.
 
     Returns:
@@ -86,7 +114,16 @@ def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection
     """
     trained, _ = _domains(images, config)
     train = _usable(images, "train", excluded) & np.isin(images.domains, trained)
-    support = sample_shots(images.labels, np.flatnonzero(train), config.shots, seed, images.class_names)
+    support = sample_shots(
+        images.labels,
+        np.flatnonzero(train),
+        config.shots,
+        seed,
+        images.class_names,
+        domains=images.domains,
+        keys=images.keys,
+        draw=config.draw,
+    )
     return _with_tests(images, config, excluded, support)
 
 

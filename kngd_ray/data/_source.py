@@ -17,7 +17,6 @@ Keys = npt.NDArray[np.bytes_]
 
 DEFAULT_DOMAIN = "all"
 MAX_FILE = 1 << 30  # bytes of a picture's file; the largest that can be decoded has 640 MB of pixels
-SPLITS = {"train": "train", "test": "test", "val": "test", "validation": "test"}
 
 
 class Source(Protocol):
@@ -39,7 +38,11 @@ class Source(Protocol):
 
 
 class Rows(NamedTuple):
-    """What a scan of a data set finds, one entry per row, before classes and splits are settled."""
+    """What a scan of a data set finds, one entry per row, before classes and splits are settled.
+
+    Origins say what states a row's split: a column, or the name of a file or folder. Notes are sentences on how the
+    data set was read, and on what was passed over.
+    """
 
     source: Source
     labels: Sequence[int | str | None]
@@ -47,6 +50,8 @@ class Rows(NamedTuple):
     domains: Sequence[str]
     splits: Sequence[str | None]
     keys: Sequence[bytes]
+    origins: Sequence[str | None]
+    notes: tuple[str, ...] = ()
 
 
 def content_key(data: bytes) -> bytes:

@@ -130,7 +130,8 @@ def symmetric(P: Tensor) -> Tensor:
     Returns:
         (..., n, n) symmetric to the last bit.
     """
-    return (P + P.mT.contiguous()).mul_(0.5)  # transposed in one go: the sum runs over memory in order
+    # transposed in one go: the sum runs over memory in order, and over the copy, as large new tensors cost page faults
+    return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5)
 
 
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:

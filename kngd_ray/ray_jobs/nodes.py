@@ -1,15 +1,14 @@
 """A question put to every node of the cluster, since a path that exists on one need not exist on another."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import state
-from ray._private.worker import get_dashboard_url
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kngd_ray.ray_jobs import _ray_private
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,8 @@ def cluster_facts() -> ClusterFacts:
     """Describe the cluster; Ray must be up."""
     return ClusterFacts(
         ray.get_runtime_context().gcs_address,
-        get_dashboard_url() or "",
+        _ray_private.dashboard_url(),
         sum(node["Alive"] for node in ray.nodes()),
         ray.cluster_resources(),
-        most_resources(),
+        _ray_private.most_resources(),
     )
-
-
-def most_resources() -> dict[str, float]:
-    """What the cluster's autoscaler may bring up; empty without one. Ray must be up."""
-    with suppress(Exception):  # not of Ray's public interface
-        return dict(state.get_max_resources_from_cluster_config() or {})
-    return {}

@@ -8,6 +8,7 @@ makes for everybody to read.
 import logging
 import os
 import re
+import resource
 import secrets
 import socket
 import stat
@@ -18,17 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._common.utils import get_ray_address_file
-from ray._private import ray_constants, services
-from ray._private.authentication.authentication_token_setup import (
-    ensure_token_if_auth_enabled,
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined] # its stub lacks them
 from ray.exceptions import AuthenticationError, RayError
 
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs.nodes import most_resources
+from kngd_ray.ray_jobs import _ray_private
+from kngd_ray.ray_jobs.same_code import folders_to_pass, refuse_other_code
 
 # Read by Ray when it starts; what the user has set stays.
 _ENVIRONMENT = {
@@ -43,6 +38,8 @@ _ENVIRONMENT = {
 }
 
 _KNOCK_SECONDS = 5.0
+_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
+_FILES, _LEAST_FILES = 4096, 256  # that a process may open; a raylet has dozens of connections, more with each worker
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -54,6 +51,7 @@ def ray_session(
     gpus: float = 0.0,
     dashboard: bool = False,
     temp_dir: Path | None = None,
+    leave_token: bool = True,
 ) -> Iterator[None]:
     """Make Ray available; an instance that was already up is used and left up.
 
@@ -64,6 +62,8 @@ def ray_session(
         gpus: GPUs that the work needs at once.
         dashboard: start it, on loopback, with an instance of our own.
         temp_dir: where an instance of our own keeps its logs and sockets; a short path. None is Ray's default.
+        leave_token: where this user has no token yet, write the one that an instance of our own asks for, for those to
+            come; else it is this instance's alone.
 
     Yields:
         Nothing.
@@ -75,25 +75,52 @@ def ray_session(
     if owned:
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        for library in ("ray.data", "ray.train", "ray._private.authentication"):
+        for library in ("ray.data", "ray.train", *_ray_private.LOGGERS):
             logging.getLogger(library).setLevel(logging.ERROR)
+        _allow_files()
         joins = _to_join(address)
+        token = os.environ.get(_TOKEN)
         try:
             with _silent_stderr():
                 if joins is None:
+                    _ensure_token(leave=leave_token)
                     _start(dashboard, temp_dir)
                 else:
                     _join(joins)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             with suppress(Exception):  # what has come up of it
                 ray.shutdown()
-            raise KngdError(_refusal(joins, error)) from error
+            _restore_token(token)
+            raise KngdError(_refusal(joins, _named_by(address), error)) from error
     try:
         _check_size(cpus, gpus)
+        if owned:
+            refuse_other_code()
         yield
     finally:
         if owned:
             ray.shutdown()
+            _restore_token(token)
+
+
+def _allow_files() -> None:
+    """Let this process and those that it starts open as many files as Ray needs: its sockets are files.
+
+    Raises:
+        KngdError: they may not.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _FILES:
+        return
+    if most == resource.RLIM_INFINITY or most >= _FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, most))
+    elif most < _LEAST_FILES:
+        raise KngdError(
+            f"a process may open {most} files here and Ray needs {_LEAST_FILES}: raise the limit (ulimit -n "
+            f"{_FILES}, or LimitNOFILE of the service), or set trainer.num_workers=0 to run without Ray."
+        )
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _to_join(address: str | None) -> str | None:
@@ -105,13 +132,22 @@ def _to_join(address: str | None) -> str | None:
     return found or (address or os.environ.get("RAY_ADDRESS")) or None
 
 
+def _named_by(address: str | None) -> str:
+    """What has led to a cluster that was to be joined."""
+    if address and address != "auto":
+        return "trainer.address"
+    if os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto"):
+        return "$RAY_ADDRESS, which names it,"
+    return f"{_ray_private.address_file()}, which names it,"
+
+
 def _running_here() -> str | None:
     """Address of the cluster that `ray start` left word of on this machine.
 
     Only word of this user or of root is taken: the folder is one that everybody may write to. A cluster that was
     killed leaves its word behind, and Ray would go on calling it for a minute.
     """
-    word = Path(get_ray_address_file(None))
+    word = _ray_private.address_file()
     try:
         if word.stat().st_uid not in (os.getuid(), 0):
             return None
@@ -123,10 +159,10 @@ def _running_here() -> str | None:
 
 
 def _start(dashboard: bool, temp_dir: Path | None) -> None:
-    _ensure_token()
-    with _loopback():
+    with _ray_private.loopback():
         ray.init(
             "local",
+            job_config=_ray_private.job_config(folders_to_pass()),
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
@@ -139,28 +175,24 @@ def _join(address: str) -> None:
     _knock(address)
     here = _host(address) in _LOOPBACK
     plain = ":" in address and "://" not in address
-    ours = here or _host(address) in {services.get_node_ip_address(), ""}
+    ours = here or _host(address) in {_ray_private.own_address(), ""}
     if ours and "RAY_AUTH_MODE" not in os.environ and not (plain and _lets_in(address)):
         # Ray sends its token only where it is told to or found the cluster itself, lest a stranger gets it: so may we.
         # But not to a cluster that asks for none: we would then ask its workers for one, and hear from none of them.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        _ray_private.use_token_if_there()
     if plain:
         # says within a second that a token is wrong, for which ray.init takes 20; without a token it ends the process
-        ensure_token_if_auth_enabled(create_token_if_missing=False)
-        _ask(address)
-    with _loopback() if here else nullcontext():
-        ray.init(address, **_QUIET)
-
-
-def _ask(address: str) -> None:
-    """Ask a head something."""
-    GcsClient(address=address).internal_kv_exists(b"CLUSTER_METADATA", namespace=b"cluster", timeout=_KNOCK_SECONDS)
+        _ray_private.require_token()
+        _ray_private.ask_head(address, _KNOCK_SECONDS)
+    own = {} if "://" in address else {"job_config": _ray_private.job_config(folders_to_pass())}
+    with _ray_private.loopback() if here else nullcontext():
+        ray.init(address, **own, **_QUIET)
 
 
 def _lets_in(address: str) -> bool:
     """Whether a head answers as this process is now."""
     try:
-        _ask(address)
+        _ray_private.ask_head(address, _KNOCK_SECONDS)
     except (RuntimeError, RayError):
         return False
     return True
@@ -169,29 +201,16 @@ def _lets_in(address: str) -> bool:
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for this machine's address, as it does by default on macOS and Windows."""
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    constant, variable = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"  # the variable is for the processes of the instance
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = constant
-        if variable is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = variable
-
-
-def _ensure_token() -> None:
+def _ensure_token(*, leave: bool = True) -> None:
     """See that there is a token which nobody but this user can read; where the user named one, it is the user's.
+
+    Args:
+        leave: write or narrow the user's file; else one that is there is used as it is, or a token of this process.
 
     Raises:
         KngdError: the file that the user named is not there.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get(_TOKEN):
         return
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if named:
@@ -202,14 +221,26 @@ def _ensure_token() -> None:
         return
     try:
         path = Path.home() / ".ray" / "auth_token"
+        if not leave:
+            if not path.exists():
+                os.environ[_TOKEN] = secrets.token_hex(32)
+            return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             _write_token(path)
         elif path.stat().st_uid == os.getuid() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             path.chmod(0o600)  # Ray made it, for everybody to read
     except (OSError, RuntimeError):  # no home, or one that cannot be written: a token for this instance alone
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    AuthenticationTokenLoader.instance().reset_cache()
+        os.environ[_TOKEN] = secrets.token_hex(32)
+    finally:
+        _ray_private.forget_token()
+
+
+def _restore_token(token: str | None) -> None:
+    """Take a token of this process back; another instance, or a cluster, has another one."""
+    if os.environ.get(_TOKEN) != token:
+        os.environ.pop(_TOKEN, None)
+        _ray_private.forget_token()
 
 
 def _write_token(path: Path) -> None:
@@ -225,7 +256,7 @@ def _write_token(path: Path) -> None:
         own.unlink()
 
 
-def _refusal(joins: str | None, error: Exception) -> str:
+def _refusal(joins: str | None, named_by: str, error: Exception) -> str:
     """What is wrong with a cluster, and what to do about it."""
     text = str(error)
     if joins is None:
@@ -246,7 +277,7 @@ def _refusal(joins: str | None, error: Exception) -> str:
             "~/.ray/auth_token, or name the file that holds it in RAY_AUTH_TOKEN_PATH."
         )
     return (
-        f"cannot reach the Ray cluster at {joins} ({_first_line(text)}): check trainer.address and the cluster, or set "
+        f"cannot reach the Ray cluster at {joins} ({_first_line(text)}): check {named_by} and the cluster, or set "
         "trainer.num_workers=0 to run without Ray."
     )
 
@@ -287,7 +318,7 @@ def _check_size(cpus: float, gpus: float) -> None:
         KngdError: it does not.
     """
     resources = ray.cluster_resources()
-    most = most_resources()
+    most = _ray_private.most_resources()
     for name, needed in (("CPU", cpus), ("GPU", gpus)):
         there = max(resources.get(name, 0.0), most.get(name, 0.0))
         if needed > there:

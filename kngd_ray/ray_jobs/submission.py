@@ -17,13 +17,11 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 import requests
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.runtime_env import packaging
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from kngd_ray.errors import KngdError, UsageError, nearest
+from kngd_ray.ray_jobs import _ray_private
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
@@ -39,12 +37,6 @@ _RECENT = 5
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 _NOISE = re.compile(r"^(\d{4}-\d\d-\d\d [\d:,]+\s+INFO \S+\.py:\d+ -- |Running entrypoint for job )")
 _EPILOGUE = "Job supervisor actor died: "  # for every job that has ended, in many lines
-_CHATTY = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-    "ray._private.authentication",
-)
 _NO_AGENT = "No available agent"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HOW_TO_SHOW_IT = (
@@ -79,8 +71,8 @@ class JobState:
 
 
 def package_limit() -> int:
-    """Bytes above which a cluster refuses a package: the dashboard's limit, or that of what it is kept in."""
-    return int(min(ray_constants.DASHBOARD_CLIENT_MAX_SIZE, packaging.GCS_STORAGE_MAX_SIZE))
+    """Bytes above which a cluster refuses a package."""
+    return _ray_private.package_limit()
 
 
 def dashboard_address(given: str | None) -> str:
@@ -127,12 +119,12 @@ class Cluster:
     """
 
     def __init__(self, address: str) -> None:
-        for name in _CHATTY:
+        for name in _ray_private.LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.address = address
         if urlsplit(address).hostname in _LOOPBACK:
             # a head of this user's, or a tunnel to one; elsewhere Ray sends its token only where it is told to
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            _ray_private.use_token_if_there()
         with self._refusals(), _no_addresses():
             self._client = _Client(address)
             self.ray_version: str = self._client.ask("/api/version")["ray_version"]

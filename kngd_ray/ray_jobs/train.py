@@ -12,15 +12,15 @@ from uuid import uuid4
 import ray
 import torch.distributed as dist
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import FilterError, KngdError, StorageError
 from kngd_ray.ray_jobs.mailbox import Cluster, Mailbox
+from kngd_ray.ray_jobs.same_code import compared
 from kngd_ray.search import Fitted, fitted_from
 from kngd_ray.sharding import Group, ProcessGroup, SingleProcess
 from kngd_ray.storage import storage_errors, write_text
@@ -58,7 +58,7 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     # asked several times a second: Ray would keep a record of each call, for as long as the cluster lives
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False})
     torch_trainer = TorchTrainer(
-        _train_loop,
+        compared(__name__, _train_loop.__name__),
         # The job travels through the object store: once, however many workers there are.
         train_loop_config={"job": ray.put(job), "queue": queue, "driver": name},
         scaling_config=ScalingConfig(

@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs.same_code import compared
 from kngd_ray.ray_jobs.session import gpus_of_cluster
 from kngd_ray.ray_jobs.train import job_fitter
 from kngd_ray.search import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
@@ -72,7 +73,11 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
         # No CPU for what only waits: on a machine whose cores the ranks need, it would wait for ever.
         resources = {"cpu": 0, "memory": _SLOT_MEMORY}
     turn = tune.with_parameters(
-        _turn, work=work, trainer=trainer, mode=mode, place=str(folder / driver.study.scratch_of(driver.study.id))
+        compared(__name__, _turn.__name__),
+        work=work,
+        trainer=trainer,
+        mode=mode,
+        place=str(folder / driver.study.scratch_of(driver.study.id)),
     )
     searcher = _StudySearcher(driver, slots, size)
     _quiet()

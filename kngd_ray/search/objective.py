@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kngd_ray.config import Config, override
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.search.fitting import Fitted, evidence
 from kngd_ray.search.options import SearchOptions
-from kngd_ray.search.space import Value
+from kngd_ray.search.space import Space, Value
 from kngd_ray.training.batches import Shots
-from kngd_ray.training.calibration import calibration_of, held_out_tasks
+from kngd_ray.training.calibration import calibration_of, decided_task, held_out_tasks
 from kngd_ray.training.fit import FitTask, Towers
+from kngd_ray.training.folds import single
 
 _BATCHES = 4  # at least, of those that evidence is taken from; the later half of them counts
 
@@ -36,6 +38,7 @@ class Workload:
         class_embeddings: (C, d) unit text embeddings of the classes.
         logit_scale: factor from cosines to logits.
         towers: where fits that train towers have them from.
+        space: what is searched, whose priors ``log_posterior`` counts.
     """
 
     config: Config
@@ -44,6 +47,7 @@ class Workload:
     class_embeddings: Tensor
     logit_scale: float
     towers: Towers | None = None
+    space: Space = field(default_factory=lambda: Space(()))
 
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
@@ -112,7 +116,8 @@ def judge(
         for (n, config, seed), plan in zip(alive, plans, strict=True):
             fits = [(next(outcomes), held) for _, held in plan]
             try:
-                judged[n].note(_values(fits, config), work.search.objective)
+                values = _values(fits, config, work.space.log_prior(trials[n]))
+                judged[n].note(values, work.search.objective)
             except FilterError as error:
                 judged[n].reason = judged[n].reason or f"on the support set of seed {seed}: {error}"
         yield judged
@@ -126,7 +131,7 @@ def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[Fi
     if "evidence" in search.objective:
         plan.append((_prequential(task), None))
     if search.cross_validated:
-        plan += held_out_tasks(task, config.posterior.folds)
+        plan += held_out_tasks(decided_task(task), config.posterior.folds)
     return plan
 
 
@@ -137,8 +142,10 @@ def _prequential(task: FitTask) -> FitTask:
     return replace(task, options=replace(options, batch_size=batch_size), prequential=True)
 
 
-def _values(fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: Config) -> dict[str, float]:
-    """Objectives and figures of one support set.
+def _values(
+    fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: Config, log_prior: float
+) -> dict[str, float]:
+    """Objectives and figures of one support set, under settings whose prior has a log-density.
 
     Raises:
         FilterError: a fit could not go on.
@@ -157,4 +164,7 @@ def _values(fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: C
         assert found.held_out_nll is not None
         assert found.held_out_accuracy is not None
         values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy, "tau": found.tau}
+        # of single shots each fold lacks its classes: they say nothing of a fit that knows them
+        labels = torch.cat([held.labels for _, held in held_out])
+        values["log_posterior"] = log_prior / len(labels) - (0.0 if single(labels) else found.held_out_nll)
     return values

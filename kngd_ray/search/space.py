@@ -7,10 +7,15 @@ In a search file ::
       epochs: {low: 1, high: 10, integer: true}
       noise.process: {choices: [random_walk, ornstein_uhlenbeck]}
       noise.process.q: {low: 1.0e-8, high: 1.0e-3, log: true, when: {noise.process: random_walk}}
+      filter.logit_variance: {low: 10, high: 20000, log: true, median: 1000, spread: 2}
+
+The last one has a prior, normal in the value or where the range is logarithmic in its logarithm: what is believed of a
+setting before a shot is seen, by which the objective ``log_posterior`` weighs what the shots say.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import log
 from typing import Any, Protocol
 
 from kngd_ray.config import Config, flatten, override, parse
@@ -33,12 +38,16 @@ class Range:
         high: the greatest.
         log: whether equal ratios, instead of equal differences, are equally likely.
         integer: whole numbers only.
+        median: of the value's prior; None is a flat one.
+        spread: standard deviation of that prior, of the value or, where `log`, of its logarithm.
     """
 
     low: float
     high: float
     log: bool = False
     integer: bool = False
+    median: float | None = None
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -47,6 +56,12 @@ class Range:
             raise ValueError(f"low is {self.low:g}; a logarithmic range starts above 0")
         if self.integer and (self.low != int(self.low) or self.high != int(self.high)):
             raise ValueError(f"low is {self.low:g} and high is {self.high:g}; a range of integers has whole bounds")
+        if (self.median is None) != (self.spread is None):
+            raise ValueError("a prior has a median and a spread; give both, or neither for a flat one")
+        if self.median is not None and not self.low <= self.median <= self.high:
+            raise ValueError(f"median is {self.median:g}; it must lie between {self.low:g} and {self.high:g}")
+        if self.spread is not None and not self.spread > 0:
+            raise ValueError(f"spread is {self.spread:g}; a standard deviation is above 0")
 
     @property
     def ends(self) -> tuple[Value, ...]:
@@ -59,6 +74,13 @@ class Range:
             return None
         clipped = min(max(value, self.low), self.high)
         return round(clipped) if self.integer else float(clipped)
+
+    def log_prior(self, value: float) -> float:
+        """Log-density of a value under the prior, up to a constant; nats."""
+        if self.median is None or self.spread is None:
+            return 0.0
+        distance = log(value / self.median) if self.log else value - self.median
+        return -0.5 * (distance / self.spread) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +180,21 @@ class Space:
                     values[dimension.key] = near
         return values
 
+    def log_prior(self, values: Mapping[str, Value]) -> float:
+        """Log-density of settings under the priors of their dimensions.
+
+        Args:
+            values: by dotted key, such as :meth:`suggest` gives.
+
+        Returns:
+            Nats, up to a constant; the most there is, 0, is at all medians.
+        """
+        return sum(
+            d.domain.log_prior(float(values[d.key]))
+            for d in self.dimensions
+            if isinstance(d.domain, Range) and d.key in values
+        )
+
     def check(self, base: Config) -> None:
         """Refuse a space that holds settings which a configuration cannot have.
 
@@ -246,8 +283,9 @@ def plain_space(space: Space) -> dict[str, Any]:
     """
     return {
         d.key: {
-            f.name: list(value) if isinstance(value := getattr(d.domain, f.name), tuple) else value
+            f.name: list(value) if isinstance(value, tuple) else value
             for f in fields(d.domain)
+            if (value := getattr(d.domain, f.name)) is not None
         }
         | ({_CONDITION: {parent: list(allowed) for parent, allowed in d.when.items()}} if d.when else {})
         for d in space.dimensions

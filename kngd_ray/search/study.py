@@ -114,6 +114,7 @@ class SearchStudy:
                     self.study = optuna.create_study(
                         study_name=folder.name, storage=self._storage, sampler=sampler, directions=options.directions
                     )
+                _name_metrics(self.study, options)
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # of json, and of the storage
             raise CheckpointError(f"{folder / JOURNAL} is damaged ({error}): start the search again.") from error
 
@@ -304,6 +305,14 @@ class _Lock:
     def release(self) -> None:
         """Let others have it."""
         self._file.close()
+
+
+def _name_metrics(study: optuna.Study, options: SearchOptions) -> None:
+    """Say what the values of a study are called: Optuna's dashboard and figures label their axes by it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if not study.metric_names:
+            study.set_metric_names(list(options.objective))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ A server that is down loses nothing. This is the only package that imports MLflo
 something is published.
 """
 
+from kngd_ray.errors import redact
 from kngd_ray.tracking._check import check_store
 from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram
 from kngd_ray.tracking._publish import publish
@@ -18,7 +19,7 @@ from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
 from kngd_ray.tracking._record import Record, Status
 from kngd_ray.tracking._runs import LoggedRun, read_runs
-from kngd_ray.tracking._uri import redact, resolve_uri
+from kngd_ray.tracking._uri import resolve_uri
 
 __all__ = [
     "LoggedRun",

@@ -3,11 +3,11 @@
 import os
 import sqlite3
 
-from kngd_ray.errors import TrackingError
+from kngd_ray.errors import TrackingError, redact
 from kngd_ray.tracking._quiet import FIRST_CONTACT, environment, quiet
 from kngd_ray.tracking._runs import _Reader
 from kngd_ray.tracking._server import Server
-from kngd_ray.tracking._uri import is_database, redact, resolve_uri, sqlite_file
+from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file
 
 
 def check_store(uri: str) -> str:

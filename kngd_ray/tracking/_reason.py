@@ -1,6 +1,6 @@
 """What a tracking store's failure means and what to do about it, as the end of a sentence."""
 
-from kngd_ray.tracking._uri import redact
+from kngd_ray.errors import redact
 
 _LATER = "the results are in the run folder, send them with kngd-ray sync"
 _ANSWERS = (  # (what the message holds, what to say); the first that fits

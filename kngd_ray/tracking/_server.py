@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from kngd_ray.errors import KngdError, TrackingError
+from kngd_ray.errors import KngdError, TrackingError, redact
 from kngd_ray.tracking._quiet import FIRST_CONTACT, environment
 from kngd_ray.tracking._reason import reason
-from kngd_ray.tracking._uri import is_database, redact, resolve_uri, sqlite_file
+from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file
 
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0

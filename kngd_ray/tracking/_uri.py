@@ -1,26 +1,11 @@
 """Addresses of tracking stores: made absolute, checked, and shown without their secrets."""
 
-import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kngd_ray.errors import TrackingError
+from kngd_ray.errors import TrackingError, redact
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_USER = re.compile(r"://[^/\s]*@")
-_SECRET = re.compile(r"((?:password|passwd|pwd|token|secret)[^=&\s]{0,20}=)[^&\s]+", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """Take user names, passwords and tokens out of every address in a text.
-
-    Args:
-        text: an address or a message.
-
-    Returns:
-        The text, fit to be shown and stored.
-    """
-    return _SECRET.sub(r"\1***", _USER.sub("://***@", text))
 
 
 def is_database(uri: str) -> bool:

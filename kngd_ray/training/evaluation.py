@@ -1,5 +1,6 @@
 """In- and out-of-distribution figures of a predictor, with and without temperature scaling."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,21 @@ from kngd_ray.training.calibration import AnyPredictor, Calibration, scale
 from kngd_ray.training.metrics import Scores
 
 ID = "id"
+MEAN = "mean"
+_KEPT = re.compile(r"(domain )*(id|ood|mean|ood mean)(/.*)?", re.IGNORECASE)
+
+
+def set_name(domain: str) -> str:
+    """What a domain's test set is called in figures, tables and metrics.
+
+    Args:
+        domain: its name in the data.
+
+    Returns:
+        The same name; ``domain mean`` and the like where it would be taken for the figures in distribution or for a
+        mean. Different domains have different names.
+    """
+    return f"domain {domain}" if _KEPT.fullmatch(domain) else domain
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,7 @@ class Evaluation:
     """Figures of one model on every test set.
 
     Attributes:
-        plain: figures of the predictions as they are, by test set: ``id`` and each OOD domain.
+        plain: figures of the predictions as they are, by test set: ``id`` and each OOD domain by its ``set_name``.
         scaled: the same after temperature scaling fitted on the training shots.
         probabilities: (m, C) predictions as they are, by test set.
         calibration: tau and the scaling temperature that were used.
@@ -38,7 +54,7 @@ class Evaluation:
         domains = [name for name in self.plain if name != ID]
         report: dict[str, Any] = {ID: self._of(self.plain[ID], self.scaled[ID]), "ood": {}}
         if domains:
-            report["ood"]["mean"] = self._of(
+            report["ood"][MEAN] = self._of(
                 Scores.mean([self.plain[d] for d in domains]), Scores.mean([self.scaled[d] for d in domains])
             )
             report["ood"] |= {d: self._of(self.plain[d], self.scaled[d]) for d in domains}

@@ -16,10 +16,14 @@ from helpers.emoji import small_table
 from kngd_ray import cli
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine."""
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine: a command takes one."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("train", "tune"):
+            patch.setattr(f"kngd_ray.commands.{module}.cores", lambda: 1)
+        yield
 
 
 @cache

@@ -1,18 +1,22 @@
 """The statistics of a comparison against what is known of them."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from kngd_ray.commands.compare_rows import Found, Row
+from kngd_ray.commands.compare_tables import Table, build_tables
 from kngd_ray.commands.comparison import (
     TIE,
     better,
-    bootstrap_interval,
-    coverage_limit,
+    holm,
     paired_difference,
     pareto_front,
 )
+from kngd_ray.commands.summary import interval, over_seeds, student, with_interval
 
 
 @pytest.mark.parametrize(
@@ -59,9 +63,9 @@ def test_ties_are_equal_figures_and_rounding() -> None:
 
 
 def test_less_is_better_turns_wins_round_and_not_the_difference() -> None:
-    difference = paired_difference({0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}, -1)
+    difference = paired_difference({0: 1.0, 1: 1.0}, {0: 2.49, 1: 2.51}, -1)
     assert difference is not None
-    assert difference.mean == -1.5
+    assert difference.mean == pytest.approx(-1.5)
     assert (difference.wins, difference.losses) == (2, 0)
     assert difference.decided
     unknown = paired_difference({0: 1.0}, {0: 2.0}, 0)
@@ -69,46 +73,87 @@ def test_less_is_better_turns_wins_round_and_not_the_difference() -> None:
     assert (unknown.wins, unknown.losses) == (0, 0)
 
 
-def test_equal_differences_have_an_interval_of_no_width() -> None:
-    assert bootstrap_interval(np.full(4, 0.25)) == (0.25, 0.25)
+def test_the_same_difference_on_all_seeds_is_not_known_to_vary_and_decides_nothing() -> None:
+    """Accuracies are counts: two seeds often have the same difference, and mean nothing by it."""
+    same = paired_difference({0: 0.52, 1: 0.62}, {0: 0.5, 1: 0.6})
+    assert same is not None
+    assert (same.low, same.high, same.p, same.decided) == (None, None, None, False)
 
 
-def test_the_same_values_give_the_same_interval_inside_their_range() -> None:
-    values = np.array([0.1, -0.4, 0.3, 0.2, 0.9])
-    low, high = bootstrap_interval(values)
-    assert (low, high) == bootstrap_interval(values)
-    assert values.min() <= low < values.mean() < high <= values.max()
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_intervals_are_those_of_scipy(seeds: int) -> None:
+    for values in np.random.default_rng(seeds).normal(0.3, 1.0, (20, seeds)).tolist():
+        found, expected = student(values), stats.ttest_1samp(values, 0.0)
+        ends = expected.confidence_interval(0.95)
+        assert (found.low, found.high, found.p) == pytest.approx((ends.low, ends.high, expected.pvalue))
 
 
-def test_shift_and_sign_carry_over() -> None:
-    values = np.random.default_rng(1).normal(size=20)
-    low, high = bootstrap_interval(values)
-    assert bootstrap_interval(values + 3) == pytest.approx((low + 3, high + 3))
-    assert bootstrap_interval(-values) == pytest.approx((-high, -low), abs=0.05)
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_intervals_of_noise_exclude_0_in_one_case_of_twenty(seeds: int) -> None:
+    found = [student(values) for values in np.random.default_rng(3).normal(size=(2000, seeds)).tolist()]
+    assert 0.03 < sum(not each.low <= 0 <= each.high for each in found) / 2000 < 0.065
 
 
-def test_many_values_give_the_normal_interval() -> None:
-    values = np.random.default_rng(2).normal(size=400)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(400)
-    low, high = bootstrap_interval(values)
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+def table_of(figures: np.ndarray) -> Table:
+    """A comparison of rows whose accuracies (rows, seeds) are given; the first is AdamW's."""
+    params = {"data.path": "x", "data.shots": "4"}
+    rows = [
+        Row(f"id{n}", f"run{n}", *(2 * ("adamw" if n == 0 else "kalman",)), {**params, "filter.p0": str(n)}, seeds)
+        for n, row in enumerate(figures.tolist())
+        for seeds in [{seed: {"id/accuracy": value} for seed, value in enumerate(row)}]
+    ]
+    (table,) = build_tables(Found(rows, None, Counter()), [], ["id/accuracy"], None)
+    return table
 
 
-@pytest.mark.parametrize(("seeds", "least"), [(3, 0.65), (5, 0.88), (10, 0.91)])
-def test_coverage_on_normal_differences(seeds: int, least: float) -> None:
-    """95 % is asked for; five seeds cannot give more than 94 %, and the plain percentile interval gives 84 %."""
-    rng = np.random.default_rng(3)
-    covered = 0
-    for _ in range(300):
-        low, high = bootstrap_interval(rng.normal(size=seeds))
-        covered += low <= 0 <= high
-    assert least < covered / 300 < coverage_limit(seeds) + 0.06
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_one_null_table_in_twenty_claims_a_difference(seeds: int) -> None:
+    """Three methods beside AdamW, all of them equal: together they are as seldom wrong as one alone."""
+    rng = np.random.default_rng(seeds)
+    tables = [table_of(figures) for figures in rng.normal(0.5, 0.03, (2000, 4, seeds))]
+    claimed = sum(
+        any(d.decided for line in table.lines if (d := line.figures["id/accuracy"].difference)) for table in tables
+    )
+    assert 0.03 < claimed / 2000 < 0.065
+    said = sum("beyond" in table.headlines[0] and "not beyond" not in table.headlines[0] for table in tables)
+    assert said / 2000 < 0.065
 
 
-def test_coverage_limit() -> None:
-    assert coverage_limit(2) == 0.5
-    assert coverage_limit(5) == 0.9375
+def test_what_a_headline_says_of_one_row_and_of_several() -> None:
+    base, good = [0.5, 0.52, 0.48], [0.6, 0.625, 0.575]
+    (said,) = table_of(np.array([base, good])).headlines
+    assert "10.0 points higher than adamw (95 % interval +8.8 to +11.2, which excludes 0)" in said
+    (said,) = table_of(np.array([base, good, [0.4, 0.55, 0.5]])).headlines
+    assert "+11.2 of this comparison alone, and p = 0.0017 among 2 (Holm): beyond the noise of seeds)" in said
+    (said,) = table_of(np.array([base, [0.51, 0.54, 0.50], *np.random.default_rng(0).random((9, 3)) / 3])).headlines
+    assert "not beyond the noise of seeds" in said
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_intervals_end_where_their_figures_do() -> None:
+    found = interval([0.99, 0.9, 1.0], "id/accuracy")
+    assert found["high"] == 1.0
+    assert found["low"] == pytest.approx(student([0.99, 0.9, 1.0]).low)
+    assert interval([0.01, 0.0], "ece")["low"] == 0.0
+    assert interval([0.5, 3.0], "nll")["low"] == 0.0
+    assert over_seeds([{"id": {"accuracy": 0.0}}, {"id": {"accuracy": 1.0}}])["id"]["accuracy"] == {
+        "mean": 0.5,
+        "low": 0.0,
+        "high": 1.0,
+    }
+    difference = paired_difference({0: 0.0, 1: 1.0}, {0: 1.0, 1: 0.0}, 1, "id/accuracy")
+    assert difference is not None
+    assert (difference.low, difference.high) == (-1.0, 1.0)
+
+
+def test_an_interval_without_a_half_shows_both_ends() -> None:
+    assert with_interval({"mean": 0.487, "low": 0.463, "high": 0.511}, 100, 1) == "48.7±2.4"
+    assert with_interval({"mean": 0.963, "low": 0.91, "high": 1.0}, 100, 1) == "96.3 [91.0, 100.0]"
 
 
 def test_front_of_three_figures() -> None:

@@ -71,7 +71,7 @@ def test_a_second_domain_is_learned_from_the_posterior_of_the_first(command) -> 
 @pytest.mark.parametrize("family", ["diagonal", "dense"])
 def test_it_starts_at_the_mean_and_the_covariance(command, family: str) -> None:
     covariance = f"filter.covariance={family}"
-    own = ("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance)
+    own = ("preset=kf_clip", "adapter=bottleneck", "adapter.width=4", covariance, "posterior.folds=0")
     trained(command, *own, "epochs=1", "trainer.name=first")
     settings = (*own, "filter.logit_variance=7", "prior=first")
     trained(command, *settings, *STILL, "trainer.name=still")
@@ -140,12 +140,12 @@ def test_resumed_its_own_checkpoint_wins(command, monkeypatch) -> None:
 
 
 def test_resumed_with_another_prior_it_is_refused(command) -> None:
-    trained(command, "trainer.name=first", "epochs=1")
-    trained(command, "trainer.name=second", "prior=first", "epochs=1")
+    trained(command, "trainer.name=first", "epochs=1", "posterior.folds=0")
+    trained(command, "trainer.name=second", "prior=first", "epochs=1", "posterior.folds=0")
     shutil.rmtree(command.run("first"))
     gone = command("train", "--resume", command.run("second"))
     refused(gone, FAILED, "there is no run", str(command.run("first")))
-    trained(command, "trainer.name=first", "epochs=2")
+    trained(command, "trainer.name=first", "epochs=2", "posterior.folds=0")
     before = ended(command, "second").manifest
     refused(command("train", "--resume", command.run("second")), FAILED, "belongs to another task: its prior is")
     refused(command("train", "--resume", command.run("second"), "prior=other"), USAGE, "leave out 'prior=other'")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
+    subprocess.run(["git", "init", "-q", folder], check=True)
     (folder / "run.yaml").write_text("data.shots: 4\n")
     (folder / "shots.parquet").write_text(SECRET)
     (folder / ".env").write_text(SECRET)
@@ -65,7 +67,7 @@ def test_a_dry_run_shows_what_would_be_sent_and_contacts_nobody(command, project
     unsent = {"job_id": None, "status": "NOT SENT", "exit_code": None, "files": 1, "bytes": 14}
     assert outcome.json == unsent | {"entrypoint": entrypoint, "sent": ["run.yaml"]}
     assert f"would run on http://nowhere.example.org:8265: {entrypoint}" in outcome.err
-    assert "left out by the defaults: shots.parquet" in outcome.err
+    assert "left out by its suffix, which is of no code or settings (--include sends it): shots.parquet" in outcome.err
     assert "left out as credentials (rename what is none): .env" in outcome.err
     assert "kngd_ray itself is not sent" in outcome.err
     assert SECRET not in outcome.out + outcome.err
@@ -108,17 +110,37 @@ def test_a_settings_file_that_is_left_out_is_refused(command, project) -> None:
     (project / "run.yaml").write_text(f"tracking.uri: postgresql://me:{SECRET}@db/mlflow\n")
     (project / "main.py").touch()
     outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train", "run.yaml")
-    refused(outcome, USAGE, "run.yaml is left out of what is sent", "password")
+    refused(outcome, USAGE, "run.yaml is left out of what is sent", "credential")
     assert SECRET not in outcome.out + outcome.err
+
+
+def test_a_settings_file_that_git_does_not_list_is_named(command, project) -> None:
+    (project / ".gitignore").write_text("own*\n")
+    (project / "own.yaml").touch()
+    (project / "own.txt").touch()
+    dry = ["submit", "--working-dir", project, "--dry-run"]
+    outcome = command(*dry, "--", "train", "own.yaml")
+    refused(outcome, USAGE, "own.yaml is left out of what is sent", "--include own.yaml")
+    outcome = command(*dry, "--json", "--include", "own.*", "--include", "shots.parquet", "--", "train", "own.yaml")
+    assert outcome.json["sent"] == ["own.txt", "own.yaml", "run.yaml", "shots.parquet"]
+
+
+def test_what_goes_before_what_is_installed_is_said(command, project) -> None:
+    (project / "torch.py").touch()
+    (project / "json").mkdir()
+    (project / "json" / "__init__.py").touch()
+    (project / "mine.py").touch()
+    outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train")
+    assert "goes before what is installed there under that name: torch.py, json/\n" in outcome.err
 
 
 def test_too_much_is_refused_by_the_limit_of_ray(command, project, monkeypatch) -> None:
     assert package_limit() == 100 * 2**20
-    with (project / "dump.csv").open("wb") as file:
+    with (project / "dump.py").open("wb") as file:
         file.truncate(package_limit())
     outcome = command("submit", "--working-dir", project, "--dry-run", "--", "train")
-    refused(outcome, USAGE, "Ray takes less than 100.0 MiB", ".rayignore", "/dump.csv (100.0 MiB)")
-    (project / ".rayignore").write_text("/dump.csv\n")
+    refused(outcome, USAGE, "Ray takes less than 100.0 MiB", ".rayignore", "/dump.py (100.0 MiB)")
+    (project / ".rayignore").write_text("/dump.py\n")
     assert command("submit", "--working-dir", project, "--dry-run", "--", "train").code == 0
 
 
@@ -351,6 +373,12 @@ def test_tracking_is_checked(command, uri: str, words: list[str]) -> None:
 def test_other_commands_are_checked(command) -> None:
     assert "there is no run monday" in faults("evaluate", "monday", "--storage-path", str(command.runs))[0]
     assert "--out here lies in" in faults("export", "monday", "--out", "here", "--storage-path", str(command.runs))[0]
+    assert "--html g.html lies in" in faults("predict", "monday", "/x.jpg", "--html", "g.html")[0]
+    assert not any("--html" in fault for fault in faults("predict", "monday", "/x.jpg", "--html=/shared/g.html"))
+    assert faults("compare", "kngd_ray") == [
+        "what compare writes without --out lies in the job's own folder, which the cluster deletes: add --out, and "
+        "give the whole path of a place on shared storage."
+    ]
     assert "data.path: gone cannot be read" in faults("encode", "gone", "trainer.num_workers=0")[0]
     assert faults("tune") == ["name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH."]
     assert faults("sync", "/shared/run") == []

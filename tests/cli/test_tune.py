@@ -219,6 +219,20 @@ def interrupt_at(monkeypatch, owner: type, name: str, call: int, after: bool) ->
     monkeypatch.setattr(owner, name, interrupted)
 
 
+@pytest.fixture(scope="module")
+def unbroken() -> list[Any]:
+    """The report and the trials of the search that nobody interrupts, once it was run."""
+    return []
+
+
+@pytest.fixture
+def whole(unbroken: list[Any], tune, command) -> list[Any]:
+    if not unbroken:
+        report = tune("trainer.name=whole", "search.trial=local", "--json").json
+        unbroken += [report, history(command.run("whole"))]
+    return unbroken
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
     [
@@ -228,8 +242,7 @@ def interrupt_at(monkeypatch, owner: type, name: str, call: int, after: bool) ->
         (SearchRecords, "summary", 1, False),
     ],
 )
-def test_an_interrupted_search_goes_on(tune, resume, command, monkeypatch, owner, name, call, after) -> None:
-    whole = tune("trainer.name=whole", "search.trial=local", "--json").json
+def test_an_interrupted_search_goes_on(tune, resume, command, monkeypatch, whole, owner, name, call, after) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, owner, name, call, after)
         outcome = tune("trainer.name=cut", "search.trial=local")
@@ -239,8 +252,9 @@ def test_an_interrupted_search_goes_on(tune, resume, command, monkeypatch, owner
     assert "RUNNING" not in statuses(command.run("cut")).values()
     assert statuses(command.run("cut"))["search"] == "KILLED"
     resumed = resume("cut").json
-    assert {key: resumed[key] for key in SAME} == {key: whole[key] for key in SAME}
-    assert history(command.run("cut")) == history(command.run("whole"))
+    report, trials = whole
+    assert {key: resumed[key] for key in SAME} == {key: report[key] for key in SAME}
+    assert history(command.run("cut")) == trials
     found = statuses(command.run("cut"))
     assert set(found.values()) == {"FINISHED"}
     assert len(found) == 7

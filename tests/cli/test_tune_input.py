@@ -97,8 +97,11 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
     [
         (["search.samplr=tpe"], ["search: unknown key 'samplr'; did you mean sampler?"]),
         (["search.num_samples=0"], ["search: num_samples is 0"]),
-        (["search.objective="], ["objective is []; name one or more (evidence, held_out_nll, held_out_accuracy)"]),
-        (["search.objective=[]"], ["name one or more (evidence, held_out_nll, held_out_accuracy)"]),
+        (
+            ["search.objective="],
+            ["objective is []; name one or more (log_posterior, evidence, held_out_nll, held_out_accuracy)"],
+        ),
+        (["search.objective=[]"], ["name one or more (log_posterior, evidence, held_out_nll, held_out_accuracy)"]),
         (["search.seeds="], ["search: seeds is []; name at least one"]),
         (["search=3"], ["'search=3' changes the whole of search", "search.KEY=VALUE"]),
         (["space={filter.p0: {low: 1, high: 2}}"], ["changes the whole of space"]),

@@ -149,7 +149,7 @@ def test_onnx_says_what_to_install(vit, tmp_path, monkeypatch):
         export_onnx(tuned(vit, TuneOptions()), tmp_path, 32)
 
 
-@pytest.mark.parametrize("model", ["vit", "mini"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("mini", marks=pytest.mark.slow)])
 def test_onnx_gives_the_networks_logits(model, request, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -137,13 +137,14 @@ def test_refusals_say_what_and_where(write, table, says):
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_and_features_are_not_taken_for_one_another(write, pets, tmp_path):
+def test_pictures_and_features_are_not_taken_for_one_another(write, pets, write_folder):
     with pytest.raises(DataError, match=re.escape(f"kngd-ray encode {pets} --out FOLDER")):
         opened(pets)
     with pytest.raises(DataError, match="embedded holds pictures"):
         open_images(DataConfig(), features=True)
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path} holds pictures")):
-        opened(tmp_path)
+    folder = write_folder("cat/0.png")
+    with pytest.raises(DataError, match=re.escape(f"{folder} holds pictures")):
+        opened(folder)
     with pytest.raises(DataError, match=r"features and no pictures: set model\.name=precomputed"):
         open_images(DataConfig(path=str(write(feature_table()))))
 

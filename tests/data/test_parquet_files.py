@@ -112,9 +112,143 @@ def test_configured_classes_select_and_order(write_parquet, png):
     assert images.place(1) == "set.parquet, row 2"
 
 
-def test_val_counts_as_test(write_parquet):
-    images = opened(write_parquet(label=["a", "b", "a"], split=["train", "val", "validation"]))
-    assert images.splits.tolist() == ["train", "test", "test"]
+SPLITS = ["train", "Test", "VALIDATION", "dev", "training"]
+
+
+@pytest.mark.parametrize(
+    ("val", "splits", "said"),
+    [
+        ("ignore", ["train", "test", "train"], "left out"),
+        ("train", ["train", "test", "train", "train", "train"], "trained on"),
+        ("test", ["train", "test", "test", "test", "train"], "tested on"),
+    ],
+)
+def test_validation_is_what_is_asked_for(write_parquet, val, splits, said):
+    images = opened(write_parquet(label=["a", "b", "a", "b", "a"], split=SPLITS), val=val)
+    assert images.splits.tolist() == splits
+    assert images.notes == (
+        f"pictures: train 2, test 1, val 2, {said} by data.val={val} (column split of set.parquet)",
+    )
+
+
+def test_without_pictures_to_test_on_some_are_held_out(write_parquet):
+    path = write_parquet(label=["a", "b"] * 10, split=["train"] * 18 + ["val"] * 2)
+    images = opened(path)
+    assert (len(images), (images.splits == "test").sum()) == (18, 6)
+    assert images.notes[-1].endswith(
+        "; none to test on is stated, 30% of each class and domain are held out to test: 12 to train on, 6 to test on"
+    )
+    with pytest.raises(DataError, match=r"data\.val=ignore leaves them out: set data\.val=test"):
+        open_images(DataConfig(path=str(path)), test_fraction=1.0)
+    with pytest.raises(DataError, match=r"set data\.val=test"):
+        opened(write_parquet(label=["a", "b"], split=["val"] * 2))
+
+
+HUB = ("train-00000-of-00002-0a", "train-00001-of-00002-9c", "validation-00000-of-00001", "test-00000-of-00001")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train", "test"], ["train", "test"]),
+        (["train/0000", "test/0000"], ["train", "test"]),
+        (["data/Flowers_TRAIN", "data/Flowers_TEST"], ["train", "test"]),
+        ([f"data/{name}" for name in HUB], ["train", "train", "test"]),
+        (["trainset", "more"], None),  # both to train on
+        (["train", "train-2"], None),
+        (["latest", "training_wheels"], None),
+    ],
+    ids=lambda names: (names or ["held out"])[0],
+)
+@pytest.mark.parametrize("given", ["files", "folder"])
+def test_names_of_files_are_splits(write_parquet, tmp_path, names, splits, given):
+    files = [
+        write_parquet(f"x/snapshot/{name}.parquet", first=10 * n, label=["a", "b"] * 5) for n, name in enumerate(names)
+    ]
+    images = opened(*(sorted(files) if given == "files" else [tmp_path / "x"]))
+    if splits is None:
+        assert (images.splits == "test").sum() == 6
+        return
+    found = {str(images.place(n)).rpartition("/")[2].partition(",")[0]: s for n, s in enumerate(images.splits)}
+    assert sorted(images.splits.tolist()) == sorted(splits * 10)
+    assert all(name in images.notes[-1] for name in found)
+
+
+def test_a_column_comes_before_the_name(write_parquet):
+    first = write_parquet("train.parquet", label=["a", "b"], split=["test", "train"])
+    second = write_parquet("test.parquet", first=2, label=["a", "b"])
+    assert opened(first, second).splits.tolist() == ["test", "train", "test", "test"]
+
+
+def test_names_of_some_files_alone_are_no_splits(write_parquet):
+    files = [write_parquet(f"{name}.parquet", label=["a", "b"]) for name in ("more", "flowers-test")]
+    assert "more.parquet, row 0 states no split, though others do" in refusal(*files)
+
+
+def test_versions_of_a_data_set_are_not_pooled(write_parquet, tmp_path):
+    for version in ("fine", "coarse"):
+        write_parquet(f"x/{version}/train-0.parquet", label=["a", "b"])
+    assert "holds parquet files in several folders, coarse, fine, which may be versions" in refusal(tmp_path / "x")
+
+
+def test_a_snapshot_in_the_cache_of_hugging_face(write_parquet, tmp_path):
+    repository = tmp_path / "hub/datasets--a--pets"
+    data = repository / "snapshots/0123abc/data"
+    data.mkdir(parents=True)
+    for number, split in enumerate(("train", "test")):
+        blob = write_parquet(f"hub/datasets--a--pets/blobs/{number}", first=2 * number, label=["a", "b"])
+        (data / f"{split}-00000-of-00001.parquet").symlink_to(f"../../../blobs/{blob.name}")
+    assert opened(data.parent).splits.tolist() == ["test", "test", "train", "train"]
+    secret = write_parquet("secret.parquet", label=["a", "b"])
+    (data / "train-00001-of-00001.parquet").symlink_to(secret)
+    assert "is a link out of" in refusal(data.parent)
+
+
+def test_pictures_and_parquet_in_one_folder(write_folder, write_parquet):
+    root = write_folder("cat/0.png")
+    write_parquet("pictures/train.parquet", label=["a", "b"])
+    assert "holds pictures and parquet files: name the files" in refusal(root)
+
+
+VIEWS = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+
+
+@pytest.mark.parametrize("kind", ["view", "large", "dictionary"])
+def test_columns_of_newer_types(write_parquet, png, kind):
+    texts = {"view": pa.string_view(), "large": pa.large_string(), "dictionary": pa.dictionary(pa.int8(), pa.string())}
+    blobs = {"view": pa.binary_view(), "large": pa.large_binary(), "dictionary": pa.binary()}
+    names, text = ["dog", "cat"], texts[kind]
+    columns = {
+        "label": pa.array(names, text),
+        "domain": pa.array(["x", "y"], text),
+        "split": pa.array(["train", "test"], text),
+    }
+    images = opened(write_parquet(image=pa.array([png(0), png(1)], blobs[kind]), **columns))
+    assert (images.class_names, images.labels.tolist()) == (("cat", "dog"), [1, 0])
+    assert (images.domains.tolist(), images.splits.tolist()) == (["x", "y"], ["train", "test"])
+    assert list(images.read([0, 1])) == [(0, png(0)), (1, png(1))]
+
+
+def test_pictures_in_a_struct_of_views(write_parquet, png):
+    entries = pa.array([{"bytes": png(n), "path": f"{n}.png"} for n in range(2)], VIEWS)
+    images = opened(write_parquet(image=entries, label=["a", "b"]))
+    assert list(images.read([0, 1])) == [(0, png(0)), (1, png(1))]
+
+
+def test_names_as_bytes_are_decoded(write_parquet):
+    path = write_parquet(label=[0, 1], class_name=[b"bird", "\u732b".encode()], domain=[b"x", b"y"])
+    images = opened(path)
+    assert (images.class_names, images.domains.tolist()) == (("bird", "\u732b"), ["x", "y"])
+    assert opened(write_parquet(label=[b"bird", b"cat"])).class_names == ("bird", "cat")
+
+
+def test_copies_are_counted(write_parquet, png):
+    pictures = [png(n) for n in (0, 1, 0, 0, 1)]
+    images = opened(write_parquet(image=pictures, label=["a", "b", "a", "a", "a"]))
+    assert images.notes[-2:] == (
+        "2 pictures are copies of others of their class: no shot is drawn twice",
+        "1 pictures are also in another class, under another label",
+    )
 
 
 def test_pictures_by_path_lie_beside_the_file(write_parquet, tmp_path, png):
@@ -171,13 +305,16 @@ def test_no_image_column(tmp_path):
         ({"domain": ["a"]}, "has no label column (it has image, domain): add `label`"),
         ({"label": [0.5]}, "column `label` is double: it must be integers or class names"),
         ({"label": ["a"], "image": ["x.png"]}, "column `image` is string: it must be bytes"),
+        ({"label": [0, 1], "class_name": [["a"], ["b"]]}, "column `class_name` is list<"),
+        ({"label": [0, 1], "class_name": [b"a", b"\xff"]}, r"column `class_name` holds b'\xff', which is no UTF-8"),
+        ({"label": ["a", "b"], "domain": [0.5, 1.5]}, "column `domain` is double: it must be text"),
         ({"label": [0, -1]}, "set.parquet, row 1: label -1 is negative: number classes from 0"),
         ({"label": [0, None]}, "set.parquet, row 1 has no label: fill it in or drop the row"),
         ({"label": [0, 1]}, "set.parquet, row 0: label 0 has no class name: add a class_name column"),
         ({"label": [0, 1], "class_name": ["a", None]}, "set.parquet, row 1: label 1 has no class name"),
         ({"label": [0, 0], "class_name": ["a", "b"]}, "label 0 is 'a' in set.parquet, row 0 but 'b' in"),
         ({"label": [0, 1], "class_name": ["a", "a"]}, "class 'a' has several labels: give each"),
-        ({"label": ["a", "b"], "split": ["train", "dev"]}, "set.parquet, row 1 states the split 'dev': use"),
+        ({"label": ["a", "b"], "split": ["train", "extra"]}, "set.parquet, row 1 states the split 'extra': use"),
         ({"label": ["a", "b"], "split": ["train", None]}, "row 1 states no split, though others do"),
         ({"label": pa.array([], pa.int32())}, "has no rows"),
     ],

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,11 +11,41 @@ CANDIDATES = np.arange(4, 40)
 
 
 def config(path, **fields):
-    return DataConfig(path=str(path), **{"shots": 2, **fields})
+    return DataConfig(path=str(path), **{"shots": 2, "draw": "first", **fields})
 
 
-def test_seed_0_takes_the_first():
-    assert sample_shots(LABELS, CANDIDATES[::-1], 3, 0).tolist() == [5, 7, 9, 4, 6, 8]
+def test_the_first_are_taken_where_asked_for():
+    assert sample_shots(LABELS, CANDIDATES[::-1], 3, 0, draw="first").tolist() == [5, 7, 9, 4, 6, 8]
+    assert (
+        sample_shots(LABELS, CANDIDATES, 3, 1, draw="first").tolist() == sample_shots(LABELS, CANDIDATES, 3, 1).tolist()
+    )
+
+
+def test_every_seed_draws():
+    draws = {tuple(sample_shots(LABELS, CANDIDATES, 9, seed).tolist()) for seed in range(5)}
+    assert len(draws) == 5
+    assert tuple(sample_shots(LABELS, CANDIDATES, 9, 0, draw="first").tolist()) not in draws
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shots_are_drawn_over_domains(seed):
+    domains = np.array(["a"] * 30 + ["b"] * 6 + ["c"] * 4)
+    drawn = sample_shots(LABELS, np.arange(40), 7, seed, domains=domains)
+    for label in (0, 1):
+        of_class = domains[drawn[LABELS[drawn] == label]].tolist()
+        # two of c, which has no more, and three of each other or as near as that comes
+        assert sorted(map(of_class.count, "abc")) == [2, 2, 3]
+        assert len(set(of_class[:3])) == 3
+
+
+@pytest.mark.parametrize("draw", ["random", "first"])
+def test_copies_are_not_drawn(draw):
+    keys = np.array([f"{n // 4}" for n in range(40)], "S64")  # two of each class are the same
+    for seed in range(3):
+        drawn = sample_shots(LABELS, np.arange(40), 10, seed, keys=keys, draw=draw)
+        assert len(set(keys[drawn[:10]])) == 10
+    with pytest.raises(DataError, match=r"'0' has 10 pictures to train on \(20 with copies\), fewer than 11 shots"):
+        sample_shots(LABELS, np.arange(40), 11, 0, keys=keys, draw=draw)
 
 
 def test_other_seeds_draw_without_replacement():
@@ -52,8 +84,10 @@ def test_parts(pets):
 
 def test_without_a_train_domain_nothing_is_out_of_distribution(pets):
     settings = config(pets)
-    split = select(open_images(settings), settings, seed=1)
+    images = open_images(settings)
+    split = select(images, replace(settings, draw="random"), seed=0)
     assert (split.ood, len(split.id_test)) == ({}, 12)
+    assert images.domains[split.support].tolist().count("photo") == 2
 
 
 def test_leave_one_domain_out(pets):

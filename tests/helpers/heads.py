@@ -2,11 +2,12 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +64,24 @@ class Head:
                 return
 
 
+def free_port() -> int:
+    """A port that nobody had a moment ago; Ray's own default for its clients is one for all instances of a machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
 @contextmanager
-def ray_head(token: Path, *, cpus: int = 2, mode: str = "token") -> Iterator[Head]:
+def ray_head(
+    token: Path, *, cpus: int = 2, mode: str = "token", changed: Mapping[str, str] | None = None
+) -> Iterator[Head]:
     """Start a head on free ports of this machine.
 
     Args:
         token: file of the token; made if there is none.
         cpus: cores that it offers.
         mode: `RAY_AUTH_MODE` of its processes.
+        changed: variables of its processes alone.
 
     Yields:
         The head; it is killed at the end.
@@ -88,12 +99,17 @@ def ray_head(token: Path, *, cpus: int = 2, mode: str = "token") -> Iterator[Hea
         }
         inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "KNGD_TEST_HEAD")}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--num-cpus={cpus}"]
+        # ports of workers from a range (10002 on) would be those of another instance on this machine, too
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={free_port()}"]
         command += ["--port=0", "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={name}/r"]
         environment = {**inherited, **own}
         log = Path(name) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, env={**environment, "KNGD_TEST_HEAD": name}, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env={**environment, **(changed or {}), "KNGD_TEST_HEAD": name},
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         head = Head("", environment, name)
         try:

@@ -17,7 +17,7 @@ CLASSES = ("bird", "flower", "fruit", "road vehicle")
 @pytest.fixture(scope="module")
 def ray_up() -> Iterator[None]:
     """For each module its own: of processes that one has killed, Ray does not always get the cores back."""
-    with ray_session(None, cpus=2):
+    with ray_session("local", cpus=2):
         yield
 
 

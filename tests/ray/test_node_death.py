@@ -12,11 +12,11 @@ import torch
 from helpers.compare import max_error
 from helpers.resuming import IDENTITY, everything_in
 from helpers.workloads import long_task
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.cluster_utils import Cluster
 
 from kngd_ray.config import TrainerConfig
 from kngd_ray.ray_jobs import ray_session, run_job
+from kngd_ray.ray_jobs._ray_private import use_token_if_there
 from kngd_ray.ray_jobs.session import _ensure_token
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.resumable import latest
@@ -32,7 +32,7 @@ SILENCE = 2.0  # seconds without a step, by which a job that starts again is tol
 def cluster() -> Iterator[Cluster]:
     """A head without cores, joined as by trainer.address; the nodes come in the test."""
     _ensure_token()
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray start` does it
+    use_token_if_there()  # as `ray start` does it
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         with ray_session(found.address):

@@ -107,6 +107,7 @@ def test_a_trial_whose_process_dies_fails_alone(mode: str, ray_up: None, tmp_pat
         assert found.objective == pytest.approx(expected.objective, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_too_many_deaths_end_the_search(ray_up: None, tmp_path: Path) -> None:
     search = make(tmp_path / "study", max_failures=0, batch=1)
     with pytest.raises(KngdError, match=r"1 trials failed, more than search\.max_failures=0 allows.*process died"):
@@ -132,6 +133,7 @@ def test_asha_stops_those_that_are_behind(ray_up: None, tmp_path: Path) -> None:
     assert search.driver.study.best()[0].objective["evidence"] == max(finished)
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_cluster(ray_up: None, tmp_path: Path) -> None:
     """The second one finds trials that a dead one had begun, and its own; all of it is one history."""
     whole, dead = make(tmp_path / "whole"), make(tmp_path / "study")

@@ -20,7 +20,7 @@ from helpers.heads import Head, ray_head
 
 from kngd_ray.commands import node_checks
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import session
+from kngd_ray.ray_jobs import _ray_private, session
 from kngd_ray.ray_jobs.nodes import ask_nodes, cluster_facts
 from kngd_ray.ray_jobs.session import ray_session
 
@@ -40,7 +40,7 @@ except KngdError as error:
 
 PRETEND_OTHER_VERSIONS = """
 import json, sys
-from ray._raylet import GcsClient
+from kngd_ray.ray_jobs._ray_private import GcsClient
 client, key = GcsClient(address=sys.argv[1]), b"CLUSTER_METADATA"
 told = json.loads(client.internal_kv_get(key, namespace=b"cluster"))
 client.internal_kv_put(key, json.dumps({**told, "ray_version": "2.9.0"}).encode(), True, b"cluster")
@@ -200,7 +200,40 @@ def test_nobody_at_the_address_is_one_sentence() -> None:
         port = server.getsockname()[1]
     said = run(JOIN, f"127.0.0.1:{port}", environment=dict(os.environ))
     assert said.startswith(f"refused: cannot reach the Ray cluster at 127.0.0.1:{port} ("), said
-    assert "check trainer.address" in said
+    assert "check trainer.address and the cluster" in said
+
+
+def test_who_named_a_dead_cluster_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dead = f"127.0.0.1:{server.getsockname()[1]}"
+    said = run(JOIN, environment={**os.environ, "RAY_ADDRESS": dead})
+    assert said.startswith(f"refused: cannot reach the Ray cluster at {dead} ("), said
+    assert "check $RAY_ADDRESS, which names it, and the cluster" in said
+    assert "trainer.address" not in said
+
+
+def test_a_limit_of_files_is_raised_or_said(subtests: pytest.Subtests) -> None:
+    code = """
+import resource, sys
+from kngd_ray.errors import KngdError
+from kngd_ray.ray_jobs.session import _allow_files
+soft, most = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+try:
+    _allow_files()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+except KngdError as error:
+    print("refused:", error)
+"""
+    cases = {
+        (64, 64): "refused: a process may open 64 files here and Ray needs 256: raise the limit (ulimit -n 4096",
+        (64, 1000): "(1000, 1000)",
+        (256, 5000): "(4096, 5000)",
+        (5000, 5000): "(5000, 5000)",
+    }
+    for limits, said in cases.items():
+        with subtests.test(limits):
+            assert run(code, *map(str, limits), environment=dict(os.environ)).startswith(said)
 
 
 @pytest.fixture
@@ -213,7 +246,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    session.AuthenticationTokenLoader.instance().reset_cache()
+    _ray_private.forget_token()
 
 
 def test_the_token_is_for_its_owner_only(home: Path) -> None:
@@ -258,12 +291,26 @@ def test_without_a_home_the_token_is_the_instance_s_own(home: Path) -> None:
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
+def test_a_token_that_is_not_to_stay_is_the_instance_s_own(home: Path) -> None:
+    session._ensure_token(leave=False)
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    session._restore_token(None)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert list(home.iterdir()) == []
+    session._ensure_token()
+    path = home / ".ray" / "auth_token"
+    path.chmod(0o644)
+    session._ensure_token(leave=False)  # used as it is
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
 def test_what_an_autoscaler_can_bring_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 0.0})
-    monkeypatch.setattr(session, "most_resources", lambda: {"CPU": 8, "GPU": 2})
+    monkeypatch.setattr(_ray_private, "most_resources", lambda: {"CPU": 8, "GPU": 2})
     session._check_size(8, 2)
     with pytest.raises(KngdError, match="the run needs 9 CPUs at once and Ray has 8"):
         session._check_size(9, 0)
-    monkeypatch.setattr(session, "most_resources", dict)
+    monkeypatch.setattr(_ray_private, "most_resources", dict)
     with pytest.raises(KngdError, match="the run needs 1 CPUs at once and Ray has 0"):
         session._check_size(1, 0)

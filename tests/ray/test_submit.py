@@ -123,6 +123,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator
     (folder / "token").write_text(TOKEN)
     project = folder / "project"
     project.mkdir()
+    subprocess.run(["git", "init", "-q", project], check=True)
     (project / "run.yaml").write_text(
         "data.shots: 4\nepochs: 1\nposterior: {folds: 2, draws: 4}\ntracking.log_model: false\n"
     )
@@ -148,7 +149,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator
                 *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=2"),
                 *("--dashboard-host=127.0.0.1", "--object-store-memory=200000000"),
                 *ports,
-                f"--ray-client-server-port={client}",
+                *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
             ],
             env=environment,
             stdout=log,
@@ -199,7 +200,7 @@ def test_a_run_on_the_cluster(head: Head) -> None:
     arrived = list(Path(head.environment["RAY_TMPDIR"]).rglob("_ray_pkg_*"))
     files = {path.name: path.read_bytes() for folder in arrived for path in folder.rglob("*") if path.is_file()}
     assert set(files) == {"run.yaml"}
-    written = [p for p in head.folder.rglob("*") if p.is_file() and p.parent.name != "project"]
+    written = [p for p in head.folder.rglob("*") if p.is_file() and "project" not in p.parts]
     logs = [p for p in Path(head.environment["RAY_TMPDIR"]).rglob("logs/**/*") if p.is_file()]
     for path in (*written, *logs):
         assert SECRET.encode() not in path.read_bytes()
@@ -263,8 +264,8 @@ def test_a_job_is_left_running_and_stopped_by_name(head: Head) -> None:
 
     following = head.start("--logs", job_id)
     assert following.stdout is not None
-    line = following.stdout.readline()
-    assert "run stopped in" in line
+    assert select.select([following.stdout], [], [], PATIENCE)[0], "it shows nothing"
+    assert "run stopped in" in following.stdout.readline()
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=PATIENCE)
     assert following.returncode == 130
@@ -349,7 +350,9 @@ def test_code_that_is_sent_wins_over_what_is_installed(head: Head, tmp_path: Pat
     shutil.copytree(package, tmp_path / "kngd_ray", ignore=shutil.ignore_patterns("__pycache__"))
     config = tmp_path / "kngd_ray" / "config.py"
     config.write_text(config.read_text().replace('experiment: str = "kngd_ray"', 'experiment: str = "own_experiment"'))
-    code, out, err = head.submit("--no-check", "--", "train", "--print-config", folder=tmp_path)
+    code, out, err = head.submit(
+        "--no-check", "--include", "kngd_ray", "--", "train", "--print-config", folder=tmp_path
+    )
     assert code == 0, err
     assert "experiment: own_experiment" in out
     assert "is not sent" not in err
@@ -359,7 +362,9 @@ def test_the_cluster_sets_where_results_go(head: Head, tmp_path: Path) -> None:
     """What the environment here says stays here."""
     (tmp_path / "run.yaml").touch()
     here = {"KNGD_STORAGE_PATH": "/here", "MLFLOW_TRACKING_URI": "http://here:5000", "SOME_PASSWORD": SECRET}
-    code, out, err = head.submit("--no-check", "--", "train", "--print-config", folder=tmp_path, **here)
+    code, out, err = head.submit(
+        "--no-check", "--include", "run.yaml", "--", "train", "--print-config", folder=tmp_path, **here
+    )
     assert code == 0, err
     assert "storage_path: kngd_runs" in out
     assert "here" not in out

@@ -15,6 +15,7 @@ from helpers.workers import own_workers
 from helpers.workloads import long_task
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from kngd_ray.config import TrainerConfig
@@ -107,6 +108,7 @@ def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(whole: Whole) -> 
     assert all(len(final(whole.folder, fit)) > 0 for fit in (*SAME, *LONG))
 
 
+@pytest.mark.slow
 def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_path: Path) -> None:
     task = long_task(20)
     broken = replace(task, support=Support(task.support.features, task.support.labels + 7))
@@ -114,7 +116,14 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_pat
         run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
 
 
-@pytest.mark.parametrize(("reason", "rank"), [("ValueError", 1), ("StorageError", 0), ("death", 1)])
+@pytest.mark.parametrize(
+    ("reason", "rank"),
+    [
+        ("ValueError", 1),
+        pytest.param("StorageError", 0, marks=pytest.mark.slow),
+        pytest.param("death", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: Path, reason: str, rank: int) -> None:
     """In the middle of a fit, while the other rank waits in a collective for 30 minutes: no test may last so long."""
     task = long_task(200)
@@ -139,6 +148,7 @@ def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: 
     assert str(error.value).startswith(f"worker {rank} failed: ")
     assert ("its process died" if reason == "death" else "a distinctive reason") in str(error.value)
     assert type(error.value) is (StorageError if reason == "StorageError" else KngdError)
+    assert str(error.value).endswith("--resume.") == (reason != "StorageError")
     assert "\n" not in str(error.value)
     assert steps == list(range(1, len(steps) + 1))
 
@@ -146,6 +156,7 @@ def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: 
 GLOO = RuntimeError(
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [::1]:4\nHint"
 )
+DEAD = WorkerHealthCheckFailedError("a worker is unhealthy.\nMore", ActorDiedError())
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,7 @@ GLOO = RuntimeError(
         ({0: GLOO, 1: ValueError("a reason.")}, "worker 1 failed: a reason; the run can be continued with --resume."),
         ({0: GLOO, 2: StorageError("No space.")}, "worker 2 failed: No space."),
         ({0: torch.distributed.DistBackendError("NCCL"), 1: KeyError("x")}, "worker 1 failed: 'x'; the run can"),
+        ({0: GLOO, 1: DEAD}, "worker 1 failed: its process died or stopped answering (out of memory, killed, or its"),
         ({0: GLOO}, "worker 0 failed: it lost the connection to another worker, which must have died (Hint)"),
         ({0: RuntimeError("one"), 1: RuntimeError("two")}, "worker 0 failed: one"),
         ({}, "the Ray Train job failed: all of it"),

@@ -58,8 +58,8 @@ def test_objectives_come_one_support_set_at_a_time() -> None:
 @pytest.mark.parametrize("fitter", [fit_alone, fit_together])
 def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
-    (at_once,) = judge(PRIORS, work, fitter, at_once=True)
-    for one, other in zip(at_once, judged(PRIORS, work), strict=True):
+    (at_once,) = judge(PRIORS[:3], work, fitter, at_once=True)
+    for one, other in zip(at_once, judged(PRIORS[:3], work), strict=True):
         for name in BOTH:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
 
@@ -67,9 +67,9 @@ def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
 @pytest.mark.parametrize("fitter", [fit_alone, fit_together])
 def test_a_device_gives_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
-    expected = judged(PRIORS, work, fitter)
+    expected = judged(PRIORS[:2], work, fitter)
     with pretended_device() as machine:
-        found = judged(PRIORS, work, partial(fitter, device=machine.device))
+        found = judged(PRIORS[:2], work, partial(fitter, device=machine.device))
         assert machine.counts.kernels.total() > 0
     for one, other in zip(found, expected, strict=True):
         assert one.reason is None
@@ -101,7 +101,7 @@ def test_held_out_objectives_are_those_of_the_calibration() -> None:
     ids=["plain", "gate", "noise", "kronecker", "linear"],
 )
 def test_together_or_alone_is_the_same(settings: tuple[str, ...]) -> None:
-    priors = [{"filter.p0": 0.01 * 3**n, "observation.0.r0": 0.5 + n} for n in range(4)]
+    priors = [{"filter.p0": 0.01 * 3**n, "observation.0.r0": 0.5 + n} for n in range(3)]
     work = workload(*settings, objective=BOTH)
     alone, together = judged(priors, work), judged(priors, work, fit_together)
     for one, other in zip(alone, together, strict=True):
@@ -128,6 +128,29 @@ def test_the_default_is_judged_by_the_same_objectives(fitter: Fitter) -> None:
         assert one.reason is None
         assert all(isfinite(value) for value in one.objective.values())
     assert few.objective != many.objective
+
+
+@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+def test_log_posterior_is_the_held_out_log_probability_and_the_prior_of_the_settings(fitter: Fitter) -> None:
+    space = parse_space({"filter.p0": {"low": 1e-3, "high": 3.0, "log": True, "median": 0.1, "spread": 1.0}})
+    work = replace(workload(objective=("log_posterior",)), space=space)
+    priors = [{"filter.p0": 0.1}, {"filter.p0": 0.3}]
+    for prior, found in zip(priors, judged(priors, work, fitter), strict=True):
+        for n, seed in enumerate(work.search.seeds):
+            expected = space.log_prior(prior) / len(work.shots[seed]) - found.figures["held_out_nll"][n]
+            assert found.scores["log_posterior"][n] == pytest.approx(expected, abs=1e-12)
+
+
+def test_single_shots_say_nothing_so_that_the_prior_decides() -> None:
+    space = parse_space({"filter.p0": {"low": 1e-3, "high": 3.0, "log": True, "median": 0.1, "spread": 1.0}})
+    work = replace(workload(objective=("log_posterior",)), space=space)
+    firsts = {
+        seed: shots.subset(torch.tensor([int((shots.labels == c).nonzero()[0]) for c in shots.labels.unique()]))
+        for seed, shots in work.shots.items()
+    }
+    median, wide = judged([{"filter.p0": 0.1}, {"filter.p0": 3.0}], replace(work, shots=firsts))
+    assert median.objective["log_posterior"] == 0
+    assert wide.objective["log_posterior"] < 0
 
 
 def test_gradient_methods_are_judged_by_held_out_shots() -> None:
@@ -176,7 +199,7 @@ def test_a_workload_has_no_test_pictures() -> None:
     work = workload(objective=BOTH)
     sizes = [len(tensor) for tensor in tensors(work)]
     assert sorted(sizes) == sorted([16, 16, 16, 16, CLASSES])
-    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers"}
+    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers", "space"}
     assert {f.name for f in fields(Workload)} == allowed
     assert {f.name for f in fields(Towers)} == {"model", "class_names", "templates"}
     assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}

@@ -19,7 +19,7 @@ from kngd_ray.search import SearchOptions
         ({"samplr": "tpe"}, "unknown key 'samplr'; did you mean sampler?"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"cpus_per_trial": 0.0}, "cpus_per_trial is 0.0"),
-        ({"objective": []}, "name one or more (evidence, held_out_nll, held_out_accuracy), each once"),
+        ({"objective": []}, "name one or more (log_posterior, evidence, held_out_nll, held_out_accuracy), each once"),
         ({"objective": ["evidence", "evidence"]}, "held_out_accuracy), each once"),
         ({"objective": "accuracy"}, "valid: evidence, held_out_accuracy, held_out_nll"),
         ({"seeds": []}, "name at least one"),

@@ -1,5 +1,7 @@
 """What may be searched: every space that makes no sense is refused in one sentence, before anything is started."""
 
+from math import exp
+
 import optuna
 import pytest
 
@@ -50,6 +52,10 @@ def base() -> Config:
         ({"epochs": {"low": 1, "high": 3}}, "got a number with a fractional part; add integer: true."),
         ({"filter.serial": {"low": 0, "high": 1000}}, "space.filter.serial cannot be 381.966: "),
         ({"epochs": {"low": 1, "high": 8, "log": True}}, "; add integer: true."),
+        ({"filter.p0": {**P0, "median": 0.1}}, "a prior has a median and a spread; give both"),
+        ({"filter.p0": {**P0, "spread": 1.0}}, "a prior has a median and a spread; give both"),
+        ({"filter.p0": {**P0, "median": 3.0, "spread": 1.0}}, "median is 3; it must lie between 0.01 and 1"),
+        ({"filter.p0": {**P0, "median": 0.1, "spread": 0}}, "spread is 0; a standard deviation is above 0"),
         ({"filter.gate": {"choices": ["none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip", "none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip"], "low": 1}}, "unknown key 'low'"),
@@ -183,3 +189,16 @@ def test_the_only_element_of_a_list_needs_no_number() -> None:
     space = parse_space({"adapter.width": {"low": 16, "high": 64, "integer": True}})
     space.check(config)
     assert space.point(config) == {"adapter.width": 48}
+
+
+def test_log_prior_is_a_normal_density_of_the_value_or_its_logarithm() -> None:
+    space = parse_space({
+        "filter.p0": {**P0, "median": 0.1, "spread": 2.0},
+        "filter.mean.gamma": {"low": 0.0, "high": 2.0, "median": 0.7, "spread": 0.5},
+        "filter.gate": GATE,
+        "observation.0.r0": P0,
+    })
+    assert space.log_prior({"filter.p0": 0.1, "filter.mean.gamma": 0.7, "filter.gate": "skip"}) == 0
+    assert space.log_prior({"filter.p0": 0.1 * exp(3), "observation.0.r0": 1.0}) == pytest.approx(-0.5 * 1.5**2)
+    assert space.log_prior({"filter.p0": 0.1 * exp(-1), "filter.mean.gamma": 1.7}) == pytest.approx(-0.125 - 2.0)
+    assert plain_space(parse_space(plain_space(space))) == plain_space(space)

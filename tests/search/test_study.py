@@ -269,3 +269,10 @@ def test_opening_a_study_writes_nothing_and_its_folder_may_be_renamed(tmp_path: 
     assert history(again) == before
     assert again.claim() == []
     assert (tmp_path / "renamed" / JOURNAL).read_bytes() == journal
+
+
+@pytest.mark.parametrize("objective", [("evidence",), TWO], ids=["one", "two"])
+def test_the_values_have_names(objective, tmp_path: Path) -> None:
+    study = open_study(tmp_path / "s", objective=objective)
+    assert study.study.metric_names == list(objective)
+    assert open_study(tmp_path / "s", objective=objective).study.metric_names == list(objective)

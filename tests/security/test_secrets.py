@@ -162,3 +162,47 @@ def test_no_secret_is_in_the_logs_of_ray(folder: Path, tmp_path_factory: pytest.
     (folder / "token").unlink()
     assert found(folder) == [f"{IN_URI} in {folder / 'runs' / 'ray' / 'config.yaml'}"]
     assert json.loads((folder / "runs" / "ray" / "results.json").read_text())["method"] == "kalman"
+
+
+NASTY = "a\x1b]0;owned\x07\x1b[31m\u202eb\nkngd-ray: forged\r"
+
+
+def test_no_name_writes_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither in a line, nor in a table, a title, a bar or a warning."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kngd_ray.commands.display import Display
+
+    display = Display()
+    display.say(f"{NASTY}: 1 file")
+    display.out.print(f"{NASTY}: a class", markup=False, highlight=False)
+    table = Table(title=escape(NASTY))
+    table.add_column(escape(NASTY))
+    table.add_row(escape(NASTY))
+    display.out.print(table)
+    with display.steps({NASTY: 1}) as advance:
+        advance(NASTY, {"step": 1, "steps": 1, "stats": None, "refused": NASTY, "milliseconds": 1.0})
+    shown = capfd.readouterr()
+    for text in (shown.out, shown.err):
+        assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text)
+        assert "\\x1b" in text
+    assert "\nkngd-ray: forged" not in shown.err
+    (tmp_path / NASTY.replace("/", "")).with_suffix(".png").write_bytes(b"no picture")
+    for arguments in (["train", f"data.path={NASTY}"], ["train", f"trainer.name={NASTY}"], ["predict", NASTY, "x.png"]):
+        code, text = run(tmp_path, *arguments)
+        assert code in {1, 2}
+        assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text)
+        assert "\nkngd-ray: forged" not in text
+
+
+def test_a_warning_is_shown_like_a_sentence() -> None:
+    code = "import logging, sys; from kngd_ray import cli; sys.argv = ['kngd-ray', '--version']\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\nlogging.getLogger('kngd_ray.x').warning('%s', sys.stdin.read())"
+    text = f"{NASTY} https://a/?sig={IN_URI}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=text, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "\\x1b" in done.stderr
+    assert not {"\x1b", "\r", "\u202e"} & set(done.stderr)
+    assert IN_URI not in done.stderr

@@ -27,7 +27,11 @@ def alone() -> dict:
     return run_everything(SingleProcess())
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids="W={}".format)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)],
+    ids="W={}".format,
+)
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_everything)
 

@@ -55,17 +55,19 @@ def steps_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [*FITS, *SHIPPED])
-@pytest.mark.parametrize("killed_after", [1, 2, 3, 5, 6])
-def test_a_killed_run_resumes_bitwise(name, killed_after, tmp_path):
+def test_a_killed_run_resumes_bitwise(name, tmp_path, subtests):
     straight = run(name, tmp_path / "straight")
-    with pytest.raises(Killed):
-        run(name, tmp_path / "killed", on_step=kill_after(killed_after))
-    seen = []
-    resumed = run(name, tmp_path / "killed", on_step=lambda r: seen.append(r.step))
-    begun = (killed_after - 1) // 2 * 2  # the newest checkpoint before the kill
-    assert seen == list(range(begun + 1, 7))
-    assert_same_bits(resumed, straight)
-    assert steps_in(tmp_path / "killed") == [6]
+    for killed_after in (1, 2, 3, 5, 6):
+        with subtests.test(killed_after=killed_after):
+            folder = tmp_path / f"killed-{killed_after}"
+            with pytest.raises(Killed):
+                run(name, folder, on_step=kill_after(killed_after))
+            steps = []
+            resumed = run(name, folder, on_step=steps.append)
+            begun = (killed_after - 1) // 2 * 2  # the newest checkpoint before the kill
+            assert [record.step for record in steps] == list(range(begun + 1, 7))
+            assert_same_bits(resumed, straight)
+            assert steps_in(folder) == [6]
 
 
 def test_killed_at_every_step(tmp_path):

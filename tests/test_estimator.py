@@ -4,8 +4,10 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers.emoji import CLASSES, small_table
@@ -102,7 +104,8 @@ def test_16_bit_pictures_of_every_kind_are_the_same_picture(fitted, tests) -> No
     [
         ([1, 2, 0], None),
         (np.array([3, 5, 4]), {3: "bird", 4: "building", 5: "flower"}),
-        ([("a", 1), ("b", 2), ("c", 3)], None),
+        ([("a", 1), ("b", 2), ("c", 3)], {("a", 1): "bird", ("b", 2): "flower", ("c", 3): "building"}),
+        ([b"bird", b"flower", b"building"], {b"bird": b"bird", b"flower": "flower", b"building": "building"}),
         ([True, 7, "x"], None),
         ([2.5, 1.5, 0.5], None),
     ],
@@ -114,7 +117,178 @@ def test_labels_of_every_kind(train, labels, names) -> None:
     assert set(clf.classes_.tolist()) == set(kinds)
     assert set(clf.predict(train[0]).tolist()) <= set(kinds)
     assert clf.score(train[0], y) > 0.8
-    assert clf.class_names_ == tuple(str(c) if names is None else names[c] for c in clf.classes_.tolist())
+    said = [str(c) if names is None else names[c] for c in clf.classes_.tolist()]
+    assert clf.class_names_ == tuple(name.decode() if isinstance(name, bytes) else name for name in said)
+
+
+def frame_of(pictures, labels):
+    """A table whose index is not the position of its rows."""
+    pandas = pytest.importorskip("pandas")
+    index = list(np.random.default_rng(5).permutation(len(pictures)) + 3)
+    return pandas.DataFrame({"picture": pictures, "label": labels}, index=index)
+
+
+def test_what_counts_is_the_position(train, tests) -> None:
+    """Columns of tables, their parts, generators and open files are what lists of the same are."""
+    pictures, labels = train
+    expected = KalmanCLIP(settings=QUICK).fit(pictures, labels)
+    p = expected.predict_proba(tests[0])
+    frame = frame_of(pictures, labels)
+    column = pa.chunked_array([pictures[:4], pictures[4:]])
+    given = {
+        "series": (frame["picture"], frame["label"]),
+        "categories": (frame["picture"], frame["label"].astype("category")),
+        "frames": (frame[["picture"]], frame[["label"]]),
+        "arrow": (column, pa.chunked_array([labels]).dictionary_encode()),
+        "tables": (pa.table({"image": column}), pa.table({"label": labels})),
+        "generators": ((data for data in pictures), (name for name in labels)),
+        "arrays": (np.array(pictures, dtype=object), np.array(labels)[:, None]),
+        "files": ([io.BytesIO(data) for data in pictures], np.array(labels)),
+        "rows of Hugging Face's": ([{"bytes": data, "path": "x.png"} for data in pictures], pa.array(labels)),
+        "bytes": (pictures, [name.encode() for name in labels]),
+    }
+    for kind, (X, y) in given.items():
+        clf = KalmanCLIP(settings=QUICK).fit(X, y)
+        assert np.array_equal(clf.predict_proba(tests[0]), p), kind
+    found = frame_of(*tests)
+    for part in (found["picture"], found[["picture"]], (data for data in tests[0])):
+        assert np.array_equal(expected.predict_proba(part), p)
+    part = found.sample(frac=0.5, random_state=0)
+    assert np.array_equal(expected.predict_proba(part["picture"]), expected.predict_proba(list(part["picture"])))
+    assert expected.score(part["picture"], part["label"]) == expected.score(list(part["picture"]), list(part["label"]))
+    assert expected.score((data for data in tests[0]), iter(tests[1])) == expected.score(*tests)
+    files = [io.BytesIO(data) for data in tests[0]]
+    assert np.array_equal(expected.predict_proba(files), expected.predict_proba(files)), "they can be read again"
+    half = frame.iloc[::2]
+    more = KalmanCLIP(settings=QUICK).partial_fit(half["picture"], half["label"], classes=frame["label"].unique())
+    assert more.classes_.tolist() == sorted(CLASSES)
+
+
+GREY = np.zeros((8, 9), np.uint8)
+COLOUR = np.zeros((8, 9, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("X", "says"),
+    [
+        (COLOUR, "X is one array of shape (8, 9, 3), one picture by its look: give a list of them, [X]."),
+        (COLOUR[:, :, :1], "one picture by its look"),
+        (COLOUR / 255, "one picture by its look"),
+        (GREY, "one picture by its look"),
+        (torch.zeros(3, 8, 9, dtype=torch.uint8), "one picture by its look"),
+        (list(COLOUR), "picture 0 is an array of shape (9, 3), a row of one picture by its look"),
+        (np.array(5), "X is array(5) alone"),
+        ("x.png", "X is one picture, 'x.png'"),
+        (io.BytesIO(b"x"), "X is one picture"),
+        ({"bytes": b"x", "path": None}, "X is a dict"),
+        ({b"x", b"y"}, "X is a set"),
+        (7, "X is of type int"),
+        (["https://host/cat.jpg"] * 6, "picture 0: https://host/cat.jpg is an address"),
+        ([None] * 6, "picture 0 is of type NoneType"),
+        ([{"bytes": None, "path": None}] * 6, "picture 0 is of type NoneType"),
+        ([{"b": b"x"}] * 6, "picture 0 is of type dict"),
+        ([float("nan")] * 6, "picture 0 is"),
+        ([io.StringIO("x")] * 6, "picture 0: the file is open as text"),
+        ([(COLOUR, 1)] * 6, "picture 0"),
+    ],
+)
+def test_what_is_no_list_of_pictures(fitted, X, says) -> None:
+    with pytest.raises((InputError, DataError)) as error:
+        fitted.predict(X)
+    assert says in str(error.value)
+    if "by its look: give a list" in says:
+        with pytest.raises(InputError, match="one picture by its look"):
+            KalmanCLIP(settings=QUICK).fit(X, list("abababab"))
+
+
+def test_tables_of_several_columns_are_refused(train, fitted) -> None:
+    frame = frame_of(*train)
+    for ask in (lambda: fitted.predict(frame), lambda: fitted.score(frame, frame["label"])):
+        with pytest.raises(InputError, match=r"X is a table of 2 columns \(picture, label\): give the one of pictures"):
+            ask()
+    with pytest.raises(InputError, match="y is a table of 2 columns"):
+        KalmanCLIP().fit(frame["picture"], frame)
+    with pytest.raises(InputError, match="2 pictures and 3 labels"):
+        fitted.score(iter(train[0][:2]), train[1][:3])
+
+
+def missing():
+    pandas = pytest.importorskip("pandas")
+    yield from (
+        None,
+        float("nan"),
+        np.nan,
+        np.float32("nan"),
+        pandas.NA,
+        pandas.NaT,
+        np.datetime64("NaT"),
+        float("inf"),
+    )
+
+
+def test_labels_that_are_missing_are_counted(train) -> None:
+    pandas = pytest.importorskip("pandas")
+    pictures, labels = train
+    for value in missing():
+        y = [value if n in (1, 4) else label for n, label in enumerate(labels)]
+        given = [y, np.array(y, dtype=object), pandas.Series(y, index=range(9, 9 + len(y)), dtype=object)]
+        for estimator, X in ((KalmanCLIP(), pictures), (KalmanCLIP(model="precomputed"), np.eye(len(y)))):
+            for labels_given in given:
+                with pytest.raises(InputError, match=r"2 of 15 labels are missing \(.*\), at position 1, 4"):
+                    estimator.fit(X, labels_given)
+    gaps = pandas.Series(labels, dtype="category").where(pandas.Series(range(15)) != 3)
+    with pytest.raises(InputError, match="1 of 15 labels are missing"):
+        KalmanCLIP().fit(pictures, gaps)
+    with pytest.raises(InputError, match="1 of 15 labels are missing"):
+        KalmanCLIP().fit(pictures, pa.array([None, *labels[1:]]))
+    with pytest.raises(InputError, match="Input classes contains NaN"):
+        KalmanCLIP().partial_fit(pictures, labels, classes=[*CLASSES, None])
+    with pytest.raises(InputError, match="y is one label, 'birds'"):
+        KalmanCLIP().fit(pictures[:5], "birds")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("sea_bird", "sea bird", "dog"), "'sea bird' and 'sea_bird' have one prompt"),
+        (("SeaBird", "sea_bird", "dog"), "'SeaBird' and 'sea_bird' have one prompt"),
+        (("IT", "it", "dog"), "read as one"),
+        (("['bird']", "cat", "dog"), "a list as Python writes it"),
+        (("", "cat", "dog"), "a class is called ''"),
+        (("x" * 400, "cat", "dog"), "its name is cut off"),
+        ((b"\xff", b"cat", b"dog"), "is no UTF-8"),
+        ((("bird", 1), ("cat", 2), ("dog", 3)), "nothing that a prompt can say: name each label by class_names="),
+    ],
+)
+def test_classes_that_prompts_do_not_tell_apart(train, names, says) -> None:
+    y = [names[CLASSES.index(name)] for name in train[1]]
+    with pytest.raises((InputError, DataError)) as error:
+        KalmanCLIP(settings=QUICK).fit(train[0], y)
+    assert says in str(error.value)
+
+
+def test_labels_that_look_like_code_are_said_in_words(train, tests, tmp_path) -> None:
+    code = {"bird": "SeaBird", "flower": "F-16A", "building": "b'house'"}
+    y = [code[name] for name in train[1]]
+    with pytest.warns(UserWarning, match="SeaBird as 'Sea Bird'"):
+        clf = KalmanCLIP(settings=QUICK).fit(train[0], y)
+    assert set(clf.classes_) == set(code.values())
+    plain = KalmanCLIP(settings=QUICK, class_names={"SeaBird": "Sea Bird", "F-16A": "F-16A", "b'house'": "house"})
+    p = plain.fit(train[0], y).predict_proba(tests[0])
+    assert np.array_equal(clf.predict_proba(tests[0]), p)
+    loaded = KalmanCLIP.load(clf.save(tmp_path / "kept"))
+    assert np.array_equal(loaded.predict_proba(tests[0]), p)
+    loaded.partial_fit(train[0], y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = KalmanCLIP(settings=QUICK, templates="a photo of a {name}.").fit(train[0], y)
+    assert not np.array_equal(kept.predict_proba(tests[0]), p)
+    with pytest.warns(UserWarning, match="labels are numbers, and prompts say them"):
+        KalmanCLIP(settings=QUICK).fit(train[0], [CLASSES.index(name) for name in train[1]])
+    with pytest.warns(UserWarning, match="a class called 'nan'"):
+        KalmanCLIP(settings=QUICK).fit(train[0], ["nan" if name == "bird" else name for name in train[1]])
+    with pytest.raises(UsageError, match="class_names is a list"):
+        KalmanCLIP(class_names=["a", "b"]).fit(*train)
 
 
 def test_random_state(train) -> None:
@@ -203,7 +377,7 @@ def test_pickles_without_the_model(fitted, tests) -> None:
         ({}, [b"x", b"y"], ["a"], UsageError, "2 pictures and 1 labels"),
         ({}, [b"x", b"y"], ["a", "b"], DataError, "picture 0: the picture cannot be decoded"),
         ({}, ["no.png", "no.png"], ["a", "b"], DataError, "no.png cannot be read"),
-        ({}, np.zeros((2, 5)), ["a", "b"], DataError, "picture 0 is float64 of shape"),
+        ({}, np.zeros((2, 5)), ["a", "b"], UsageError, "one array of shape .2, 5."),
         ({}, [b"x", b"y"], ["a", []], UsageError, "label 1"),
         ({"settings": {"p0": 1}}, [b"x", b"y"], ["a", "b"], UsageError, "filter.p0"),
         ({"settings": {"data.shots": 1}}, [b"x", b"y"], ["a", "b"], UsageError, "data.shots"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_without_class_embeddings(train, tests) -> None:
     assert unbiased.score(*tests) > 0.75
     nothing = unbiased.predict_proba(np.zeros((1, WIDTH)))
     assert nothing == pytest.approx(np.full((1, 3), 1 / 3)), "a row of zeros says nothing"
+
+
+def test_tables_of_features(fitted, train, tests) -> None:
+    """By position: columns with an index of their own, columns of vectors, and names that must stay in their order."""
+    pandas = pytest.importorskip("pandas")
+    X, y = train
+    p = fitted.predict_proba(tests[0])
+    index = np.random.default_rng(0).permutation(len(X))
+    frame = pandas.DataFrame(X, index=index, columns=[f"f{n}" for n in range(WIDTH)])
+    vectors = pandas.Series(list(X), index=index)
+    column = pa.array(X.tolist())
+    for same in (frame, vectors, vectors.to_frame(), column, pa.table({"features": column}), iter(X)):
+        clf = estimator(settings={"posterior.folds": 3}).fit(same, pandas.Series(y, index=index[::-1]))
+        assert clf.predict_proba(tests[0]) == pytest.approx(p, abs=1e-6)
+    named = estimator().fit(frame, y)
+    assert named.feature_names_in_.tolist() == list(frame.columns)
+    named.predict(X)
+    for ask in (named.predict, lambda other: named.score(other, y), lambda other: named.partial_fit(other, y)):
+        with pytest.raises(InputError, match="in their order: where the fit has 'f0', X has 'f7'"):
+            ask(frame[frame.columns[::-1]])
+    assert not hasattr(named.fit(X, y), "feature_names_in_")
+    mixed = [float("nan"), *y[1:]]
+    with pytest.raises(InputError, match="1 of 36 labels are missing"):
+        estimator().fit(X, mixed)
 
 
 def test_partial_fit(train, tests) -> None:

@@ -104,8 +104,28 @@ def picture_of(given: Any, place: str, remedy: str = REPLACE) -> Image.Image:
                 f"{place}: the file {str(given)[:200]} cannot be read ({reason}): check the path"
             ) from error
     if hasattr(given, "read"):
-        return decode(given.read(), place, remedy)
+        return decode(_content(given, place), place, remedy)
     return from_array(given, place, remedy)
+
+
+def _content(file: Any, place: str) -> bytes:
+    """What is in an open file, from its start; it is left where it stood, so that it can be read again.
+
+    Raises:
+        DataError: it cannot be read, or is open as text.
+    """
+    try:
+        at = file.tell() if file.seekable() else None
+        if at is not None:
+            file.seek(0)
+        data = file.read()
+        if at is not None:
+            file.seek(at)
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: it is closed, or text that is none
+        raise DataError(f"{place}: the file cannot be read ({error}): open it anew, as open(path, 'rb')") from error
+    if not isinstance(data, (bytes, bytearray)):
+        raise DataError(f"{place}: the file is open as text: open it by open(path, 'rb')")
+    return bytes(data)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -121,3 +121,35 @@ def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:
         return np.asarray(detached)
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} is no table of numbers ({error}): give rows of one length.") from error
+
+
+def columns_of(X: Any) -> np.ndarray[Any, Any] | None:
+    """Names of the columns of a table of features; None where they have none, or vectors are in one column."""
+    names = list(getattr(X, "columns", ())) if hasattr(X, "iloc") or hasattr(X, "to_dicts") else []
+    if len(names) < 2 or not all(isinstance(name, str) for name in names):
+        return None
+    return np.array(names, dtype=object)
+
+
+def check_columns(estimator: Any, X: Any) -> np.ndarray[Any, Any] | None:
+    """Refuse a table whose columns are others than those of the fit, or in another order.
+
+    Args:
+        estimator: fitted; it knows its ``feature_names_in_`` if it has been told them.
+        X: a table, or anything else.
+
+    Returns:
+        Names of the fit's columns; None where there are none.
+
+    Raises:
+        InputError: they differ.
+    """
+    known: np.ndarray[Any, Any] | None = getattr(estimator, "feature_names_in_", None)
+    found = columns_of(X)
+    if known is not None and found is not None and found.tolist() != known.tolist():
+        first = next(((a, b) for a, b in zip(known, found, strict=False) if a != b), (len(known), len(found)))
+        raise InputError(
+            "The feature names should match those that were passed during fit, in their order: where the fit has "
+            f"{first[0]!r}, X has {first[1]!r}."
+        )
+    return known

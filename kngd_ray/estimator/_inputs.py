@@ -1,7 +1,7 @@
 """What an estimator learns from: pictures, which a CLIP model encodes, or a matrix of features from elsewhere."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from kngd_ray.clip import (
 )
 from kngd_ray.errors import InputError
 from kngd_ray.estimator._conventions import array_of, conversion_warning
-from kngd_ray.estimator.given import encode_pictures, labels_of
+from kngd_ray.estimator.given import encode_pictures, labels_of, listed
 
 
 class Inputs(Protocol):
@@ -67,8 +67,12 @@ class Pictures:
         return labels_of(y)
 
     def check(self, X: Any, width: int | None) -> Any:
-        """The pictures as they are: each is checked when it is decoded."""
-        return X
+        """The pictures in their order; each is checked when it is decoded.
+
+        Raises:
+            InputError: it is one picture, or has no order.
+        """
+        return listed(X, "X")
 
     def width(self, samples: Any) -> int | None:
         """None: a picture is no row of numbers."""
@@ -108,21 +112,18 @@ class Matrix:
             raise InputError(
                 "KalmanCLIP requires y to be passed, but the target y is None: give one label for each row."
             )
-        array = np.asarray(y)
-        if array.ndim == 2 and array.shape[1] == 1:
+        if issparse(y):
+            raise InputError("y is sparse, and dense data is required: give y.toarray().")
+        if len(getattr(y, "shape", ())) == 2 and y.shape[1] == 1:
             message = "A column-vector y was passed when a 1d array was expected: its only column is taken."
             warnings.warn(message, conversion_warning(), stacklevel=4)
-            array = array[:, 0]
-        if array.ndim != 1:
-            raise InputError(f"y has shape {array.shape}: give one label for each row, a 1d array.")
-        numbers = array.dtype.kind == "f" and array.size
-        if numbers and not np.isfinite(array).all():
-            raise InputError("Input y contains NaN or infinity: give every row a label.")
-        if numbers and (array != np.rint(array)).any():
+        labels = labels_of(y)
+        numbers = [label for label in labels if isinstance(label, float)]
+        if any(not label.is_integer() for label in numbers):
             raise InputError(
                 "Unknown label type: y is continuous, and KalmanCLIP tells classes apart: give names or whole numbers."
             )
-        return labels_of(array.tolist())
+        return labels
 
     def check(self, X: Any, width: int | None) -> npt.NDArray[np.float64]:
         """Rows of finite numbers, each with a direction.
@@ -132,7 +133,7 @@ class Matrix:
         """
         if issparse(X):
             raise InputError("X is sparse, and dense data is required: give X.toarray().")
-        found = array_of(X, "X")
+        found = _table(X)
         if found.dtype.kind == "c":
             raise InputError("Complex data not supported: X must hold real numbers.")
         try:
@@ -180,6 +181,19 @@ class Matrix:
         given = lengths(samples) != 0
         features[given] = unit(samples[given])
         return torch.from_numpy(features)
+
+
+def _table(X: Any) -> npt.NDArray[Any]:
+    """What was given as an array; of a column of vectors, as a table of features has it, one with these as its rows.
+
+    Raises:
+        InputError: the vectors are of different lengths.
+    """
+    found = array_of(list(X) if isinstance(X, Iterator) else X, "X")
+    cells = found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
+    if cells.dtype != object or cells.ndim != 1 or not len(cells) or not all(np.ndim(cell) == 1 for cell in cells):
+        return found
+    return array_of(cells.tolist(), "X")
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,23 @@ import torch
 from torch import Tensor
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, best_device
+from kngd_ray.clip import (
+    PRECOMPUTED,
+    AnyModel,
+    ModelConfig,
+    PrecomputedModel,
+    best_device,
+)
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
-from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, learn, write
+from kngd_ray.estimator._conventions import Parameters, check_columns, classifier_tags, columns_of, not_fitted
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, in_double, learn, write
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
+from kngd_ray.estimator._naming import listed_templates, names_of, said_of, templates_of
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
-from kngd_ray.filters import Belief
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import AnyPredictor, Calibration
+from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
@@ -57,8 +64,9 @@ class KalmanCLIP(Parameters):
         class_embeddings: of ``precomputed``, an array (C, d) or (C, T, d) of T prompts in the order of ``classes_``, or
             the path of a ``.npy`` file with one; None learns a linear classifier from the samples alone.
         logit_scale: of ``precomputed``, the factor from cosines to logits; None is 100.
-        templates: prompts, each with one ``{}`` for the class name, or the name of a set of them.
-        class_names: what labels are called in prompts, by label; None is their ``str``.
+        templates: prompts, each with one ``{}`` for the class name, or the name of a set of them. Labels that look like
+            code are said in words, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` for ``{}`` keeps them.
+        class_names: what labels are called in prompts, by label; None is the text or the digits that they are.
         preset: the settings of the fit: a shipped preset or a YAML file.
         settings: settings over the preset by dotted key, as ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
         random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for
@@ -69,6 +77,7 @@ class KalmanCLIP(Parameters):
         classes_: labels in the order of the columns of :meth:`predict_proba`.
         class_names_: what they are called in prompts.
         n_features_in_: of ``precomputed``, the number of features.
+        feature_names_in_: of ``precomputed``, names of the columns, where a table with such was given.
         calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it, and
             scaling temperature, likewise.
         checkpoint_: weights and covariance, as a checkpoint holds them.
@@ -111,8 +120,9 @@ class KalmanCLIP(Parameters):
         """Adapt CLIP to labelled pictures, from its pretrained weights.
 
         Args:
-            X: N pictures, or a matrix (N, d).
-            y: N labels; strings, numbers or anything else that can be hashed.
+            X: N pictures, or a matrix (N, d). A list, an array, a column of pandas, Polars or pyarrow, a table of one
+                column, or a generator: what counts is the position, never an index.
+            y: N labels; strings, numbers or, with `class_names`, anything else that can be hashed. None is missing.
 
         Returns:
             Itself.
@@ -138,9 +148,9 @@ class KalmanCLIP(Parameters):
             InputError: a label that was not announced.
         """
         labels = self._inputs.labels(y)
-        fitted = self.__sklearn_is_fitted__()
-        known = list(self.classes_.tolist()) if fitted else ordered(labels if classes is None else labels_of(classes))
-        if fitted and classes is not None and ordered(labels_of(classes)) != known:
+        fitted, announced = self.__sklearn_is_fitted__(), None if classes is None else labels_of(classes, "classes")
+        known = list(self.classes_.tolist()) if fitted else ordered(labels if announced is None else announced)
+        if fitted and announced is not None and ordered(announced) != known:
             raise InputError(f"classes differ from those of the first call: these were {known}.")
         new = next((label for label in labels if label not in known), None)
         if new is not None:
@@ -202,9 +212,12 @@ class KalmanCLIP(Parameters):
         Returns:
             Share of the pictures classified right.
         """
-        labels = self._inputs.labels(y)
-        check_lengths(X, labels)
-        found = self.predict(X).tolist()
+        self._check_fitted()
+        inputs = self._inputs
+        labels, samples = inputs.labels(y), inputs.check(X, self._width)
+        check_lengths(samples, labels)
+        check_columns(self, X)
+        found = self.predict(samples).tolist()
         return sum(a == b for a, b in zip(found, labels, strict=True)) / max(len(labels), 1)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -230,7 +243,7 @@ class KalmanCLIP(Parameters):
             "model": self._inputs.source.absolute().name,
             "pretrained": self._inputs.source.absolute().pretrained,
             "class_embeddings": None,  # are in the folder
-            "templates": list(_listed(self.templates)),
+            "templates": list(listed_templates(self.templates)),
             "class_names": None,  # are in the checkpoint
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
         }
@@ -293,14 +306,22 @@ class KalmanCLIP(Parameters):
         inputs = self._inputs
         samples = inputs.check(X, None if before is None else self._width)
         check_lengths(samples, labels)
+        columns = columns_of(X) if before is None else check_columns(self, X)
         if len(classes) < 2:
             raise InputError(
                 f"there is one class, {classes[0]!r}; give pictures of two or more, or name them by classes=."
             )
         config = self._config()
-        names = self._names(classes)
+        names = names_of(classes, self.class_names, said=self.model != PRECOMPUTED)
         model = inputs.model(names, inputs.width(samples))
-        templates = tuple(_listed(self.templates))
+        templates = templates_of(
+            self.templates,
+            None if before is None else before.manifest["templates"],
+            names if self.class_names is None and self.model != PRECOMPUTED else (),
+        )
+        for note in (said_of(classes, names, inputs.width(samples)), *model.prompt_notes(names, templates)):
+            if note is not None:
+                warnings.warn(note, UserWarning, stacklevel=3)
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
         support = Support(inputs.encode(model, samples), numbers)
@@ -322,6 +343,10 @@ class KalmanCLIP(Parameters):
             calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
         self._adopt(kept, settled, classes)
+        if columns is not None:
+            self.feature_names_in_ = columns
+        elif before is None:
+            self.__dict__.pop("feature_names_in_", None)
         self._restore(model)
         return self
 
@@ -333,7 +358,7 @@ class KalmanCLIP(Parameters):
         model = plain(self._inputs.source)
         if self.class_embeddings is not None:
             model["class_embeddings"] = "given"  # where they are is no setting of the fit
-        given = {"preset": self.preset, "model": model, "data": {"templates": list(_listed(self.templates))}}
+        given = {"preset": self.preset, "model": model, "data": {"templates": list(listed_templates(self.templates))}}
         config = load_config(forced=given)
         if config.tune.images:
             raise UsageError(f"preset {self.preset} trains towers: that is for kngd-ray train.")
@@ -377,16 +402,6 @@ class KalmanCLIP(Parameters):
         """Numbers of a sample that the fit takes; None of pictures."""
         return getattr(self, "n_features_in_", None)
 
-    def _names(self, classes: Sequence[Any]) -> tuple[str, ...]:
-        given = self.class_names
-        missing = [] if given is None else [label for label in classes if label not in given]
-        if missing:
-            raise UsageError(f"class_names has no name of the label {missing[0]!r}: name every label, or leave it out.")
-        names = tuple(str(label) if given is None else given[label] for label in classes)
-        if len(set(names)) < len(names):
-            raise UsageError("two labels have one name: give each its own by class_names=.")
-        return names
-
     def _check_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():
             raise not_fitted("this KalmanCLIP is not fitted: call fit first.")
@@ -396,7 +411,7 @@ class KalmanCLIP(Parameters):
         kept, settled = self.checkpoint_, self._settled
         predictor = restore_predictor(kept, model, settled.posterior)
         if self.model == PRECOMPUTED:
-            predictor = _in_double(predictor)
+            predictor = in_double(predictor)
         self._restored = Classifier(model, predictor, self.class_names_, settled.calibration, settled.novelty)
         return self._restored
 
@@ -412,6 +427,7 @@ class KalmanCLIP(Parameters):
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:
         classifier, inputs = self._restored_classifier(), self._inputs
         features = inputs.encode(classifier.model, inputs.check(X, self._width))
+        check_columns(self, X)
         features = features.to(classifier.predictor.device)
         return classifier, features.double() if self.model == PRECOMPUTED else features
 
@@ -419,27 +435,3 @@ class KalmanCLIP(Parameters):
 def _head(classifier: Classifier) -> Predictor:
     assert isinstance(classifier.predictor, Predictor)
     return classifier.predictor
-
-
-def _in_double(predictor: AnyPredictor) -> Predictor:
-    """The same predictor in double precision, in which it says the same of a row alone and among others.
-
-    Args:
-        predictor: of a head.
-
-    Returns:
-        The predictor.
-    """
-    assert isinstance(predictor, Predictor)
-    belief = predictor.belief
-    if belief is not None:
-        covariance = {
-            name: {key: t.double() if t.is_floating_point() else t for key, t in state.items()}
-            for name, state in belief.covariance.items()
-        }
-        belief = Belief(belief.mu.double(), covariance)
-    return Predictor(predictor.head.double(), predictor.family, belief, predictor.options)
-
-
-def _listed(templates: str | Sequence[str]) -> Sequence[str]:
-    return (templates,) if isinstance(templates, str) else tuple(templates)

@@ -1,7 +1,9 @@
 """What a Python program gives instead of a data set: pictures of several kinds, labels of any, and a seed."""
 
 import os
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence, Set
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,89 @@ from torch import Tensor
 from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import picture_of
-from kngd_ray.errors import DataError, InputError, UsageError
+from kngd_ray.errors import DataError, InputError
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
 
 _BATCH = 64  # decoded pictures held at once
 _SEEDS = 2**31 - 1
+_ONE = {"X": "picture", "y": "label", "classes": "label"}
+_NAMED = 5  # examples in a message
+_CHANNELS = 4  # at most; a picture is wider
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def listed(given: Any, what: str) -> Any:
+    """The items of whatever holds several, by their position.
+
+    Args:
+        given: a list, an array, a column of a table by whichever library, or anything else that can be gone through.
+        what: it is called in messages.
+
+    Returns:
+        A sequence. Of a table the one column that it has; of a column its values, whatever its index.
+
+    Raises:
+        InputError: it has no order, is one item, or is a table of several columns.
+    """
+    if isinstance(given, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)) or hasattr(given, "read"):
+        raise InputError(f"{what} is one {_ONE[what]}, {_shown(given)}: give a list of them.")
+    if isinstance(given, (Mapping, Set)):
+        raise InputError(f"{what} is a {type(given).__name__}, in which nothing has a position: give a list.")
+    if hasattr(given, "columns") or hasattr(given, "column_names"):
+        return listed(_only_column(given, what), what)
+    if isinstance(given, np.ndarray) or hasattr(given, "detach"):
+        return _array(given, what)
+    if isinstance(given, Sequence):
+        return given
+    for values in ("to_list", "to_pylist"):  # pandas and Polars, pyarrow; by itself a column goes by its index
+        if hasattr(given, values):
+            return getattr(given, values)()
+    if hasattr(given, "__array__"):
+        return _array(np.asarray(given), what)
+    try:
+        return list(given)
+    except TypeError as error:
+        raise InputError(f"{what} is of type {type(given).__name__}: give a list.") from error
+
+
+def _only_column(table: Any, what: str) -> Any:
+    """The column of a table that has one.
+
+    Raises:
+        InputError: it has none, or several.
+    """
+    names = list(
+        table.columns if hasattr(table, "columns") and not hasattr(table, "column_names") else table.column_names
+    )
+    if len(names) != 1:
+        named = ", ".join(map(str, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+        raise InputError(f"{what} is a table of {len(names)} columns ({named}): give the one of {_ONE[what]}s.")
+    return table.iloc[:, 0] if hasattr(table, "iloc") else table[names[0]]
+
+
+def _array(given: Any, what: str) -> Any:
+    """An array or tensor along its first axis.
+
+    Raises:
+        InputError: it is a single item.
+    """
+    array = given.detach().cpu().numpy() if hasattr(given, "detach") else given
+    if array.ndim == 0:
+        raise InputError(f"{what} is {_shown(given)} alone: give a list.")
+    if what != "X":
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim != 1:
+            raise InputError(f"{what} has shape {array.shape}: give one label for each {_ONE['X']}, a 1d array.")
+        return array.tolist()
+    alone = array.ndim == 3 and array.shape[2] in (1, 3, 4)
+    # channels come first in tensors, by convention; in an array it is more likely three grey pictures
+    alone = alone or (hasattr(given, "detach") and array.ndim == 3 and array.shape[0] in (1, 3, 4))
+    if alone or (array.ndim == 2 and array.dtype.kind in "biuf"):
+        raise InputError(f"X is one array of shape {array.shape}, one picture by its look: give a list of them, [X].")
+    return array
 
 
 def encode_pictures(clip: ClipModel, X: Sequence[Picture]) -> Tensor:
@@ -27,16 +105,11 @@ def encode_pictures(clip: ClipModel, X: Sequence[Picture]) -> Tensor:
 
     Args:
         clip: the model.
-        X: m pictures.
+        X: m pictures, as :func:`listed` has them.
 
     Returns:
         (m, d) unit image embeddings.
-
-    Raises:
-        UsageError: one picture where a list is expected.
     """
-    if isinstance(X, (str, bytes, os.PathLike, Image.Image)):
-        raise UsageError("X is one picture: give a list of them.")
     starts = range(0, len(X), _BATCH)
     batches = ([picture(X[n], n) for n in range(start, min(start + _BATCH, len(X)))] for start in starts)
     return torch.cat([torch.empty(0, clip.embed_dim), *(clip.encode_images(batch) for batch in batches)])
@@ -50,9 +123,18 @@ def picture(given: Any, number: int) -> Image.Image:
         number: of the picture, for messages.
 
     Returns:
-        The picture, RGB; a DataError tells of one that is none.
+        The picture, RGB.
+
+    Raises:
+        DataError: it is none.
     """
-    return picture_of(given, f"picture {number}")
+    place = f"picture {number}"
+    if isinstance(given, str) and _ADDRESS.match(given):
+        raise DataError(f"{place}: {given[:200]} is an address, and nothing is fetched: give the path of a file.")
+    shape = tuple(getattr(given, "shape", ()))
+    if len(shape) == 2 and 0 < int(shape[-1]) <= _CHANNELS:
+        raise DataError(f"{place} is an array of shape {shape}, a row of one picture by its look: give whole pictures.")
+    return picture_of(given, place)
 
 
 def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:
@@ -85,25 +167,46 @@ def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:
     return torch.from_numpy(unit(vectors))
 
 
-def labels_of(y: Sequence[Any]) -> list[Any]:
+def labels_of(y: Any, what: str = "y") -> list[Any]:
     """Labels as Python has them.
 
     Args:
-        y: labels; of an array, its values.
+        y: labels, in whatever :func:`listed` takes.
+        what: they are called in messages.
 
     Returns:
         A list.
 
     Raises:
-        InputError: one cannot be hashed, or there is none.
+        InputError: one is missing, cannot be hashed, or there is none.
     """
-    labels = y.tolist() if hasattr(y, "tolist") else list(y)  # numpy's scalars are no JSON
+    labels = [label.item() if isinstance(label, np.generic) else label for label in listed(y, what)]
+    lost = [n for n, label in enumerate(labels) if is_missing(label)]
+    if lost:
+        rows = ", ".join(map(str, lost[:_NAMED])) + (", ..." if len(lost) > _NAMED else "")
+        kinds = ", ".join(dict.fromkeys(str(labels[n]) for n in lost))
+        raise InputError(
+            f"Input {what} contains NaN or infinity: {len(lost)} of {len(labels)} labels are missing ({kinds}), at "
+            f"position {rows} counted from 0: give each sample its class, or leave it out."
+        )
     for n, label in enumerate(labels):
         if not isinstance(label, Hashable):
             raise InputError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
     if not labels:
         raise InputError("there is no label: give one for each picture.")
     return labels
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for one that is not there: None, NaN, NaT, infinity, or the NA of pandas."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, float):
+        return not isfinite(value)
+    try:
+        return bool(value != value)  # what NaN is known by
+    except (TypeError, ValueError, ArithmeticError):  # no truth, as of arrays
+        return False
 
 
 def ordered(labels: Sequence[Any]) -> list[Any]:
@@ -137,6 +240,11 @@ def label_array(labels: Sequence[Any]) -> npt.NDArray[Any]:
     found = np.empty(len(labels), dtype=object)
     found[:] = list(labels)
     return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_lengths(X: Any, labels: Sequence[Any]) -> None:

@@ -35,15 +35,18 @@ def save_pyfunc(
     import pandas as pd  # type: ignore[import-untyped]
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
     example: dict[str, list[Any]]
     if features is None:
-        column, example = ColSpec(DataType.binary, "image"), {"image": [_EXAMPLE]}
+        # any type: of binary, MLflow's server makes something of all that is sent, or fails, before the model sees it
+        columns = [ColSpec(AnyType(), name, required=False) for name in ("image", "b64")]
+        example = {"image": [base64.b64encode(_EXAMPLE).decode()]}
     else:
-        column, example = ColSpec(Array(DataType.double), "features"), {"features": [[1.0] + [0.0] * (features - 1)]}
+        columns = [ColSpec(Array(DataType.double), "features")]
+        example = {"features": [[1.0] + [0.0] * (features - 1)]}
     signature = ModelSignature(
-        inputs=Schema([column]),
+        inputs=Schema(columns),
         outputs=Schema([
             ColSpec(DataType.string, "class"),
             ColSpec(DataType.double, "probability"),
@@ -53,6 +56,7 @@ def save_pyfunc(
             ColSpec(DataType.double, "uncertainty"),
             ColSpec(DataType.double, "logit_std"),
             ColSpec(Array(DataType.double), "probabilities"),
+            ColSpec(DataType.string, "error", required=False),
         ]),
     )
     save_model(

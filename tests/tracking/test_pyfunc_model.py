@@ -21,14 +21,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kngd_ray.data import BadImage
+from kngd_ray.errors import DataError
 from kngd_ray.tracking import publish, save_pyfunc
 from kngd_ray.tracking._pyfunc import _EXAMPLE
 from kngd_ray.training.classifier import Judgement
 
 NAMES = ("cat", "dog", "newt")
 COLUMNS = ["class", "probability", "probability_low", "probability_high", "unlike", "uncertainty", "logit_std"]
-COLUMNS += ["probabilities"]
+COLUMNS += ["probabilities", "error"]
 
 
 def png(number: int) -> bytes:
@@ -93,9 +93,74 @@ def test_certainty_has_no_entropy_and_no_rows_no_predictions(model):
     assert list(model.predict(None, pd.DataFrame({"image": []})).columns) == COLUMNS
 
 
-def test_broken_picture_names_its_row(model):
-    with pytest.raises(BadImage, match="row 1"):
-        model.predict(None, pd.DataFrame({"image": [picture(3), b"no picture"]}))
+def test_a_bad_row_leaves_the_others(model):
+    out = model.predict(None, pd.DataFrame({"image": [picture(3), b"no picture", picture(5)]}, index=[7, 8, 9]))
+    assert list(out.index) == [7, 8, 9]
+    assert out["class"].tolist() == ["cat", None, "newt"]
+    assert out["error"][8].startswith("row 1: the picture cannot be decoded")
+    assert out["error"].tolist()[::2] == [None, None]
+    assert out["probability"].isna().tolist() == [False, True, False]
+    assert out["probabilities"][8] is None
+
+
+def test_nothing_but_bad_rows_is_an_error(model):
+    with pytest.raises(DataError, match=r"row 0: .*\(and so are the other 1 rows\)"):
+        model.predict(None, pd.DataFrame({"image": [b"no picture", None]}))
+    with pytest.raises(DataError, match=r"no column image of pictures, nor features \(its columns: picture\)"):
+        model.predict(None, pd.DataFrame({"picture": [picture(3)]}))
+
+
+CAT = picture(3)
+TEXT = base64.b64encode(CAT).decode()
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        CAT,
+        bytearray(CAT),
+        TEXT,
+        TEXT.encode(),
+        TEXT.rstrip("="),
+        base64.encodebytes(CAT).decode(),
+        base64.urlsafe_b64encode(CAT).decode(),
+        f"data:image/png;base64,{TEXT}",
+        {"b64": TEXT},
+        {"bytes": CAT, "path": "x.png"},
+        {"bytes": TEXT, "path": None},
+        Image.open(io.BytesIO(CAT)),
+        np.zeros((4, 3 * 3, 3), np.uint8),
+    ],
+    ids=lambda cell: type(cell).__name__,
+)
+def test_pictures_as_requests_hold_them(model, cell):
+    table = pd.DataFrame({"image": pd.Series([cell], dtype=object)})
+    assert model.predict(None, table)["class"].tolist() == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (
+            "cat.jpg",
+            "row 1 is text and no base64, 'cat.jpg': send the bytes of a picture's file, in JSON as base64; paths",
+        ),
+        (Path("/etc/hostname"), "row 1 is text and no base64, '/etc/hostname'"),
+        ("https://host/cat.png", "row 1 is text and no base64"),
+        ("abcd", "row 1: the picture cannot be decoded (no known format); send the bytes"),
+        ("", "row 1 is text and no base64"),
+        (None, "row 1 has no picture (None)"),
+        (float("nan"), "row 1 has no picture (nan)"),
+        ({"path": "cat.jpg"}, 'row 1 is a dictionary with \'path\', and needs "b64" or "bytes"'),
+        ({"b64": "cat.jpg"}, "row 1 is text and no base64"),
+        ([[0, 1], [2, 3]], "row 1"),
+        (5, "row 1"),
+    ],
+)
+def test_what_is_no_picture_names_its_row(model, cell, says):
+    out = model.predict(None, pd.DataFrame({"image": pd.Series([CAT, cell], dtype=object)}))
+    assert out["class"].tolist() == ["cat", None]
+    assert says in out["error"][1]
 
 
 def test_example_is_a_picture():
@@ -202,6 +267,58 @@ def fitted(tmp_path):
     calibration, novelty = calibrate_and_compare(task, posterior)
     save_settled(fit, Settled(calibration, posterior, None, novelty))
     return fit, pictures
+
+
+@pytest.mark.slow
+def test_what_a_server_makes_of_requests(fitted, tmp_path, monkeypatch):
+    """MLflow's own parsing, without its process."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc.scoring_server import invocations
+
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    fit, pictures = fitted
+    save_pyfunc(fit, tmp_path / "model", NAMES)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    schema = model.metadata.get_input_schema()
+    a, b = (base64.b64encode(data).decode() for data in pictures[:2])
+
+    def ask(body):
+        answer = invocations(json.dumps(body).encode(), "application/json", model, schema)
+        assert answer.status == 200
+
+        def no_json(text):
+            raise AssertionError(f"{text} is no JSON")
+
+        return json.loads(answer.response, parse_constant=no_json)["predictions"]
+
+    both = [
+        {"dataframe_split": {"columns": ["image"], "data": [[a], [{"b64": b}]]}},
+        {"dataframe_records": [{"image": {"bytes": a, "path": "x"}, "id": 3}, {"image": b}]},
+        {"inputs": {"image": [a, b]}},
+        {"inputs": {"image": [{"b64": a}, {"b64": b}]}},
+        {"inputs": {"b64": [a, b]}},
+        {"inputs": [{"b64": a}, {"b64": b}]},
+        {"instances": [{"image": a}, {"image": b}]},
+        {"instances": [{"image": {"b64": a}}, {"image": {"b64": b}}]},
+        {"instances": [{"b64": a}, {"b64": b}]},
+    ]
+    expected = [row["class"] for row in ask(both[0])]
+    for body in both:
+        rows = ask(body)
+        assert [row["class"] for row in rows] == expected, body.keys()
+        assert [row["error"] for row in rows] == [None, None]
+    for bad in ("cat.jpg", None, 5):
+        rows = ask({"dataframe_split": {"columns": ["image"], "data": [[a], [bad]]}})
+        assert [row["class"] for row in rows] == [expected[0], None]
+        assert rows[1]["error"].startswith("row 1 ")
+        assert rows[1]["probability"] is None
+    for body in ({"instances": [{"b64": "cat.jpg"}]}, {"inputs": ["cat.jpg"]}, {"inputs": {"picture": [a]}}):
+        with pytest.raises(MlflowException) as error:
+            ask(body)
+        assert error.value.get_http_status_code() == 400
+        assert "Traceback" not in error.value.serialize_as_json()
+        assert "base64" in error.value.message
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""What labels are called in prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kngd_ray.clip import same_sentences, worded
+from kngd_ray.errors import InputError, UsageError
+
+_SPELLED = frozenset({"nan", "NaN", "None", "<NA>", "NaT", "null"})
+
+
+def names_of(classes: Sequence[Any], given: Mapping[Any, str] | None, *, said: bool) -> tuple[str, ...]:
+    """Name the classes.
+
+    Args:
+        classes: labels.
+        given: their names by label; None is what they are themselves.
+        said: whether prompts say the names.
+
+    Returns:
+        A name for each.
+
+    Raises:
+        UsageError: one has no name, or two have the same.
+    """
+    if given is not None and not hasattr(given, "keys"):
+        raise UsageError(f"class_names is a {type(given).__name__}: give a dictionary of names by label.")
+    missing = [] if given is None else [label for label in classes if label not in given]
+    if missing:
+        raise UsageError(f"class_names has no name of the label {missing[0]!r}: name every label, or leave it out.")
+    if given is not None:
+        names = tuple(name_of(given[label], "a name in class_names") for label in classes)
+    else:
+        names = tuple(name_of(label) if said or isinstance(label, bytes) else str(label) for label in classes)
+    if len(set(names)) < len(names):
+        raise UsageError("two labels have one name: give each its own by class_names=.")
+    return names
+
+
+def templates_of(given: str | Sequence[str], before: Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
+    """Prompts as they are trained on.
+
+    Args:
+        given: to the estimator.
+        before: those of the fit that is continued; None where there is none.
+        names: classes that are said in words where they look like code; none where names were given for prompts.
+
+    Returns:
+        Templates.
+    """
+    templates = listed_templates(given)
+    if before is not None:
+        return tuple(before) if same_sentences(before, templates) else templates
+    return worded(templates, names)
+
+
+def listed_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """One template is a list of one."""
+    return (templates,) if isinstance(templates, str) else tuple(templates)
+
+
+def name_of(label: Any, what: str = "the label") -> str:
+    """What a label is called in prompts.
+
+    Args:
+        label: a string, bytes, or a number.
+        what: it is called in messages.
+
+    Returns:
+        The string, the text that the bytes are, or the digits.
+
+    Raises:
+        InputError: it is something else, or bytes that are no text.
+    """
+    if isinstance(label, bytes):
+        try:
+            return label.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{what}, {label!r}, is no UTF-8: give text, or name it by class_names=.") from error
+    if isinstance(label, (str, int, float)):  # also booleans
+        return str(label)
+    raise InputError(f"{what}, {label!r}, is nothing that a prompt can say: name each label by class_names=.")
+
+
+def said_of(classes: Sequence[Any], names: Sequence[str], width: int | None) -> str | None:
+    """What is to be said of classes that may not be what was meant.
+
+    Args:
+        classes: labels.
+        names: what they are called.
+        width: numbers of a sample; None is of pictures, whose prompts say the names.
+
+    Returns:
+        A sentence, or None.
+    """
+    spelled = [name for name in names if name in _SPELLED]
+    if spelled:
+        return f"there is a class called {spelled[0]!r}, as text that was made of missing values is: look at the labels"
+    if (
+        width is None
+        and all(isinstance(label, (int, float)) for label in classes)
+        and list(names) == [*map(str, classes)]
+    ):
+        return (
+            f"labels are numbers, and prompts say them, as {names[0]!r}: name them by class_names= if they have names"
+        )
+    return None

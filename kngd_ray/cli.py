@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kngd_ray import __version__
+from kngd_ray._streams import lasting_streams
 from kngd_ray.errors import KngdError, UsageError
 
 _INTERRUPTED = 130
@@ -346,6 +347,11 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
+    with lasting_streams():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except KngdError as error:
@@ -358,9 +364,6 @@ def main() -> None:
                 code,
             )
         sys.exit(code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -130,12 +130,26 @@ def undecodable(place: str, reason: str, remedy: str = REPLACE) -> str:
 
 def _upright(picture: Image.Image) -> Image.Image:
     negative = getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
+    deep = any(map(_is_deep, getattr(picture, "tile", ())))
     picture.load()  # which turns a TIFF, and strikes what said so
+    if deep and picture.mode in {"RGB", "RGBA", "RGBX", "LA"}:  # Pillow keeps the upper eight of them
+        bands: Any = picture.getextrema()
+        if max(high for _, high in bands[: 1 if picture.mode == "LA" else 3]) <= _DARK_16 >> 8:
+            raise ValueError(
+                "of its numbers of 16 bits the upper four are empty, which is next to black: scale them to 8 bits,"
+                " between 0 and 255"
+            )
     drawn = _grey(picture, negative) if picture.mode[0] in "IF" else _coloured(picture)
     method = _UPRIGHT.get(_orientation(picture))
     upright = drawn if method is None else drawn.transpose(method)
     upright.info = {}  # what was said of it, such as how to turn it, is done
     return upright
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether a part of an opened file has 16 bits to each colour."""
+    codec, *_, how = tile
+    return ";16" in str(how) or (codec in {"ppm", "ppm_plain"} and how[-1] == _WHITE_16)
 
 
 def _orientation(picture: Image.Image) -> Any:

@@ -113,6 +113,38 @@ def test_what_has_no_known_range_is_refused(kind):
     assert str(caught.value).startswith("row 3: the picture cannot be decoded (")
 
 
+def png_of_16_bits(values, colour):
+    """A PNG of 16 bits, (H, W, channels), which Pillow does not write; colour 2 is RGB, 4 grey and opacity, 6 RGBA."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in [*parts, (b"IEND", b"")]
+    )
+
+
+@pytest.mark.parametrize(("colour", "opaque", "channels"), [(2, 0, 3), (4, 1, 1), (6, 1, 3)])
+def test_16_bits_of_colour(colour, opaque, channels):
+    def data(bits):
+        opacity = [np.full((64, 64), 65535, np.uint16)] * opaque
+        return png_of_16_bits(np.stack([RAMP >> bits] * channels + opacity, 2), colour)
+
+    assert np.abs(grey(data(0)) - SHADES).max() <= 1
+    for bits in (4, 8):
+        for given in (data(bits), Image.open(io.BytesIO(data(bits)))):
+            with pytest.raises(BadImage, match="of its numbers of 16 bits the upper four are empty"):
+                picture_of(given, "here")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_16_bits_of_colour_in_a_pixmap(bits):
+    pixels = np.stack([RAMP >> bits] * 3, 2).astype(">u2")
+    with pytest.raises(BadImage, match="of its numbers of 16 bits the upper four are empty"):
+        decode(b"P6 64 64 65535\n" + pixels.tobytes(), "here")
+    assert decode(b"P6 64 64 255\n" + bytes(3 * 64 * 64), "here").getpixel((0, 0)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

@@ -41,7 +41,7 @@ def refused(command, outcome, *words: str) -> None:
 
 
 def test_the_shipped_files_are_there() -> None:
-    names = {"noise_priors.yaml", "adapters.yaml", "adamw_baseline.yaml", "pareto.yaml", "smoke.yaml"}
+    names = {"noise_priors.yaml", "diagonal_priors.yaml", "adapters.yaml", "adamw_baseline.yaml", "pareto.yaml", "smoke.yaml"}
     assert {path.name for path in FILES} >= names
 
 
@@ -178,8 +178,16 @@ def test_an_empty_search_is_that_of_the_defaults(search) -> None:
         assert search("--print-config", content={**SEARCH, "search": nothing}).code == 0
 
 
-def test_presets_that_noise_priors_starts_from_lie_in_its_space() -> None:
-    points = load_search(ROOT / "tune_configs" / "noise_priors.yaml", []).points
+def test_the_preset_is_at_the_medians_of_noise_priors() -> None:
+    search = load_search(ROOT / "tune_configs" / "noise_priors.yaml", [])
+    (point,) = search.points
+    assert set(point) == {dimension.key for dimension in search.space.dimensions}
+    assert search.space.log_prior(point) == 0
+    assert search.config.fit_options == load_config(overrides=["method=kalman"]).fit_options
+
+
+def test_presets_that_diagonal_priors_starts_from_lie_in_its_space() -> None:
+    points = load_search(ROOT / "tune_configs" / "diagonal_priors.yaml", []).points
     shared = {
         "filter.gate": "none",
         "noise.process": "random_walk",

@@ -188,6 +188,11 @@ def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return np.rint(255 * values).astype(np.uint8)
     if low < 0 or high > _WHITE_16:
         raise ValueError(f"its whole numbers lie between {low} and {high}: scale them to 8 bits, between 0 and 255")
+    if 0 < high < 256:
+        raise ValueError(
+            f"its numbers of {8 * values.itemsize} bits end at {high}, as those of 8 bits do, and would be black as"
+            " they are: save or give them as 8 bits, uint8"
+        )
     if 0 < high < _DARK_16:
         raise ValueError(
             f"its numbers of {8 * values.itemsize} bits end at {high} of {_WHITE_16:,}, which is next to black: scale"

@@ -9,7 +9,7 @@ Aliases are counted each time: nine levels of ten of them are a billion entries 
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -157,9 +157,6 @@ class _Loader(yaml.SafeLoader):
         text: YAML.
     """
 
-    # in place of those of YAML 1.1
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]
-
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
@@ -215,6 +212,7 @@ def _construct_number(loader: _Loader, node: Any) -> Any:
     return found
 
 
+_Loader.yaml_implicit_resolvers = {}  # in place of those of YAML 1.1
 for _tag, _pattern, _first in (
     ("null", _NULL, ["~", "n", "N", ""]),
     ("bool", _BOOL, list("tf")),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kngd_ray import __version__
+from kngd_ray._streams import lasting_streams
 from kngd_ray.errors import KngdError, UsageError, printable, redact
 
 _INTERRUPTED = 130
@@ -363,6 +364,11 @@ def main() -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
     if logging.lastResort is not None:  # where warnings go that nobody else takes
         logging.lastResort.setFormatter(_Shown())
+    with lasting_streams():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except KngdError as error:
@@ -375,9 +381,6 @@ def main() -> None:
                 code,
             )
         sys.exit(code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 class _Shown(logging.Formatter):

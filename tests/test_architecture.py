@@ -35,8 +35,8 @@ LAYERS = (
     "commands",
     "cli",
 )
-SHARED = {"config", "_layered", "_rgb", "_vectors", "_yaml", "errors", "storage", "__init__"}
-STANDARD_ONLY = ("errors", "storage")
+SHARED = {"config", "_layered", "_rgb", "_streams", "_vectors", "_yaml", "errors", "storage", "__init__"}
+STANDARD_ONLY = ("_streams", "errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
 ONLY_IN = {

@@ -86,6 +86,19 @@ def test_pictures_of_every_kind_are_the_same_picture(fitted, tests, tmp_path) ->
     assert fitted.predict_proba(np.stack([array, array])).shape == (2, 3)
 
 
+def test_16_bit_pictures_of_every_kind_are_the_same_picture(fitted, tests) -> None:
+    from kngd_ray.data import decode
+
+    values = np.asarray(decode(tests[0][0], "").convert("L")).astype(np.uint16) * 257
+    picture = Image.fromarray(values)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    kinds = [file.getvalue(), picture, Image.open(file), values, values / 65535, values.astype(np.int32)]
+    kinds += [Image.fromarray((values / 65535).astype(np.float32)), Image.fromarray(values.astype(np.int32))]
+    p = fitted.predict_proba(kinds)
+    assert np.abs(p - p[0]).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("labels", "names"),
     [

@@ -24,6 +24,7 @@ from kngd_ray.storage import address, write_text
 from kngd_ray.training.classifier import Classifier
 
 _FEATURES = ".parquet"
+_REMEDY = "replace it, or name its folder, of which it is left out"
 _BATCH = 64  # decoded pictures held at once
 _ENDLESS = 100_000  # characters of a line
 
@@ -69,12 +70,11 @@ def predict(
         return rows
     rows = []
     cards: list[Card] = []
-    left_out: list[str] = []
+    left_out: list[BadImage] = []
     for start in range(0, len(files), _BATCH):
-        batch = [
-            (str(path), picture) for path, named in files[start : start + _BATCH] if (picture := _open(path, named))
-        ]
-        left_out += [str(path) for path, _ in files[start : start + _BATCH] if str(path) not in dict(batch)]
+        opened = [(str(path), _open(path, named)) for path, named in files[start : start + _BATCH]]
+        left_out += [error for _, error in opened if isinstance(error, BadImage)]
+        batch = [(name, picture) for name, picture in opened if not isinstance(picture, BadImage)]
         if not batch:
             continue
         for (name, picture), said in zip(batch, _said(classifier, [picture for _, picture in batch]), strict=True):
@@ -84,7 +84,8 @@ def predict(
     if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
         display.say(f"passed over for their suffix: {by_suffix(passed)}")
     if left_out:
-        display.say(f"undecodable pictures left out: {len(left_out)}, the first is {left_out[0]}")
+        first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
+        display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
     if not rows:
         raise DataError(f"none of the pictures in {', '.join(images)} can be decoded.")
     if table:
@@ -155,8 +156,8 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
         yield from ((file, False) for file in sorted(found))
 
 
-def _open(path: Path, named: bool) -> Image.Image | None:
-    """A picture; None of one that cannot be decoded and was not named itself.
+def _open(path: Path, named: bool) -> Image.Image | BadImage:
+    """A picture; the error of one that cannot be decoded and was not named itself.
 
     Raises:
         DataError: one that was named cannot be decoded, or a file cannot be read.
@@ -165,11 +166,11 @@ def _open(path: Path, named: bool) -> Image.Image | None:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
-        return decode(path.read_bytes(), str(path), "name others, or the folder that it is in")
-    except BadImage:
+        return decode(path.read_bytes(), str(path), _REMEDY)
+    except BadImage as error:
         if named:
             raise
-        return None
+        return error
     except OSError as error:
         raise DataError(f"the picture {path} cannot be read ({error.strerror}): check the path.") from error
 

@@ -127,8 +127,8 @@ def _run(
         zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
-            _show(config, prepared, protocol, reports, display)
             _write_results(folder, reports)
+            _show(config, prepared, protocol, reports, display)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

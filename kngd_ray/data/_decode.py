@@ -178,7 +178,7 @@ def _unknown(data: bytes) -> str:
     if brands & _AVIF and not features.check("avif"):
         return "AVIF, which Pillow reads from version 11.3 on where it was built with it: pip install -U pillow"
     if brands & _HEIF and not brands & _AVIF and find_spec("pillow_heif") is None:
-        return "HEIC, which the package pillow-heif reads: pip install pillow-heif"
+        return "HEIC, which the package pillow-heif reads: pip install 'kngd_ray[heif]'"
     start = data.lstrip()[:64]
     return next((what for first, what in _KNOWN.items() if start.startswith(first)), "no known format")
 

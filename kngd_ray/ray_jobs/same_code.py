@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ def folders_to_pass() -> list[str]:
     was found in the current folder (``python -m`` in a checkout) or in that of the script, they do not.
     """
     here = Path(kngd_ray.__file__).resolve()
-    asked = subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-P", "-c", _WHERE], capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
-    if asked.stdout and Path(asked.stdout.strip()).resolve() == here:
-        return []
+    with suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(  # noqa: S603 - our own interpreter
+            [sys.executable, "-P", "-c", _WHERE], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+        if asked.stdout and Path(asked.stdout.strip()).resolve() == here:
+            return []
     return [str(here.parents[1])]
 
 
@@ -62,17 +64,19 @@ def compared(module: str, function: str) -> Callable[..., Any]:
     """
     look = _looker()
     version, digest, _ = look()
+    seen: list[str] = []  # of the process that it runs in
 
     # travels whole, as it is of no module: what the module there has to say is what is in question
     def run(config: dict[str, Any], **given: Any) -> Any:
         from importlib import import_module
 
-        there, sources, place = look()
+        there, sources, place = (version, digest, "") if seen else look()
         if (there, sources) != (version, digest):
             raise RuntimeError(
                 f"{place or 'Python'} there has kngd_ray {there or 'nowhere'} and the driver runs {version}, or other "
                 "sources of it: install the same on every node"
             )
+        seen.append(sources)
         return getattr(import_module(module), function)(config, **given)
 
     return run

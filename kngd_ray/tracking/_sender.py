@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kngd_ray.errors import printable
+from kngd_ray.errors import printable, redact
 from kngd_ray.tracking._files import ARTIFACTS, META, METRICS, MODEL, STEPS, read_json, read_steps
 from kngd_ray.tracking._pyfunc import save_pyfunc
 from kngd_ray.tracking._server import Server
@@ -83,7 +83,7 @@ class Sender:
             self._sent.clear()
             if not meta["uid"].isalnum():  # it becomes part of a search
                 raise ValueError(f"its uid is {meta['uid']!r}")
-            tags = {_key(key): printable(value, "\n\t")[:_MAX_TAG] for key, value in meta["tags"].items()}
+            tags = {_key(key): _value(value)[:_MAX_TAG] for key, value in meta["tags"].items()}
             run_id = self._server.create_run(meta["uid"], printable(meta["name"]), tags, meta["start"], parent)
             self._keep(run_id=run_id, steps=0, tags=meta["tags"])
             return run_id
@@ -93,9 +93,9 @@ class Sender:
         params = {k: v for k, v in meta["params"].items() if k not in self._sent.get("params", [])}
         tags = {k: v for k, v in meta["tags"].items() if self._sent.get("tags", {}).get(k) != v}
         for part in _chunks(list(params.items()), _MAX_PARAMS):
-            self._server.log(run, params={_key(k): printable(v, "\n\t")[:_MAX_PARAM] for k, v in part})
+            self._server.log(run, params={_key(k): _value(v)[:_MAX_PARAM] for k, v in part})
         for part in _chunks(list(tags.items()), _MAX_PARAMS):
-            self._server.log(run, tags={_key(k): printable(v, "\n\t")[:_MAX_TAG] for k, v in part})
+            self._server.log(run, tags={_key(k): _value(v)[:_MAX_TAG] for k, v in part})
         self._keep(params=list(meta["params"]), tags=meta["tags"])
 
     def _send_steps(self, run: str) -> None:
@@ -206,6 +206,11 @@ def _points(metrics: Mapping[str, float | str], time_ms: int, step: int) -> list
 def _key(name: str) -> str:
     """A name that MLflow accepts: other characters become underscores."""
     return _FORBIDDEN.sub("_", name)[:_MAX_KEY]
+
+
+def _value(text: str) -> str:
+    """A text as it may be stored for others to read."""
+    return printable(redact(text), "\n\t")
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -57,6 +57,8 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     rows = outcome.json
     assert [row["image"] for row in rows] == [str(folder / name) for name in (bad, "a.png", "deep/b.png")]
     assert "undecodable pictures left out: 1" in outcome.err
+    assert "the picture cannot be decoded (no known format)" in outcome.err
+    assert "passed over for their suffix: .txt (1)" in outcome.err
     for row in rows:
         assert 0 <= row["probability_low"] <= row["probability"] <= row["probability_high"] <= 1
         assert row["probability_low"] < row["probability_high"]

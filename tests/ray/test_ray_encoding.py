@@ -87,6 +87,7 @@ def test_a_failed_encoding_keeps_no_cores_from_the_job_after_it(ray_up: None, sm
         lost = failure(small_data, ModelConfig("ViT-B-32", str(tmp_path / "lost.pt")))
         assert type(lost) is ModelError
         assert "there is no checkpoint file" in str(lost)
+        del lost  # and with it the frames that it came through
         fits = {"kalman-seed0": make_task(make_options(epochs=1))}
         run_job(Job(fits, IDENTITY, tmp_path / "run"), TrainerConfig(num_workers=2), lambda event: None)
     finally:
@@ -119,6 +120,7 @@ def test_relative_paths_reach_workers_that_are_elsewhere(
         found = failure(Path("pictures.parquet"), ModelConfig("RN50", "weights.safetensors"))
         assert type(found) is ModelError
         assert str(found).startswith(f"{tmp_path}/weights.safetensors is not a checkpoint of RN50")
+        del found  # and with it the frames that it came through
         monkeypatch.setattr(TorchTrainer, "fit", lambda trainer: both_cores())
         fits = {"kalman-seed0": make_task(make_options(epochs=1))}
         run_job(Job(fits, IDENTITY, tmp_path / "run"), TrainerConfig(num_workers=2), lambda event: None)

@@ -121,6 +121,30 @@ def bitmap_of_gigapixels(_: Path) -> bytes:
 
 
 @case("picture", "cannot be decoded")
+def jpeg_2000_of_gigapixels(_: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9), 7).save(buffer, "JPEG2000")
+    return buffer.getvalue().replace(struct.pack(">II", 9, 9), struct.pack(">II", 100_000, 100_000))
+
+
+@case("picture", "over 50,000,000 pixels")
+def jpeg_2000_of_more_pixels_than_its_decoder_has_room_for(_: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9), 7).save(buffer, "JPEG2000")
+    return buffer.getvalue().replace(struct.pack(">II", 9, 9), struct.pack(">II", 7100, 7100))
+
+
+@case("picture", "cannot be decoded")
+def avif_of_nothing(_: Path) -> bytes:
+    return b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"
+
+
+@case("picture", "cannot be decoded")
+def heic_of_nothing(_: Path) -> bytes:
+    return b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@case("picture", "cannot be decoded")
 def tiff_of_gigapixels(_: Path) -> bytes:
     tags = {256: 100_000, 257: 100_000, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 100_000, 279: 1 << 31}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())

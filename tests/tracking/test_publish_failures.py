@@ -15,6 +15,7 @@ from helpers.mlflow_server import Server
 
 from kngd_ray.errors import TrackingError
 from kngd_ray.tracking import Publisher, publish, redact, resolve_uri
+from kngd_ray.tracking._quiet import FIRST_CONTACT
 
 SECRET = "s3cret"
 
@@ -78,7 +79,8 @@ def test_nobody_listens(finished):
     assert "kngd-ray sync" in message
 
 
-def test_server_that_accepts_and_says_nothing(finished):
+def test_server_that_accepts_and_says_nothing(finished, monkeypatch):
+    monkeypatch.setitem(FIRST_CONTACT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

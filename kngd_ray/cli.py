@@ -191,13 +191,18 @@ def predict(
         Path | None,
         typer.Option(metavar="FILE.html", help="Also a gallery, the least certain first.", show_default=False),
     ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values in place of the table.")] = False,
     storage_path: _Storage = "kngd_runs",
     as_json: _Json = False,
 ) -> None:
     """Class of pictures, its probability with an interval, and how unlike the training pictures they are."""
-    from kngd_ray.commands.predict import predict as run
+    from kngd_ray.commands import predict as command
 
-    result = run(target, images, storage_path, _display(as_json), html=html)
+    if as_csv and as_json:
+        raise UsageError("--csv and --json both print on standard output: leave one of them out.")
+    result = command.predict(target, images, storage_path, _display(as_json or as_csv), html=html, table=not as_csv)
+    if as_csv:
+        sys.stdout.write(command.as_csv(result))
     if as_json:
         _print_json(result)
 

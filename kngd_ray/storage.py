@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,22 @@ from typing import Any
 from kngd_ray.errors import StorageError
 
 MAX_JSON = 16 << 20  # a hundred times what kngd_ray writes; as objects it takes thirty times as much
+
+
+_ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")
+
+
+def address(path: str | os.PathLike[str]) -> str | None:
+    """The address that stands where a path should.
+
+    Args:
+        path: as it was given, or as pathlib has it: with one slash of two, and perhaps below the current folder.
+
+    Returns:
+        The address with both; None of a path.
+    """
+    found = _ADDRESS.search(os.fspath(path))
+    return f"{found[1]}://{os.fspath(path)[found.end() :]}" if found else None
 
 
 @contextmanager

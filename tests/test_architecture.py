@@ -260,7 +260,7 @@ COMMANDS = {
     "tune": ["settings", "--resume", "--json", "--print-config"],
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],
-    "predict": ["target", "images", "--html", "--storage-path", "--json"],
+    "predict": ["target", "images", "--html", "--csv", "--storage-path", "--json"],
     "encode": ["dataset", "settings", "--out", "--json"],
     "compare": ["experiment", "--parent", "--metric", "--baseline", "--uri", "--out", "--json"],
     "sync": ["run", "--uri", "--storage-path", "--json"],

@@ -16,6 +16,7 @@ from kngd_ray.clip._config import (
     ModelConfig,
 )
 from kngd_ray.errors import ModelError, closest
+from kngd_ray.storage import address
 
 _MINI_CLIP = Path(__file__).resolve().parents[1] / "assets" / "mini_clip"
 _CONFIG = "open_clip_config.json"
@@ -217,6 +218,10 @@ def _check_path(path: Path) -> Path:
     Raises:
         ModelError: It is not.
     """
+    if not path.is_file() and address(path) is not None:
+        raise ModelError(
+            f"model.pretrained: {address(path)} is an address, and nothing is fetched: download it, and name the file"
+        )
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
         found = [str(f) for f in sorted(folder.glob("*")) if f.suffix in CHECKPOINT_SUFFIXES]

@@ -56,11 +56,6 @@ class Display:
         """One line of information."""
         self.console.print(printable(text, "\t"), highlight=False, markup=False, soft_wrap=True)
 
-    def note(self, text: str | None) -> None:
-        """The same, if there is something to say."""
-        if text:
-            self.say(text)
-
     @contextmanager
     def pictures(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Progress of encoding; nothing is shown while there is nothing to do.

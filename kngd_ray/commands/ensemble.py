@@ -63,7 +63,8 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         fits = [open_fit(folder) for folder in folders]
         config = replace(config, seeds=tuple(checkpoint.manifest["seed"] for checkpoint, _ in fits))
         task = open_task(config, fits[0][0].manifest)
-        display.note(task.note)
+        for note in task.notes:
+            display.say(note)
         with ray_for(config.trainer), display.pictures("encoding") as progress:
             prepared = prepare(task, use_ray=config.trainer.most_workers > 0, progress=progress)
         for checkpoint, _ in fits:

@@ -54,7 +54,8 @@ def evaluate(
         task = open_task(config, manifest, only)
     else:
         task = open_tests(config, given, manifest)
-    display.note(task.note)
+    for note in task.notes:
+        display.say(note)
     workers = config.trainer.least_workers
     with ray_for(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, use_ray=workers > 0, progress=progress)

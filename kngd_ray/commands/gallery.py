@@ -51,9 +51,9 @@ class Card:
 
     @property
     def doubt(self) -> tuple[float, float]:
-        """What the cards are sorted by: how unlike the shots, if that is known, then entropy."""
+        """What the cards are sorted by: how unlike the shots, if that is known, then the uncertainty."""
         unlike = self.row["unlike"]
-        return (-1.0 if unlike is None else unlike, self.row["entropy"])
+        return (-1.0 if unlike is None else unlike, self.row["uncertainty"])
 
 
 def gallery(title: str, cards: Sequence[Card], *, compared: bool) -> str:
@@ -70,7 +70,7 @@ def gallery(title: str, cards: Sequence[Card], *, compared: bool) -> str:
     template = (resources.files("kngd_ray") / "assets" / "gallery.html").read_text(encoding="utf-8")
     ordered = sorted(cards, key=lambda card: card.doubt, reverse=True)
     strange = sum(1 for card in cards if (card.row["unlike"] or 0) > _STRANGE)
-    order = "the most unlike the training pictures first" if compared else "the largest entropy first"
+    order = "the most unlike the training pictures first" if compared else "the largest uncertainty first"
     about = f"{len(cards)} picture{'s' if len(cards) != 1 else ''}, {order}"
     if compared:
         about += f"; {strange} of them more unlike the training pictures than {_STRANGE:.0%} of these are, marked"

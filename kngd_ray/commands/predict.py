@@ -1,5 +1,7 @@
 """``kngd-ray predict``: class, probability and uncertainty of picture files, or of features in parquet files."""
 
+import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,16 +20,23 @@ from kngd_ray.commands.pages import check_place
 from kngd_ray.commands.run_folder import find_fit
 from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
 from kngd_ray.errors import DataError, UsageError
-from kngd_ray.storage import write_text
+from kngd_ray.storage import address, write_text
 from kngd_ray.training.classifier import Classifier
 
 _FEATURES = ".parquet"
 _REMEDY = "replace it, or name its folder, of which it is left out"
 _BATCH = 64  # decoded pictures held at once
+_ENDLESS = 100_000  # characters of a line
 
 
 def predict(
-    target: str, images: Sequence[str], storage_path: str, display: Display, *, html: Path | None = None
+    target: str,
+    images: Sequence[str],
+    storage_path: str,
+    display: Display,
+    *,
+    html: Path | None = None,
+    table: bool = True,
 ) -> list[dict[str, Any]]:
     """Classify picture files, or the rows of parquet files where the fit learned from features.
 
@@ -37,12 +46,13 @@ def predict(
         storage_path: where runs live.
         display: where the table is shown.
         html: where a gallery is written; None writes none.
+        table: whether one is shown.
 
     Returns:
         Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (90 % credible
-        interval), ``unlike`` (share of the training shots, held out, that the fit is surer of), ``logit_std`` (of
-        that class), ``entropy`` (nats) and ``probabilities`` by class. None for what is not known. Of features ``file``
-        and ``row``, counted from 0, stand for ``image``.
+        interval), ``unlike`` (share of the training shots, held out, that the fit is surer of), ``uncertainty``
+        (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` by class. None for what is not known. Of
+        features ``file`` and ``row``, counted from 0, stand for ``image``.
 
     Raises:
         DataError: a file is missing or unreadable, or there is no picture or no row.
@@ -55,7 +65,8 @@ def predict(
     classifier = Classifier.load(folder)
     if classifier.takes_features:
         rows = _classify_features(classifier, images, folder.name, html)
-        display.out.print(_table(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature"))
+        if table:
+            _show(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature", display)
         return rows
     rows = []
     cards: list[Card] = []
@@ -77,7 +88,8 @@ def predict(
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
     if not rows:
         raise DataError(f"none of the pictures in {', '.join(images)} can be decoded.")
-    display.out.print(_table(rows, [row["image"] for row in rows], "image"))
+    if table:
+        _show(rows, [row["image"] for row in rows], "image", display)
     if html is not None:
         write_text(html, gallery(f"predictions of {folder.name}", cards, compared=classifier.novelty is not None))
         display.say(f"gallery: {html}")
@@ -86,12 +98,11 @@ def predict(
 
 def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> list[dict[str, Any]]:
     """What is said of pictures or features, with the names that the command has for it."""
-    found = []
-    for row in classifier.judge(inputs).rows(classifier.class_names):
-        entropy = row.pop("uncertainty")
-        probabilities = dict(zip(classifier.class_names, row["probabilities"], strict=True))
-        found.append({**row, "probabilities": probabilities, "entropy": entropy})
-    return found
+    names = classifier.class_names
+    return [
+        {**row, "probabilities": dict(zip(names, row["probabilities"], strict=True))}
+        for row in classifier.judge(inputs).rows(names)
+    ]
 
 
 def _classify_features(
@@ -133,6 +144,8 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
 
     for name in images:
         path = Path(name)
+        if not path.exists() and address(name) is not None:
+            raise DataError(f"{name} is an address, and nothing is fetched: download it, and name the file.")
         if not path.is_dir():
             yield path, True
             continue
@@ -162,8 +175,35 @@ def _open(path: Path, named: bool) -> Image.Image | BadImage:
         raise DataError(f"the picture {path} cannot be read ({error.strerror}): check the path.") from error
 
 
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Predictions as a table for programs; the probabilities of all classes are in JSON alone.
+
+    Args:
+        rows: of :func:`predict`.
+
+    Returns:
+        CSV with a line of names; what is not known is empty.
+    """
+    stream = io.StringIO()
+    names = [name for name in rows[0] if name != "probabilities"]
+    writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, display: Display) -> None:
+    """Print the table; where there is no terminal it is as wide as it has to be, so that nothing of it is left out."""
+    table, out = _table(rows, names, kind), display.out
+    width = out.width
+    if not out.is_terminal:
+        out.width = max(width, out.measure(table, options=out.options.update(max_width=_ENDLESS)).maximum)
+    out.print(table)
+    out.width = width
+
+
 def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
-    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "entropy (nats)")
+    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "uncertainty (nats)")
     for name, row in zip(names, rows, strict=True):
         low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
         table.add_row(
@@ -173,6 +213,6 @@ def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> T
             "–" if low is None else f"{low:.3f} to {high:.3f}",
             "–" if unlike is None else f"{unlike:.2f}",
             f"{row['logit_std']:.3f}",
-            f"{row['entropy']:.3f}",
+            f"{row['uncertainty']:.3f}",
         )
     return table

@@ -174,8 +174,8 @@ class Task:
     known: bool
 
     @property
-    def note(self) -> str:
-        """What is to be said of the data before anything is done with it, in lines."""
+    def notes(self) -> list[str]:
+        """What is to be said of the data and its prompts before anything is done with them, in lines."""
         source, lines = self.whole.source, list(self.whole.notes)
         domains, counts = np.unique(self.images.domains[next(iter(self.splits.values())).support], return_counts=True)
         if len(domains) > 1:
@@ -185,7 +185,7 @@ class Task:
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
-        return "\n".join(lines)
+        return lines
 
     @property
     def identity(self) -> dict[str, Any]:

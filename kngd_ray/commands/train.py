@@ -80,7 +80,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
-    display.note(task.note)
+    for note in task.notes:
+        display.say(note)
     unseen = open_protocol(config, task)
     for target in unseen if config.protocol == "cdg" else ():
         display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")

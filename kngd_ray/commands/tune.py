@@ -61,7 +61,8 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
     if config.tracking.enabled:
         resolve_uri(config.tracking.uri)
     task = open_shots(replace(config, seeds=search.options.seeds))
-    display.note(task.note)
+    for note in task.notes:
+        display.say(note)
     trainer = config.trainer
     with ExitStack() as session:
         # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kngd_ray.errors import closest
+from kngd_ray.storage import address
 
 Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
@@ -90,6 +91,8 @@ def listing(names: Sequence[str], limit: int = 20) -> str:
 
 def missing_path(path: Path) -> str:
     """Return the sentence for a path that does not exist, with the nearest name that does."""
+    if address(path) is not None:
+        return f"{address(path)} is an address, and nothing is fetched: download it, and name the file in data.path"
     path = path.absolute()
     while not os.path.exists(path.parent):  # Path.exists raises where it may not look
         path = path.parent

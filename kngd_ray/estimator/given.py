@@ -1,7 +1,6 @@
 """What a Python program gives instead of a data set: pictures of several kinds, labels of any, and a seed."""
 
 import os
-import re
 from collections.abc import Hashable, Mapping, Sequence, Set
 from math import isfinite
 from typing import Any
@@ -16,6 +15,7 @@ from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import picture_of
 from kngd_ray.errors import DataError, InputError
+from kngd_ray.storage import address
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
@@ -25,7 +25,6 @@ _SEEDS = 2**31 - 1
 _ONE = {"X": "picture", "y": "label", "classes": "label"}
 _NAMED = 5  # examples in a message
 _CHANNELS = 4  # at most; a picture is wider
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def listed(given: Any, what: str) -> Any:
@@ -129,8 +128,8 @@ def picture(given: Any, number: int) -> Image.Image:
         DataError: it is none.
     """
     place = f"picture {number}"
-    if isinstance(given, str) and _ADDRESS.match(given):
-        raise DataError(f"{place}: {given[:200]} is an address, and nothing is fetched: give the path of a file.")
+    if isinstance(given, (str, os.PathLike)) and address(given) is not None and not os.path.exists(given):
+        raise DataError(f"{place}: {address(given)} is an address, and nothing is fetched: give the path of a file.")
     shape = tuple(getattr(given, "shape", ()))
     if len(shape) == 2 and 0 < int(shape[-1]) <= _CHANNELS:
         raise DataError(f"{place} is an array of shape {shape}, a row of one picture by its look: give whole pictures.")

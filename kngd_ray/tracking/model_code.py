@@ -48,7 +48,7 @@ _NUMBERS = ["probability", "probability_low", "probability_high", "unlike", "unc
 _NOTHING: dict[str, Any] = dict.fromkeys(_COLUMNS)
 
 
-class RefusedRows(MlflowException, DataError):  # type: ignore[misc] # mlflow is untyped
+class RefusedRowsError(MlflowException, DataError):  # type: ignore[misc] # mlflow is untyped
     """Nothing that was sent can be classified; a server answers that the request is bad, without a traceback."""
 
 
@@ -84,7 +84,7 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
             m rows with the columns above.
 
         Raises:
-            RefusedRows: no row can be read.
+            RefusedRowsError: no row can be read.
         """
         del context, params
         kind, cells = _cells(model_input)
@@ -97,7 +97,7 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
         errors = [row["error"] for row in rows if row["error"] is not None]
         if errors and len(errors) == len(rows):
             more = f" (and so are the other {len(errors) - 1} rows)" if len(errors) > 1 else ""
-            raise RefusedRows(f"{errors[0]}{more}", INVALID_PARAMETER_VALUE)
+            raise RefusedRowsError(f"{errors[0]}{more}", INVALID_PARAMETER_VALUE)
         index = model_input.index if len(rows) == len(model_input) else None
         found = pd.DataFrame(rows, columns=_COLUMNS, index=index)
         texts = {name: [row[name] for row in rows] for name in ("class", "probabilities", "error")}  # None stays None
@@ -139,7 +139,7 @@ def _cells(table: pd.DataFrame) -> tuple[str, list[Any]]:
     """What is to be classified, and of which kind it is.
 
     Raises:
-        RefusedRows: there is no column of any.
+        RefusedRowsError: there is no column of any.
     """
     if "features" in table:
         return "features", list(table["features"])
@@ -151,7 +151,7 @@ def _cells(table: pd.DataFrame) -> tuple[str, list[Any]]:
         given = [a if is_missing(b) else b for a, b in zip(pictures, encoded, strict=True)]
         return "image", [picture for cell in given for picture in _several(cell)]
     has = ", ".join(map(str, list(table.columns)[:5])) or "none"
-    raise RefusedRows(
+    raise RefusedRowsError(
         f'the table has no column image of pictures, nor features (its columns: {has}): send {{"inputs": {{"image": '
         '["base64 of a file"]}} or {"instances": [{"b64": "base64 of a file"}]}',
         INVALID_PARAMETER_VALUE,

@@ -204,12 +204,12 @@ def test_predict_as_table_and_json(command) -> None:
     rows = outcome.json
     assert [row["image"] for row in rows] == [str(f) for f in files]
     for row in rows:
-        about = {"probability_low", "probability_high", "unlike", "logit_std", "entropy"}
+        about = {"probability_low", "probability_high", "unlike", "logit_std", "uncertainty"}
         assert set(row) == {"image", "class", "probability", "probabilities"} | about
         assert set(row["probabilities"]) == {"bird", "flower", "building"}
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["class"]]
-        assert 0 <= row["entropy"] <= math.log(3) + 1e-6
+        assert 0 <= row["uncertainty"] <= math.log(3) + 1e-6
     table = command("predict", command.run("p"), *files)
     assert table.code == 0
     for row in rows:

@@ -1,6 +1,7 @@
 """Predictions with all that is known of their uncertainty: in a table, as JSON, and as a page."""
 
 import base64
+import csv
 import io
 import json
 import re
@@ -64,7 +65,7 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
         assert 0 <= row["unlike"] <= 1
     read = Page(page.read_text())
     assert not read.tags & {"script", "link", "iframe", "object"}
-    ordered = sorted(rows, key=lambda row: (row["unlike"], row["entropy"]), reverse=True)
+    ordered = sorted(rows, key=lambda row: (row["unlike"], row["uncertainty"]), reverse=True)
     assert read.names == [row["image"] for row in ordered]
     for source in read.sources:
         kind, data = source.split(",", 1)
@@ -87,8 +88,8 @@ def test_a_run_of_an_earlier_version_still_predicts(command) -> None:
     page = command.folder / "out.html"
     outcome = command("predict", command.run("p"), folder, "--html", page, "--json")
     assert [row["unlike"] for row in outcome.json] == [None, None]
-    entropies = {row["image"]: row["entropy"] for row in outcome.json}
-    assert Page(page.read_text()).names == sorted(entropies, key=entropies.get, reverse=True)
+    uncertain = {row["image"]: row["uncertainty"] for row in outcome.json}
+    assert Page(page.read_text()).names == sorted(uncertain, key=uncertain.get, reverse=True)
 
 
 def test_without_a_posterior_nothing_is_made_up(command) -> None:
@@ -119,3 +120,38 @@ def test_a_folder_of_nothing_but_broken_pictures(command) -> None:
     outcome = command("predict", command.run("p"), folder)
     assert outcome.code == 1
     assert "none of the pictures" in outcome.sentence
+
+
+def test_nothing_is_cut_off_where_there_is_no_terminal(command) -> None:
+    assert command.train(*KALMAN).code == 0
+    name = f'{"a long way down/" * 12}a, picture "of" all.png'
+    folder = folder_of(command, {name: 0, "b.png": 20})
+    table = command("predict", command.run("p"), folder)
+    assert table.code == 0, table.err
+    (line,) = (line for line in table.out.splitlines() if "all.png" in line)
+    assert str(folder / name) in line
+    outcome = command("predict", command.run("p"), folder, "--csv")
+    assert outcome.code == 0, outcome.err
+    rows = list(csv.DictReader(io.StringIO(outcome.out)))
+    said = command("predict", command.run("p"), folder, "--json").json
+    assert [row["image"] for row in rows] == [row["image"] for row in said]
+    for row, expected in zip(rows, said, strict=True):
+        assert set(row) == set(expected) - {"probabilities"}
+        assert row["class"] == expected["class"]
+        for key in set(row) - {"image", "class"}:
+            assert float(row[key]) == expected[key]
+    both = command("predict", command.run("p"), folder, "--csv", "--json")
+    assert both.code == 2
+    assert "leave one of them out" in both.sentence
+
+
+@pytest.mark.parametrize("given", ["https://host/cat.jpg", "s3://bucket/cats/"])
+def test_addresses_keep_their_slashes(command, given) -> None:
+    outcome = command("predict", "p", given)
+    assert outcome.code == 1
+    assert f"{given} is an address, and nothing is fetched" in outcome.sentence
+    for setting in (f"data.path={given}", f"model.pretrained={given}"):
+        outcome = command.train(*(["model.name=ViT-B-32"] if "pretrained" in setting else []), setting)
+        assert outcome.code == 1
+        assert f"{given.rstrip('/')}" in outcome.sentence
+        assert "is an address" in outcome.sentence

@@ -212,6 +212,9 @@ def _lost_output(given: Arguments) -> list[Fault]:
     wanted = given.command in ("export", "compare") or (given.command == "encode" and "--out" in given.options)
     if not wanted or out.is_absolute():
         return []
+    if "--out" not in given.options:
+        said = f"without --out the page of {given.command} {_LOST}: give --out with"
+        return [Fault(f"{said} the whole path of a place on shared storage.", usage=True)]
     return [Fault(f"--out {out} {_LOST}: give the whole path of a place on shared storage.", usage=True)]
 
 

@@ -31,8 +31,8 @@ def is_database(uri: str) -> bool:
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other store.
 
-    Addresses are percent-encoded. But who writes ``sqlite:///$WORKSPACE/mlflow.db`` where the folder is called ``a%20b``
-    means that folder: what is there under the name as it stands is taken at its word.
+    Addresses are percent-encoded. But who writes ``sqlite:///$WORKSPACE/mlflow.db`` in a folder called ``a%20b`` means
+    that folder: what is there under the name as it stands is taken at its word.
     """
     written = uri.partition("///")[2].partition("?")[0]
     if not uri.startswith("sqlite:") or written.startswith("file:"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from kngd_ray.estimator.given import check_lengths, label_array, labels_of, orde
 from kngd_ray.filters import Belief
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import AnyPredictor, Calibration
+from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
@@ -320,6 +321,8 @@ class KalmanCLIP(Parameters):
         else:
             calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
+            if (warning := below_zero_shot(task, calibration, config.posterior.folds)) is not None:
+                warnings.warn(warning, UserWarning, stacklevel=3)
         self._adopt(kept, settled, classes)
         self._restore(model)
         return self

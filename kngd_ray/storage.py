@@ -1,16 +1,21 @@
 """Writing so that a reader finds all or nothing, and a full disk is one sentence. Standard library only."""
 
 import errno
+import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 from kngd_ray.errors import StorageError
 
+_ABANDONED = 3600.0  # seconds after which nobody is still writing a file of text
 MAX_JSON = 16 << 20  # a hundred times what kngd_ray writes; as objects it takes thirty times as much
 
 
@@ -69,11 +74,12 @@ def write_text(path: Path, text: str) -> None:
         StorageError: it cannot be written.
     """  # noqa: DOC501 - storage_errors turns OSError into it
     with storage_errors(path):
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = temporary_beside(path)
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-            with open(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            # names of files need not be text; those that hold none are shown by their bytes
+            with open(os.open(temporary, flags, mode), "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -81,6 +87,52 @@ def write_text(path: Path, text: str) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)  # on a full disk its room is needed
             raise
+        _sweep(path)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for what is to become a file, next to it: each writer's own, since several may write the same file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A name that begins with a dot and ends with ``.tmp``.
+    """
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of a file left behind that were killed; what is young may be another's at this moment."""
+    with suppress(OSError):
+        for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink(missing_ok=True)
+
+
+def take_lock(file: IO[Any], place: Path, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed, or its process ends.
+
+    Args:
+        file: the file.
+        place: what is locked, for the message.
+        wait: until whoever holds it is done.
+
+    Returns:
+        Whether it is ours; without waiting, False where another process holds it.
+
+    Raises:
+        StorageError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StorageError(
+            f"{place} is on a file system without file locks ({error.strerror}): give trainer.storage_path on another."
+        ) from error
+    return True
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> Any:

@@ -22,7 +22,7 @@ from kngd_ray.clip._model import ClipModel, quiet_open_clip
 from kngd_ray.clip._network import CLIPNetwork
 from kngd_ray.clip.adapters import Adapter, Linear
 from kngd_ray.errors import ModelError
-from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.storage import storage_errors, temporary_beside, write_text
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
@@ -78,7 +78,7 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
     path = folder / WEIGHTS
     with storage_errors(path, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = temporary_beside(path)
         save_file(
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in clip.state_dict().items()},
             str(temporary),

@@ -17,7 +17,7 @@ from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
-from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
@@ -62,6 +62,7 @@ class MethodRun:
             for seed in config.seeds
         }
         self.failures: dict[str, str] = {}
+        self.warnings: list[str] = []
         several = len(config.seeds) > 1
         self._parent = self._record(self.name, config, None) if several else None
         self._records = {
@@ -196,6 +197,8 @@ class MethodRun:
         except FilterError:  # a fold has fewer shots than the fit that went well
             calibration, novelty = Calibration(posterior.unasked, 1.0), None
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
+        if (warning := below_zero_shot(task, calibration, posterior.folds)) is not None:
+            self.warnings.append(f"{name}: {warning}")
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
@@ -211,6 +214,7 @@ class MethodRun:
                 "calibration/temperature": calibration.scaling,
                 "time/fit_s": seconds,
             }
+            | ({} if calibration.held_out_nll is None else {"calibration/held_out_nll": calibration.held_out_nll})
         )
         self._card(record, name, replace(self.config, seeds=(seed,)), report, zero_shot)
         figures = record.artifacts / "figures"

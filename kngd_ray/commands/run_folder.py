@@ -7,7 +7,7 @@
                       search.yaml         of a search: its options and space
 """
 
-import fcntl
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +18,11 @@ from uuid import uuid4
 from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
-from kngd_ray.storage import read_json, storage_errors, write_text
+from kngd_ray.storage import read_json, storage_errors, take_lock, write_text
 from kngd_ray.tracking import redact, resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 RESULTS = "results.json"
@@ -241,9 +243,12 @@ def locked(folder: Path) -> Iterator[None]:
         file = (folder / ".lock").open("w")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            ours = take_lock(file, folder)
+        except StorageError as error:  # one driver needs none
+            logger.warning("%s Until then see that nothing else drives this run", error)
+            ours = True
+        if not ours:
             raise DrivenElsewhereError(
                 f"the run {folder.name} is being driven by another process: wait for it or stop it."
-            ) from error
+            )
         yield

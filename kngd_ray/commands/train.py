@@ -130,6 +130,8 @@ def _run(
         if reports:
             _write_results(folder, reports)
             _show(config, prepared, protocol, reports, display)
+            for warning in (warning for method in methods for warning in method.warnings):
+                display.say(f"warning: {warning}")
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

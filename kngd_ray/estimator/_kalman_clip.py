@@ -30,7 +30,7 @@ from kngd_ray.estimator._naming import listed_templates, names_of, said_of, temp
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
@@ -342,6 +342,8 @@ class KalmanCLIP(Parameters):
         else:
             calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
+            if (warning := below_zero_shot(task, calibration, config.posterior.folds)) is not None:
+                warnings.warn(warning, UserWarning, stacklevel=3)
         self._adopt(kept, settled, classes)
         if columns is not None:
             self.feature_names_in_ = columns

@@ -11,7 +11,6 @@ lock. A trial whose driver is gone is claimed by another, as the trial it is: no
 history is that of a search that was never interrupted.
 """
 
-import fcntl
 import os
 import shutil
 import warnings
@@ -32,7 +31,7 @@ from kngd_ray.errors import CheckpointError
 from kngd_ray.search.options import SearchOptions
 from kngd_ray.search.samplers import sampler_of
 from kngd_ray.search.space import Space, Value
-from kngd_ray.storage import storage_errors
+from kngd_ray.storage import storage_errors, take_lock
 
 JOURNAL = "study.journal"
 _DRIVER, _REASON, _FIGURES = "driver", "failed", "figures"  # user attributes of a trial
@@ -298,7 +297,7 @@ class _Lock:
     def acquire(self) -> bool:
         """Wait for the lock."""
         file = self._path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, self._path.parent, wait=True)
         self._file = file
         return True
 
@@ -338,11 +337,7 @@ def _is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+        return not take_lock(file, path.parent)
 
 
 def _hold(path: Path) -> Any:
@@ -350,7 +345,7 @@ def _hold(path: Path) -> Any:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
+    take_lock(file, path.parent, wait=True)
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file

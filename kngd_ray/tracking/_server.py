@@ -1,6 +1,7 @@
 """One tracking store: connected within seconds or not at all, and spoken to without MLflow's global state."""
 
 import getpass
+import logging
 import socket
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,11 @@ from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file
 
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0
+_EVIDENCE = "calibration/held_out_nll"
+_TASK = ("data.", "model.", "protocol", "seeds")  # settings that decide what held-out shots are
+_NOT_TASK = ("data.cache_dir", "data.on_bad_image")
+
+logger = logging.getLogger(__name__)
 
 
 class Server:
@@ -73,7 +79,7 @@ class Server:
             return created
 
     def register(self, name: str, model_id: str, run_id: str) -> None:
-        """Make a logged model the newest version of a registered one, and its champion.
+        """Make a logged model the newest version of a registered one, and its champion if it is known to be better.
 
         Args:
             name: of the registered model, created if need be.
@@ -98,7 +104,34 @@ class Server:
             else:  # by its place: MLflow looks for models:/ID in the store of its global tracking URI, not in this one
                 place = self.client.get_logged_model(model_id).artifact_location
                 version = self.client.create_model_version(name, place, run_id, model_id=model_id)
+            self._crown(name, version)
+
+    def _crown(self, name: str, version: Any) -> None:
+        """Give a version the alias ``champion``, unless the one that has it may be better."""  # noqa: DOC501
+        from mlflow.exceptions import MlflowException
+
+        try:
+            champion = self.client.get_model_version_by_alias(name, "champion")
+            reigning = self.client.get_run(champion.run_id).data
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            # nobody has it, or its run is gone
             self.client.set_registered_model_alias(name, "champion", version.version)
+            return
+        if champion.version == version.version:
+            return
+        why = _no_better(self.client.get_run(version.run_id).data, reigning)
+        if why is None:
+            self.client.set_registered_model_alias(name, "champion", version.version)
+            return
+        logger.warning(
+            "version %s of the model %s is registered, and version %s stays its champion: %s",
+            version.version,
+            name,
+            champion.version,
+            why,
+        )
 
     def stage(self, run_id: str) -> str | None:
         """Where a run is in its life: ``active``, ``deleted``, or None if the store has never heard of it."""  # noqa: DOC501
@@ -210,3 +243,31 @@ class Server:
         """Beside a database file; MLflow's default is the folder that this process happens to run in."""
         path = sqlite_file(self.uri)
         return None if path is None else (Path(path.parent) / "mlruns" / quote(experiment, safe=" ")).as_uri()
+
+
+def _no_better(new: Any, reigning: Any) -> str | None:
+    """Why a run is not known to be better than the champion's; None if it is.
+
+    Only what was held out of the training shots counts, and only on the same task: a search of two trials, or fewer
+    shots, dethrone nobody. Of runs that held nothing out the newer one is taken for better.
+
+    Args:
+        new: params and metrics of its run.
+        reigning: of the champion's.
+
+    Returns:
+        The end of a sentence.
+    """
+    tasks = [
+        {key: value for key, value in run.params.items() if key.startswith(_TASK) and key not in _NOT_TASK}
+        for run in (new, reigning)
+    ]
+    if tasks[0] != tasks[1]:
+        keys = sorted(key for key in tasks[0].keys() | tasks[1].keys() if tasks[0].get(key) != tasks[1].get(key))
+        return f"it was trained on another task ({', '.join(keys[:3])}); move the alias in MLflow if you want it"
+    scores = [run.metrics.get(_EVIDENCE) for run in (new, reigning)]
+    if scores[0] is None and scores[1] is not None:
+        return "nothing was held out to judge the new one by (posterior.folds)"
+    if scores[0] is not None and scores[1] is not None and scores[0] >= scores[1]:
+        return f"its NLL of held-out shots is {scores[1]:.4f}, and that of the new one {scores[0]:.4f}"
+    return None

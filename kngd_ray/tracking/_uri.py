@@ -1,7 +1,7 @@
 """Addresses of tracking stores: made absolute, checked, and shown without their secrets."""
 
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kngd_ray.errors import TrackingError, redact
 
@@ -14,10 +14,16 @@ def is_database(uri: str) -> bool:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, None for any other store."""
-    if not uri.startswith("sqlite:") or "file:" in uri:
+    """The file of a SQLite store, None for any other store.
+
+    Addresses are percent-encoded. But who writes ``sqlite:///$WORKSPACE/mlflow.db`` in a folder called ``a%20b`` means
+    that folder: what is there under the name as it stands is taken at its word.
+    """
+    written = uri.partition("///")[2].partition("?")[0]
+    if not uri.startswith("sqlite:") or written.startswith("file:"):
         return None
-    return Path(uri.partition("///")[2].partition("?")[0])
+    literal, decoded = Path(written), Path(unquote(written))
+    return literal if literal.parent.is_dir() and not decoded.parent.is_dir() else decoded
 
 
 def resolve_uri(uri: str, folder: Path | None = None) -> str:
@@ -48,4 +54,7 @@ def resolve_uri(uri: str, folder: Path | None = None) -> str:
         raise TrackingError(f"tracking.uri is {uri!r}, which keeps nothing; name a file, as in sqlite:///mlflow.db.")
     driver, _, rest = uri.partition("///")
     query = rest.partition("?")[1:]
-    return f"{driver}///{((folder or Path.cwd()) / path).resolve()}{''.join(query)}"
+    absolute = str(((folder or Path.cwd()) / path).resolve())
+    # SQLAlchemy decodes what it is given, and takes what follows a question mark for options
+    encoded = absolute.replace("%", "%25").replace("?", "%3F")
+    return f"{driver}///{encoded}{''.join(query)}"

@@ -182,6 +182,34 @@ def calibrate(
     return replace(found, held_out_nll=None, held_out_accuracy=None) if single(task.support.labels) else found
 
 
+def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None:
+    """Say so of a fit that is right about fewer of its held-out shots than CLIP as it is.
+
+    Args:
+        task: the fit.
+        found: its calibration, by `folds`.
+        folds: number of folds.
+
+    Returns:
+        A sentence; None where it is not so, where nothing was held out, and where towers are trained, whose shots are
+        no embeddings.
+    """
+    if found.held_out_accuracy is None or task.towers is not None:
+        return None
+    held = [part for _, part in calibration_tasks(task, folds)]
+    head = CLIPHead(task.class_embeddings.cpu(), task.logit_scale)
+    with torch.no_grad():
+        right = [(head(part.inputs.cpu()).argmax(1) == part.labels.cpu()).double() for part in held]
+    zero_shot = float(torch.cat(right).mean())
+    spread = float((task.class_embeddings - task.class_embeddings[0]).abs().max())
+    if found.held_out_accuracy >= zero_shot or not spread:  # without texts there is no zero-shot
+        return None
+    return (
+        f"the fit is right about {100 * found.held_out_accuracy:.1f} % of the training pictures that were held out "
+        f"from it, and CLIP as it is about {100 * zero_shot:.1f} %: look at labels and prompts, or take more shots"
+    )
+
+
 def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:
     """Choose tau and fit the scaling temperature on shots that fits have not seen.
 

@@ -41,7 +41,14 @@ def refused(command, outcome, *words: str) -> None:
 
 
 def test_the_shipped_files_are_there() -> None:
-    names = {"noise_priors.yaml", "diagonal_priors.yaml", "adapters.yaml", "adamw_baseline.yaml", "pareto.yaml", "smoke.yaml"}
+    names = {
+        "noise_priors.yaml",
+        "diagonal_priors.yaml",
+        "adapters.yaml",
+        "adamw_baseline.yaml",
+        "pareto.yaml",
+        "smoke.yaml",
+    }
     assert {path.name for path in FILES} >= names
 
 

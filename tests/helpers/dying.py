@@ -72,7 +72,7 @@ def _arm(point: str) -> None:
             if point == "before manifest":
                 _die()
             if point == "half of manifest":
-                path.with_name(f".{path.name}.tmp").write_text(text[: len(text) // 2])
+                storage.temporary_beside(path).write_text(text[: len(text) // 2])
                 _die()
             if point == "before rename":
                 storage.os.fsync = _then_die(storage.os.fsync)

@@ -68,3 +68,8 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         learning_curve([], tmp_path / "file" / "c.png")
+
+
+def test_names_without_a_glyph_are_boxes_and_no_warnings(tmp_path, recwarn):
+    reliability_diagram({"写真": predictions(50, 3, 1.0)}, tmp_path / "r.png", "絵文字")
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]

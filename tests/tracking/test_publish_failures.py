@@ -11,11 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from helpers.mlflow_server import Server
 
 from kngd_ray.errors import TrackingError
-from kngd_ray.tracking import Publisher, publish, redact, resolve_uri
+from kngd_ray.tracking import Publisher, publish, read_runs, redact, resolve_uri
 from kngd_ray.tracking._quiet import FIRST_CONTACT
+from kngd_ray.tracking._uri import sqlite_file
 
 SECRET = "s3cret"
 
@@ -150,6 +152,33 @@ def test_relative_database_becomes_absolute(tmp_path):
     assert resolve_uri("sqlite:///a/../mlflow.db", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     assert resolve_uri(f"sqlite:///{tmp_path}/m.db?timeout=3") == f"sqlite:///{tmp_path}/m.db?timeout=3"
     assert resolve_uri("https://tracking.example.org/x") == "https://tracking.example.org/x"
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a%", "a b", "a?b", "a#b", "é", "a@b", "a:b&c=d"])
+def test_a_database_is_where_its_folder_is_whatever_it_is_called(tmp_path, monkeypatch, name):
+    """SQLAlchemy decodes its addresses, and takes what follows a question mark for options."""
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    relative = resolve_uri("sqlite:///mlflow.db")
+    assert sqlite_file(relative) == folder / "mlflow.db"
+    assert sqlalchemy.create_engine(relative).url.database == str(folder / "mlflow.db")
+    assert resolve_uri(relative) == relative
+    if "?" not in name:  # which begins the options of an address that is given whole
+        assert resolve_uri(f"sqlite:///{folder}/mlflow.db") == relative
+
+
+def test_runs_arrive_beside_a_folder_with_an_odd_name(open_record, run_folder, own_store, tmp_path, monkeypatch):
+    folder = tmp_path / "50%20? #é"
+    folder.mkdir()
+    sqlite_file(own_store).rename(folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    record = open_record("x")
+    (record.artifacts / "a.txt").write_text("a")
+    record.finish()
+    (run,) = publish(run_folder, "sqlite:///mlflow.db", "odd").values()
+    assert (folder / "mlruns" / "odd" / run / "artifacts" / "a.txt").read_text() == "a"
+    assert [each.id for each in read_runs("sqlite:///mlflow.db", "odd")] == [run]
 
 
 @pytest.mark.parametrize(

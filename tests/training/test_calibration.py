@@ -9,6 +9,7 @@ from helpers.cases import CLASSES, make_options, make_support, make_task, rng
 from helpers.compare import max_error
 from torch.nn.functional import nll_loss
 
+from kngd_ray.clip import CLIPHead
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import calibration
 from kngd_ray.training.batches import Support
@@ -16,6 +17,7 @@ from kngd_ray.training.calibration import (
     TAU_GRID,
     Calibration,
     _chosen,
+    below_zero_shot,
     calibrate,
     calibration_tasks,
     fit_temperature,
@@ -38,6 +40,17 @@ def test_folds_are_stratified(folds, shots):
     for c in range(len(shots)):
         counts = torch.bincount(fold[labels == c], minlength=folds)
         assert int(counts.max() - counts.min()) <= 1
+
+
+def test_a_fit_below_zero_shot_on_its_held_out_shots_is_told(task):
+    head = CLIPHead(task.class_embeddings, task.logit_scale)
+    support = task.support
+    zero_shot = float((head(support.features).argmax(1) == support.labels).double().mean())
+    assert below_zero_shot(task, Calibration(1.0, 1.0, 0.1, zero_shot), 4) is None
+    said = below_zero_shot(task, Calibration(1.0, 1.0, 0.1, zero_shot - 0.01), 4)
+    assert said is not None
+    assert f"CLIP as it is about {100 * zero_shot:.1f} %" in said
+    assert below_zero_shot(task, Calibration(1.0, 1.0), 0) is None, "nothing was held out"
 
 
 def test_single_shot_classes_do_not_all_leave_together():

@@ -28,6 +28,7 @@ from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.stream import streamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,8 @@ class Config(FitOptions):
         protocol: what is tested beside the run's own classes in and out of distribution. ``fsl``, few-shot learning:
             nothing. ``dg``, domain generalisation: nothing, but there must be a domain out of distribution. ``bng``,
             base to new: the first half of the classes is trained on, the second is told apart by its texts alone.
-            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`.
+            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`. ``stream``: the shots come in
+            batches, in the order of ``data.order`` or ``data.time``, and each is predicted before it is learned from.
         targets: data sets of ``cdg``, each a parquet file or a folder with its own class names; pictures that state no
             split are all tested on.
         trainer: where the run executes.
@@ -141,7 +143,7 @@ class Config(FitOptions):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
-    protocol: Literal["fsl", "dg", "bng", "cdg"] = "fsl"
+    protocol: Literal["fsl", "dg", "bng", "cdg", "stream"] = "fsl"
     targets: tuple[str, ...] = ()
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -158,16 +160,50 @@ class Config(FitOptions):
             raise ValueError(
                 "protocol is cdg without targets; name the data sets to test on: targets=[flowers.parquet]"
             )
+        self._check_stream()
         if self.model.precomputed:
             prompts = self.data.templates != DataConfig.templates
             check_without_towers(self.model, self.tune, self.adapter, prompts=prompts, protocol=self.protocol)
         if self.targets and self.protocol != "cdg":
             raise ValueError(f"targets are for protocol=cdg, and protocol is {self.protocol}; leave one of them out")
 
+    def _check_stream(self) -> None:
+        """What only a stream has, and what it cannot have.
+
+        Raises:
+            ValueError: one of them is as it cannot be.
+        """
+        ordered = next((f"data.{name}" for name in ("order", "time") if getattr(self.data, name) is not None), None)
+        if self.protocol != "stream":
+            if ordered is not None:
+                raise ValueError(
+                    f"{ordered} is for protocol=stream, and protocol is {self.protocol}; leave one of them out"
+                )
+            return
+        if ordered is None:
+            raise ValueError(
+                "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
+                "the column that says when a row came, data.time=COLUMN"
+            )
+        if self.tune.images:
+            raise ValueError(
+                f"protocol is stream, which adapters on frozen towers learn from, and tune.parameters is "
+                f"{self.tune.parameters}; leave one of them out"
+            )
+        if not self.epochs:
+            raise ValueError(
+                "epochs is 0, and a stream is learned from as it comes; give 1 or more steps for each batch"
+            )
+        if self.optimizer.schedule != "constant" and self.method != "kalman":
+            raise ValueError(
+                f"optimizer.schedule is {self.optimizer.schedule}, which has to know the end of a stream; take constant"
+            )
+
     @property
     def fit_options(self) -> FitOptions:
-        """The part of the configuration that decides a fit."""
-        return FitOptions(**{f.name: getattr(self, f.name) for f in fields(FitOptions)})
+        """The part of the configuration that decides a fit; of a stream, a batch is not all of it."""
+        options = FitOptions(**{f.name: getattr(self, f.name) for f in fields(FitOptions)})
+        return streamed(options) if self.protocol == "stream" else options
 
 
 def load_config(

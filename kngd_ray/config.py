@@ -176,9 +176,7 @@ class Config(FitOptions):
         ordered = next((f"data.{name}" for name in ("order", "time") if getattr(self.data, name) is not None), None)
         if self.protocol != "stream":
             if ordered is not None:
-                raise ValueError(
-                    f"{ordered} is for protocol=stream, and protocol is {self.protocol}; leave one of them out"
-                )
+                raise ValueError(f"{ordered} is for protocol=stream, and protocol is {self.protocol}; leave one out")
             return
         if ordered is None:
             raise ValueError(

@@ -252,6 +252,9 @@ def _show(
 def _chosen(config: Config) -> str:
     """What the shots were asked for beside the weights; not for a tau that is given."""
     posterior = config.posterior
+    if config.protocol == "stream":
+        chosen = config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None
+        return "; tau was chosen by what had been predicted before" if chosen else ""
     if not posterior.folds:
         return ""
     given = posterior.temperature

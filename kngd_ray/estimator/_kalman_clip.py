@@ -17,7 +17,7 @@ from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, 
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, learn, write
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, learn, write
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.filters import Belief
@@ -33,6 +33,7 @@ from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.resumable import SOURCE
 from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.stream import Stream
 
 _FILE = "estimator.json"
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
@@ -123,8 +124,9 @@ class KalmanCLIP(Parameters):
     def partial_fit(self, X: Any, y: Sequence[Hashable], classes: Sequence[Hashable] | None = None) -> Self:
         """Learn from more pictures: the posterior so far is the prior. Give each picture once.
 
-        What is chosen on pictures (tau, unless it is given) is chosen anew on the new ones, unless there are fewer than
-        two for each fold.
+        The calls are a stream, as of ``protocol=stream``: between them the belief moves as ``noise.process`` says, and
+        pictures are predicted before they are learned from. By how well they were, tau is chosen anew (unless it is
+        given), once they are two for each fold; the first call chooses it as :meth:`fit` does.
 
         Args:
             X: N pictures, or a matrix (N, d).
@@ -145,7 +147,7 @@ class KalmanCLIP(Parameters):
         new = next((label for label in labels if label not in known), None)
         if new is not None:
             raise InputError(f"the label {new!r} is new: name all of them by classes= in the first partial_fit.")
-        return self._learn(X, labels, known, self.checkpoint_ if fitted else None)
+        return self._learn(X, labels, known, self.checkpoint_ if fitted else None, in_stream=True)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable labels.
@@ -288,7 +290,15 @@ class KalmanCLIP(Parameters):
         if self.model == PRECOMPUTED:
             self.n_features_in_: int = kept.manifest["model"]["embed_dim"]
 
-    def _learn(self, X: Any, labels: Sequence[Any], classes: Sequence[Any], before: Checkpoint | None) -> Self:
+    def _learn(
+        self,
+        X: Any,
+        labels: Sequence[Any],
+        classes: Sequence[Any],
+        before: Checkpoint | None,
+        *,
+        in_stream: bool = False,
+    ) -> Self:
         inputs = self._inputs
         samples = inputs.check(X, None if before is None else self._width)
         check_lengths(samples, labels)
@@ -310,6 +320,7 @@ class KalmanCLIP(Parameters):
             model.encode_classes(names, templates),
             model.logit_scale,
             None if before is None else Held.of(before),
+            stream=Stream(config.posterior) if in_stream else None,
         )
         identity = identity_of(model, inputs.source, names, templates)
         if before is not None:
@@ -318,8 +329,10 @@ class KalmanCLIP(Parameters):
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = self._settled  # too few to choose anything by
         else:
-            calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
+            calibration, novelty = calibrate(replace(task, stream=None), config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
+        if before is not None:
+            settled = replace(settled, calibration=foreseen(task, kept, settled.calibration, config.posterior.folds))
         self._adopt(kept, settled, classes)
         self._restore(model)
         return self

@@ -1,8 +1,9 @@
 """The one step loop: every method, on one process or many ranks, from the start or from a checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
-from kngd_ray.training.kalman import ANCHOR, FORESEEN, P0, KalmanNGD
+from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
@@ -109,6 +110,13 @@ class StepRecord:
     met: Met | None = None
     look: Look | None = None
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "StepRecord":
+        """A record from its fields as plain data, as other processes send them."""
+        kinds: dict[str, type[Any]] = {"stats": StepStats, "met": Met, "look": Look}
+        told = {name: kind(**fields[name]) for name, kind in kinds.items() if fields[name] is not None}
+        return cls(**{**fields, **told})
+
 
 def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
     """The head of a task with its initial weights, and the towers below it if they are trained.
@@ -181,7 +189,7 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     # Built on these weights: they are the mu_0 that an Ornstein-Uhlenbeck process returns to.
     method = build_method(task, head, group)
     # Noise and moments start anew; what the earlier fit took from its shots is part of its posterior.
-    goes_on = (ANCHOR, FORESEEN) if task.prior.taken else ()
+    goes_on = (ANCHOR, FORESEEN, NOISE) if task.prior.taken else ()  # the same stream, and not another task
     kept = {key: value for key, value in prior.replicated.items() if key in (P0, *goes_on, *head_state(head))}
     method.load(replace(prior, replicated=method.state().replicated | kept))
     if isinstance(method, KalmanNGD):

@@ -23,6 +23,7 @@ P0 = "prior/p0"
 LOGIT_VARIANCE = "prior/logit_variance"
 ANCHOR = "prior/mean"
 FORESEEN = "stream/foreseen"
+NOISE = "noise"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -170,7 +171,7 @@ class KalmanNGD:
         return MethodState(
             weights={name: p.detach().clone() for name, p in self.parameters.items()},
             replicated={
-                "noise": self.noise,
+                NOISE: self.noise,
                 **{key: torch.tensor(value, dtype=torch.float64) for key, value in {P0: self.p0, **chosen}.items()},
                 **head_state(self.head),
                 **of_stream,
@@ -181,7 +182,7 @@ class KalmanNGD:
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
-        self.posterior.noise = state.replicated["noise"].to(self.noise)
+        self.posterior.noise = state.replicated[NOISE].to(self.noise)
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
         self.logit_variance = chosen_variance(state)

@@ -28,7 +28,7 @@ from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
-from kngd_ray.training.stream import streamed
+from kngd_ray.training.stream import check_streamed, streamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,42 +160,13 @@ class Config(FitOptions):
             raise ValueError(
                 "protocol is cdg without targets; name the data sets to test on: targets=[flowers.parquet]"
             )
-        self._check_stream()
+        ordered = [f"data.{name}" for name in ("order", "time") if getattr(self.data, name) is not None]
+        check_streamed(self, self.protocol, ordered[0] if ordered else None)
         if self.model.precomputed:
             prompts = self.data.templates != DataConfig.templates
             check_without_towers(self.model, self.tune, self.adapter, prompts=prompts, protocol=self.protocol)
         if self.targets and self.protocol != "cdg":
             raise ValueError(f"targets are for protocol=cdg, and protocol is {self.protocol}; leave one of them out")
-
-    def _check_stream(self) -> None:
-        """What only a stream has, and what it cannot have.
-
-        Raises:
-            ValueError: one of them is as it cannot be.
-        """
-        ordered = next((f"data.{name}" for name in ("order", "time") if getattr(self.data, name) is not None), None)
-        if self.protocol != "stream":
-            if ordered is not None:
-                raise ValueError(f"{ordered} is for protocol=stream, and protocol is {self.protocol}; leave one out")
-            return
-        if ordered is None:
-            raise ValueError(
-                "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
-                "the column that says when a row came, data.time=COLUMN"
-            )
-        if self.tune.images:
-            raise ValueError(
-                f"protocol is stream, which adapters on frozen towers learn from, and tune.parameters is "
-                f"{self.tune.parameters}; leave one of them out"
-            )
-        if not self.epochs:
-            raise ValueError(
-                "epochs is 0, and a stream is learned from as it comes; give 1 or more steps for each batch"
-            )
-        if self.optimizer.schedule != "constant" and self.method != "kalman":
-            raise ValueError(
-                f"optimizer.schedule is {self.optimizer.schedule}, which has to know the end of a stream; take constant"
-            )
 
     @property
     def fit_options(self) -> FitOptions:

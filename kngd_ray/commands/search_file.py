@@ -125,7 +125,7 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
 def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConfig:
     if config.protocol == "stream" and options.cross_validated:
         raise UsageError(
-            "search.objective names held-out shots, and a stream (protocol=stream) is judged as it comes: take evidence."
+            "search.objective names held-out shots, and protocol=stream is judged as it comes: take evidence."
         )
     if config.method != "kalman" and "evidence" in options.objective and config.protocol != "stream":
         raise UsageError(

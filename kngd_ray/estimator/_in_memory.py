@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray.errors import FilterError, UsageError
+from kngd_ray.filters import Belief
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.storage import storage_errors
-from kngd_ray.training.calibration import Calibration
+from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint, save
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare
-from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.predict import PosteriorOptions, Predictor
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import describe
 from kngd_ray.training.stream import Foresight
@@ -150,3 +151,23 @@ def write(folder: Path, kept: Checkpoint) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     description = {key: value for key, value in kept.manifest.items() if key not in ("parameters", "pieces", "files")}
     save(folder / f"step-{kept.manifest['step']:08d}-000000", kept.state, description, SingleProcess())
+
+
+def in_double(predictor: AnyPredictor) -> Predictor:
+    """The same predictor in double precision, in which it says the same of a row alone and among others.
+
+    Args:
+        predictor: of a head.
+
+    Returns:
+        The predictor.
+    """
+    assert isinstance(predictor, Predictor)
+    belief = predictor.belief
+    if belief is not None:
+        covariance = {
+            name: {key: t.double() if t.is_floating_point() else t for key, t in state.items()}
+            for name, state in belief.covariance.items()
+        }
+        belief = Belief(belief.mu.double(), covariance)
+    return Predictor(predictor.head.double(), predictor.family, belief, predictor.options)

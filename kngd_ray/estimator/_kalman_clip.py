@@ -17,13 +17,12 @@ from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, 
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, classifier_tags, not_fitted
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, learn, write
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, write
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
-from kngd_ray.filters import Belief
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import AnyPredictor, Calibration
+from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
@@ -408,7 +407,7 @@ class KalmanCLIP(Parameters):
         kept, settled = self.checkpoint_, self._settled
         predictor = restore_predictor(kept, model, settled.posterior)
         if self.model == PRECOMPUTED:
-            predictor = _in_double(predictor)
+            predictor = in_double(predictor)
         self._restored = Classifier(model, predictor, self.class_names_, settled.calibration, settled.novelty)
         return self._restored
 
@@ -431,26 +430,6 @@ class KalmanCLIP(Parameters):
 def _head(classifier: Classifier) -> Predictor:
     assert isinstance(classifier.predictor, Predictor)
     return classifier.predictor
-
-
-def _in_double(predictor: AnyPredictor) -> Predictor:
-    """The same predictor in double precision, in which it says the same of a row alone and among others.
-
-    Args:
-        predictor: of a head.
-
-    Returns:
-        The predictor.
-    """
-    assert isinstance(predictor, Predictor)
-    belief = predictor.belief
-    if belief is not None:
-        covariance = {
-            name: {key: t.double() if t.is_floating_point() else t for key, t in state.items()}
-            for name, state in belief.covariance.items()
-        }
-        belief = Belief(belief.mu.double(), covariance)
-    return Predictor(predictor.head.double(), predictor.family, belief, predictor.options)
 
 
 def _listed(templates: str | Sequence[str]) -> Sequence[str]:

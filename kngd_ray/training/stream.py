@@ -148,8 +148,8 @@ def check_streamed(options: FitOptions, protocol: str, ordered: str | None) -> N
         return
     if ordered is None:
         raise ValueError(
-            "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or the "
-            "column that says when a row came, data.time=COLUMN"
+            "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
+            "the column that says when a row came, data.time=COLUMN"
         )
     if options.tune.images:
         raise ValueError(

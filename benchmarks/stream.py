@@ -109,17 +109,21 @@ def measured(path: str, geometry: str, seeds: int, trials: int) -> tuple[str, di
     config = load_config()
     runs: dict[str, list[Run]] = {}
     chosen: dict[str, Settings] = {}
+    seconds: dict[str, float] = {}
     for row in ROWS:
         space, run = METHODS[row]
         if space is not None:
             chosen[row] = tuned(space, run, config, [streams[seed] for seed in TUNED_ON], trials)
         settings = chosen.get(row, {})
+        began = time.process_time()
         runs[row] = [run(config, streams[seed], settings) for seed in shown[len(TUNED_ON) :]]
+        seconds[row] = (time.process_time() - began) / seeds
     figures = {row: [r.figures(streams[1].stream) for r in found] for row, found in runs.items()}
     return f"{data}, {geometry}", {
         "order": ORDERS[data],
         "shots": SHOTS[data],
         "chosen": chosen,
+        "cpu_seconds": seconds,
         "by_seed": figures,
         "rows": {row: {key: interval([f[key] for f in found]) for key in found[0]} for row, found in figures.items()},
         "tuned_minus": {row: differences(figures["tuned"], figures[row]) for row in ROWS[1:]},
@@ -304,10 +308,14 @@ def differences(mine: Sequence[Mapping[str, float]], other: Sequence[Mapping[str
 
 def markdown(problem: Mapping[str, Any]) -> str:
     """A table of all rows, and of what tuned process noise is better by."""
-    lines = ["| | accuracy % | NLL | forgotten % | tuned minus it: accuracy | NLL |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | accuracy % | NLL | forgotten % | CPU s | tuned minus it: accuracy | NLL |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in ROWS:
         own, by = problem["rows"][row], problem["tuned_minus"].get(row)
         cells = [shown(own["accuracy"], 100), shown(own["nll"]), shown(own["forgetting"], 100)]
+        cells.append(f"{problem['cpu_seconds'][row]:.1f}")
         cells += ["", ""] if by is None else [span(by["accuracy"], 100), span(by["nll"])]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"chosen: {problem['chosen']}"])

@@ -192,15 +192,17 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     goes_on = (ANCHOR, FORESEEN, NOISE) if task.prior.taken else ()  # the same stream, and not another task
     kept = {key: value for key, value in prior.replicated.items() if key in (P0, *goes_on, *head_state(head))}
     method.load(replace(prior, replicated=method.state().replicated | kept))
-    if isinstance(method, KalmanNGD):
-        method.taken = task.prior.taken
     return _in_stream(method, task)
 
 
 def _in_stream(method: Method, task: FitTask) -> Method:
-    """Have labels predicted at the taus that may be chosen."""
+    """Tell a method of a stream what came before, and at which taus labels are to be predicted."""
     if task.stream is not None and isinstance(method, KalmanNGD):
         method.posterior.taus = task.stream.taus
+        if task.prior is None:
+            method.taken = 0
+        elif task.prior.taken:
+            method.taken = task.prior.taken
     return method
 
 

@@ -58,7 +58,7 @@ class KalmanNGD:
         self.p0 = options.filter.weight_variance
         self.logit_variance: float | None = None  # as shots chose it
         self.foreseen: Tensor | None = None  # of a stream, what each tau has made of labels to come; see fit
-        self.taken = 0  # steps of earlier fits of the same stream
+        self.taken: int | None = None  # steps of earlier fits of the same stream; None where there is no stream
         self._options = options
         self.posterior = self._place(streamed=streamed)
 
@@ -108,9 +108,11 @@ class KalmanNGD:
         return self._options.noise.process
 
     def _transition(self, step: int) -> Transition:
-        """The transition before a step; of P_0 where it is kept."""
+        """The transition before a step; of P_0 where it is kept. Before the first batch of a stream no time passes."""
+        if self.taken == step == 0:
+            return Transition(1.0, 1.0, 0.0)
         kept = isinstance(self.posterior, ModePosterior) and self.posterior.keeps_prior
-        return self._process.transition(self.taken + step, None if kept else self.p0)
+        return self._process.transition((self.taken or 0) + step, None if kept else self.p0)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -165,7 +167,7 @@ class KalmanNGD:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
         chosen = {} if self.logit_variance is None else {LOGIT_VARIANCE: self.logit_variance}
         of_stream = {} if self.foreseen is None else {FORESEEN: self.foreseen}
-        if isinstance(self.posterior, InMemoryPosterior) and self._transition(0).decay != 1.0:
+        if isinstance(self.posterior, InMemoryPosterior) and self._transition(1).decay != 1.0:
             of_stream[ANCHOR] = self.posterior.anchor
         owned = self.posterior.filter.ownership.parts
         return MethodState(

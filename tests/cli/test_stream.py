@@ -10,6 +10,8 @@ import torch
 import yaml
 from helpers.features import SCALE, class_embeddings, feature_table, write_features
 
+from kngd_ray.commands.tune import _registered
+from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, open_images, select
 from kngd_ray.errors import DataError
 from kngd_ray.training.kalman import KalmanNGD
@@ -206,6 +208,24 @@ def test_a_search_on_a_stream(command) -> None:
     assert set(report["test"]["stream"]) >= {"accuracy", "nll", "forgetting"}
     metrics = json.loads((command.run("t") / "records" / "search" / "metrics.json").read_text())
     assert metrics["stream/nll"] == report["test"]["stream"]["nll"]
+
+
+def test_the_winner_of_another_stream_is_another_model() -> None:
+    names = [
+        _registered(load_config(overrides=[*settings, "tracking.experiment=e"]))
+        for settings in (
+            [],
+            ["protocol=stream", "data.order=[noto,twemoji]"],
+            ["protocol=stream", "data.order=[twemoji,noto]"],
+            ["protocol=stream", "data.time=taken_at"],
+        )
+    ]
+    assert names == [
+        "e-emoji-kalman",
+        "e-emoji-noto-twemoji-kalman",
+        "e-emoji-twemoji-noto-kalman",
+        "e-emoji-taken_at-kalman",
+    ]
 
 
 def test_gradient_methods_are_searched_on_a_stream_too(command) -> None:

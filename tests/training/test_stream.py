@@ -11,7 +11,7 @@ from helpers.resuming import Killed, kill_after
 from torch.nn.functional import cross_entropy, normalize
 
 from kngd_ray.config import load_config, override
-from kngd_ray.errors import UsageError
+from kngd_ray.errors import CheckpointError, UsageError
 from kngd_ray.estimator import KalmanCLIP
 from kngd_ray.filters import Transition
 from kngd_ray.search import SearchOptions, Workload, fit_alone, fit_together, judge
@@ -148,6 +148,9 @@ def test_a_stream_that_was_cut_short_goes_on(process, tmp_path) -> None:
     again = {record.step: (record.met, record.look) for record in rest}
     assert len(rest) == 2  # the step after which it was killed had no checkpoint yet
     assert again == {record.step: (record.met, record.look) for record in told if record.step in again}
+    run_fit(replace(task, stream=None), tmp_path / "other", **how)
+    with pytest.raises(CheckpointError, match="belongs to another task: its order is None, this one's is stream"):
+        run_fit(task, tmp_path / "other", **how)
     looks = [record.look for record in told if record.look is not None]
     assert [look.samples for look in looks] == [16, 20]
 

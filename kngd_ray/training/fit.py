@@ -357,7 +357,7 @@ class _Meeting:
             assert stats.log_predictive is not None
             log_predictive, accuracy = stats.log_predictive, stats.accuracy
         tau = self._foresight.tau if self._kalman is not None else 0.0
-        nll = -self._foresight.see(log_predictive) / batch.total
+        nll = -self._foresight.see(log_predictive, batch.total) / batch.total
         if self._kalman is not None:
             self._kalman.foreseen = self._foresight.scores
         return stats, Met(batch.total, accuracy, nll, tau)

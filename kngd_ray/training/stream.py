@@ -6,8 +6,9 @@
     each later one  predicted by the belief before it   then it is learned from
 
 Nothing that a batch is predicted by has seen it, nor what comes after it. So tau is the one that has predicted the
-earlier batches best, under its prior; in the beginning it is the prior's median. The figures are prequential: those of
-a method that is judged as it is used.
+latest batches best, under its prior; in the beginning it is the prior's median. What changes may change how sure a belief
+should be of itself, so that a batch counts half as much when 50 samples have come after it. The figures are prequential:
+those of a method that is judged as it is used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ BATCH = 16
 """Samples of a batch of a stream where the options leave it open: the fewer, the more was learned just before each."""
 
 _EPSILON = 1e-9  # nats
+_HALF_LIFE = 50.0  # samples
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Foresight:
 
     Args:
         stream: says which taus there are, and how probable they are before anything is seen.
-        scores: (T,) their log-probability so far, nats; None is nothing.
+        scores: (T,) their log-probability so far, nats, which fades; None is nothing.
     """
 
     def __init__(self, stream: Stream, scores: Tensor | None = None) -> None:
@@ -103,18 +105,19 @@ class Foresight:
     def _best(self) -> int:
         return int((self.scores + self._prior).argmax())
 
-    def see(self, log_predictive: Sequence[float]) -> float:
+    def see(self, log_predictive: Sequence[float], size: int) -> float:
         """Learn of a batch.
 
         Args:
             log_predictive: (T,) of its labels, nats; one of a method without a posterior.
+            size: its samples.
 
         Returns:
             That at the tau which was chosen before.
         """
         told = log_predictive if len(log_predictive) == len(self.taus) else [log_predictive[0]] * len(self.taus)
         found = told[self._best]
-        self.scores = self.scores + torch.tensor(told, dtype=torch.float64)
+        self.scores = 0.5 ** (size / _HALF_LIFE) * self.scores + torch.tensor(told, dtype=torch.float64)
         return found
 
 

@@ -88,9 +88,9 @@ def test_tau_is_the_one_that_has_predicted_best() -> None:
     assert foresight.tau == 3e-4
     scores = [-9.0] * len(TAU_GRID)
     scores[TAU_GRID.index(0.1)] = 0.0
-    assert foresight.see([*scores[:3], -5.0, *scores[4:]]) == -5.0, "at the tau that was chosen before"
+    assert foresight.see([*scores[:3], -5.0, *scores[4:]], 8) == -5.0, "at the tau that was chosen before"
     for _ in range(4):
-        foresight.see(scores)
+        foresight.see(scores, 8)
     assert foresight.tau == 0.1
     assert Foresight(stream, foresight.scores).tau == 0.1
     assert Foresight(Stream(PosteriorOptions(temperature=0.02))).tau == 0.02

@@ -6,9 +6,9 @@
     each later one  predicted by the belief before it   then it is learned from
 
 Nothing that a batch is predicted by has seen it, nor what comes after it. So tau is the one that has predicted the
-latest batches best, under its prior; in the beginning it is the prior's median. What changes may change how sure a belief
-should be of itself, so that a batch counts half as much when 50 samples have come after it. The figures are prequential:
-those of a method that is judged as it is used.
+latest batches best, under its prior; in the beginning it is the prior's median. What changes may change how sure a
+belief should be of itself, so that a batch counts half as much when 50 samples have come after it. The figures are
+prequential: those of a method that is judged as it is used.
 """
 
 from collections.abc import Mapping, Sequence

@@ -59,8 +59,7 @@ def test_a_run_tells_how_the_stream_was_predicted(command, small_data) -> None:
     assert "noto > twemoji > noto: batches of 5" in outcome.err
     # tested at the end on all of its domains, and usable like any other run
     own = command("evaluate", command.run("s"), "--json").json
-    assert own["id"]["nll"] == pytest.approx(report["id"]["nll"]["mean"], rel=1)
-    assert set(own["ood"]) == set()
+    assert own["id"]["nll"] == pytest.approx(report["id"]["nll"])
     checkpoint, _ = open_fit(command.run("s") / "fits" / "kalman-seed0")
     assert checkpoint.state.replicated["stream/foreseen"].shape == (12,)
     assert (
@@ -199,7 +198,7 @@ def test_a_search_on_a_stream(command) -> None:
     """Each trial is judged by the stream in its own order; the winner by a stream of the run's own seeds."""
     file = search_file(command)
     given = command.settings(*SETTINGS)
-    outcome = command("tune", file, "--json", *given, "trainer.name=t", "search.refit=true")
+    outcome = command("tune", file, "--json", *given, "trainer.name=t", "search.refit=true", "search.num_samples=2")
     assert outcome.code == 0, outcome.err
     report = outcome.json
     share = report["best"]["params"]["noise.process.drift"]

@@ -31,6 +31,7 @@ from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.stream import check_streamed, streamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,8 @@ class Config(FitOptions):
         protocol: what is tested beside the run's own classes in and out of distribution. ``fsl``, few-shot learning:
             nothing. ``dg``, domain generalisation: nothing, but there must be a domain out of distribution. ``bng``,
             base to new: the first half of the classes is trained on, the second is told apart by its texts alone.
-            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`.
+            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`. ``stream``: the shots come in
+            batches, in the order of ``data.order`` or ``data.time``, and each is predicted before it is learned from.
         targets: data sets of ``cdg``, each a parquet file or a folder with its own class names; pictures that state no
             split are all tested on.
         trainer: where the run executes.
@@ -149,7 +151,7 @@ class Config(FitOptions):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
-    protocol: Literal["fsl", "dg", "bng", "cdg"] = "fsl"
+    protocol: Literal["fsl", "dg", "bng", "cdg", "stream"] = "fsl"
     targets: tuple[str, ...] = ()
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -166,6 +168,8 @@ class Config(FitOptions):
             raise ValueError(
                 "protocol is cdg without targets; name the data sets to test on: targets=[flowers.parquet]"
             )
+        ordered = [f"data.{name}" for name in ("order", "time") if getattr(self.data, name) is not None]
+        check_streamed(self, self.protocol, ordered[0] if ordered else None)
         if self.model.precomputed:
             prompts = self.data.templates != DataConfig.templates
             check_without_towers(self.model, self.tune, self.adapter, prompts=prompts, protocol=self.protocol)
@@ -174,8 +178,9 @@ class Config(FitOptions):
 
     @property
     def fit_options(self) -> FitOptions:
-        """The part of the configuration that decides a fit."""
-        return FitOptions(**{f.name: getattr(self, f.name) for f in fields(FitOptions)})
+        """The part of the configuration that decides a fit; of a stream, a batch is not all of it."""
+        options = FitOptions(**{f.name: getattr(self, f.name) for f in fields(FitOptions)})
+        return streamed(options) if self.protocol == "stream" else options
 
 
 def load_config(

@@ -226,6 +226,7 @@ PUBLIC = {
         "reliability_diagram",
         "resolve_uri",
         "save_pyfunc",
+        "stream_curve",
     ],
     "kngd_ray.search": [
         "JOURNAL",

@@ -24,7 +24,8 @@ _NAMED = 8  # runs that a message lists at most
 _WHERE = ("trainer.", "tracking.", "data.", "model.")  # settings that say where a run ran, or what its group is
 _IDENTITY = {"method", "preset", "seeds", "baselines"}
 _NOT_TASK = {"data.cache_dir", "data.on_bad_image"}
-_OF_FEATURES = {"model.class_embeddings", "model.logit_scale"}  # which runs of earlier versions do not have
+# which runs of earlier versions do not have
+_LATER = {"model.class_embeddings", "model.logit_scale", "data.order", "data.time"}
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Row:
     def task(self) -> dict[str, str]:
         """Settings that decide what a run is scored on."""
         task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
-        task = {k: v for k, v in task.items() if k not in _OF_FEATURES or v != "None"}
+        task = {k: v for k, v in task.items() if k not in _LATER or v != "None"}
         if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
             task["data.train_domain"] = "noto"  # which None stands for there
         if self.params.get("protocol") == "bng":

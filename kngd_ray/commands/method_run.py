@@ -12,20 +12,24 @@ from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.model_card import write_card
 from kngd_ray.commands.prepare import Prepared
 from kngd_ray.commands.protocols import Protocol
+from kngd_ray.commands.streams import Streamed, step_metrics, stream_of
 from kngd_ray.commands.summary import flat_metrics, over_seeds
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.storage import write_text
-from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram
+from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
-from kngd_ray.training.novelty import calibrate_and_compare
+from kngd_ray.training.kalman import FORESEEN
+from kngd_ray.training.method import MethodState
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
 from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.stream import Foresight
 
 # figures of a step that are about the ranks, not about the fit
 _METRICS = {"bytes_moved": "shard/bytes_per_step", "covariance_bytes": "shard/covariance_bytes"}
@@ -58,6 +62,7 @@ class MethodRun:
                 prepared.model.logit_scale,
                 priors.get(seed),
                 towers=prepared.towers(config.tune),
+                stream=stream_of(prepared, seed),
             )
             for seed in config.seeds
         }
@@ -88,7 +93,9 @@ class MethodRun:
             record: fields of a ``StepRecord``.
         """
         stats = record["stats"] or {}
-        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in stats.items() if value is not None}
+        told = {key: value for key, value in stats.items() if value is not None and key != "log_predictive"}
+        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in told.items()}
+        metrics |= step_metrics(record)
         metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
         self._records[fit].log_step(record["step"], metrics)
 
@@ -129,6 +136,7 @@ class MethodRun:
             "seconds": seconds,
             "zero_shot": named(over_zero),
             **named(combined),
+            **({"curves": {str(seed): self._streamed(seed).curve() for seed in done}} if self._is_stream else {}),
         }
 
     def finish(self, status: Status) -> None:
@@ -173,6 +181,25 @@ class MethodRun:
             compared=all(found.novelty is not None for found in settled.values()),
         )
 
+    @property
+    def _is_stream(self) -> bool:
+        return self.config.protocol == "stream"
+
+    def _streamed(self, seed: int) -> Streamed:
+        stream = self.tasks[seed].stream
+        assert stream is not None
+        return Streamed(stream, self._records[self.fit(seed)].steps())
+
+    def _calibrated(self, task: FitTask, state: MethodState) -> tuple[Calibration, Novelty | None]:
+        """What the shots say of tau and T; of a stream, tau is the one that has predicted it best."""
+        if task.stream is not None:
+            foreseen = state.replicated.get(FORESEEN)
+            return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
+        try:
+            return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
+        except FilterError:  # a fold has fewer shots than the fit that went well
+            return Calibration(self.config.posterior.unasked, 1.0), None
+
     def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
         name, task = self.fit(seed), self.tasks[seed]
         record, posterior = self._records[name], self.config.posterior
@@ -192,10 +219,7 @@ class MethodRun:
             class_embeddings=task.class_embeddings,
             device=device,
         )
-        try:
-            calibration, novelty = calibrate_and_compare(task, posterior, device, checkpoint.state)
-        except FilterError:  # a fold has fewer shots than the fit that went well
-            calibration, novelty = Calibration(posterior.unasked, 1.0), None
+        calibration, novelty = self._calibrated(task, checkpoint.state)
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
         if (warning := below_zero_shot(task, calibration, posterior.folds)) is not None:
             self.warnings.append(f"{name}: {warning}")
@@ -203,6 +227,8 @@ class MethodRun:
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
         report |= self._protocol.figures(predictor, calibration, report[ID])
+        if self._is_stream:
+            report["stream"] = self._streamed(seed).figures()
         steps = record.steps()
         seconds = sum(step.get("time/step_ms", 0.0) for step in steps) / 1e3
         refused = sum(int(step.get("train/refused", 0)) for step in steps)
@@ -222,6 +248,8 @@ class MethodRun:
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
         reliability_diagram(curves, figures / "reliability.png", name)
         learning_curve(steps, figures / "learning_curve.png", name)
+        if self._is_stream:
+            stream_curve(self._streamed(seed).curve(), figures / "stream.png", name)
         model = self._prepared.model
         given = model if isinstance(model, PrecomputedModel) else None
         if given is not None:

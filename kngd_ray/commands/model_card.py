@@ -109,13 +109,24 @@ def _data(config: Config, prepared: Prepared) -> str:
     classes = ", ".join(_plain(c) for c in images.class_names[:_NAMED])
     more = f" and {len(images.class_names) - _NAMED} more" if len(images.class_names) > _NAMED else ""
     ood = ", ".join(f"{_plain(str(d))} ({len(rows)})" for d, rows in first.ood.items()) or "none"
+    seeds = f"seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}"
+    shots = (
+        f"- trained on {config.data.shots} pictures per class{fewer}, {len(labels)} in all, of domain {domains}; "
+        f"support sets drawn with {seeds}"
+    )
+    if config.protocol == "stream":
+        by = (
+            "as they came"
+            if config.data.order is None
+            else f"{', '.join(map(_plain, config.data.order))}, with {seeds}"
+        )
+        shots = f"- trained on a stream of {len(labels)} pictures of domain {domains}, in the order: {by}"
     return _lines(
         "## Data",
         "",
         f"- data set: {names}",
         f"- classes ({len(images.class_names)}): {classes}{more}",
-        f"- trained on {config.data.shots} pictures per class{fewer}, {len(labels)} in all, of domain {domains}; "
-        f"support sets drawn with seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}",
+        shots,
         f"- tested in distribution on {len(first.id_test)} other pictures of that domain",
         f"- tested out of distribution on: {ood}",
         *(
@@ -191,7 +202,7 @@ def _limits(config: Config, report: Mapping[str, Any]) -> str:
         "It knows its classes and nothing else: a picture of anything else gets one of them, too.",
         "Nobody has examined it for bias against persons or groups, nor what the CLIP model was trained on.",
     ]
-    if config.data.shots < _FEW:
+    if config.data.shots < _FEW and config.data.time is None:
         limits.append(f"It has seen {config.data.shots} pictures per class: which ones matters for all figures above.")
     ood = report["ood"].get("mean")
     if ood is None:

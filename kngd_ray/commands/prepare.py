@@ -86,7 +86,7 @@ class Prepared:
 
     def support(self, seed: int) -> Support:
         """The training shots of a seed, as features of the pretrained model."""
-        return self._features(self.splits[seed].support)
+        return self.features(self.splits[seed].support)
 
     def shots(self, seed: int, tune: TuneOptions, folder: Path) -> Shots:
         """What a fit learns from: features, or pictures where the image tower is trained.
@@ -138,13 +138,21 @@ class Prepared:
             Features by set; pictures where the image tower was trained.
         """
         split = self.splits[seed]
-        made = self._pictures if tune is not None and tune.images and self.from_pictures else self._features
+        made = self._pictures if tune is not None and tune.images and self.from_pictures else self.features
         return {ID: made(split.id_test), **{set_name(d): made(rows) for d, rows in split.ood.items()}}
 
     def _pictures(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TestPictures:
         return TestPictures(self.images, rows)
 
-    def _features(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Support:
+    def features(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Support:
+        """Pictures as features of the pretrained model.
+
+        Args:
+            rows: (m,) indices into the data set.
+
+        Returns:
+            Features and labels.
+        """
         features = torch.from_numpy(self.cache.read(self.images.keys[rows]))
         return Support(features, torch.from_numpy(self.images.labels[rows].copy()))
 
@@ -298,6 +306,8 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
     """Leave out domains that are unknown, and were not given."""
     if "data.train_domain" not in given and data.train_domain not in known:
         data = replace(data, train_domain=None)
+    if "data.order" not in given and not known >= set(data.order or ()):
+        data = replace(data, order=None)
     inherited = "data.ood_domains" not in given
     if inherited and (data.train_domain is None or not known >= set(data.ood_domains or ())):
         data = replace(data, ood_domains=None)

@@ -123,7 +123,11 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
 
 
 def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConfig:
-    if config.method != "kalman" and "evidence" in options.objective:
+    if config.protocol == "stream" and options.cross_validated:
+        raise UsageError(
+            "search.objective names held-out shots, and protocol=stream is judged as it comes: take evidence."
+        )
+    if config.method != "kalman" and "evidence" in options.objective and config.protocol != "stream":
         raise UsageError(
             f"search.objective is evidence, which {config.method} has none of: take held_out_nll or held_out_accuracy."
         )
@@ -138,7 +142,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
             "search.scheduler is asha, which needs Ray, and trainer.num_workers is 0: set it to 1 or more."
         )
     space.check(config)
-    _check_judged(options, space)
+    _check_judged(config, options, space)
     points = _points(config, options, space)
     if options.start is not None:  # the same presets from whatever folder the search is continued
         start = tuple(name if name in presets() else str(Path(name).resolve()) for name in options.start)
@@ -146,23 +150,24 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
     return SearchConfig(config, options, space, points)
 
 
-def _check_judged(options: SearchOptions, space: Space) -> None:
+def _check_judged(config: Config, options: SearchOptions, space: Space) -> None:
     """Refuse dimensions that the objectives cannot judge.
 
     Raises:
         UsageError: one that they do not look at, or that changes what they are taken from or what is learned from.
     """
+    streams = config.protocol == "stream"  # judged by all that is predicted, tau included, whatever the batches are
     for key in (dimension.key for dimension in space.dimensions):
         if key == "tune.parameters":
             raise UsageError(
                 "space.tune.parameters would have trials learn from features and from pictures: a search keeps "
                 "tune.parameters; set it for all trials, or run a search for each."
             )
-        if key.startswith(("posterior", "tune.alpha")) and not options.cross_validated:
+        if key.startswith(("posterior", "tune.alpha")) and not options.cross_validated and not streams:
             raise UsageError(
                 f"space.{key} has no effect with search.objective=evidence: take held_out_nll, or leave it out."
             )
-        if key == "batch_size" and "evidence" in options.objective:
+        if key == "batch_size" and "evidence" in options.objective and not streams:
             raise UsageError(
                 "space.batch_size would have trials judged by different shots, as evidence counts the later half of "
                 "the batches: take search.objective=held_out_nll, or leave it out."

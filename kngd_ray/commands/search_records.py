@@ -110,7 +110,7 @@ class SearchRecords:
             write_text(self._parent.artifacts / "best.yaml", to_yaml(best.settings))
         test = report.get("test")
         if test:
-            metrics |= {key: test[key] for key in ("id", "ood", "zero_shot")}
+            metrics |= {key: test[key] for key in ("id", "ood", "zero_shot", "stream") if key in test}
             self._parent.set_tag("kngd_ray.champion", report["run"])
         self._parent.log_metrics(flat_metrics(metrics))
         shutil.copyfile(self._folder / JOURNAL, self._parent.artifacts / JOURNAL)

@@ -130,7 +130,7 @@ def flat_metrics(report: Mapping[str, Any], prefix: str = "") -> dict[str, float
         prefix: of every name.
 
     Returns:
-        Numbers by path; an interval's mean carries the plain name.
+        Numbers by path; an interval's mean carries the plain name. Texts, such as a protocol's name, are no metrics.
     """
     flat: dict[str, float] = {}
     for key, value in report.items():
@@ -141,6 +141,6 @@ def flat_metrics(report: Mapping[str, Any], prefix: str = "") -> dict[str, float
                 flat |= {f"{name}/{bound}": value[bound] for bound in ("low", "high")}
             else:
                 flat |= flat_metrics(value, f"{name}/")
-        else:
+        elif not isinstance(value, str):
             flat[name] = float(value)
     return flat

@@ -18,6 +18,7 @@ from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.priors import check_prior, find_priors
 from kngd_ray.commands.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.commands.session import ray_for, with_gpus
+from kngd_ray.commands.streams import show_streams, stream_of, zero_shot_figures
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
@@ -191,7 +192,7 @@ def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, A
     scaling = fit_temperature(predictor.predict(support.features, 0.0).probabilities, support.labels)
     calibration = Calibration(0.0, scaling)
     report = evaluate(predictor, prepared.tests(seed), calibration).report()
-    return report | protocol.figures(predictor, calibration, report[ID])
+    return report | protocol.figures(predictor, calibration, report[ID]) | zero_shot_figures(prepared, seed)
 
 
 def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -239,21 +240,26 @@ def _show(
     ]
     shots = prepared.splits[config.seeds[0]].support
     trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
-    title = (
-        f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, "
-        f"{config.data.shots} shots per class"
-    )
+    count = f"{config.data.shots} shots per class"
+    if config.protocol == "stream":
+        count = f"a stream of {len(shots)}"
+    title = f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
     spread = "mean and 95 % interval over seeds (Student's t)" if len(config.seeds) > 1 else "one seed, no interval"
     display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
     protocol.show(rows, display)
+    if (stream := stream_of(prepared, config.seeds[0])) is not None:
+        show_streams(rows, config.fit_options, stream, display)
 
 
 def _chosen(config: Config) -> str:
     """What the shots were asked for beside the weights; not for a tau that is given."""
     posterior = config.posterior
+    if config.protocol == "stream":
+        chosen = config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None
+        return "; tau was chosen by what had been predicted before" if chosen else ""
     if not posterior.folds:
         return ""
     given = posterior.temperature

@@ -260,7 +260,8 @@ class _Search:
 
 def _registered(config: Config) -> str:
     """What the winner is called in the registry, where nobody says: the winner of another task is another model."""
-    parts = (config.tracking.experiment, data_name(config), config.data.train_domain, config.method)
+    ordered = config.data.time or "-".join(config.data.order or ())  # of a stream
+    parts = (config.tracking.experiment, data_name(config), config.data.train_domain, ordered, config.method)
     return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)
 
 

@@ -35,6 +35,14 @@ class DataConfig:
     ood_domains: tuple[str, ...] | None = None
     """Domains tested out of distribution. None: every domain not trained on that has test rows."""
 
+    order: tuple[str, ...] | None = None
+    """Of a stream, its domains one after another, in the place of `train_domain`; each comes with `shots` pictures
+    per class, and one that comes back with others."""
+
+    time: str | None = None
+    """Of a stream, the column of its parquet files that says when each row came: all train rows of the trained
+    domains in that order, whatever `shots` says; rows of one time in the order of the files."""
+
     shots: int = 8
     """Labelled pictures per class in the support set."""
 
@@ -68,6 +76,18 @@ class DataConfig:
             raise ValueError('path is empty: name a parquet file, a folder, or "embedded"')
         if self.shots < 1:
             raise ValueError(f"shots is {self.shots}: it must be 1 or more")
+        if self.order is not None and not self.order:
+            raise ValueError("order is empty: name the domains of the stream, or leave it out")
+        if self.order is not None and self.time is not None:
+            raise ValueError(
+                f"order is {list(self.order)} and time {self.time!r}: a stream has one order; leave one of them out"
+            )
+        if self.order is not None and self.train_domain is not None:
+            raise ValueError(
+                f"train_domain is {self.train_domain!r}, and order names those of the stream: leave one of them out"
+            )
+        if self.time is not None and not self.time.strip():
+            raise ValueError("time is empty: name a column, or leave it out")
         if not 0.0 < self.test_fraction < 1.0:
             raise ValueError(f"test_fraction is {self.test_fraction}: it must lie between 0 and 1")
         if self.classes is not None and len(self.classes) < 2:

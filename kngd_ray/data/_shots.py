@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, hint, listing
+from kngd_ray.data._stream import in_order, in_time
 from kngd_ray.errors import DataError
 
 EMBEDDED_TRAIN_DOMAIN = "noto"
@@ -20,7 +21,8 @@ class Split:
     """Indices into an `ImageSet`; no picture of the support set, nor a copy of one, is in a test part.
 
     Attributes:
-        support (C * shots,): pictures to learn from, class by class; none for a fit that is only tested.
+        support (C * shots,): pictures to learn from, class by class, those of a stream as they come; none for a fit
+            that is only tested.
         id_test (T,): in-distribution test pictures, ascending.
         ood: per domain, its test pictures (T_d,), ascending.
     """
@@ -114,16 +116,21 @@ def select(images: ImageSet, config: DataConfig, seed: int, excluded: Collection
     """
     trained, _ = _domains(images, config)
     train = _usable(images, "train", excluded) & np.isin(images.domains, trained)
-    support = sample_shots(
-        images.labels,
-        np.flatnonzero(train),
-        config.shots,
-        seed,
-        images.class_names,
-        domains=images.domains,
-        keys=images.keys,
-        draw=config.draw,
-    )
+    if config.order is not None:
+        support = in_order(images, train, config.order, config.shots, seed)
+    elif config.time is not None:
+        support = in_time(images, train, config.time)
+    else:
+        support = sample_shots(
+            images.labels,
+            np.flatnonzero(train),
+            config.shots,
+            seed,
+            images.class_names,
+            domains=images.domains,
+            keys=images.keys,
+            draw=config.draw,
+        )
     return _with_tests(images, config, excluded, support)
 
 
@@ -176,9 +183,11 @@ def _domains(images: ImageSet, config: DataConfig) -> tuple[list[str], list[str]
     """
     known: list[str] = sorted(set(images.domains.tolist()))
     named = config.train_domain
-    if named is None and config.path == EMBEDDED:
+    ordered = list(dict.fromkeys(config.order or ()))
+    if named is None and config.path == EMBEDDED and not ordered:
         named = EMBEDDED_TRAIN_DOMAIN
     for field, domains in (
+        ("order", ordered),
         ("train_domain", [named] if named else []),
         ("ood_domains", config.ood_domains or []),
     ):
@@ -189,7 +198,8 @@ def _domains(images: ImageSet, config: DataConfig) -> tuple[list[str], list[str]
                     f" the data set has {listing(known)}"
                 )
     trained = [named] if named else [domain for domain in known if domain not in (config.ood_domains or ())]
-    if not trained or named in (config.ood_domains or ()):
+    trained = ordered or trained
+    if not trained or set(trained) & set(config.ood_domains or ()):
         raise DataError("data.ood_domains leaves no domain to train on: leave one of them out")
     if config.ood_domains is not None:
         return trained, list(config.ood_domains)

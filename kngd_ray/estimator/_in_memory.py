@@ -1,7 +1,7 @@
 """A fit without folders: what it learned stays in memory, in the form of a checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ from kngd_ray.storage import storage_errors
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint, save
 from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import describe
+from kngd_ray.training.stream import Foresight
+
+# in a manifest: steps of the fits before, and pictures that were predicted by an earlier one
+_TAKEN, _PREDICTED = "taken", "predicted"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ class Held(Prior):
 
     state: MethodState
 
+    @property
+    def taken(self) -> int:
+        """Steps of all earlier fits: parts of one stream."""
+        return int(self.manifest[_TAKEN])
+
     @classmethod
     def of(cls, kept: Checkpoint) -> "Held":
         """From a checkpoint.
@@ -39,7 +49,9 @@ class Held(Prior):
         Returns:
             The prior.
         """
-        return cls(kept.folder, {"files": {}, "shots": kept.manifest["shots"]}, kept.state)
+        taken = kept.manifest.get(_TAKEN, 0) + kept.manifest["step"]
+        told = {"shots": kept.manifest["shots"], _TAKEN: taken, _PREDICTED: kept.manifest.get(_PREDICTED, 0)}
+        return cls(kept.folder, {"files": {}, **told}, kept.state)
 
     def load(self) -> MethodState:
         """The state itself."""
@@ -63,6 +75,8 @@ def learn(task: FitTask, identity: Mapping[str, Any], device: str) -> Checkpoint
         "steps": steps,
         "parameters": {name: list(p.shape) for name, p in state.weights.items()},
         "pieces": list(state.pieces),
+        _TAKEN: 0 if task.prior is None else task.prior.taken,
+        _PREDICTED: 0 if task.prior is None else task.prior.manifest[_PREDICTED] + len(task.support),
     }
     return Checkpoint(Path(), manifest, state)
 
@@ -85,6 +99,24 @@ def calibrate(
         return calibrate_and_compare(task, posterior, device, fitted)
     except FilterError:  # a fold has fewer pictures than the fit that went well
         return Calibration(posterior.unasked, 1.0), None
+
+
+def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: int) -> Calibration:
+    """The calibration after a part of a stream: at the tau by which later parts have been predicted best.
+
+    Args:
+        task: the fit of the part, which continues another.
+        kept: what came of it.
+        calibration: as it would be otherwise.
+        folds: of the calibration; 0 chooses nothing.
+
+    Returns:
+        The calibration.
+    """
+    scores = kept.state.replicated.get(FORESEEN)
+    if task.stream is None or scores is None or not folds or kept.manifest[_PREDICTED] < 2 * folds:
+        return calibration
+    return replace(calibration, tau=Foresight(task.stream, scores).tau)
 
 
 def check_continues(before: Checkpoint, identity: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from kngd_ray.clip import (
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, check_columns, classifier_tags, columns_of, not_fitted
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, in_double, learn, write
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, write
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator._naming import listed_templates, names_of, said_of, templates_of
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
@@ -40,6 +40,7 @@ from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.resumable import SOURCE
 from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.stream import Stream
 
 _FILE = "estimator.json"
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
@@ -133,8 +134,9 @@ class KalmanCLIP(Parameters):
     def partial_fit(self, X: Any, y: Sequence[Hashable], classes: Sequence[Hashable] | None = None) -> Self:
         """Learn from more pictures: the posterior so far is the prior. Give each picture once.
 
-        What is chosen on pictures (tau, unless it is given) is chosen anew on the new ones, unless there are fewer than
-        two for each fold.
+        The calls are a stream, as of ``protocol=stream``: between them the belief moves as ``noise.process`` says, and
+        pictures are predicted before they are learned from. By how well they were, tau is chosen anew (unless it is
+        given), once they are two for each fold; the first call chooses it as :meth:`fit` does.
 
         Args:
             X: N pictures, or a matrix (N, d).
@@ -155,7 +157,7 @@ class KalmanCLIP(Parameters):
         new = next((label for label in labels if label not in known), None)
         if new is not None:
             raise InputError(f"the label {new!r} is new: name all of them by classes= in the first partial_fit.")
-        return self._learn(X, labels, known, self.checkpoint_ if fitted else None)
+        return self._learn(X, labels, known, self.checkpoint_ if fitted else None, in_stream=True)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable labels.
@@ -302,7 +304,15 @@ class KalmanCLIP(Parameters):
         if self.model == PRECOMPUTED:
             self.n_features_in_: int = kept.manifest["model"]["embed_dim"]
 
-    def _learn(self, X: Any, labels: Sequence[Any], classes: Sequence[Any], before: Checkpoint | None) -> Self:
+    def _learn(
+        self,
+        X: Any,
+        labels: Sequence[Any],
+        classes: Sequence[Any],
+        before: Checkpoint | None,
+        *,
+        in_stream: bool = False,
+    ) -> Self:
         inputs = self._inputs
         samples = inputs.check(X, None if before is None else self._width)
         check_lengths(samples, labels)
@@ -332,6 +342,7 @@ class KalmanCLIP(Parameters):
             model.encode_classes(names, templates),
             model.logit_scale,
             None if before is None else Held.of(before),
+            stream=Stream(config.posterior) if in_stream else None,
         )
         identity = identity_of(model, inputs.source, names, templates)
         if before is not None:
@@ -340,10 +351,12 @@ class KalmanCLIP(Parameters):
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = self._settled  # too few to choose anything by
         else:
-            calibration, novelty = calibrate(task, config.posterior, kept.state, self._device)
+            calibration, novelty = calibrate(replace(task, stream=None), config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)
             if (warning := below_zero_shot(task, calibration, config.posterior.folds)) is not None:
                 warnings.warn(warning, UserWarning, stacklevel=3)
+        if before is not None:
+            settled = replace(settled, calibration=foreseen(task, kept, settled.calibration, config.posterior.folds))
         self._adopt(kept, settled, classes)
         if columns is not None:
             self.feature_names_in_ = columns

@@ -56,6 +56,12 @@ prior over functions (:mod:`~kngd_ray.filters.informed`).
 Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
 
     a = tr(A) / i      B' = scale B + (q / a) I      A' = (scale tr(B) A + q o I) / (scale tr(B) + q o / a)
+
+A share of the prior P_0 = B_0 (x) A_0 is added likewise, in the coordinates in which P_0 is the identity, so that the
+result does not depend on those of the features ::
+
+    a = tr(A_0^-1 A) / i      b = tr(B_0^-1 B)
+    B' = B + (share / a) B_0      A' = (b A + share o A_0) / (b + share o / a)
 """
 
 from dataclasses import dataclass
@@ -73,6 +79,7 @@ from kngd_ray.filters.informed import measured_columns, measured_without, within
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 from kngd_ray.filters.left_out import PriorWithout
 
+_PRIOR = {"B": "B0", "A": "A0"}  # names of P_0 in a layer's state
 _REACH = 4.0  # times the numbers of rows: beyond, factors are not reduced
 _PLAIN = Diagonal()  # of layers without factors
 
@@ -205,7 +212,40 @@ class Kronecker(Layerwise):
             A = A * (trace / total)
             A.diagonal().add_(q * len(B) / total)
             B.diagonal().add_(q / mean)
-        return {"B": B, "A": A}
+        return {**P, "B": B, "A": A}
+
+    def with_prior(self, P: LayerState) -> LayerState:
+        """A layer's prior covariance that is kept beside what becomes of it, for :meth:`drifted_layer`.
+
+        Args:
+            P: B (o, o) and A (i, i).
+
+        Returns:
+            The same with B0 and A0.
+        """
+        return {**P, **{prior: P[key].clone() for key, prior in _PRIOR.items()}}
+
+    def keeps_prior(self, P: LayerState) -> bool:
+        """Whether the prior is kept beside a layer's covariance."""
+        return all(prior in P for prior in _PRIOR.values())
+
+    def drifted_layer(self, P: LayerState, share: float) -> LayerState:
+        """A covariance that has gained a share of its prior.
+
+        Args:
+            P: with the prior beside it.
+            share: of the prior.
+
+        Returns:
+            The product with the partial traces of P + share P_0, where P_0 is the identity.
+        """
+        B, A, B0, A0 = (P[key].double() for key in ("B", "A", "B0", "A0"))
+        o, i = len(B), len(A)
+        a, b = _solved_trace(A0, A) / i, _solved_trace(B0, B)
+        total = b + share * o / a
+        drifted = {"B": B + share / a * B0, "A": (b * A + share * o * A0) / total}
+        # laid out as a checkpoint is read back: products then round alike
+        return {**P, **{key: symmetric(value).to(P[key]).contiguous() for key, value in drifted.items()}}
 
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """(M, M) sums of K * N over tokens, and the factors of it; or the matrices B h_m (M, o, i)."""
@@ -275,6 +315,13 @@ class Kronecker(Layerwise):
             return _PLAIN.log_det_layer(P)
         B, A = P["B"], P["A"]
         return len(A) * torch.linalg.slogdet(B).logabsdet + len(B) * torch.linalg.slogdet(A).logabsdet
+
+
+def _solved_trace(prior: Tensor, P: Tensor) -> Tensor:
+    """The trace of P_0^-1 P, where P_0 is not 0; it was measured in single precision perhaps."""
+    ridge = torch.finfo(torch.float32).eps * prior.diagonal().mean()
+    definite = prior + ridge * torch.eye(len(prior), dtype=prior.dtype, device=prior.device)
+    return torch.cholesky_solve(P, torch.linalg.cholesky(definite)).diagonal().sum()
 
 
 def tokens_pay(H: Factors) -> bool:

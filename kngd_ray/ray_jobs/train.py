@@ -26,7 +26,6 @@ from kngd_ray.sharding import Group, ProcessGroup, SingleProcess
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.training.fit import FitTask, StepRecord
 from kngd_ray.training.job import FitEvent, Job, run_fits
-from kngd_ray.training.method import StepStats
 
 _FLUSH_SECONDS = 0.2
 _DRIVER = "driver"  # file beside Ray's own: the job whose workers may write checkpoints
@@ -111,8 +110,7 @@ def job_fitter(trainer: TrainerConfig, folder: Path) -> Callable[[Sequence[FitTa
             if event.error is not None:
                 errors[event.fit] = FilterError(event.error)
             if event.record is not None:  # a job that was started again sends some steps twice
-                stats = event.record["stats"]
-                record = StepRecord(**{**event.record, "stats": None if stats is None else StepStats(**stats)})
+                record = StepRecord.of(event.record)
                 records[event.fit][record.step] = record
 
         job = Job(fits, {}, folder / uuid4().hex[:8])

@@ -13,6 +13,7 @@ from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method
 from kngd_ray.training.resumable import latest
+from kngd_ray.training.stream import Met, prequential
 
 _MEMORY = 1 << 30  # bytes of covariance held for fits that advance together
 _TOGETHER = 32  # measured: of more, the products of pairs no longer find their memory in the cache
@@ -102,6 +103,8 @@ def evidence(fitted: Fitted) -> float:
     best tau. The first half of the shots is not counted: a belief that has seen next to nothing says more about the
     pretrained model than about the prior, and overshoots as it does not later on.
 
+    A stream is judged as it is met: all of its batches, each at the tau that was chosen before it.
+
     Args:
         fitted: a fit of a prequential task.
 
@@ -113,12 +116,17 @@ def evidence(fitted: Fitted) -> float:
     """
     scores: list[tuple[float, ...]] = []
     counts: list[int] = []
+    met: list[Met] = []
     for record, size in zip(fitted.records, fitted.sizes, strict=True):
         if record.stats is None:
             raise FilterError(f"step {record.step} of {record.steps} was refused: {record.refused}")
+        if record.met is not None:
+            met.append(record.met)
         if record.stats.log_predictive is not None:
             scores.append(record.stats.log_predictive)
             counts.append(size)
+    if met:
+        return -prequential(met)["nll"]
     if not scores:
         raise FilterError("it takes no step, so that nothing is predicted: give it one epoch or more")
     before = [0, *accumulate(counts)]

@@ -20,6 +20,7 @@ from kngd_ray.training.batches import Shots
 from kngd_ray.training.calibration import calibration_of, decided_task, held_out_tasks
 from kngd_ray.training.fit import FitTask, Towers
 from kngd_ray.training.folds import single
+from kngd_ray.training.stream import Stream
 
 _BATCHES = 4  # at least, of those that evidence is taken from; the later half of them counts
 
@@ -52,7 +53,13 @@ class Workload:
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
         return FitTask(
-            config.fit_options, seed, self.shots[seed], self.class_embeddings, self.logit_scale, towers=self.towers
+            config.fit_options,
+            seed,
+            self.shots[seed],
+            self.class_embeddings,
+            self.logit_scale,
+            towers=self.towers,
+            stream=Stream(config.posterior) if config.protocol == "stream" else None,
         )
 
 
@@ -137,6 +144,8 @@ def _plan(task: FitTask, config: Config, search: SearchOptions) -> list[tuple[Fi
 
 def _prequential(task: FitTask) -> FitTask:
     """The task in the order in which its labels can be predicted, in batches enough to have something to learn from."""
+    if task.stream is not None:  # it has an order, and batches of its own
+        return task
     options = task.options
     batch_size = min(options.batch or len(task.support), -(-len(task.support) // _BATCHES))
     return replace(task, options=replace(options, batch_size=batch_size), prequential=True)

@@ -13,7 +13,7 @@ something is published.
 
 from kngd_ray.errors import redact
 from kngd_ray.tracking._check import check_store
-from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram
+from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
@@ -35,4 +35,5 @@ __all__ = [
     "reliability_diagram",
     "resolve_uri",
     "save_pyfunc",
+    "stream_curve",
 ]

@@ -147,6 +147,54 @@ def ensemble_curve(
     _save(figure, path)
 
 
+def stream_curve(curve: Mapping[str, Any], path: Path, title: str = "Stream") -> None:
+    """Draw how a stream was predicted as it came, and what was kept of its domains.
+
+    Args:
+        curve: ``samples`` met after each batch, its ``accuracy``, ``nll`` and ``tau``; ``stages``, each with ``domain``
+            and ``end`` in samples; ``tested``, each with ``samples`` and ``accuracy`` by domain. The last two may be
+            empty.
+        path: PNG file to write.
+        title: over the figure.
+    """
+    stages, tested = curve["stages"], curve["tested"]
+    by_domain = len(tested) > 1
+    figure = _figure(6.4, 5.6 if by_domain else 4.0)
+    axes: Any = figure.subplots(2 + by_domain, 1, sharex=True, squeeze=False)[:, 0]
+    at = np.asarray(curve["samples"], dtype=float)
+    sizes = np.diff(at, prepend=0.0)
+    for place, name, unit in ((axes[0], "accuracy", "share right"), (axes[1], "nll", "nats per sample")):
+        values = np.asarray(curve[name], dtype=float)
+        place.plot(at, values, color=_COLOURS[0], alpha=0.35, linewidth=0.8, marker=".", markersize=3)
+        so_far = np.cumsum(values * sizes) / at
+        place.plot(at, so_far, color=_COLOURS[0], linewidth=1.5)
+        place.set_title(
+            f"prequential {name if name == 'accuracy' else 'NLL'}: batches, and mean so far", fontsize=9, loc="left"
+        )
+        place.set_ylabel(unit, fontsize=8)
+    if by_domain:
+        for colour, domain in zip(cycle(_COLOURS), tested[0]["accuracy"], strict=False):
+            met = [look["samples"] for look in tested]
+            share = [look["accuracy"][domain] for look in tested]
+            axes[2].plot(met, share, color=colour, marker="o", markersize=3, linewidth=1.2, label=domain)
+        axes[2].set_title("accuracy on test pictures after each stage", fontsize=9, loc="left")
+        axes[2].set_ylabel("share right", fontsize=8)
+        axes[2].legend(fontsize=7, framealpha=0.9, ncols=2)
+    start = 0
+    for stage in stages:
+        for place in axes:
+            place.axvline(stage["end"], color="0.6", linewidth=0.8, linestyle=":")
+        middle = (start + stage["end"]) / 2
+        axes[0].annotate(stage["domain"], (middle, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
+        start = stage["end"]
+    for place in axes:
+        _tidy(place)
+    axes[-1].set_xlabel("samples of the stream")
+    figure.align_ylabels()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def _bins(
     p: NDArray[np.float64], labels: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from kngd_ray.clip import CLIPHead
 from kngd_ray.clip.adapters import ClassResidualAdapter
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Classified, condition_softmax
+from kngd_ray.filters import Belief, Classified, Kronecker, Transition, condition_softmax
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.posterior import InMemoryPosterior, Update
+from kngd_ray.training.predict import centred_variances
 
 _FIGURES = 4
 
@@ -38,6 +39,43 @@ class ModePosterior(InMemoryPosterior):
         assert isinstance(self.head, CLIPHead)
         assert self.head.residual is not None
         return self.head.residual
+
+    @property
+    def keeps_prior(self) -> bool:
+        """Whether the prior's covariance is kept beside the belief's; a rank without covariance cannot know."""
+        return any(self._family.keeps_prior(P) for P in self.belief.covariance.values())
+
+    def keep_prior(self) -> None:
+        """Let the covariance as it is be the P_0 that a process adds a share of."""
+        kept = {name: self._family.with_prior(P) for name, P in self.belief.covariance.items()}
+        self.belief = Belief(self.belief.mu, kept)
+
+    @property
+    def _family(self) -> Kronecker:
+        family = self.options.filter.covariance
+        assert isinstance(family, Kronecker)
+        return family
+
+    def predicted(self, transition: Transition) -> Belief:
+        """The belief before the next batch, its share of the prior added in the prior's own coordinates."""
+        found = super().predicted(transition)
+        if not transition.share:
+            return found
+        drifted = {name: self._family.drifted_layer(P, transition.share) for name, P in found.covariance.items()}
+        return Belief(found.mu, drifted)
+
+    def scores(self, predicted: Belief, batch: Batch) -> Tensor:
+        """As of every posterior; a sample's logits have the covariance s^2 (x^T A x) B, and no row of H is formed."""
+        self.write(predicted.mu)
+        with torch.no_grad():
+            logits: Tensor = self.head(batch.inputs)
+        x = self.group.gather_rows(self.residual.inputs(batch.inputs), batch.sizes).double()
+        told = torch.zeros(len(x) + logits.shape[1], dtype=x.dtype, device=x.device)
+        for P in predicted.covariance.values():  # of its only layer, on the rank that owns it
+            along = self.head.logit_scale**2 * ((x @ P["A"].double()) * x).sum(1).clamp_min(0)
+            told = torch.cat([along, centred_variances(P["B"].double())])
+        along, across = self.group.sum(told).split([len(x), logits.shape[1]])
+        return self.of_labels(logits, torch.outer(along[batch.own], across).to(logits), batch)
 
     def conditioned(self, predicted: Belief, batch: Batch) -> Update:
         """Condition on a batch, at the mode.

@@ -130,10 +130,11 @@ def shape_of(task: FitTask) -> Hashable | None:
     Returns:
         The same for fits that :func:`fit_together` takes together; None where a fit can only run alone: gradient
         descent is a step of the autograd engine, a gate visits observations one by one, towers fill a process, a step
-        to the mode takes as many linearisations as it needs, and shots that inform gamma give each head its own.
+        to the mode takes as many linearisations as it needs, shots that inform gamma give each head its own, and a
+        stream is judged as it goes.
     """
     options = task.options
-    if options.at_mode or options.filter.mean.kind != "zero_shot":
+    if options.at_mode or options.filter.mean.kind != "zero_shot" or task.stream is not None:
         return None
     if options.method != "kalman" or task.towers is not None or not isinstance(options.filter.gate, NoGate):
         return None
@@ -236,7 +237,7 @@ def _tried(
     own = [centres(trial.method.head) if isinstance(trial.method.head, CLIPHead) else {} for trial in trials]
     given = _Given(
         anchor=torch.stack([trial.anchor for trial in trials]),
-        transition=state[_MU].new_tensor(transitions),
+        transition=state[_MU].new_tensor([t[:3] for t in transitions]),
         beta=state[_NOISE].new_tensor([noise.beta if isinstance(noise, Ema) else nan for noise in noises]),
         inputs=torch.stack([batch.inputs for batch in batches]),
         labels=torch.stack([batch.labels for batch in batches]),

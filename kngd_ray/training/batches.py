@@ -121,16 +121,27 @@ class BatchSampler:
         seed: of the shuffles; each epoch has its own.
         prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
             another order, in which every batch but the first is met by a fit that has learned all those before it.
+        in_order: take the shots in the order in which they are, without shuffling them.
     """
 
-    def __init__(self, support: Shots, batch_size: int, epochs: int, seed: int, *, prequential: bool = False) -> None:
+    def __init__(
+        self,
+        support: Shots,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        *,
+        prequential: bool = False,
+        in_order: bool = False,
+    ) -> None:
         self.support = support
         self.seed = seed
         batch_size = batch_size or max(len(support), 1)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self.steps_per_epoch = -(-len(support) // batch_size)
         self.steps = self.steps_per_epoch * epochs
         self._repeats = epochs if prequential else 0
+        self._in_order = in_order
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -145,11 +156,10 @@ class BatchSampler:
         """Which shots those are."""
         epoch, position = (0, step // self._repeats) if self._repeats else divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                torch.randperm(len(self.support), generator=seeded(self.seed, epoch)),
-            )
-        picked = self._order[position * self._batch_size : (position + 1) * self._batch_size]
+            count = len(self.support)
+            shuffled = None if self._in_order else torch.randperm(count, generator=seeded(self.seed, epoch))
+            self._epoch, self._order = epoch, torch.arange(count) if shuffled is None else shuffled
+        picked = self._order[position * self.batch_size : (position + 1) * self.batch_size]
         sizes = split_evenly(len(picked), world_size)
         turn = step % self._repeats if self._repeats else epoch
         return Chosen(picked.split(sizes)[rank], sizes, rank, step, turn, bool(self._repeats) and turn == 0)

@@ -1,8 +1,9 @@
 """The one step loop: every method, on one process or many ranks, from the start or from a checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
-from kngd_ray.training.kalman import P0, KalmanNGD
-from kngd_ray.training.method import Method, MethodState, StepStats, head_state, load_head
+from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, KalmanNGD
+from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 
 _MAX_REFUSED = 10
 
@@ -51,6 +53,8 @@ class FitTask:
         prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
         prequential: take the batches in the order in which each can be predicted before it is learned from.
         towers: of a fit that trains them.
+        stream: of a fit whose shots come in an order; they are in that order, and their batches are predicted before
+            they are learned from.
     """
 
     options: FitOptions
@@ -61,12 +65,23 @@ class FitTask:
     prior: Prior | None = None
     prequential: bool = False
     towers: Towers | None = None
+    stream: Stream | None = None
 
     @property
     def sampler(self) -> BatchSampler:
         """The batches of this fit."""
-        options = self.options
-        return BatchSampler(self.support, options.batch, options.epochs, self.seed, prequential=self.prequential)
+        options, ordered = self.options, self.stream is not None
+        prequential = self.prequential or ordered
+        return BatchSampler(
+            self.support, options.batch, options.epochs, self.seed, prequential=prequential, in_order=ordered
+        )
+
+    @property
+    def informing(self) -> Shots:
+        """The shots that inform the prior: all, or those of a stream's first batch."""
+        if self.stream is None or not self.sampler.steps:
+            return self.support
+        return self.support.subset(torch.arange(sum(self.sampler.chosen(0).sizes)))
 
     def to(self, device: torch.device | str) -> "FitTask":
         """The same fit with its shots on another device."""
@@ -83,6 +98,8 @@ class StepRecord:
         milliseconds: wall time of the step.
         stats: figures of the batch; None when the step was refused.
         refused: why the step was refused, in one sentence; None when it was taken.
+        met: of the step that meets a batch of a stream, how it was predicted; None of others.
+        look: of the step after which the tests of a stream are looked at, what they say; None of others.
     """
 
     step: int
@@ -90,6 +107,15 @@ class StepRecord:
     milliseconds: float
     stats: StepStats | None
     refused: str | None = None
+    met: Met | None = None
+    look: Look | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "StepRecord":
+        """A record from its fields as plain data, as other processes send them."""
+        kinds: dict[str, type[Any]] = {"stats": StepStats, "met": Met, "look": Look}
+        told = {name: kind(**fields[name]) for name, kind in kinds.items() if fields[name] is not None}
+        return cls(**{**fields, **told})
 
 
 def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
@@ -146,7 +172,7 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     """
     head = build_head(task, device)
     if task.prior is None:
-        shots = task.to(device).support
+        shots = task.to(device).informing
         # shots that are features may be of towers too: of a text tower alone, to whose priors they say nothing
         if not isinstance(head, CLIPHead) or not isinstance(shots, Support):
             return build_method(task, head, group)
@@ -154,7 +180,7 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
         method = build_method(task, head, group)
         if isinstance(method, KalmanNGD):
             inform(method, task.options.filter, shots)
-        return method
+        return _in_stream(method, task)
     prior = task.prior.load()
     with torch.no_grad():
         for name, p in trainable(head).items():
@@ -163,8 +189,20 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     # Built on these weights: they are the mu_0 that an Ornstein-Uhlenbeck process returns to.
     method = build_method(task, head, group)
     # Noise and moments start anew; what the earlier fit took from its shots is part of its posterior.
-    kept = {key: value for key, value in prior.replicated.items() if key in (P0, *head_state(head))}
+    goes_on = (ANCHOR, FORESEEN, NOISE) if task.prior.taken else ()  # the same stream, and not another task
+    kept = {key: value for key, value in prior.replicated.items() if key in (P0, *goes_on, *head_state(head))}
     method.load(replace(prior, replicated=method.state().replicated | kept))
+    return _in_stream(method, task)
+
+
+def _in_stream(method: Method, task: FitTask) -> Method:
+    """Tell a method of a stream what came before, and at which taus labels are to be predicted."""
+    if task.stream is not None and isinstance(method, KalmanNGD):
+        method.posterior.taus = task.stream.taus
+        if task.prior is None:
+            method.taken = 0
+        elif task.prior.taken:
+            method.taken = task.prior.taken
     return method
 
 
@@ -253,16 +291,87 @@ def fit(
         start, state = resume
         method.load(state)
     refusals = Refusals(steps)
+    meeting = None if task.stream is None else _Meeting(task, task.stream, method, group, device)
     began = perf_counter()  # a step's time is what it waits for its batch too
     with loader.batches(task.to(device).sampler, method.head, group, start) as batches:
         for batch in batches:
             stats, reason = refusals.attempt(method, batch)
             done = batch.step + 1
+            milliseconds = 1e3 * (perf_counter() - began)
+            met = look = None
+            if meeting is not None:
+                stats, met = meeting.meet(batch, stats)
+                look = meeting.look(batch)
             if on_step is not None:
-                on_step(StepRecord(done, steps, 1e3 * (perf_counter() - began), stats, reason))
+                on_step(StepRecord(done, steps, milliseconds, stats, reason, met, look))
             if on_checkpoint is not None and checkpoint_every and done % checkpoint_every == 0 and done < steps:
                 on_checkpoint(done, method)
             began = perf_counter()
     if on_checkpoint is not None:
         on_checkpoint(steps, method)
     return method
+
+
+class _Meeting:
+    """How the batches of a stream are predicted as they come.
+
+    Args:
+        task: the fit.
+        stream: its stream.
+        method: the optimiser.
+        group: the ranks.
+        device: where to compute.
+    """
+
+    def __init__(self, task: FitTask, stream: Stream, method: Method, group: Group, device: torch.device | str) -> None:
+        self._task, self._stream, self._method = task, stream, method
+        self._group, self._device = group, device
+        self._size, self._turns = task.sampler.batch_size, max(task.options.epochs, 1)
+        self._tests = {name: test.to(device) for name, test in stream.tests.items()}
+        self._kalman = method if isinstance(method, KalmanNGD) else None
+        self._foresight = Foresight(stream, None if self._kalman is None else self._kalman.foreseen)
+
+    def meet(self, batch: Batch, stats: StepStats | None) -> tuple[StepStats | None, Met | None]:
+        """What a step says of its batch.
+
+        Args:
+            batch: this rank's part of it.
+            stats: figures of the step; None where it was refused, and the head is as before.
+
+        Returns:
+            The figures, and where the batch is met for the first time, how it was predicted.
+        """
+        if not batch.scored:
+            return stats, None
+        first = batch.step == 0 and self._task.prior is None
+        if first or stats is None:
+            # CLIP as it is has seen nothing of the first batch; a refused one is predicted by the mean
+            head = self._zero_shot() if first else self._method.head
+            with torch.no_grad():
+                told = batch_scores(head(batch.inputs), batch, self._group)
+            log_predictive: Sequence[float] = (-told["nll"] * batch.total,)
+            if stats is not None:
+                stats = replace(stats, **told)
+            accuracy = told["accuracy"]
+        else:
+            assert stats.log_predictive is not None
+            log_predictive, accuracy = stats.log_predictive, stats.accuracy
+        tau = self._foresight.tau if self._kalman is not None else 0.0
+        nll = -self._foresight.see(log_predictive, batch.total) / batch.total
+        if self._kalman is not None:
+            self._kalman.foreseen = self._foresight.scores
+        return stats, Met(batch.total, accuracy, nll, tau)
+
+    def look(self, batch: Batch) -> Look | None:
+        """What the tests say after a step, if it is the last of a stage or of the stream."""
+        if not self._tests or (batch.step + 1) % self._turns:
+            return None
+        before = batch.step // self._turns * self._size
+        after = before + batch.total
+        if not self._stream.looks(before, after, len(self._task.support)):
+            return None
+        return Look(after, accuracies(self._method, self._tests))
+
+    def _zero_shot(self) -> CLIPHead:
+        embeddings = self._task.class_embeddings
+        return CLIPHead(embeddings, self._task.logit_scale).to(self._device, embeddings.dtype)

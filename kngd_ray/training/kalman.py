@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kngd_ray.clip import CLIPHead, Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Covariance, CovarianceFamily
+from kngd_ray.filters import Belief, Covariance, CovarianceFamily, Kronecker, ProcessModel, Transition
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, ShardedFilter, SingleProcess, covariance_bytes
 from kngd_ray.training.at_mode import ModePosterior
@@ -16,11 +16,14 @@ from kngd_ray.training.ekf import IteratedEKF
 from kngd_ray.training.method import MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.observing import Observer
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.posterior import Posterior, Update
+from kngd_ray.training.posterior import InMemoryPosterior, Posterior, Update
 from kngd_ray.training.streamed import StreamedPosterior, check_activations
 
 P0 = "prior/p0"
 LOGIT_VARIANCE = "prior/logit_variance"
+ANCHOR = "prior/mean"
+FORESEEN = "stream/foreseen"
+NOISE = "noise"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -54,6 +57,8 @@ class KalmanNGD:
         self.observer = Observer(head, options, seed, self.group)
         self.p0 = options.filter.weight_variance
         self.logit_variance: float | None = None  # as shots chose it
+        self.foreseen: Tensor | None = None  # of a stream, what each tau has made of labels to come; see fit
+        self.taken: int | None = None  # steps of earlier fits of the same stream; None where there is no stream
         self._options = options
         self.posterior = self._place(streamed=streamed)
 
@@ -94,6 +99,20 @@ class KalmanNGD:
         assert isinstance(self.head, CLIPHead)
         self.posterior.belief = Belief(self.belief.mu, covariance)
         self.head.gamma, self.p0, self.logit_variance = gamma, p0, logit_variance
+        measured = isinstance(self.family, Kronecker) and self.family.columns != "identity"
+        if measured and self._process.share and isinstance(self.posterior, ModePosterior):
+            self.posterior.keep_prior()
+
+    @property
+    def _process(self) -> ProcessModel:
+        return self._options.noise.process
+
+    def _transition(self, step: int) -> Transition:
+        """The transition before a step; of P_0 where it is kept. Before the first batch of a stream no time passes."""
+        if self.taken == step == 0:
+            return Transition(1.0, 1.0, 0.0)
+        kept = isinstance(self.posterior, ModePosterior) and self.posterior.keeps_prior
+        return self._process.transition((self.taken or 0) + step, None if kept else self.p0)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -108,7 +127,7 @@ class KalmanNGD:
             FilterError: the step was refused; belief, noise and head are as before.
         """
         moved = self.group.bytes_moved
-        transition = self._options.noise.process.transition(batch.step, self.p0)
+        transition = self._transition(batch.step)
         kept = self.posterior.keep(transition)
         try:
             update = self.posterior.advance(batch, transition)
@@ -147,13 +166,17 @@ class KalmanNGD:
     def state(self) -> MethodState:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
         chosen = {} if self.logit_variance is None else {LOGIT_VARIANCE: self.logit_variance}
+        of_stream = {} if self.foreseen is None else {FORESEEN: self.foreseen}
+        if isinstance(self.posterior, InMemoryPosterior) and self._transition(1).decay != 1.0:
+            of_stream[ANCHOR] = self.posterior.anchor
         owned = self.posterior.filter.ownership.parts
         return MethodState(
             weights={name: p.detach().clone() for name, p in self.parameters.items()},
             replicated={
-                "noise": self.noise,
+                NOISE: self.noise,
                 **{key: torch.tensor(value, dtype=torch.float64) for key, value in {P0: self.p0, **chosen}.items()},
                 **head_state(self.head),
+                **of_stream,
             },
             covariance=flat(self.belief.covariance),
             pieces=[{part.layer.name: (part.flat.start, part.flat.stop) for part in parts} for parts in owned],
@@ -161,10 +184,13 @@ class KalmanNGD:
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
-        self.posterior.noise = state.replicated["noise"].to(self.noise)
+        self.posterior.noise = state.replicated[NOISE].to(self.noise)
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
         self.logit_variance = chosen_variance(state)
+        self.foreseen = state.replicated.get(FORESEEN)
+        if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
+            self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)
         load_head(self.head, state)
         self.posterior.load(state.weights, nested(state.covariance, self.belief.mu))
 

@@ -32,7 +32,7 @@ class StepStats:
         bytes_moved: bytes that this rank received from others.
         covariance_bytes: bytes of the covariance that this rank holds.
         log_predictive: of a batch that is scored, the log-probability of its labels under the belief before the step,
-            nats, summed over samples, at each tau of ``TAU_GRID``; at tau = 0 alone where there is no belief.
+            nats, summed over samples, at each tau of the posterior; at tau = 0 alone where there is no belief.
     """
 
     nll: float

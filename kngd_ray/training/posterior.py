@@ -1,7 +1,7 @@
 """The belief of a Kalman optimiser: what one batch makes of it, wherever its covariance lies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -34,7 +34,7 @@ class Update:
         log_evidence: log N(nu; 0, S) of the innovations as they were before whitening, nats, a scalar.
         jitter: what S needed on its diagonal to factor.
         gated: observations that the gate weighed down or left out, a scalar.
-        log_predictive: of a batch that is scored, the log-probability of its labels at each tau of ``TAU_GRID``.
+        log_predictive: of a batch that is scored, the log-probability of its labels at each of the posterior's taus.
     """
 
     belief: Belief
@@ -76,6 +76,7 @@ class Posterior(ABC):
     Attributes:
         belief: mean of all weights, covariance of the own parts.
         noise: the noise state.
+        taus: posterior temperatures at which labels are predicted before they are learned from.
     """
 
     def __init__(self, head: Head, options: FitOptions, observer: Observer, filter: PartitionedFilter[Any]) -> None:
@@ -87,6 +88,7 @@ class Posterior(ABC):
         self.group = filter.group
         self.belief = self._prior()
         self.noise = observer.initial_noise(self.belief.mu)
+        self.taus: Sequence[float] = TAU_GRID
 
     @abstractmethod
     def _prior(self) -> Belief:
@@ -166,12 +168,8 @@ class InMemoryPosterior(Posterior):
         Raises:
             FilterError: the step is refused.
         """
-        predicted = self.filter.predict(self.belief, transition, self.anchor)
-        scores: tuple[float, ...] | None = None
-        if batch.scored:
-            self.write(predicted.mu)
-            passed = self.observer.linearizer.run(batch.inputs)
-            scores = tuple(self.log_predictive(predicted, passed, batch).tolist())
+        predicted = self.predicted(transition)
+        scores = tuple(self.scores(predicted, batch).tolist()) if batch.scored else None
         update = self.conditioned(predicted, batch)
         if not isfinite(float(update.belief.mu.sum())):
             raise FilterError(
@@ -180,6 +178,23 @@ class InMemoryPosterior(Posterior):
             )
         self.go_on(update.belief, update.noise)
         return replace(update, log_predictive=scores)
+
+    def predicted(self, transition: Transition) -> Belief:
+        """The belief before the next batch."""
+        return self.filter.predict(self.belief, transition, self.anchor)
+
+    def scores(self, predicted: Belief, batch: Batch) -> Tensor:
+        """Log-probability of a batch's labels under a belief.
+
+        Args:
+            predicted: the belief before the batch.
+            batch: this rank's part of the global batch.
+
+        Returns:
+            (T,) sums over the global batch in nats, float64, at each of the taus.
+        """
+        self.write(predicted.mu)
+        return self.log_predictive(predicted, self.observer.linearizer.run(batch.inputs), batch)
 
     @abstractmethod
     def conditioned(self, predicted: Belief, batch: Batch) -> Update:
@@ -194,14 +209,27 @@ class InMemoryPosterior(Posterior):
             batch: this rank's part of the global batch.
 
         Returns:
-            (T,) sums over the global batch in nats, float64, at each tau of ``TAU_GRID``.
+            (T,) sums over the global batch in nats, float64, at each of the taus.
         """
         logits = passed.logits.detach()
         C = logits.shape[1]
         H = passed.jacobian(centring(C, logits).expand(len(logits), C, C))
         variance = self.filter.variances(predicted, H, batch.sizes, logits)[batch.own]
+        return self.of_labels(logits, variance, batch)
+
+    def of_labels(self, logits: Tensor, variance: Tensor, batch: Batch) -> Tensor:
+        """Log-probability of labels under uncertain logits.
+
+        Args:
+            logits: (m, C) means, of the local samples.
+            variance: (m, C) variances of the logits less their mean over classes.
+            batch: this rank's part of the global batch.
+
+        Returns:
+            (T,) sums over the global batch, as of :meth:`log_predictive`.
+        """
         label = batch.labels.unsqueeze(1)
-        found = [moderated(logits, tau * variance).log_softmax(1).gather(1, label).double().sum() for tau in TAU_GRID]
+        found = [moderated(logits, tau * variance).log_softmax(1).gather(1, label).double().sum() for tau in self.taus]
         return self.group.sum(torch.stack(found))
 
     def go_on(self, belief: Belief, noise: Tensor) -> None:

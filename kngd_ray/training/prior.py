@@ -30,6 +30,11 @@ class Prior:
     manifest: Mapping[str, Any]
 
     @property
+    def taken(self) -> int:
+        """Steps of one and the same stream that led to it; 0 where the next fit is a task of its own."""
+        return 0
+
+    @property
     def sha256(self) -> str:
         """Of all that it holds, by the checksums in its manifest."""
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()

@@ -112,6 +112,7 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
     prior = None if task.prior is None else task.prior.sha256
     order = {"order": "prequential"} if task.prequential else {}
+    order = order if task.stream is None else {"order": "stream"}
     return {"seed": task.seed, "options": options, "shots": shots, "prior": prior, **order, **_listed(dict(identity))}
 
 

@@ -180,3 +180,29 @@ def test_no_observation_changes_nothing():
     P, H = prior(), {"w": random_factors(ROWS, COLUMNS, 0)}
     found = step(P, H, randn(0))
     assert max_error(full(found.covariance), full(P)) < 1e-15
+
+
+def test_a_share_of_the_prior_is_added_in_any_coordinates():
+    """P + share P_0 has the partial traces of the sum where P_0 is the identity, and is the sum where it can be."""
+    o, i, share = ROWS, COLUMNS, 0.7
+    first = {"B": 2.0 * torch.eye(o, dtype=DOUBLE), "A": spd(i, 3)}
+    P = {**FAMILY.with_prior(first), "B": spd(o, 4), "A": spd(i, 5)}
+    found = FAMILY.drifted_layer(P, share)
+    exact = full({"w": P}) + share * full({"w": first})
+    L = torch.linalg.cholesky(first["A"]).contiguous()
+    white = torch.kron(torch.eye(o, dtype=DOUBLE) / 2**0.5, L.inverse().contiguous())
+
+    def traces(S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = (white @ S @ white.mT).view(o, i, o, i)
+        return torch.einsum("aibi->ab", blocks), torch.einsum("aiaj->ij", blocks)
+
+    for mine, of_sum in zip(traces(full({"w": found})), traces(exact), strict=True):
+        assert max_error(mine, of_sum) < 1e-5
+    T = randn(i, i, seed=6)  # other coordinates of the inputs
+    again = FAMILY.drifted_layer({key: T @ X @ T.mT if key in ("A", "A0") else X for key, X in P.items()}, share)
+    assert max_error(full({"w": again}), full({"w": {**found, "A": T @ found["A"] @ T.mT}})) < 1e-4
+    independent = {**P, "B": 0.3 * first["B"]}
+    exact = full({"w": independent}) + share * full({"w": first})
+    found = FAMILY.drifted_layer(independent, share)
+    assert max_error(full({"w": found}), exact) < 1e-5
+    assert torch.equal(found["A0"], first["A"]), "the prior is kept"

@@ -19,6 +19,7 @@ from kngd_ray.filters import (
     RandomWalk,
     Rows,
     Seen,
+    Transition,
     Whitening,
     update,
 )
@@ -178,7 +179,19 @@ def test_negative_process_noise_is_refused(q):
 
 
 def test_random_walk_is_the_same_at_every_step():
-    assert RandomWalk(q=0.2).transition(0, 1.0) == RandomWalk(q=0.2).transition(99, 5.0) == (1.0, 1.0, 0.2)
+    assert RandomWalk(q=0.2).transition(0, 1.0) == RandomWalk(q=0.2).transition(99, 5.0) == Transition(1.0, 1.0, 0.2)
+
+
+def test_a_drift_is_a_share_of_the_prior():
+    """Of p0 I where that is the prior, and told as it is where the prior is kept."""
+    assert RandomWalk(drift=0.3).transition(0, 2.0) == Transition(1.0, 1.0, 0.6)
+    assert RandomWalk(drift=0.3).transition(0, None) == Transition(1.0, 1.0, 0.0, 0.3)
+    assert OrnsteinUhlenbeck(gamma=0.8).transition(0, None) == pytest.approx(Transition(0.8, 0.64, 0.0, 0.36))
+    assert Forgetting().share == RandomWalk(q=0.2).share == 0.0
+    with pytest.raises(ValueError, match=r"q is 0.1 and drift 0.2: process noise is given twice"):
+        RandomWalk(q=0.1, drift=0.2)
+    with pytest.raises(ValueError, match="drift is"):
+        RandomWalk(drift=-0.1)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.99, 1.0])
@@ -195,7 +208,7 @@ def test_ornstein_uhlenbeck_returns_to_the_prior(gamma):
 def test_forgetting_follows_its_recursion():
     process, memory = Forgetting(factor=0.9, rate=0.97), 0.9
     for step in range(200):
-        decay, scale, q = process.transition(step, 1.0)
+        decay, scale, q, _ = process.transition(step, 1.0)
         assert (decay, q) == (1.0, 0.0)
         assert scale == pytest.approx(1 / memory)
         memory = 0.97 * memory + (1 - 0.97)

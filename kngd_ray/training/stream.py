@@ -1,0 +1,259 @@
+"""A stream: samples that come in an order, each batch predicted before it is learned from.
+
+::
+
+    first batch     predicted by the zero-shot head     then it informs the prior, and is learned from
+    each later one  predicted by the belief before it   then it is learned from
+
+Nothing that a batch is predicted by has seen it, nor what comes after it. So tau is the one that has predicted the
+latest batches best, under its prior; in the beginning it is the prior's median. What changes may change how sure a
+belief should be of itself, so that a batch counts half as much when 50 samples have come after it. The figures are
+prequential: those of a method that is judged as it is used.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kngd_ray.errors import FilterError
+from kngd_ray.training.batches import Support
+from kngd_ray.training.method import Method
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
+
+BATCH = 16
+"""Samples of a batch of a stream where the options leave it open: the fewer, the more was learned just before each."""
+
+_EPSILON = 1e-9  # nats
+_HALF_LIFE = 50.0  # samples
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a stream from one domain.
+
+    Attributes:
+        domain: its name.
+        end: samples of the stream up to its end.
+    """
+
+    domain: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What makes a fit one of a stream.
+
+    Attributes:
+        posterior: how the posterior enters predictions: a given tau, or the prior of the one to choose.
+        stages: the domains one after another; none where they come as they come.
+        tests: samples of each domain that nothing is learned from, looked at when a stage is over and at the end.
+    """
+
+    posterior: PosteriorOptions = field(default_factory=PosteriorOptions)
+    stages: Sequence[Stage] = ()
+    tests: Mapping[str, Support] = field(default_factory=dict)
+
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """Those that may be chosen."""
+        if self.posterior.predict == "mean":
+            return (0.0,)
+        return TAU_GRID if self.posterior.temperature is None else (self.posterior.temperature,)
+
+    def looks(self, before: int, after: int, total: int) -> bool:
+        """Whether the tests are looked at after a batch.
+
+        Args:
+            before: samples that came before it.
+            after: and with it.
+            total: of the whole stream.
+
+        Returns:
+            Whether a stage ends in it, or the stream.
+        """
+        return after == total or any(before < stage.end <= after for stage in self.stages)
+
+
+class Foresight:
+    """What each tau has made of the labels of a stream before they were learned from.
+
+    Args:
+        stream: says which taus there are, and how probable they are before anything is seen.
+        scores: (T,) their log-probability so far, nats, which fades; None is nothing.
+    """
+
+    def __init__(self, stream: Stream, scores: Tensor | None = None) -> None:
+        self.taus = stream.taus
+        prior = torch.tensor([stream.posterior.log_prior(tau) for tau in self.taus], dtype=torch.float64)
+        if (
+            stream.posterior.tau_median is None
+        ):  # all are as probable: it begins with 1, the last, as fits without folds
+            prior[-1] = _EPSILON
+        self._prior = prior if len(self.taus) > 1 else torch.zeros(1, dtype=torch.float64)
+        self.scores = torch.zeros(len(self.taus), dtype=torch.float64) if scores is None else scores.double().cpu()
+
+    @property
+    def tau(self) -> float:
+        """The one by which the next batch is predicted."""
+        return self.taus[self._best]
+
+    @property
+    def _best(self) -> int:
+        return int((self.scores + self._prior).argmax())
+
+    def see(self, log_predictive: Sequence[float], size: int) -> float:
+        """Learn of a batch.
+
+        Args:
+            log_predictive: (T,) of its labels, nats; one of a method without a posterior.
+            size: its samples.
+
+        Returns:
+            That at the tau which was chosen before.
+        """
+        told = log_predictive if len(log_predictive) == len(self.taus) else [log_predictive[0]] * len(self.taus)
+        found = told[self._best]
+        self.scores = 0.5 ** (size / _HALF_LIFE) * self.scores + torch.tensor(told, dtype=torch.float64)
+        return found
+
+
+def streamed(options: FitOptions) -> FitOptions:
+    """Options of a fit of a stream, of which nobody knows the end.
+
+    Args:
+        options: as they were given.
+
+    Returns:
+        The options; where the batch size is left open, it is not all of the stream, and a learning rate stays as it is.
+    """
+    constant = replace(options.optimizer, schedule="constant")
+    return replace(options, batch_size=options.batch_size or BATCH, optimizer=constant)
+
+
+def check_streamed(options: FitOptions, protocol: str, ordered: str | None) -> None:
+    """Refuse what a stream cannot have, and an order of anything else.
+
+    Args:
+        options: of the fit.
+        protocol: ``stream``, or another.
+        ordered: the setting that gives an order; None without one.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if protocol != "stream":
+        if ordered is not None:
+            raise ValueError(f"{ordered} is for protocol=stream, and protocol is {protocol}; leave one out")
+        return
+    if ordered is None:
+        raise ValueError(
+            "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
+            "the column that says when a row came, data.time=COLUMN"
+        )
+    if options.tune.images:
+        raise ValueError(
+            "protocol is stream, from which adapters on frozen towers learn, and tune.parameters is "
+            f"{options.tune.parameters}; leave one of them out"
+        )
+    if not options.epochs:
+        raise ValueError("epochs is 0, and a stream is learned from as it comes; give 1 or more steps for each batch")
+
+
+def accuracies(method: Method, tests: Mapping[str, Support]) -> dict[str, float]:
+    """How well a method does at its mean.
+
+    Args:
+        method: on its way.
+        tests: samples by domain, on its device.
+
+    Returns:
+        The share that is classified right.
+    """
+    with torch.no_grad():
+        return {
+            name: float((method.head(test.features).argmax(1) == test.labels).double().mean())
+            for name, test in tests.items()
+        }
+
+
+@dataclass(frozen=True)
+class Met:
+    """A batch of a stream as it was predicted, before it was learned from.
+
+    Attributes:
+        size: its samples.
+        accuracy: share of them that was predicted right.
+        nll: of their labels, nats per sample, at tau.
+        tau: chosen by what the batches before were like; 0 of a method without a posterior.
+    """
+
+    size: int
+    accuracy: float
+    nll: float
+    tau: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """The tests as they were looked at.
+
+    Attributes:
+        samples: of the stream, learned from until then.
+        accuracy: by domain, the share that is classified right.
+    """
+
+    samples: int
+    accuracy: Mapping[str, float]
+
+
+def prequential(met: Sequence[Met]) -> dict[str, float]:
+    """Figures of a stream as a whole, each sample predicted before it was learned from.
+
+    Args:
+        met: all of its batches.
+
+    Returns:
+        ``accuracy`` and ``nll``, nats per sample.
+
+    Raises:
+        FilterError: nothing was predicted.
+    """
+    total = sum(batch.size for batch in met)
+    if not total:
+        raise FilterError("it takes no step, so that nothing is predicted: give it one epoch or more")
+    return {
+        "accuracy": sum(batch.size * batch.accuracy for batch in met) / total,
+        "nll": sum(batch.size * batch.nll for batch in met) / total,
+    }
+
+
+def retention(stages: Sequence[Stage], looks: Sequence[Look]) -> dict[str, float]:
+    """What is kept of domains when others follow, as of their test samples.
+
+    Args:
+        stages: of the stream.
+        looks: at the end of each, and of the stream.
+
+    Returns:
+        ``learned``, the mean accuracy on a domain right after its last stage, ``final``, that after the end of the
+        stream, and ``forgetting``, the former less the latter over all domains but that of the last stage; nothing
+        where there are no stages, and no ``forgetting`` of a single domain.
+    """
+    if not stages:
+        return {}
+    ends = {stage.domain: stage.end for stage in stages}  # of a domain that comes back, its last
+    final = looks[-1].accuracy
+    learned = {
+        domain: next(look.accuracy[domain] for look in looks if look.samples >= end) for domain, end in ends.items()
+    }
+    found = {
+        name: sum(by[domain] for domain in ends) / len(ends) for name, by in (("learned", learned), ("final", final))
+    }
+    earlier = [domain for domain in ends if domain != stages[-1].domain]
+    if earlier:
+        found["forgetting"] = sum(learned[domain] - final[domain] for domain in earlier) / len(earlier)
+    return found

@@ -35,7 +35,7 @@ from kngd_ray.clip._config import ModelConfig
 from kngd_ray.clip._context import Reading
 from kngd_ray.clip._locate import Source, first_line, locate
 from kngd_ray.clip._precomputed import check_distinct
-from kngd_ray.clip._prompts import check_names, said_otherwise
+from kngd_ray.clip._prompts import called_missing, check_names, said_otherwise
 from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
 from kngd_ray.errors import ModelError
 
@@ -185,6 +185,7 @@ class ClipModel:
             Lines.
         """
         found = (
+            called_missing(class_names),
             said_otherwise(class_names, templates),
             Reading(self._tokenizer, class_names, templates).note(),
         )

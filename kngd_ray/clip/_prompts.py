@@ -18,6 +18,7 @@ _CODE = re.compile(r"[A-Z]?[a-z]{2,}(?:[A-Z][a-z]+)+")
 _WORD = re.compile(r"[A-Z]?[a-z]+")
 _LITERAL = re.compile(r"""[bBuUrR]{0,2}(['"])(?:(?!\1).)*\1""")
 _SHOWN = 4  # names in a message
+_MISSING = frozenset({"nan", "NaN", "None", "<NA>", "NaT", "null"})
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -145,6 +146,14 @@ def said_otherwise(class_names: Sequence[str], templates: str | Sequence[str]) -
     shown = ", ".join(f"{name} as {in_words(name)!r}" for name in changed[:_SHOWN])
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return f"prompts say class names that look like code in words, {shown}{more}: a template with {{name}} keeps them"
+
+
+def called_missing(class_names: Sequence[str]) -> str | None:
+    """The line on a class that is called as a missing value is once it is text; None where there is none."""
+    found = next((name for name in class_names if name in _MISSING), None)
+    if found is None:
+        return None
+    return f"there is a class called {found!r}, as text that was made of missing values is: look at the labels"
 
 
 def _plain(name: str) -> str:

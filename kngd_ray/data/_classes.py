@@ -33,8 +33,9 @@ def resolve_classes(
     first: dict[int | str, int] = {}  # per label, the row that named it
     for row, (label, name) in enumerate(zip(rows.labels, rows.names, strict=True)):
         if name is None or label is None:
+            lost = [n for n, found in enumerate(rows.names) if found is None]
             raise DataError(
-                f"{rows.source.place(row)}: label {label!r} has no class name:"
+                f"{rows.source.place(row)}: label {label!r} has no class name{_others(lost, rows)}:"
                 " add a class_name column, or list the names in data.classes"
             )
         before = first.setdefault(label, row)
@@ -66,9 +67,10 @@ def _check_labels(rows: Rows) -> None:
     Raises:
         DataError: for the first null or negative label, or for a mix of numbers and names.
     """
+    lost = [row for row, label in enumerate(rows.labels) if label is None or label == ""]
+    if lost:
+        raise DataError(f"{rows.source.place(lost[0])} has no label{_others(lost, rows)}: fill it in or drop the row")
     for row, label in enumerate(rows.labels):
-        if label is None or label == "":
-            raise DataError(f"{rows.source.place(row)} has no label: fill it in or drop the row")
         if isinstance(label, int) and label < 0:
             raise DataError(f"{rows.source.place(row)}: label {label} is negative: number classes from 0")
         if isinstance(label, str) != isinstance(rows.labels[0], str):
@@ -76,6 +78,11 @@ def _check_labels(rows: Rows) -> None:
                 f"{rows.source.place(0)} has a label {rows.labels[0]!r} but {rows.source.place(row)}"
                 f" {label!r}: use numbers or class names, not both"
             )
+
+
+def _others(lost: Sequence[int], rows: Rows) -> str:
+    """How many rows lack the same as the first of them."""
+    return f", as {len(lost)} of {len(rows.labels)} rows" if len(lost) > 1 else ""
 
 
 def _by_number(rows: Rows, classes: Sequence[str]) -> Ints:

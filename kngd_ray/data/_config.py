@@ -56,7 +56,8 @@ class DataConfig:
 
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts, each with one {} for the class name, or the name of a set of them; their text embeddings
-    are averaged. :func:`kngd_ray.clip.resolve_templates` knows the sets and checks the prompts."""
+    are averaged. :func:`kngd_ray.clip.resolve_templates` knows the sets and checks the prompts. Names
+    that look like code are said in words, AnnualCrop as "Annual Crop"; {name} in place of {} keeps them."""
 
     test_fraction: float = 0.3
     """Part of each class and domain held out for testing where the data states no pictures for it."""

@@ -6,8 +6,6 @@ from typing import Any
 from kngd_ray.clip import same_sentences, worded
 from kngd_ray.errors import InputError, UsageError
 
-_SPELLED = frozenset({"nan", "NaN", "None", "<NA>", "NaT", "null"})
-
 
 def names_of(classes: Sequence[Any], given: Mapping[Any, str] | None, *, said: bool) -> tuple[str, ...]:
     """Name the classes.
@@ -83,7 +81,7 @@ def name_of(label: Any, what: str = "the label") -> str:
 
 
 def said_of(classes: Sequence[Any], names: Sequence[str], width: int | None) -> str | None:
-    """What is to be said of classes that may not be what was meant.
+    """What is to be said of labels that are numbers.
 
     Args:
         classes: labels.
@@ -93,9 +91,6 @@ def said_of(classes: Sequence[Any], names: Sequence[str], width: int | None) -> 
     Returns:
         A sentence, or None.
     """
-    spelled = [name for name in names if name in _SPELLED]
-    if spelled:
-        return f"there is a class called {spelled[0]!r}, as text that was made of missing values is: look at the labels"
     if (
         width is None
         and all(isinstance(label, (int, float)) for label in classes)

@@ -1,6 +1,7 @@
 import pytest
 
 from kngd_ray.clip._prompts import (
+    called_missing,
     check_names,
     expand,
     in_words,
@@ -85,6 +86,12 @@ def test_templates_say_how_names_are_said():
     line = said_otherwise(["SeaLake", "dog", *(f"Sea{c}ake" for c in "BCDFG")], ("a {words}",))
     assert "SeaLake as 'Sea Lake'" in line
     assert "and 2 more" in line
+
+
+def test_a_class_called_as_missing_values_are_is_said():
+    assert called_missing(["dog", "Nan", "nonesuch"]) is None
+    for name in ("nan", "None", "<NA>"):
+        assert f"a class called {name!r}" in called_missing(["dog", name])
 
 
 @pytest.mark.parametrize("name", ["['bird']", "('bird', 'cat')", '["bird"]', "{'a': 1}", "", " "])

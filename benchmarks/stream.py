@@ -50,7 +50,7 @@ ORDERS = {
     "emoji": ["noto", "twemoji", "fluent-3d", "openmoji", "fluent-flat", "openmoji-black"],
 }
 SHOTS = {"pacs": 16, "emoji": 4}
-TUNED_ON = (100, 101, 102)  # seeds of the streams that trials see
+TUNED_ON = (100, 101)  # seeds of the streams that trials see
 ROWS = ("tuned", "q = 0", "adamw", "sgd", "replay")
 COLOURS = {"tuned": "#1f5f9e", "q = 0": "#7fb3d5", "adamw": "#d1752b", "sgd": "#b5a642", "replay": "#4d9e5f"}
 LONGEST = 20  # batches without which a window is all that came
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="PACS as a parquet file of the package's schema; without it, emoji alone")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -18,8 +18,9 @@ from kngd_ray.errors import DataError
 def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[str], shots: int, seed: int) -> Ints:
     """Draw the shots of a stream, domain after domain.
 
-    Those of a domain are drawn as a support set is, by a seed's permutation of each class,
-    and come in an order that is drawn too: sorted by class, a batch would hold one class. A domain that comes back
+    Each class of each domain has a permutation of its own, so that domains whose rows are the same objects in the same
+    order, drawn otherwise, do not all come with the same objects. Shots of a domain come in an order that is drawn too:
+    sorted by class, a batch would hold one class. A domain that comes back
     comes with the next shots of its permutations.
 
     Args:
@@ -35,6 +36,7 @@ def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[st
     Raises:
         DataError: a domain has too few pictures of a class for all of its visits.
     """
+    known = sorted(set(images.domains.tolist()))
     visits: dict[str, int] = {}
     parts: list[Ints] = []
     for domain in order:
@@ -49,7 +51,7 @@ def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[st
                     f"class {name!r} has {len(pool)} pictures of domain {domain!r} to learn from, fewer than "
                     f"{needed} shots{times}: lower data.shots, add pictures, or leave the class or the domain out"
                 )
-            permuted = np.random.default_rng([seed, label]).permutation(pool)
+            permuted = np.random.default_rng([seed, label, known.index(domain)]).permutation(pool)
             drawn.append(permuted[visit * shots : (visit + 1) * shots])
         parts.append(
             np.random.default_rng([seed, len(parts), len(images.class_names)]).permutation(np.concatenate(drawn))

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import (
-    PRECOMPUTED,
-    AnyModel,
-    ModelConfig,
-    PrecomputedModel,
-    best_device,
-)
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, best_device
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._conventions import Parameters, check_columns, classifier_tags, columns_of, not_fitted

@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="embedded", help="parquet file of the package's schema")
     parser.add_argument("--domain", default=None, help="domain trained on; the others are out of distribution")
-    parser.add_argument("--shots", default="2,4")
+    parser.add_argument("--shots", default="2", help="some numbers; data must have four times as many")
     parser.add_argument("--seeds", default="0-4")
     options = parser.parse_args()
     print("| shots | tested on | more shots % | right %, of ten groups | mean width |\n|---|---|---|---|---|")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
+from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
 from kngd_ray.clip.adapters import Linear
 from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
 from kngd_ray.commands.display import Display
@@ -77,7 +77,8 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         network.options = replace(network.options, alpha=1.0)
     else:
         network = CLIPNetwork(model, manifest["class_names"], manifest["templates"], TuneOptions(), options.adapter)
-        network.head.load_state_dict(head.state_dict())
+        assert isinstance(head, CLIPHead)
+        network.head = head  # with what it was told beside its weights, such as gamma
     network.requires_grad_(False)
     size = model.preprocess_cfg["size"]
     with _new_files(out):

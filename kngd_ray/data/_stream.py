@@ -18,10 +18,9 @@ from kngd_ray.errors import DataError
 def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[str], shots: int, seed: int) -> Ints:
     """Draw the shots of a stream, domain after domain.
 
-    Each class of each domain has a permutation of its own, so that domains whose rows are the same objects in the same
-    order, drawn otherwise, do not all come with the same objects. Shots of a domain come in an order that is drawn too:
-    sorted by class, a batch would hold one class. A domain that comes back
-    comes with the next shots of its permutations.
+    Each class of each domain has a permutation of its own, so that domains whose rows are the same objects in other
+    styles do not all come with the same ones. Shots of a domain come in an order that is drawn too: sorted by class, a
+    batch would hold one class. A domain that comes back comes with the next shots of its permutations.
 
     Args:
         images: the data set.

@@ -102,6 +102,12 @@ def test_the_order_of_a_stream(small_data) -> None:
     assert np.array_equal(select(images, config, 3).support, split.support)
     assert not np.array_equal(select(images, config, 4).support, split.support)
     assert any((np.diff(images.labels[part]) < 0).any() for part in split.support.reshape(3, 6)), "classes are mixed"
+    first, second = (np.flatnonzero((images.domains == domain) & (images.splits == "train")) for domain in ORDER[:2])
+    drawn = [
+        set(np.searchsorted(rows, part).tolist())
+        for rows, part in zip((first, second), split.support.reshape(3, 6)[:2], strict=True)
+    ]
+    assert drawn[0] != drawn[1], "of domains with the same objects, not the same ones"
     bad = int(split.support[0])
     assert bad not in select(images, config, 3, {bad}).support
 

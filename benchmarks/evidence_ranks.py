@@ -35,6 +35,7 @@ from kngd_ray.commands.environment import describe_environment
 from kngd_ray.commands.search_file import SearchConfig, load_search
 from kngd_ray.config import load_config, override
 from kngd_ray.search import Fitted, Workload, fit_together, judge
+from kngd_ray.search.options import DIRECTIONS, Objective
 from kngd_ray.training.calibration import calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.metrics import Scores
@@ -44,7 +45,6 @@ KEPT = RESULTS / "evidence_ranks.json"
 SEARCH = Path(__file__).parents[1] / "tune_configs" / "noise_priors.yaml"
 TOGETHER = 10  # priors at a time
 CASES = ("plain", "unequal", "wrong_head")
-OBJECTIVE = "log_posterior"
 Row = dict[str, Any]
 
 
@@ -128,11 +128,12 @@ def _tested(fits: Sequence[Any], problem: Problem, taus: Sequence[float], poster
     return {name: fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def summary(rows: Sequence[Row]) -> Row:
+def summary(rows: Sequence[Row], objective_name: Objective) -> Row:
     """Rank correlations and regret of one problem.
 
     Args:
         rows: of :func:`judged`.
+        objective_name: by which the search chooses.
 
     Returns:
         ``spearman`` and that over the better half by test NLL, with NLL and accuracy; what the chosen prior has more
@@ -140,7 +141,8 @@ def summary(rows: Sequence[Row]) -> Row:
     """
     preset, *trials = rows
     sound = [row for row in trials if "id_nll" in row]
-    objective = np.array([row[OBJECTIVE] for row in sound])
+    sign = 1 if DIRECTIONS[objective_name] == "maximize" else -1
+    objective = sign * np.array([row[objective_name] for row in sound])
     nll, accuracy = (np.array([row[name] for row in sound]) for name in ("id_nll", "id_accuracy"))
     better = nll <= np.median(nll)
     chosen = sound[int(objective.argmax())]
@@ -168,7 +170,8 @@ def _ranks(score: Any, worth: Any) -> float:
 def measure(args: argparse.Namespace) -> None:
     """Judge, fit and test the priors of data sets, and keep what came out."""
     torch.set_num_threads(args.threads)
-    search = load_search(SEARCH, [])
+    search = load_search(args.search, [])
+    objective = search.options.objective[0]
     priors = random_priors(search, args.priors)
     for path in args.data:
         data = open_data(path, geometry=args.geometry, dev=args.dev)
@@ -188,7 +191,9 @@ def measure(args: argparse.Namespace) -> None:
                     "classes": len(problem.class_embeddings),
                     "seeds": args.seeds,
                     "seconds": round(time.monotonic() - began, 1),
-                    **summary(rows),
+                    "search": args.search.stem,
+                    "objective": objective,
+                    **summary(rows, objective),
                     "priors": rows,
                 }
                 _keep(found, args.out)
@@ -196,7 +201,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _key(problem: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(problem[name] for name in ("group", "data", "domain", "shots", "case"))
+    return tuple(problem[name] for name in ("search", "group", "data", "domain", "shots", "case"))
 
 
 def _keep(found: Row, path: Path) -> None:
@@ -257,12 +262,12 @@ def draw(path: Path) -> None:
     for axis, problem in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
         preset, *rows = problem["priors"]
         sound = [row for row in rows if "id_nll" in row]
-        axis.scatter([row[OBJECTIVE] for row in sound], [row["id_nll"] for row in sound], s=12, alpha=0.8)
+        axis.scatter([row[problem["objective"]] for row in sound], [row["id_nll"] for row in sound], s=12, alpha=0.8)
         axis.axhline(preset["id_nll"], color="0.4", lw=0.8, ls="--")
         axis.set_yscale("log")
         axis.set_title(f"{problem['data']} {problem['domain']}, {problem['shots']} shots", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
-    figure.supxlabel("log posterior of the settings, nats per shot", fontsize=9)
+    figure.supxlabel("objective of the search, nats per shot", fontsize=9)
     figure.supylabel("test NLL (dashed: preset)", fontsize=9)
     figure.savefig(RESULTS / "evidence_ranks.png", dpi=110)
     print(table(problems))
@@ -276,6 +281,9 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+")
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--case", choices=CASES, default="plain")
+    parser.add_argument(
+        "--search", type=Path, default=SEARCH, help="the search file whose space and objective are judged"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--priors", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)

@@ -129,7 +129,9 @@ class DataSet:
             return {seed: self._split(config, seed, bad) for seed in seeds}
 
         images = self.images
-        prepared = prepare(Task(config, images, images, choose, choose(frozenset()), self._model, False))
+        prepared = prepare(
+            Task(config, images, images, choose, choose(frozenset()), self._model, from_pictures=False, known=False)
+        )
         cases = [Case(prepared.support(seed), prepared.tests(seed), seed) for seed in seeds]
         problem = Problem(cases, prepared.class_embeddings, prepared.model.logit_scale)
         return problem if self.group == MINI else to_clip(problem)

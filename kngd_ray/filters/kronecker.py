@@ -390,7 +390,7 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
     U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
     B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
-    A_new = (A * (trace / o).to(A.dtype)).addmm_(V.mT, V, alpha=-1.0 / o)
+    A_new = torch.addmm(A * (trace / o).to(A.dtype), V.mT, V, alpha=-1.0 / o)
     return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new), A)}
 
 
@@ -402,7 +402,7 @@ def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> La
     B_new = rounded_up(symmetric(B_new), B)
     solved = torch.linalg.solve(B_new, torch.cat([B, YA], 1))
     trace = solved[:, :o].diagonal().sum()
-    A_new = (A * (trace / o)).addmm_(YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), alpha=-1.0 / o)
+    A_new = torch.addmm(A * (trace / o), YA.reshape(-1, i).mT, solved[:, o:].reshape(-1, i), alpha=-1.0 / o)
     return {"B": B_new, "A": rounded_up(symmetric(A_new), A)}
 
 

@@ -38,6 +38,7 @@ from kngd_ray.search import Fitted, Workload, fit_together, judge
 from kngd_ray.search.options import DIRECTIONS, Objective
 from kngd_ray.training.calibration import calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
+from kngd_ray.training.folds import single
 from kngd_ray.training.metrics import Scores
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,8 +105,11 @@ def judged(search: SearchConfig, problem: Problem, priors: Sequence[Row]) -> lis
             row: Row = {"settings": settings, "failed": one.reason, **one.objective}
             if one.reason is None:
                 config = override(search.config, settings)
-                fits = fit_together([work.task(config, seed) for seed in seeds])
-                row |= _tested(fits, problem, one.figures["tau"], config.posterior)
+                tasks = [work.task(config, seed) for seed in seeds]
+                taus = one.figures["tau"]
+                if all(single(case.support.labels) for case in problem.cases):  # no fold tells, as for the preset
+                    taus = [calibrate(task, config.posterior).tau for task in tasks]
+                row |= _tested(fit_together(tasks), problem, taus, config.posterior)
             rows.append(row)
     return rows
 

@@ -203,7 +203,6 @@ def test_domain_generalisation(command) -> None:
         (["protocol=cdg", "targets=[a.parquet]"], 1, "the target a.parquet cannot be tested on: no such file"),
         (["protocol=cdg", "targets=[text.parquet]"], 1, "the target text.parquet cannot be tested on"),
         (["protocol=cdg", "targets=[one.parquet]"], 1, "it lacks a second class"),
-        (["protocol=cdg", "targets=[train.parquet]"], 1, "it lacks test pictures"),
         (["protocol=cdg", "targets=[embedded,embedded]"], 2, "names a data set twice"),
         (["protocol=dg", "data.ood_domains=[]"], 2, "protocol=dg is tested on domains that are not trained on"),
         (["protocol=bgn"], 2, "did you mean bng?"),
@@ -213,7 +212,6 @@ def test_what_cannot_be_tested_is_refused_before_training(command, four, setting
     pictures = pq.read_table(four)
     (command.folder / "text.parquet").write_text("no pictures")
     pq.write_table(pictures.filter(pc.equal(pictures["label"], 0)), command.folder / "one.parquet")
-    pq.write_table(pictures.filter(pc.equal(pictures["split"], "train")), command.folder / "train.parquet")
     outcome = command.train(*settings)
     assert (outcome.code, says in outcome.sentence) == (code, True), outcome.sentence
     assert not command.runs.exists()

@@ -47,6 +47,10 @@ def test_each_of_its_names_does_something() -> None:
         assert os.environ[_ray_private._CLUSTERS_VARIABLE] == "0"
         assert not _ray_private.ray_constants.ENABLE_RAY_CLUSTER
     assert os.environ.get(_ray_private._CLUSTERS_VARIABLE) == before
+
+
+@pytest.mark.slow  # Ray takes its time to give up
+def test_a_head_that_is_not_there_is_an_error() -> None:
     with pytest.raises((RuntimeError, ray.exceptions.RayError)):
         _ray_private.ask_head("127.0.0.1:1", 0.1)
 

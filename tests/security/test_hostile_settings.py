@@ -56,7 +56,7 @@ FILES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
     "an endless text": ("larger than 4 MiB", lambda: "preset: " + "x" * (5 << 20)),
     "a number of a hundred thousand digits": ("a number of more than", lambda: "epochs: " + "9" * 10**5),
     "a hexadecimal number of as many": ("a number of more than", lambda: "epochs: 0x" + "f" * 10**5),
-    "a number to base sixty": ("a number of more than", lambda: "epochs: 1" + ":59" * 10**5),
+    "a number to base sixty": ("epochs='1:59", lambda: "epochs: 1" + ":59" * 10**5),
     "a long text for a number": ("epochs='xxx", lambda: "epochs: " + "x" * 10**5),
     "a python object": ("not valid YAML", lambda: f"epochs: !!python/object/apply:os.mkdir [{MARK}]"),
     "a python name": ("not valid YAML", lambda: "epochs: !!python/name:os.system"),

@@ -163,7 +163,9 @@ def test_single_precision(family, adapter):
 @pytest.mark.usefixtures("double")
 def test_a_posterior_as_the_prior():
     class Earlier:
-        """A prior in memory."""
+        """A prior in memory, of no stream."""
+
+        taken = 0
 
         def load(self):
             return state

@@ -190,7 +190,10 @@ def _use(config: Config, compared: bool) -> str:
     posterior = config.method == "kalman"
     said = ["the class, and probabilities of all classes"]
     if posterior:
-        said.append("a 90 % credible interval of the class's probability, where tau is above 0")
+        said.append(
+            "an interval of the class's probability under the posterior at tau, where tau is above 0: it ranks "
+            "pictures, and is no bound that holds with a stated frequency"
+        )
     if compared:
         said.append("`unlike`: the share of the training pictures, held out, of which the fit is surer")
     said.append("`uncertainty`: entropy of the prediction, nats")

@@ -67,9 +67,7 @@ def _only_column(table: Any, what: str) -> Any:
     Raises:
         InputError: it has none, or several.
     """
-    names = list(
-        table.columns if hasattr(table, "columns") and not hasattr(table, "column_names") else table.column_names
-    )
+    names = list(table.column_names if hasattr(table, "column_names") else table.columns)  # pyarrow has both
     if len(names) != 1:
         named = ", ".join(map(str, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
         raise InputError(f"{what} is a table of {len(names)} columns ({named}): give the one of {_ONE[what]}s.")

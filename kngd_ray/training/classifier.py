@@ -36,8 +36,8 @@ class Judgement:
     Attributes:
         probabilities: (m, C) posterior predictive probabilities.
         logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
-        interval: (m, 2) 90 % credible interval of the most probable class's probability; None where the posterior has
-            no part in the prediction.
+        interval: (m, 2) interval under the posterior at tau of the most probable class's probability; None where the
+            posterior has no part in the prediction.
         unlike: (m,) share of the training shots, held out, that the fit is surer of; None where that is not known.
     """
 

@@ -17,7 +17,10 @@ _Z = 1.6448536269514722  # standard deviations to either side of a normal's mean
 def probability_interval(
     predictor: AnyPredictor, features: Tensor, prediction: Prediction, tau: float
 ) -> Tensor | None:
-    """90 % credible interval of the most probable class's probability.
+    """The interval that holds 90 % of the posterior at tau of the most probable class's probability.
+
+    tau serves the predicted probabilities and is far below 1, so that the interval is narrow: measured against fits on
+    more shots it holds far less than 90 % (docs/priors.md).
 
     The log-odds u of the class are taken as normal: at the mean of the weights plus and minus 1.64 standard deviations.
     Of a head the variance of u is the linearised one of N(mu, tau P); of a network, whose gradients for each picture

@@ -89,10 +89,8 @@ class Foresight:
     def __init__(self, stream: Stream, scores: Tensor | None = None) -> None:
         self.taus = stream.taus
         prior = torch.tensor([stream.posterior.log_prior(tau) for tau in self.taus], dtype=torch.float64)
-        if (
-            stream.posterior.tau_median is None
-        ):  # all are as probable: it begins with 1, the last, as fits without folds
-            prior[-1] = _EPSILON
+        if stream.posterior.tau_median is None:
+            prior[-1] = _EPSILON  # all are as probable: it begins with 1, the last, as fits without folds
         self._prior = prior if len(self.taus) > 1 else torch.zeros(1, dtype=torch.float64)
         self.scores = torch.zeros(len(self.taus), dtype=torch.float64) if scores is None else scores.double().cpu()
 

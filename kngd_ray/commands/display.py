@@ -196,7 +196,8 @@ class Display:
         for name, report in rows:
             sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
             main.add_row(
-                escape(name), *(c for s in sets for c in (cell(s["accuracy"], 100), cell(s["nll"]), cell(s["ece"])))
+                escape(name),
+                *(c for s in sets for c in (stacked(s["accuracy"], 100), stacked(s["nll"]), stacked(s["ece"]))),
             )
         self.out.print(main)
         if len(domains) > 2:  # the mean and at least two domains
@@ -205,7 +206,7 @@ class Display:
             for domain in domains[1:]:
                 detail.add_column(escape(domain), justify="right")
             for name, report in rows:
-                detail.add_row(escape(name), *(cell(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
+                detail.add_row(escape(name), *(stacked(report["ood"][d]["accuracy"], 100) for d in domains[1:]))
             self.out.print(detail)
         for note in notes:
             self.out.print(note, highlight=False, markup=False)
@@ -295,3 +296,16 @@ def cell(figure: float | Mapping[str, float], factor: float = 1) -> str:
     if isinstance(figure, Mapping):
         return with_interval(figure, factor, digits)
     return f"{figure * factor:.{digits}f}"
+
+
+def stacked(figure: float | Mapping[str, float], factor: float = 1) -> str:
+    """A figure in a table of a terminal, the two ends of an interval below it: beside it they would push out names.
+
+    Args:
+        figure: as of :func:`cell`.
+        factor: likewise.
+
+    Returns:
+        One line, or two.
+    """
+    return cell(figure, factor).replace(" [", "\n[")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.commands import run_folder
-from kngd_ray.commands.display import Display, cell
+from kngd_ray.commands.display import Display, stacked
 from kngd_ray.commands.prepare import Prepared, open_task, prepare
 from kngd_ray.commands.session import ray_for
 from kngd_ray.commands.summary import over_seeds
@@ -178,7 +178,7 @@ def _show(
     for alpha, figures in zip(alphas, curve, strict=True):
         scores = [figures["id"], *(figures["ood"][domain] for domain in domains)]
         mark = "* " if alpha == used else ""
-        table.add_row(f"{mark}{alpha:g}", *(cell(figure["accuracy"], 100) for figure in scores))
+        table.add_row(f"{mark}{alpha:g}", *(stacked(figure["accuracy"], 100) for figure in scores))
     display.out.print(table)
     if used in alphas:
         display.out.print("* in use", markup=False)

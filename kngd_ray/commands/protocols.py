@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.clip import worded
-from kngd_ray.commands.display import Display, cell
+from kngd_ray.commands.display import Display, stacked
 from kngd_ray.commands.prepare import Prepared, Progress, Task, encode
 from kngd_ray.config import Config
 from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, select_tests
@@ -199,7 +199,7 @@ class Protocol:
         table.add_column("harmonic\nmean %", justify="right", no_wrap=True)
         for name, report in rows:
             found = report["protocol"]
-            table.add_row(escape(name), *_cells(found["base"]), *_cells(found["new"]), cell(found["hm"], 100))
+            table.add_row(escape(name), *_cells(found["base"]), *_cells(found["new"]), stacked(found["hm"], 100))
         display.out.print(table)
 
 
@@ -263,4 +263,4 @@ def _table(title: str) -> Table:
 
 
 def _cells(figures: Mapping[str, Any]) -> tuple[str, str, str]:
-    return cell(figures["accuracy"], 100), cell(figures["nll"]), cell(figures["ece"])
+    return stacked(figures["accuracy"], 100), stacked(figures["nll"]), stacked(figures["ece"])

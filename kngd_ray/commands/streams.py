@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.commands.display import Display, cell
+from kngd_ray.commands.display import Display, stacked
 from kngd_ray.commands.prepare import Prepared
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.options import FitOptions
@@ -133,7 +133,7 @@ def show_streams(
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in rows:
         found = report["stream"]
-        cells = [cell(found["accuracy"], 100), cell(found["nll"])]
-        cells += [cell(found[name], 100) if name in found else "" for name in present]
+        cells = [stacked(found["accuracy"], 100), stacked(found["nll"])]
+        cells += [stacked(found[name], 100) if name in found else "" for name in present]
         table.add_row(escape(name), *cells)
     display.out.print(table)

@@ -180,6 +180,7 @@ def stream_curve(curve: Mapping[str, Any], path: Path, title: str = "Stream") ->
         axes[2].set_title("accuracy on test pictures after each stage", fontsize=9, loc="left")
         axes[2].set_ylabel("share right", fontsize=8)
         axes[2].legend(fontsize=7, framealpha=0.9, ncols=2)
+    axes[0].set_xlim(0, 1.02 * at[-1])  # all of the stream, so that a name in the middle of its stage is on the axes
     start = 0
     for stage in stages:
         for place in axes:

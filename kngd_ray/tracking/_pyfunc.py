@@ -62,7 +62,7 @@ def save_pyfunc(
     save_model(
         path=str(path),
         python_model=str(Path(__file__).with_name("model_code.py")),
-        artifacts={"fit": str(fit)},
+        artifacts={"fit": fit.absolute().as_uri()},  # MLflow decodes paths: of a%20b it would look for "a b"
         signature=signature,
         input_example=pd.DataFrame(example),
         model_config={"name": "", "pretrained": ""},  # empty: the CLIP model that the fit was trained with

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -131,9 +132,12 @@ def test_a_dead_drivers_trials_are_taken_over_and_a_living_ones_are_not(tmp_path
     assert heir.claim(4) == kept, "one that was closed gives up its trials"
 
 
-def _work(folder: Path, seconds: float) -> None:
+def _work(folder: Path, seconds: float, begun: Any = None) -> None:
     study = open_study(folder, num_samples=24, batch=6)
     while (claimed := study.claim(2)) != []:
+        if begun is not None:  # nobody goes on before each has trials of the first batch, however slow it started
+            begun.wait(60)
+            begun = None
         time.sleep(seconds)
         for trial in claimed or ():
             with (folder / "ran").open("a") as file:
@@ -146,11 +150,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     open_study(folder).close()
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_work, args=(folder, seconds)) for seconds in (0.01, 0.03)]
+    begun = spawn.Barrier(2)
+    processes = [spawn.Process(target=_work, args=(folder, seconds, begun)) for seconds in (0.01, 0.03)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     ran = [line.split() for line in (folder / "ran").read_text().splitlines()]
     assert sorted(int(number) for _, number in ran) == list(range(24)), "each once"

@@ -167,9 +167,10 @@ def test_example_is_a_picture():
     assert Image.open(io.BytesIO(_EXAMPLE)).size == (8, 8)
 
 
-def test_saved_folder_holds_code_fit_signature_and_pins(tmp_path):
-    fit = tmp_path / "fit"
-    fit.mkdir()
+@pytest.mark.parametrize("name", ["fit", "50%20? #é"])
+def test_saved_folder_holds_code_fit_signature_and_pins(tmp_path, name):
+    fit = tmp_path / name / "fit"
+    fit.mkdir(parents=True)
     (fit / "calibration.json").write_text("{}")
     save_pyfunc(fit, tmp_path / "model", NAMES)
     files = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}

@@ -240,7 +240,8 @@ class Cluster:
             job_id: of the job.
 
         Returns:
-            Lines, until the job has ended; of a cluster that cannot be reached any more a KngdError.
+            Lines, until the job has ended; of a cluster that cannot be reached any more a KngdError, of Ctrl-C a
+            KeyboardInterrupt.
         """
         self.job(job_id)  # a job that is not there is said so
         return _without_noise(self._lines(job_id))
@@ -261,6 +262,8 @@ class Cluster:
                             *lines, rest = (rest + fresh).split("\n")
                             yield from lines
                     ended = self.wait(job_id, 2 * _POLL_SECONDS).ended  # the log's end comes a moment before the job's
+                except asyncio.CancelledError:  # by Ctrl-C alone, at a moment at which asyncio takes it for another's
+                    raise KeyboardInterrupt from None
                 except (aiohttp.ClientError, OSError, RuntimeError, KngdError) as error:
                     lost_since = lost_since or time.monotonic()
                     if time.monotonic() - lost_since > _RECONNECT_SECONDS:

@@ -6,9 +6,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from kngd_ray.commands.session import with_gpus
 from kngd_ray.config import TrainerConfig, load_config
 from kngd_ray.errors import UsageError
+from kngd_ray.experiment.backend import with_gpus
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -25,9 +25,9 @@ def test_a_run_without_ray_takes_what_this_machine_has(monkeypatch, there):
 
 @pytest.mark.parametrize(("gpus", "workers", "taken"), [(0, 2, False), (1, 2, False), (2, 2, True), (2, [1, 4], False)])
 def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch, gpus, workers, taken):
-    cluster = ModuleType("kngd_ray.ray_jobs")
+    cluster = ModuleType("kngd_ray.cluster")
     cluster.gpus_of_cluster = lambda: gpus
-    monkeypatch.setitem(sys.modules, "kngd_ray.ray_jobs", cluster)
+    monkeypatch.setitem(sys.modules, "kngd_ray.cluster", cluster)
     assert with_gpus(TrainerConfig(num_workers=workers)).use_gpu is taken
     for asked in (True, False):
         assert with_gpus(TrainerConfig(num_workers=workers, use_gpu=asked)).use_gpu is asked

@@ -10,7 +10,6 @@ from benchmarks.few_shot.methods._base import Method
 from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings, Watch
 from kngd_ray.config import load_config, to_yaml
 from kngd_ray.errors import FilterError
-from kngd_ray.search import fit_together
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.calibration import (
     Calibration,
@@ -22,6 +21,7 @@ from kngd_ray.training.calibration import (
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
+from kngd_ray.tuning import fit_together
 
 
 def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:

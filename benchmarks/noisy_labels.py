@@ -42,7 +42,8 @@ from matplotlib.figure import Figure
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import load_config
-from kngd_ray.experiment.aggregate import interval, over_seeds, with_interval
+from kngd_ray.console import with_interval
+from kngd_ray.experiment.aggregate import interval, over_seeds
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip

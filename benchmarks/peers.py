@@ -44,7 +44,8 @@ from benchmarks.few_shot.probe import Probe
 from benchmarks.step_cost.memory import allocated
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
-from kngd_ray.experiment.aggregate import over_seeds, with_interval
+from kngd_ray.console import with_interval
+from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import calibrate, fold_of, predictor_of

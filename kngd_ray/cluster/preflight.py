@@ -243,7 +243,7 @@ def _is_relative_database(uri: str) -> bool:
 
 def _ask(command: str, config: "Config", inputs: Mapping[str, str], faults: list[Fault], stack: ExitStack) -> int:
     """Put the question to every node, and to the tracking store; returns how many nodes there are."""
-    from kngd_ray.experiment.backend import ray_for
+    from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.tracking import check_store
 
     storage = Path(config.trainer.storage_path).expanduser()
@@ -254,7 +254,7 @@ def _ask(command: str, config: "Config", inputs: Mapping[str, str], faults: list
     if config.trainer.least_workers:
         from kngd_ray.cluster.nodes import ask_nodes
 
-        stack.enter_context(ray_for(config.trainer))
+        stack.enter_context(RayBackend().session(config.trainer))
         answers = [(a.node, a.answer, a.error) for a in ask_nodes(probe, inputs, str(storage), mark)]
     else:  # all of the work is done where the job's driver is
         answers = [("the node of the job", probe(inputs, str(storage), mark), None)]

@@ -11,7 +11,6 @@ import numpy as np
 
 from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.comparison.rows import (
-    ZERO_SHOT,
     Found,
     Row,
     by_name,
@@ -22,7 +21,7 @@ from kngd_ray.comparison.rows import (
 from kngd_ray.comparison.statistics import Difference, better, holm, paired_difference, pareto_front
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
-from kngd_ray.experiment.aggregate import interval
+from kngd_ray.experiment.aggregate import ZERO_SHOT, interval
 from kngd_ray.tracking import LoggedRun
 
 METRICS = ("id/accuracy", "ood/mean/accuracy", "id/nll", "ood/mean/nll", "id/ece")

@@ -15,7 +15,7 @@ from kngd_ray.console import Display, stacked
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import over_seeds
-from kngd_ray.experiment.backend import ray_for
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
@@ -29,7 +29,14 @@ FIGURE = "ensemble.png"
 _MEAN = "OOD mean"
 
 
-def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: str, display: Display) -> dict[str, Any]:
+def ensemble(
+    target: str,
+    overrides: Sequence[str],
+    points: int,
+    storage_path: str,
+    display: Display,
+    backend: Backend = HERE,
+) -> dict[str, Any]:
     """Score the weights theta_0 + alpha (theta - theta_0) of a run over alpha, and keep one alpha if told to.
 
     The scores are those of the test sets, so the curve is there to be looked at: an alpha chosen by it would be
@@ -43,6 +50,7 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         points: values of alpha from 0 to 1 that are scored, beside the one that is kept.
         storage_path: where runs live.
         display: where the curve is shown.
+        backend: encodes.
 
     Returns:
         ``fits``, their ``alpha`` from now on (None where they differ), whether it was ``kept`` now, the ``curve`` (for
@@ -65,8 +73,8 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         task = open_task(config, fits[0][0].manifest)
         for note in task.notes:
             display.say(note)
-        with ray_for(config.trainer), display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=config.trainer.most_workers > 0, progress=progress)
+        with backend.session(config.trainer), display.pictures("encoding") as progress:
+            prepared = prepare(task, backend, progress)
         for checkpoint, _ in fits:
             check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
         alphas = sorted({round(n / (points - 1), 6) for n in range(points)} | ({alpha} if alpha is not None else set()))

@@ -1,7 +1,7 @@
 """``kngd-ray train``: the fits of a run, their evaluation, and the table at the end."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.comparison.rows import CHANCE
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.experiment import run_folder
-from kngd_ray.experiment.backend import ray_for, with_gpus
+from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.continuation import check_prior, find_priors
 from kngd_ray.experiment.method_run import MethodRun
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
@@ -26,11 +26,9 @@ from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature
 from kngd_ray.training.evaluation import ID, evaluate
-from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
-
-ZERO_SHOT = "zero-shot"
 
 
 def resumed_config(name: str, overrides: Sequence[str]) -> Config:
@@ -56,12 +54,13 @@ def resumed_config(name: str, overrides: Sequence[str]) -> Config:
     return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
 
 
-def train(config: Config, display: Display, *, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
     """Run what a configuration asks for, or continue a run.
 
     Args:
         config: the configuration; of a run to continue, from :func:`resumed_config`.
         display: where progress and results are shown.
+        backend: does the work.
         resume: continue the run of that name.
 
     Returns:
@@ -77,7 +76,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     if config.method in config.baselines:
         raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
     if not config.trainer.least_workers:
-        with_gpus(config.trainer)  # what this process lacks is refused before anything is done
+        backend.with_gpus(config.trainer)  # what this process lacks is refused before anything is done
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
@@ -89,13 +88,12 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
-    with ray_for(config.trainer), ExitStack() as stack:
-        trainer = with_gpus(config.trainer)
+    with backend.session(config.trainer), ExitStack() as stack:
+        trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer))
         with display.pictures("encoding") as progress:
-            use_ray = config.trainer.most_workers > 0
-            prepared = prepare(task, use_ray=use_ray, progress=progress)
-            protocol = prepare_protocol(config, unseen, prepared, use_ray=use_ray, progress=progress)
+            prepared = prepare(task, backend, progress)
+            protocol = prepare_protocol(config, unseen, prepared, backend, progress)
         # Only now: a picture that cannot be decoded leaves no empty run behind.
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
@@ -106,7 +104,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
                 MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
             ]
             # the run's folder keeps what was asked for, so that it can be continued where there is another GPU
-            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display)
+            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display, backend)
 
 
 def _run(
@@ -116,6 +114,7 @@ def _run(
     protocol: Protocol,
     folder: Path,
     display: Display,
+    backend: Backend,
 ) -> dict[str, Any]:
     publisher = None
     if config.tracking.enabled:
@@ -125,7 +124,7 @@ def _run(
     reports: list[dict[str, Any]] = []
     run_ids: Mapping[str, str] | None = None
     try:
-        _fit(config, methods, prepared, folder, display)
+        _fit(config, methods, prepared, folder, display, backend)
         zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
@@ -158,7 +157,14 @@ def _run(
     return _write_results(folder, reports)
 
 
-def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display) -> None:
+def _fit(
+    config: Config,
+    methods: Sequence[MethodRun],
+    prepared: Prepared,
+    folder: Path,
+    display: Display,
+    backend: Backend,
+) -> None:
     """Run all fits of all methods as one job."""
     owner = {method.fit(seed): method for method in methods for seed in method.tasks}
     fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
@@ -172,16 +178,7 @@ def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folde
                 owner[event.fit].failures[event.fit] = event.error
 
         job = Job(fits, prepared.identity, folder, config.trainer.checkpoint_every)
-        _run_job(job, config.trainer, on_event)
-
-
-def _run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
-    if not trainer.num_workers:
-        run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
-        return
-    from kngd_ray.cluster import run_job
-
-    run_job(job, trainer, on_event)
+        backend.run_fits(job, config.trainer, on_event)
 
 
 def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, Any]:

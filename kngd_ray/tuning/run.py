@@ -24,7 +24,7 @@ from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, rea
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder
-from kngd_ray.experiment.backend import ray_for, with_gpus
+from kngd_ray.experiment.backend import Backend
 from kngd_ray.experiment.run import compute_threads, data_name, train
 from kngd_ray.experiment.task import open_shots, prepare
 from kngd_ray.storage import read_json, write_text
@@ -40,12 +40,36 @@ CHAMPION = "champion.yaml"
 _PATIENCE = 5.0  # seconds that Ctrl-C waits for MLflow
 
 
-def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dict[str, Any]:
+class SearchBackend(Backend):
+    """This process, alone, for the trials of a search as well."""
+
+    def run_search(self, driver: Driver, work: Workload, trainer: TrainerConfig, mode: str, folder: Path) -> None:
+        """Run trials until the study has enough, in a session.
+
+        Args:
+            driver: hands out trials.
+            work: what they work on.
+            trainer: workers and resources.
+            mode: how a trial is run, from :func:`kngd_ray.tuning.mode_of`.
+            folder: of the search, on storage that all workers share.
+        """
+        together, device = mode == "batched", "cuda" if trainer.use_gpu else "cpu"
+        fitter = partial(fit_together if together else fit_alone, device=device)
+        run_here(driver, work, fitter, work.search.batch if together else 1)
+
+
+HERE = SearchBackend()
+
+
+def tune(
+    search: SearchConfig, display: Display, backend: SearchBackend = HERE, *, resume: bool = False
+) -> dict[str, Any]:
     """Search for the best settings, or go on with a search.
 
     Args:
         search: the search; one to continue, from :func:`kngd_ray.tuning.file.resumed_search`.
         display: where progress and results are shown.
+        backend: does the work.
         resume: continue the search of that name, or help the process that drives it.
 
     Returns:
@@ -66,9 +90,9 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
     trainer = config.trainer
     with ExitStack() as session:
         # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
-        session.enter_context(ray_for(trainer, dashboard=search.options.scheduler != "none"))
+        session.enter_context(backend.session(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=trainer.most_workers > 0, progress=progress)
+            prepared = prepare(task, backend, progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),
@@ -80,7 +104,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             search.space,
         )
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
-            return _Search(search, folder, work, display, lead).run(session.close)
+            return _Search(search, folder, work, display, backend, lead).run(session.close)
 
 
 class _Search:
@@ -91,15 +115,25 @@ class _Search:
         folder: its folder.
         work: what trials work on.
         display: where progress and results are shown.
+        backend: does the work.
         lead: holds the lock of the one that leads.
     """
 
-    def __init__(self, search: SearchConfig, folder: Path, work: Workload, display: Display, lead: ExitStack) -> None:
+    def __init__(
+        self,
+        search: SearchConfig,
+        folder: Path,
+        work: Workload,
+        display: Display,
+        backend: SearchBackend,
+        lead: ExitStack,
+    ) -> None:
         self._search = search
         self._config = search.config
         self._folder = folder
         self._work = work
         self._display = display
+        self._backend = backend
         self._lead = lead
         self._leads = False
         self._study = SearchStudy(folder, search.space, search.options, search.points)
@@ -181,15 +215,8 @@ class _Search:
             driver = Driver(self._study, self._records.begin, on_end)
             mode = mode_of(self._work, self._search.space)
             try:
-                trainer = with_gpus(trainer)
-                if trainer.num_workers:
-                    from kngd_ray.cluster import run_search
-
-                    run_search(driver, self._work, trainer, mode, self._folder)
-                else:
-                    together, device = mode == "batched", "cuda" if trainer.use_gpu else "cpu"
-                    fitter = partial(fit_together if together else fit_alone, device=device)
-                    run_here(driver, self._work, fitter, options.batch if together else 1)
+                trainer = self._backend.with_gpus(trainer)
+                self._backend.run_search(driver, self._work, trainer, mode, self._folder)
             finally:
                 self._seconds = time.monotonic() - began
         if driver.problem is not None:
@@ -255,7 +282,7 @@ class _Search:
         )
         place = run_folder.existing(champion)
         begun = (place / run_folder.CONFIG).is_file()
-        return name, train(champion, self._display, resume=begun)
+        return name, train(champion, self._display, self._backend, resume=begun)
 
 
 def _registered(config: Config) -> str:

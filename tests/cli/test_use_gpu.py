@@ -6,21 +6,21 @@ from types import ModuleType
 import pytest
 import torch
 
+from kngd_ray.cluster.backend import RayBackend
 from kngd_ray.config import TrainerConfig, load_config
 from kngd_ray.errors import UsageError
-from kngd_ray.experiment.backend import with_gpus
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_run_without_ray_takes_what_this_machine_has(monkeypatch, there):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert with_gpus(TrainerConfig(num_workers=0)).use_gpu is there
-    assert with_gpus(TrainerConfig(num_workers=0, use_gpu=False)).use_gpu is False
+    assert RayBackend().with_gpus(TrainerConfig(num_workers=0)).use_gpu is there
+    assert RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=False)).use_gpu is False
     if there:
-        assert with_gpus(TrainerConfig(num_workers=0, use_gpu=True)).use_gpu is True
+        assert RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=True)).use_gpu is True
     else:
         with pytest.raises(UsageError, match="no usable GPU"):
-            with_gpus(TrainerConfig(num_workers=0, use_gpu=True))
+            RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=True))
 
 
 @pytest.mark.parametrize(("gpus", "workers", "taken"), [(0, 2, False), (1, 2, False), (2, 2, True), (2, [1, 4], False)])
@@ -28,9 +28,9 @@ def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch, gpus, workers,
     cluster = ModuleType("kngd_ray.cluster")
     cluster.gpus_of_cluster = lambda: gpus
     monkeypatch.setitem(sys.modules, "kngd_ray.cluster", cluster)
-    assert with_gpus(TrainerConfig(num_workers=workers)).use_gpu is taken
+    assert RayBackend().with_gpus(TrainerConfig(num_workers=workers)).use_gpu is taken
     for asked in (True, False):
-        assert with_gpus(TrainerConfig(num_workers=workers, use_gpu=asked)).use_gpu is asked
+        assert RayBackend().with_gpus(TrainerConfig(num_workers=workers, use_gpu=asked)).use_gpu is asked
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])

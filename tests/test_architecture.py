@@ -38,7 +38,7 @@ LAYERS = (
     "api",
     "cli",
 )
-SHARED = {"config", "_layered", "_rgb", "_streams", "_vectors", "_yaml", "errors", "storage", "__init__"}
+SHARED = {"config", "configs", "_layered", "_rgb", "_streams", "_vectors", "_yaml", "errors", "storage", "__init__"}
 STANDARD_ONLY = ("_streams", "errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
@@ -50,7 +50,7 @@ ONLY_IN = {
     "matplotlib": {"tracking"},
     "open_clip": {"clip"},
     "pydantic": {"_layered"},
-    "yaml": {"config", "_yaml"},
+    "yaml": {"config", "configs", "_yaml"},
     "typer": {"cli"},
     "rich": {"console", "experiment", "comparison", "cluster"},
     "pyarrow": {"data", "cluster"},

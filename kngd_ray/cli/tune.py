@@ -26,7 +26,7 @@ def tune(
             raise UsageError(f"a continued search keeps its settings: leave out {file}.")
         search = resumed_search(resume, overrides)
     elif file is None:
-        raise UsageError("name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH.")
+        raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
     else:
         search = load_search(file, overrides)
     if print_config:

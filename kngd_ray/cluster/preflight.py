@@ -179,7 +179,7 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
         config = resumed_config(resume, plain) if resume is not None else load_config(file, plain)
     elif given.command == "tune":
         if resume is None and file is None:
-            raise UsageError("name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH.")
+            raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
         config = (resumed_search(resume, plain) if file is None else load_search(file, plain)).config  # type: ignore[arg-type]
     elif given.command == "encode":
         config = load_config(file, plain, forced={"data": {"path": target}})

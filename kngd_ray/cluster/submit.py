@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from rich.prompt import Confirm
 
-from kngd_ray import __version__
+from kngd_ray import __version__, configs
 from kngd_ray.cluster.bundle import RAYIGNORE, Package, collect, show_bytes, write_zip
 from kngd_ray.cluster.preflight import MARK, take_apart
 from kngd_ray.console import Display
@@ -192,7 +192,10 @@ def _check_file(name: str, arguments: Sequence[str], package: Package) -> None:
     if name not in ("train", "tune"):
         return
     first = next(iter(take_apart(name, arguments).plain), "=")
-    if "=" in first or Path(first).is_absolute() or Path(first).as_posix() in package.sizes:
+    shipped = configs.names("presets" if name == "train" else "searches")  # which come with the package
+    if "=" in first or (first in shipped and not (package.root / first).is_file()):
+        return
+    if Path(first).is_absolute() or Path(first).as_posix() in package.sizes:
         return
     files = [sent for sent in package.sizes if sent.endswith((".yaml", ".yml"))]
     if not (package.root / first).is_file():

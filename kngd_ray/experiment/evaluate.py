@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kngd_ray._layered import flat
-from kngd_ray.config import parse_override, read_yaml
+from kngd_ray.config import parse_override
+from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError

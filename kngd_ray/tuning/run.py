@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray._layered import plain
-from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, read_yaml, to_yaml
+from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, to_yaml
+from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder

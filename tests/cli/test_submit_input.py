@@ -381,7 +381,7 @@ def test_other_commands_are_checked(command) -> None:
         "give the whole path of a place on shared storage."
     ]
     assert "data.path: gone cannot be read" in faults("encode", "gone", "trainer.num_workers=0")[0]
-    assert faults("tune") == ["name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH."]
+    assert faults("tune") == ["name a search, such as noise_priors or a YAML file, or --resume SEARCH."]
     assert faults("sync", "/shared/run") == []
 
 

@@ -43,7 +43,7 @@ from benchmarks.few_shot.problem import Case, Problem
 from benchmarks.few_shot.search import search
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.evaluation import ID
@@ -155,7 +155,7 @@ def _passes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"epochs": n} for n in sorted({max(1, last // part) for part in (16, 8, 4, 2, 1)})]
 
 
-def _case(prepared: Prepared, seed: int) -> Case:
+def _case(prepared: TaskData, seed: int) -> Case:
     return Case(prepared.support(seed), {ID: prepared.tests(seed)[ID]}, seed)
 
 

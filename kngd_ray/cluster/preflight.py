@@ -24,7 +24,7 @@ from kngd_ray.errors import KngdError, UsageError
 if TYPE_CHECKING:
     from kngd_ray.config import Config
 
-MARK = "kngd_ray_reach"  # the key by which the line is found in the job's log
+MARK = "kngd_ray_preflight"  # the key by which the line is found in the job's log
 
 # Options of the commands that take a value; :mod:`kngd_ray.cli` declares them.
 VALUED = (
@@ -55,7 +55,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Reach:
+class Preflight:
     """What a cluster said.
 
     Attributes:
@@ -109,7 +109,7 @@ def take_apart(command: str, arguments: Sequence[str]) -> Arguments:
     return Arguments(command, plain, options)
 
 
-def find_out(command: str, arguments: Sequence[str]) -> Reach:
+def find_out(command: str, arguments: Sequence[str]) -> Preflight:
     """Look for what a command needs, on the cluster that this process runs on.
 
     Args:
@@ -130,7 +130,7 @@ def find_out(command: str, arguments: Sequence[str]) -> Reach:
             with ExitStack() as stack:
                 nodes = _ask(command, config, inputs, faults, stack)
     python = ".".join(platform.python_version_tuple()[:2])
-    return Reach(__version__, version("ray"), python, nodes, faults)
+    return Preflight(__version__, version("ray"), python, nodes, faults)
 
 
 def probe(reads: Mapping[str, str], folder: str | None, mark: str | None) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _marked(folder: Path) -> Iterator[str]:
         KngdError: it cannot be written.
     """
     try:
-        written = write(str(folder), f".kngd-reach-{uuid.uuid4().hex}", _TEXT)
+        written = write(str(folder), f".kngd-preflight-{uuid.uuid4().hex}", _TEXT)
     except OSError as error:
         raise KngdError(
             f"trainer.storage_path={folder} cannot be written where the job runs ({error.strerror}): give a folder "
@@ -360,7 +360,7 @@ def _unreadable(path: Path) -> str | None:
 def _unwritable(folder: Path) -> str | None:
     """Why nothing can be kept in a folder; None if it can: written, read back and deleted."""
     try:
-        written = write(str(folder), f".kngd-reach-{uuid.uuid4().hex}", _TEXT)
+        written = write(str(folder), f".kngd-preflight-{uuid.uuid4().hex}", _TEXT)
     except OSError as error:
         return error.strerror or str(error)
     remove(str(folder), [written["name"]], written["made"])

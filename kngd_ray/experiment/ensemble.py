@@ -16,7 +16,7 @@ from kngd_ray.errors import UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.evaluation import evaluate
@@ -138,7 +138,7 @@ def _in_use(checkpoint: Checkpoint, folder: Path) -> float:
 
 
 def _score(
-    fits: Sequence[tuple[Checkpoint, Path]], alphas: Sequence[float], prepared: Prepared, display: Display
+    fits: Sequence[tuple[Checkpoint, Path]], alphas: Sequence[float], prepared: TaskData, display: Display
 ) -> list[list[dict[str, Any]]]:
     """Figures of each alpha and fit."""
     sets = []

@@ -15,7 +15,7 @@ from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
-from kngd_ray.experiment.task import Prepared
+from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import Calibration, below_zero_shot
@@ -47,7 +47,7 @@ class MethodRun:
     """
 
     def __init__(
-        self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, protocol: Protocol, folder: Path
+        self, config: Config, priors: Mapping[int, Prior], prepared: TaskData, protocol: Protocol, folder: Path
     ) -> None:
         self.config = config
         self._protocol = protocol

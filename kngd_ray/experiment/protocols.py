@@ -18,7 +18,7 @@ from kngd_ray.console import Display, stacked
 from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, select_tests
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
-from kngd_ray.experiment.task import Prepared, Progress, Task, encode
+from kngd_ray.experiment.task import Progress, Task, TaskData, encode
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.evaluation import ID, MEAN, evaluate, set_name
@@ -131,7 +131,7 @@ class Protocol:
     """
 
     name: str
-    prepared: Prepared
+    prepared: TaskData
     unseen: dict[str, Unseen]
     class_embeddings: dict[str, torch.Tensor]
 
@@ -205,7 +205,7 @@ class Protocol:
 
 
 def prepare_protocol(
-    config: Config, unseen: Mapping[str, Unseen], prepared: Prepared, backend: Backend, progress: Progress | None
+    config: Config, unseen: Mapping[str, Unseen], prepared: TaskData, backend: Backend, progress: Progress | None
 ) -> Protocol:
     """Compute the features of unseen classes that are missing.
 

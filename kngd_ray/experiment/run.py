@@ -21,7 +21,7 @@ from kngd_ray.experiment.continuation import check_prior, find_priors
 from kngd_ray.experiment.method_run import MethodRun
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.experiment.streams import show_streams, stream_of, zero_shot_figures
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature
@@ -110,7 +110,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
 def _run(
     config: Config,
     methods: Sequence[MethodRun],
-    prepared: Prepared,
+    prepared: TaskData,
     protocol: Protocol,
     folder: Path,
     display: Display,
@@ -160,7 +160,7 @@ def _run(
 def _fit(
     config: Config,
     methods: Sequence[MethodRun],
-    prepared: Prepared,
+    prepared: TaskData,
     folder: Path,
     display: Display,
     backend: Backend,
@@ -181,7 +181,7 @@ def _fit(
         backend.run_fits(job, config.trainer, on_event)
 
 
-def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, Any]:
+def _zero_shot(prepared: TaskData, protocol: Protocol, seed: int) -> dict[str, Any]:
     """Figures of CLIP as it is; its scaling temperature is fitted on the shots, on which it was not trained."""
     head = CLIPHead(prepared.class_embeddings, prepared.model.logit_scale)
     predictor = Predictor(head, None, None, PosteriorOptions(predict="mean"))
@@ -226,7 +226,7 @@ def compute_threads(cpus: float) -> Iterator[None]:
 
 def _show(
     config: Config,
-    prepared: Prepared,
+    prepared: TaskData,
     protocol: Protocol,
     reports: Sequence[Mapping[str, Any]],
     display: Display,

@@ -56,7 +56,7 @@ Choose = Callable[[frozenset[int]], dict[int, Split]]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TaskData:
     """Everything that fits and evaluations need, computed once per run.
 
     Attributes:
@@ -371,7 +371,7 @@ def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> b
     ).image_trained
 
 
-def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = None) -> Prepared:
+def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = None) -> TaskData:
     """Compute the features that are missing.
 
     Args:
@@ -394,7 +394,7 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
             break
         bad |= found
         splits = task.choose(bad)
-    return Prepared(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
+    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
 
 
 def encode(

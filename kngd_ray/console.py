@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich import box
@@ -43,13 +44,17 @@ class Display:
 
     Args:
         quiet_stdout: standard output belongs to JSON; tables go to standard error.
+        quiet: show nothing.
     """
 
-    def __init__(self, *, quiet_stdout: bool = False) -> None:
+    def __init__(self, *, quiet_stdout: bool = False, quiet: bool = False) -> None:
         # in a log there is no width to keep to, and a squeezed table would lose digits
-        self.console = _Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
-        self.out = self.console if quiet_stdout else _Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-        self._live = self.console.is_terminal
+        widths = [None if stream.isatty() else _LOG_WIDTH for stream in (sys.stderr, sys.stdout)]
+        self.console = _Console(stderr=True, quiet=quiet, width=widths[0])
+        self.out = self.console if quiet_stdout else _Console(quiet=quiet, width=widths[1])
+        # in a notebook rich moves its bars by widgets, where they are installed
+        notebook = self.console.is_jupyter and find_spec("ipywidgets") is not None
+        self._live = not quiet and (self.console.is_terminal or notebook)
 
     def say(self, text: str) -> None:
         """One line of information."""

@@ -35,18 +35,32 @@ LAYERS = (
     "tuning",
     "comparison",
     "cluster",
+    "results",
     "api",
     "cli",
 )
-SHARED = {"config", "configs", "_layered", "_rgb", "_streams", "_vectors", "_yaml", "errors", "storage", "__init__"}
-STANDARD_ONLY = ("_streams", "errors", "storage")
+SHARED = {
+    "_keywords",
+    "_run_layout",
+    "config",
+    "configs",
+    "_layered",
+    "_rgb",
+    "_streams",
+    "_vectors",
+    "_yaml",
+    "errors",
+    "storage",
+    "__init__",
+}
+STANDARD_ONLY = ("_run_layout", "_streams", "errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
 ONLY_IN = {
     "ray": {"cluster"},
     "mlflow": {"tracking"},
     "sqlalchemy": {"tracking"},
-    "pandas": {"tracking", "api"},
+    "pandas": {"tracking", "results", "api"},
     "matplotlib": {"tracking"},
     "open_clip": {"clip"},
     "pydantic": {"_layered"},
@@ -54,7 +68,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"console", "experiment", "comparison", "cluster"},
     "pyarrow": {"data", "cluster"},
-    "optuna": {"tuning"},
+    "optuna": {"tuning", "results"},
 }
 # Types of MLflow's own interface: it takes data frames and raises SQLAlchemy's errors. They come with it.
 COME_WITH_MLFLOW = {"pandas", "sqlalchemy"}
@@ -220,16 +234,19 @@ PUBLIC = {
         "Publisher",
         "Record",
         "Status",
+        "accuracy_plot",
         "check_store",
         "ensemble_curve",
         "learning_curve",
         "publish",
+        "read_metrics",
         "read_runs",
         "redact",
         "reliability_diagram",
         "resolve_uri",
         "save_pyfunc",
         "stream_curve",
+        "trial_plot",
     ],
     "kngd_ray.tuning": [
         "JOURNAL",
@@ -247,6 +264,7 @@ PUBLIC = {
         "fit_together",
         "fitted_from",
         "judge",
+        "load_study",
         "mode_of",
         "parse_space",
         "plain_space",
@@ -255,7 +273,7 @@ PUBLIC = {
         "run_here",
     ],
     "kngd_ray.cli": ["main"],
-    "kngd_ray.estimator": ["KalmanCLIP", "NotFittedError"],
+    "kngd_ray.estimator": ["FittedClassifier", "KalmanCLIP", "NotFittedError"],
     "kngd_ray.cluster": ["gpus_of_cluster", "ray_session", "ray_stream", "run_job", "run_search"],
 }
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,15 +10,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONFIG | KEY=VALUE",
-        help="A YAML file, then settings over it: data.shots=16",
+        help="A preset or a YAML file, then settings over it: data.shots=16",
         show_default=False,
     ),
 ]
 SearchSettings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="SEARCH.yaml | KEY=VALUE",
-        help="A search file, then settings over it: search.num_samples=60 data.shots=16",
+        metavar="SEARCH | KEY=VALUE",
+        help="A shipped search or a YAML file, then settings over it: search.num_samples=60 data.shots=16",
         show_default=False,
     ),
 ]
@@ -28,11 +27,11 @@ Storage = Annotated[str, typer.Option(help="Where runs live.", envvar="KNGD_STOR
 Target = Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Name or folder of a run, or a folder in it.")]
 
 
-def split(settings: list[str] | None) -> tuple[Path | None, list[str]]:
-    """A leading YAML file, and the key=value settings."""
+def split(settings: list[str] | None) -> tuple[str | None, list[str]]:
+    """Tell a leading preset, search or YAML file from the key=value settings."""
     settings = settings or []
     if settings and "=" not in settings[0]:
-        return Path(settings[0]), settings[1:]
+        return settings[0], settings[1:]
     return None, settings
 
 

@@ -26,10 +26,11 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """MLflow runs side by side: paired by seed, with intervals, a Pareto front, and one HTML page."""
-    from kngd_ray.comparison.compare import compare as run
+    from kngd_ray import api
 
-    result = run(
-        experiment, display_for(as_json), parent=parent, metrics=metric or [], baseline=baseline, uri=uri, out=out
+    display = display_for(as_json)
+    found = api.compare(
+        experiment, parent=parent, metrics=metric or [], baseline=baseline, uri=uri, out=out, console=display
     )
     if as_json:
-        print_json(result)
+        print_json(found.report)

@@ -21,11 +21,13 @@ def doctor(
     Joins the cluster that train would join, or starts Ray as train would, and leaves nothing behind; exit code 1 if a
     check failed.
     """
-    from kngd_ray.config import load_config
+    from kngd_ray import api
 
     given = {"trainer.address": address, "trainer.storage_path": storage_path, "tracking.uri": uri}
     file, overrides = split(settings)
-    config = load_config(file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in given.items() if v is not None)])
+    config = api.configured(
+        file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
+    )
     from kngd_ray.cluster.doctor.run import doctor as run
 
     result = run(config, display_for(as_json), with_ray=not no_ray)

@@ -18,9 +18,10 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Compute frozen features of a whole data set into the cache, with Ray Data; --out writes them as files, too."""
+    file, overrides = split(settings)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.experiment.encode import encode as run
 
-    result = run(dataset, *split(settings), display_for(as_json), RayBackend(), out=out)
+    result = run(dataset, None if file is None else Path(file), overrides, display_for(as_json), RayBackend(), out=out)
     if as_json:
         print_json(result)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kngd_ray import __version__
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.cluster.doctor.node_checks import remove, unseen, write
 from kngd_ray.errors import KngdError, UsageError
 
@@ -169,14 +170,13 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     from kngd_ray.config import load_config
     from kngd_ray.data import EMBEDDED
     from kngd_ray.experiment import run_folder
-    from kngd_ray.experiment.run import resumed_config
     from kngd_ray.tuning.file import load_search, resumed_search
 
     plain, resume = list(given.plain), given.options.get("--resume")
     target = plain.pop(0) if given.command in (*_OF_A_RUN, "encode") and plain else None
     file = Path(plain.pop(0)) if plain and "=" not in plain[0] and given.command != "predict" else None
     if given.command == "train":
-        config = resumed_config(resume, plain) if resume is not None else load_config(file, plain)
+        config = run_folder.resumed_config(resume, plain) if resume is not None else load_config(file, plain)
     elif given.command == "tune":
         if resume is None and file is None:
             raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
@@ -186,7 +186,7 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     elif target is not None:
         storage = given.options.get("--storage-path") or load_config().trainer.storage_path
         fit = run_folder.find_fit(target, storage)
-        run = next(folder for folder in (fit, *fit.parents) if (folder / run_folder.CONFIG).is_file())
+        run = next(folder for folder in (fit, *fit.parents) if (folder / CONFIG).is_file())
         settings = plain if given.command == "evaluate" else []
         config = run_folder.read_config(run, settings, file if given.command == "evaluate" else None)
         if given.command == "predict":

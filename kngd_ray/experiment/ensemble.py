@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import parse, parse_override
 from kngd_ray.console import Display, stacked
 from kngd_ray.errors import UsageError
@@ -64,7 +65,7 @@ def ensemble(
         raise UsageError(f"--points is {points}; a curve over alpha needs 2 or more, 0 and 1 among them.")
     alpha, settings = _alpha(overrides)
     place = run_folder.locate(target, storage_path)
-    run = next(folder for folder in (place, *place.parents) if (folder / run_folder.CONFIG).is_file())
+    run = next(folder for folder in (place, *place.parents) if (folder / CONFIG).is_file())
     config = run_folder.read_config(run, settings)
     folders = [place] if place != run else [run_folder.fit_of(run, config.method, seed) for seed in config.seeds]
     with nullcontext() if alpha is None else run_folder.locked(run):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._run_layout import CONFIG, fit_name
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
@@ -83,7 +84,7 @@ class MethodRun:
 
     def fit(self, seed: int) -> str:
         """What the fit of a seed is called."""
-        return run_folder.fit_name(self.name, seed)
+        return fit_name(self.name, seed)
 
     def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; of a refused one, that it was refused.
@@ -160,7 +161,7 @@ class MethodRun:
         }
         name = f"{self._folder.name}/{record_id}"
         record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
-        write_text(record.artifacts / run_folder.CONFIG, to_yaml(shown))
+        write_text(record.artifacts / CONFIG, to_yaml(shown))
         write_text(record.artifacts / "environment.json", describe_environment())
         return record
 

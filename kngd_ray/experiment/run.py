@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kngd_ray._run_layout import RESULTS
 from kngd_ray.clip import CLIPHead
-from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
+from kngd_ray.config import Config, TrainerConfig, baseline_config
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
@@ -29,29 +30,6 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
-
-
-def resumed_config(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that is to be continued.
-
-    Args:
-        name: name or folder of the run.
-        overrides: ``key=value`` settings; only where it runs and is logged may change.
-
-    Returns:
-        The run's configuration.
-
-    Raises:
-        UsageError: a setting that would make it another run, or a search.
-    """
-    fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
-    if fixed:
-        raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
-    folder = run_folder.find(name, load_config(overrides=overrides).trainer.storage_path)
-    if (folder / run_folder.SEARCH).is_file():
-        raise UsageError(f"{folder.name} is a search: continue it with kngd-ray tune --resume {folder.name}.")
-    config = run_folder.read_config(folder, overrides)
-    return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
 
 
 def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
@@ -154,7 +132,7 @@ def _run(
         fit, reason = next(iter(failures.items()))
         others = f" ({len(failures)} of {sum(len(m.tasks) for m in methods)} fits failed)" if len(failures) > 1 else ""
         raise FilterError(f"{fit}{others}: {reason}")
-    return _write_results(folder, reports)
+    return {**_write_results(folder, reports), "folder": str(folder)}
 
 
 def _fit(
@@ -194,7 +172,7 @@ def _zero_shot(prepared: TaskData, protocol: Protocol, seed: int) -> dict[str, A
 
 def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result = {**reports[0], **({"baselines": list(reports[1:])} if reports[1:] else {})}
-    write_text(folder / run_folder.RESULTS, json.dumps(result, indent=1))
+    write_text(folder / RESULTS, json.dumps(result, indent=1))
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kngd_ray import configs
 from kngd_ray._layered import plain
+from kngd_ray._run_layout import SEARCH
 from kngd_ray.config import Config, load_config, parse, parse_override, to_yaml
 from kngd_ray.errors import CheckpointError, UsageError, nearest
 from kngd_ray.experiment import run_folder
@@ -81,7 +82,7 @@ def save_search(folder: Path, search: SearchConfig) -> None:
         folder: of the search.
         search: the search.
     """
-    write_text(folder / run_folder.SEARCH, search_yaml(search))
+    write_text(folder / SEARCH, search_yaml(search))
 
 
 def search_yaml(search: SearchConfig) -> str:
@@ -112,15 +113,15 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
         )
     about_run = [text for text in overrides if not text.startswith("search.")]
     folder = run_folder.find(name, load_config(overrides=about_run).trainer.storage_path)
-    if not (folder / run_folder.SEARCH).is_file():
+    if not (folder / SEARCH).is_file():
         raise CheckpointError(f"{folder.name} is not a search: continue it with kngd-ray train --resume {folder.name}.")
-    raw = configs.read_yaml(folder / run_folder.SEARCH)
-    options = _mapping(raw, "search", folder / run_folder.SEARCH)
+    raw = configs.read_yaml(folder / SEARCH)
+    options = _mapping(raw, "search", folder / SEARCH)
     given = dict(map(parse_override, overrides))
     options |= {key.removeprefix("search."): value for key, value in given.items() if key.startswith("search.")}
     config = run_folder.read_config(folder, about_run)
     config = replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
-    return _checked(config, _options(options), parse_space(_mapping(raw, "space", folder / run_folder.SEARCH)))
+    return _checked(config, _options(options), parse_space(_mapping(raw, "space", folder / SEARCH)))
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray._layered import plain
+from kngd_ray._run_layout import CONFIG, RESULTS, SEARCH
 from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, to_yaml
 from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
@@ -189,7 +190,7 @@ class _Search:
         try:
             self._lead.enter_context(run_folder.locked(self._folder))
         except run_folder.DrivenElsewhereError as error:
-            leader = read_yaml(self._folder / run_folder.SEARCH)["search"]["num_samples"]
+            leader = read_yaml(self._folder / SEARCH)["search"]["num_samples"]
             if leader != self._search.options.num_samples:
                 raise UsageError(
                     f"the search {self._folder.name} is being driven to {leader} trials by another process: help it "
@@ -247,7 +248,7 @@ class _Search:
         report, best = self._report(), self._study.best()
         done = self._study.results()
         self._records.mend(done, best[0].objective if best else {})
-        results = self._folder / run_folder.RESULTS
+        results = self._folder / RESULTS
         try:
             known = read_json(results) if results.is_file() else None
         except ValueError as error:
@@ -282,7 +283,7 @@ class _Search:
             tracking=replace(champion.tracking, registered_model=registered),
         )
         place = run_folder.existing(champion)
-        begun = (place / run_folder.CONFIG).is_file()
+        begun = (place / CONFIG).is_file()
         return name, train(champion, self._display, self._backend, resume=begun)
 
 

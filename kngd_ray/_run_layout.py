@@ -13,6 +13,7 @@ FITS = "fits"
 RESULTS = "results.json"
 SEARCH = "search.yaml"
 ESTIMATOR = "estimator.json"
+IN_MEMORY = "in-memory"  # data.path of what learned from no file
 
 
 def fit_name(method: str, seed: int) -> str:

@@ -65,6 +65,7 @@ ONLY_IN = {
     "open_clip": {"clip"},
     "pydantic": {"_layered"},
     "yaml": {"config", "configs", "_yaml"},
+    "sklearn": {"estimator"},
     "typer": {"cli"},
     "rich": {"console", "experiment", "comparison", "cluster"},
     "pyarrow": {"data", "cluster"},
@@ -72,7 +73,7 @@ ONLY_IN = {
 }
 # Types of MLflow's own interface: it takes data frames and raises SQLAlchemy's errors. They come with it.
 COME_WITH_MLFLOW = {"pandas", "sqlalchemy"}
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch", "sklearn": "scikit-learn"}
 
 PUBLIC = {
     "kngd_ray.filters": [
@@ -392,7 +393,8 @@ def test_errors_and_storage_need_only_the_standard_library(name: str) -> None:
 
 def test_third_party_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[\[<>=! ]", line)[0].lower() for line in project["dependencies"]} | COME_WITH_MLFLOW
+    lines = [*project["dependencies"], *project["optional-dependencies"]["sklearn"]]
+    declared = {re.split(r"[\[<>=! ]", line)[0].lower() for line in lines} | COME_WITH_MLFLOW
     for path in modules():
         for name in imports(path):
             first = name.partition(".")[0]

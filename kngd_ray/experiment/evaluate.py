@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kngd_ray._layered import flat
+from kngd_ray._run_layout import IN_MEMORY
 from kngd_ray.config import parse_override
 from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
@@ -47,6 +48,9 @@ def evaluate(
     Returns:
         ``id`` and ``ood`` as ``train`` reports them, each with ``aurc``, and per OOD domain
         ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
+
+    Raises:
+        UsageError: the fit learned from data in memory, and no other data are named.
     """
     fit = find_fit(target, storage_path)
     checkpoint, fit_folder = open_fit(fit)
@@ -55,6 +59,8 @@ def evaluate(
     given = _given(file, overrides)
     trained_on = read_config(run).data
     manifest = checkpoint.manifest
+    if config.data.path == IN_MEMORY:
+        raise UsageError(f"{run.name} learned from pictures in memory: name data to score it on by data.path.")
     if _same(config.data.path, trained_on.path):
         only = config.data.classes if "data.classes" in given else None
         config = replace(config, data=replace(config.data, classes=trained_on.classes))

@@ -4,6 +4,7 @@ A new model is one module beside :mod:`~kngd_ray.observations.cosine` and one na
 :data:`Model`.
 """
 
+from kngd_ray._plugins import open_registry
 from kngd_ray.observations._model import Observation, ObservationModel, stack
 from kngd_ray.observations.categorical import Categorical
 from kngd_ray.observations.clip_cite import ClipCite
@@ -15,6 +16,7 @@ from kngd_ray.observations.probability import Probability
 
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
 Model = Cosine | Probability | LogLikelihood | Categorical | ClipCite
+open_registry(Model, "kngd_ray.observations")  # installed packages may add to it
 
 __all__ = [
     "Categorical",

@@ -4,6 +4,7 @@ A new adapter is one module beside :mod:`~kngd_ray.clip.adapters.linear` and one
 :data:`AnyAdapter`.
 """
 
+from kngd_ray._plugins import open_registry
 from kngd_ray.clip.adapters._base import Adapter, AdapterConfig, HeadShape, Tower
 from kngd_ray.clip.adapters.bottleneck import Bottleneck
 from kngd_ray.clip.adapters.class_residual import ClassResidual, ClassResidualAdapter
@@ -11,6 +12,7 @@ from kngd_ray.clip.adapters.linear import Linear
 
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
 AnyAdapter = Bottleneck | Linear | ClassResidual
+open_registry(AnyAdapter, "kngd_ray.adapters")  # installed packages may add to it
 
 __all__ = [
     "Adapter",

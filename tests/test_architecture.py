@@ -40,6 +40,7 @@ LAYERS = (
     "cli",
 )
 SHARED = {
+    "_deferred",
     "_plugins",
     "_keywords",
     "_run_layout",
@@ -370,7 +371,11 @@ def test_filters_are_maths_on_tensors() -> None:
     for path in (PACKAGE / "filters").glob("*.py"):
         for name in imports(path):
             first = name.partition(".")[0]
-            ours = name.startswith("kngd_ray.filters") or name in {"kngd_ray.errors", "kngd_ray._plugins"}
+            ours = name.startswith("kngd_ray.filters") or name in {
+                "kngd_ray.errors",
+                "kngd_ray._deferred",
+                "kngd_ray._plugins",
+            }
             assert first in sys.stdlib_module_names | {"torch"} or ours, f"{path} imports {name}"
             assert not name.startswith("torch.distributed"), f"{path} imports {name}"
 

@@ -75,7 +75,7 @@ def train(
     from kngd_ray.results import RunResult
 
     report = run(config, _shown(console, quiet), RayBackend(), resume=resume is not None)
-    return RunResult(Path(report["folder"]), report)
+    return RunResult(Path(report.pop("folder")), report)
 
 
 def tune(

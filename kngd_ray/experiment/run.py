@@ -42,7 +42,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         resume: continue the run of that name.
 
     Returns:
-        The report: the object that ``--json`` prints.
+        The report: the object that ``--json`` prints, and the run's ``folder``.
 
     Raises:
         UsageError: the baselines include the method itself, or a GPU is asked for where there is none.

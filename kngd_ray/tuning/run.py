@@ -284,7 +284,9 @@ class _Search:
         )
         place = run_folder.existing(champion)
         begun = (place / CONFIG).is_file()
-        return name, train(champion, self._display, self._backend, resume=begun)
+        report = train(champion, self._display, self._backend, resume=begun)
+        del report["folder"]  # which the name says, wherever the search is moved
+        return name, report
 
 
 def _registered(config: Config) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 import kngd_ray
 from kngd_ray import KalmanCLIP
 from kngd_ray._keywords import settings_of
+from kngd_ray.api import _placed, configured
 from kngd_ray.errors import CheckpointError, UsageError
 
 PUBLIC = ["KalmanCLIP", "__version__", "compare", "evaluate", "load", "predict", "train", "tune"]
@@ -141,6 +142,15 @@ def test_a_run_is_that_of_the_command_line_and_prints_nothing(command, settings)
     with pytest.raises(UsageError, match="a resumed run keeps its settings"):
         kngd_ray.train(resume=run.folder, shots=3, quiet=True)
     assert kngd_ray.train(resume=run.folder, quiet=True).metrics == run.metrics
+
+
+def test_a_preset_is_known_by_its_name_on_the_command_line_too(command) -> None:
+    named = command("train", "kf_clip", "data.shots=3", "--print-config")
+    assert named.out == command("train", "preset=kf_clip", "data.shots=3", "--print-config").out
+    (command.folder / "mine.yaml").write_text("trainer: {num_workers: 3}\nseeds: [1]\n")
+    for preset, workers in (("mine.yaml", 3), ("kalman", 0), ({"trainer.num_workers": 3}, 3), (None, 0)):
+        assert configured(preset, _placed([], preset, ray=False)).trainer.num_workers == workers
+    assert "trainer.num_workers=0" not in _placed(["trainer.num_workers=2"], None, ray=False)
 
 
 def test_a_search_from_python(command, settings, monkeypatch) -> None:

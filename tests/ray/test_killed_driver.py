@@ -13,6 +13,7 @@ import torch
 from helpers.resuming import everything_in
 from helpers.workloads import SLOW_RUN
 
+from kngd_ray.cluster.backend import RayBackend
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
 from kngd_ray.experiment.run import train
@@ -34,7 +35,7 @@ def test_a_killed_run_is_resumed_bitwise(
     runs = tmp_path / "runs"
     given = [*SLOW_RUN, f"tracking.enabled={str(workers > 0).lower()}"]
     display = Display(quiet_stdout=True)
-    whole = train(load_config(overrides=[*settings("whole", workers), *given]), display)
+    whole = train(load_config(overrides=[*settings("whole", workers), *given]), display, RayBackend())
 
     command = [sys.executable, "-c", PROGRAM, "train", *settings("killed", workers), *given]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -56,7 +57,7 @@ def test_a_killed_run_is_resumed_bitwise(
     assert stopped.manifest["step"] < stopped.manifest["steps"]
 
     config = resumed_config("killed", [f"trainer.storage_path={runs}"])
-    resumed = train(config, display, resume=True)
+    resumed = train(config, display, RayBackend(), resume=True)
     folders = [latest(runs / name / "fits" / "kalman-seed0") for name in ("whole", "killed")]
     expected, found = (everything_in(checkpoint.folder) for checkpoint in folders if checkpoint is not None)
     assert expected.keys() == found.keys()

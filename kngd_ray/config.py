@@ -41,7 +41,7 @@ class TrainerConfig:
     Attributes:
         num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray. A pair ``[least, most]`` starts
             with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
-        use_gpu: give each rank a GPU; ``auto`` does where there are as many.
+        use_gpu: give each rank a GPU; ``auto`` does where there are any, on no more ranks than there are GPUs.
         cpus_per_worker: CPU cores that each rank reserves.
         address: Ray cluster to join; None joins $RAY_ADDRESS or the cluster that you run on this machine, or starts
             one; ``local`` always starts one.

@@ -430,12 +430,9 @@ def encode(
     if use_ray:
         from kngd_ray.ray_jobs import ray_stream
 
-        stream = ray_stream(
-            images,
-            config.model,
-            encoders=max(config.trainer.least_workers, 1),
-            use_gpu=with_gpus(config.trainer).use_gpu is True,
-        )
+        trainer = with_gpus(config.trainer)
+        encoders = max(trainer.least_workers, 1)
+        stream = ray_stream(images, config.model, encoders=encoders, use_gpu=trainer.use_gpu is True)
         return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
     device = "cpu" if config.trainer.use_gpu is False else best_device()
     encoder = model if device == "cpu" else load_model(config.model, device)

@@ -31,11 +31,15 @@ def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractConte
 def with_gpus(trainer: TrainerConfig) -> TrainerConfig:
     """Decide ``use_gpu: auto``, once Ray is up where it is needed.
 
+    A fit is the same on any number of ranks. So where GPUs are fewer than ranks, no more ranks run than there are GPUs:
+    one GPU serves better than all the cores beside it.
+
     Args:
         trainer: of the run.
 
     Returns:
-        The same with a yes or no: whether each rank has a GPU, or this process where there is no rank.
+        The same with a yes or no: whether each rank has a GPU, or this process where there is no rank. With no more
+        ranks than GPUs, if it was left to us.
 
     Raises:
         UsageError: a GPU is asked for in this process, which has none.
@@ -51,5 +55,9 @@ def with_gpus(trainer: TrainerConfig) -> TrainerConfig:
     elif trainer.use_gpu == "auto":
         from kngd_ray.ray_jobs import gpus_of_cluster
 
-        there = gpus_of_cluster() >= trainer.most_workers
+        gpus = int(gpus_of_cluster())
+        there = gpus > 0
+        if there and gpus < trainer.most_workers:
+            least = min(trainer.least_workers, gpus)
+            return replace(trainer, use_gpu=True, num_workers=(least, gpus))
     return trainer if trainer.use_gpu != "auto" else replace(trainer, use_gpu=there)

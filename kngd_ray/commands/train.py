@@ -91,7 +91,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
             check_prior(prior, c.fit_options, task.identity)
     with ray_for(config.trainer), ExitStack() as stack:
         trainer = with_gpus(config.trainer)
-        display.say(_where(trainer))
+        display.say(_where(trainer, asked=config.trainer.most_workers))
         with display.pictures("encoding") as progress:
             use_ray = config.trainer.most_workers > 0
             prepared = prepare(task, use_ray=use_ray, progress=progress)
@@ -201,11 +201,13 @@ def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str,
     return result
 
 
-def _where(trainer: TrainerConfig) -> str:
-    """On what a run computes, in one line."""
+def _where(trainer: TrainerConfig, asked: int) -> str:
+    """On what a run computes, and why on fewer workers than were asked for, in one line."""
     what = "a GPU" if trainer.use_gpu else "the CPU"
     if trainer.least_workers:
-        return f"computing on {what} in each of {trainer.most_workers} workers"
+        ranks = trainer.most_workers
+        fewer = "" if ranks == asked else f", not {asked}: GPUs are fewer; trainer.use_gpu=false takes the CPU in all"
+        return f"computing on {what} in {f'each of {ranks} workers' if ranks > 1 else 'one worker'}{fewer}"
     return f"computing on {what} in this process" + ("" if trainer.use_gpu else f", with {cores()} threads")
 
 

@@ -24,10 +24,10 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.readme_table import cell
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.prepare import Prepared, open_task, prepare
-from kngd_ray.commands.summary import interval
 from kngd_ray.config import load_config
+from kngd_ray.experiment.aggregate import interval
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
 from kngd_ray.training.calibration import Calibration

@@ -31,15 +31,15 @@ from scipy.stats import spearmanr
 from benchmarks.few_shot.boot import Interval, over_problems
 from benchmarks.few_shot.groups import open_data
 from benchmarks.few_shot.problem import Case, Problem
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.search_file import SearchConfig, load_search
 from kngd_ray.config import load_config, override
-from kngd_ray.search import Fitted, Workload, fit_together, judge
-from kngd_ray.search.options import DIRECTIONS, Objective
+from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.training.calibration import calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.folds import single
 from kngd_ray.training.metrics import Scores
+from kngd_ray.tuning import Fitted, Workload, fit_together, judge
+from kngd_ray.tuning.file import SearchConfig, load_search
+from kngd_ray.tuning.options import DIRECTIONS, Objective
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "evidence_ranks.json"

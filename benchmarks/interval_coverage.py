@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.run_folder import fit_of
-from kngd_ray.commands.summary import interval, with_interval
-from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
+from kngd_ray.experiment.aggregate import interval, with_interval
+from kngd_ray.experiment.run import train
+from kngd_ray.experiment.run_folder import fit_of
+from kngd_ray.experiment.task import open_task, prepare
 from kngd_ray.training.classifier import Classifier, Judgement
 
 GROUPS = 10

@@ -41,10 +41,10 @@ import torch
 from matplotlib.figure import Figure
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.prepare import Prepared, open_task, prepare
-from kngd_ray.commands.summary import interval, over_seeds, with_interval
 from kngd_ray.config import load_config
+from kngd_ray.experiment.aggregate import interval, over_seeds, with_interval
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support, seeded

@@ -43,9 +43,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.few_shot.probe import Probe
 from benchmarks.step_cost.memory import allocated
 from benchmarks.step_cost.report import environment, fill
-from kngd_ray.commands.prepare import Prepared, open_task, prepare
-from kngd_ray.commands.summary import over_seeds, with_interval
 from kngd_ray.config import load_config
+from kngd_ray.experiment.aggregate import over_seeds, with_interval
+from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import calibrate, fold_of, predictor_of
 from kngd_ray.training.evaluation import ID

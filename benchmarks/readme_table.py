@@ -16,11 +16,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.summary import with_interval
-from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
+from kngd_ray.experiment.aggregate import with_interval
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.run import train
 
 PRESETS = ("adamw", "kf_clip", "kalman_diagonal", "kalman")
 COLOURS = {"zero-shot": "#8c8c8c", "adamw": "#d1752b"}

@@ -24,7 +24,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks import soak
-from kngd_ray.commands.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

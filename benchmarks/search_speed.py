@@ -21,7 +21,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from kngd_ray.commands.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 SEARCH = """

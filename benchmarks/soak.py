@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import stats
 
-from kngd_ray.commands.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 _MARK = "KNGD_SOAK"  # of the environment of all processes of this instance

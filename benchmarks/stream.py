@@ -32,14 +32,14 @@ from torch import Tensor
 
 from benchmarks.few_shot.geometry import to_clip
 from benchmarks.few_shot.problem import Case, Problem
-from kngd_ray.commands.comparison import paired_difference
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.streams import stream_of
-from kngd_ray.commands.summary import interval
+from kngd_ray.comparison.statistics import paired_difference
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError
+from kngd_ray.experiment.aggregate import interval
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.streams import stream_of
+from kngd_ray.experiment.task import open_task, prepare
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.fit import FitTask, StepRecord, fit

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from kngd_ray.commands.environment import describe_environment
-from kngd_ray.commands.prepare import open_task, prepare
-from kngd_ray.commands.summary import interval, with_interval
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import FilterError
+from kngd_ray.experiment.aggregate import interval, with_interval
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.task import open_task, prepare
 from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks, predictor_of
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask, fit

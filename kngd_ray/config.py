@@ -323,7 +323,7 @@ def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
 
 def presets() -> list[str]:
     """Names of the shipped presets."""
-    folder = resources.files("kngd_ray") / "presets"
+    folder = resources.files("kngd_ray") / "configs" / "presets"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
@@ -340,7 +340,8 @@ def read_preset(name: str) -> dict[str, Any]:
         UsageError: there is no such preset or file.
     """
     if name in presets():
-        return _parse_yaml((resources.files("kngd_ray") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+        file = resources.files("kngd_ray") / "configs" / "presets" / f"{name}.yaml"
+        return _parse_yaml(file.read_text(), f"preset {name}")
     if name.endswith((".yaml", ".yml")):
         return _read_config(Path(name))
     raise UsageError(f"there is no preset {name!r}{nearest(name, presets())}; name one of these or a YAML file.")

@@ -283,7 +283,7 @@ def test_the_ray_job_ends_and_shrinks(documents: dict[str, dict[str, Any]]) -> N
 
 @pytest.mark.parametrize("source", ["cluster.yaml", "rayjob.yaml"])
 def test_commands_of_the_files_are_ours(source: str) -> None:
-    from kngd_ray.cli import app
+    from kngd_ray.cli.app import app
     from kngd_ray.config import load_config
 
     text = (ROOT / source).read_text()

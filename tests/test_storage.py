@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kngd_ray.commands.run_folder import DrivenElsewhereError, locked
 from kngd_ray.errors import KngdError
+from kngd_ray.experiment.run_folder import DrivenElsewhereError, locked
 from kngd_ray.storage import take_lock, temporary_beside, write_text
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from kngd_ray.commands.summary import student
+from kngd_ray.experiment.aggregate import student
 
 REPLICATES = 2000
 _SEED = 7

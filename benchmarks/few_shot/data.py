@@ -20,10 +20,10 @@ import torch
 from benchmarks.few_shot.geometry import OFFSET, SCALE, SPREAD, to_clip
 from benchmarks.few_shot.problem import Case, Problem
 from kngd_ray.clip import ClipModel, load_model
-from kngd_ray.commands.prepare import Task, prepare
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.data import EMBEDDED, Split, open_images, sample_shots, select
 from kngd_ray.errors import DataError
+from kngd_ray.experiment.task import Task, prepare
 from kngd_ray.training.batches import Support
 from kngd_ray.training.evaluation import ID
 

@@ -16,7 +16,7 @@ from benchmarks.few_shot.data import MINI
 from benchmarks.few_shot.figures import FIGURES
 from benchmarks.few_shot.groups import GROUPS, store_of
 from benchmarks.few_shot.methods import METHODS
-from kngd_ray.commands.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.storage import write_text
 
 PAGE, SUMMARY = "report.html", "summary.json"

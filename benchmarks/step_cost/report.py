@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from kngd_ray.commands.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment
 
 
 def environment() -> dict[str, Any]:

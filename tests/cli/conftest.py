@@ -21,8 +21,8 @@ def _one_thread() -> Iterator[None]:
     """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine: a command takes one."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train", "tune"):
-            patch.setattr(f"kngd_ray.commands.{module}.cores", lambda: 1)
+        for package in ("experiment", "tuning"):
+            patch.setattr(f"kngd_ray.{package}.run.cores", lambda: 1)
         yield
 
 

@@ -40,7 +40,7 @@ def test_a_name_that_looks_like_code_is_said_in_words_wherever_the_fit_is_used(c
 
 def test_a_run_of_an_earlier_version_keeps_its_prompts(command, monkeypatch) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr("kngd_ray.commands.prepare.worded", lambda templates, names: templates)
+        earlier.setattr("kngd_ray.experiment.task.worded", lambda templates, names: templates)
         assert command.train("trainer.name=old", data=renamed(command, "SeaBird", "flower", "F-16A")).code == 0
     trained = json.loads((command.run("old") / "results.json").read_text())
     outcome = command("evaluate", command.run("old"), "--json")

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from kngd_ray.commands.train import _chosen
 from kngd_ray.config import load_config
+from kngd_ray.experiment.run import _chosen
 from kngd_ray.training.metrics import Scores
 
 FIGURES = {"accuracy", "nll", "ece", "brier"}

@@ -15,11 +15,11 @@ import pytest
 import torch
 from scipy import stats
 
-from kngd_ray.commands.compare import compare
-from kngd_ray.commands.compare_rows import find_rows, group_rows, name_rows
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.train import train
+from kngd_ray.comparison.compare import compare
+from kngd_ray.comparison.rows import find_rows, group_rows, name_rows
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
+from kngd_ray.experiment.run import train
 from kngd_ray.tracking import LoggedRun, Record, publish
 
 EXPERIMENT = "side by side"

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kngd_ray.commands.compare_rows import Found, Row
-from kngd_ray.commands.compare_tables import Table, build_tables
-from kngd_ray.commands.comparison import (
+from kngd_ray.comparison.rows import Found, Row
+from kngd_ray.comparison.statistics import (
     TIE,
     better,
     holm,
     paired_difference,
     pareto_front,
 )
-from kngd_ray.commands.summary import interval, over_seeds, student, with_interval
+from kngd_ray.comparison.tables import Table, build_tables
+from kngd_ray.experiment.aggregate import interval, over_seeds, student, with_interval
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from helpers.heads import ray_head
 
-from kngd_ray.commands import doctor as orchestra
-from kngd_ray.commands import doctor_checks, node_checks
-from kngd_ray.commands.doctor_checks import Said
-from kngd_ray.commands.node_checks import token_file, unseen, write
+from kngd_ray.cluster.doctor import checks as doctor_checks
+from kngd_ray.cluster.doctor import node_checks
+from kngd_ray.cluster.doctor import run as orchestra
+from kngd_ray.cluster.doctor.checks import Said
+from kngd_ray.cluster.doctor.node_checks import token_file, unseen, write
 
 Doctor = Callable[..., tuple[int, dict[tuple[str, str], dict[str, str]]]]
 

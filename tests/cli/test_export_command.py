@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from kngd_ray.commands import export as export_module
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
 from kngd_ray.errors import ModelError
+from kngd_ray.experiment import export as export_module
+from kngd_ray.experiment.run import train
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.settled import read_settled, save_settled
 

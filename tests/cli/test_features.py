@@ -173,7 +173,7 @@ def test_a_run_continues_from_an_earlier_one(command, train, settings) -> None:
 
 @pytest.mark.parametrize("classes", [True, False])
 def test_tune_on_features(command, settings, files, monkeypatch, classes) -> None:
-    monkeypatch.setattr("kngd_ray.commands.tune.study_figures", lambda *arguments: [])
+    monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])
     file = command.folder / "search.yaml"
     file.write_text(
         yaml.safe_dump({
@@ -360,7 +360,7 @@ def blocks(language: str) -> list[str]:
 
 def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
     """Its commands in their order, and its first and last lines of Python; only where things are differs."""
-    monkeypatch.setattr("kngd_ray.commands.tune.study_figures", lambda *arguments: [])
+    monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])
     pq.write_table(pq.read_table(command.data), tmp_path / "pictures.parquet")
     (tmp_path / "tune_configs").mkdir()
     (tmp_path / "tune_configs" / "smoke.yaml").write_text((ROOT / "tune_configs" / "smoke.yaml").read_text())

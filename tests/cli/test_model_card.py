@@ -7,8 +7,8 @@ import pytest
 from helpers.emoji import CLASSES
 
 from kngd_ray.clip import ModelConfig
-from kngd_ray.commands.model_card import _licences, _limits, _plain
 from kngd_ray.config import load_config
+from kngd_ray.experiment.model_card import _licences, _limits, _plain
 
 
 def card_of(command, run: str, record: str) -> str:

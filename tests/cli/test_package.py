@@ -8,7 +8,7 @@ from zipfile import ZipFile
 import pytest
 
 import kngd_ray
-from kngd_ray.commands.package import NO_CODE, collect, show_bytes, write_zip
+from kngd_ray.cluster.bundle import NO_CODE, collect, show_bytes, write_zip
 from kngd_ray.errors import KngdError, UsageError
 
 SECRET = "planted-7f3a9c51"

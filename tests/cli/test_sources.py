@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.emoji import CLASSES, small_table
 
-from kngd_ray.commands.run_folder import read_config
+from kngd_ray.experiment.run_folder import read_config
 
 FAILED = 1
 

@@ -10,12 +10,12 @@ import torch
 import yaml
 from helpers.features import SCALE, class_embeddings, feature_table, write_features
 
-from kngd_ray.commands.tune import _registered
 from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, open_images, select
 from kngd_ray.errors import DataError
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.restoring import open_fit
+from kngd_ray.tuning.run import _registered
 
 ORDER = ["noto", "twemoji", "noto"]
 SETTINGS = ("data.shots=2", "epochs=1", "batch_size=5", "data.train_domain=null", "data.order=[noto,twemoji,noto]")

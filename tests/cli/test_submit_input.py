@@ -17,15 +17,16 @@ import ray
 import typer.main
 from aiohttp import web
 
-from kngd_ray import __version__, cli
-from kngd_ray.commands import reach, submit
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.package import Package
-from kngd_ray.commands.reach import VALUED, Arguments, find_out, probe, take_apart
+from kngd_ray import __version__
+from kngd_ray.cli.app import app
+from kngd_ray.cluster import preflight as reach
+from kngd_ray.cluster import submission, submit
+from kngd_ray.cluster.bundle import Package
+from kngd_ray.cluster.preflight import VALUED, Arguments, find_out, probe, take_apart
+from kngd_ray.cluster.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
 from kngd_ray.config import TrackingConfig, TrainerConfig, load_config
+from kngd_ray.console import Display
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import submission
-from kngd_ray.ray_jobs.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
 
 FAILED, USAGE = 1, 2
 SECRET = "planted-5e0b77aa"
@@ -297,7 +298,7 @@ def faults(*arguments: str) -> list[str]:
 
 
 def test_options_with_values_are_those_of_the_command_line() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     declared = {
         option
         for name, command in commands.items()
@@ -457,7 +458,7 @@ def answer_of(version: str = __version__, *sentences: str) -> list[str]:
     [
         (["python: Error while finding module", "No module named kngd_ray"], 1, "the cluster has no kngd_ray"),
         (["ModuleNotFoundError: No module named 'kngd_ray'"], 1, "the cluster has no kngd_ray"),
-        (["python: No module named kngd_ray.commands.reach"], 1, "an older kngd_ray"),
+        (["python: No module named kngd_ray.cluster.preflight"], 1, "an older kngd_ray"),
         (["ModuleNotFoundError: No module named 'open_clip'"], 1, "Python has no open_clip"),
         (["/bin/sh: 1: python: not found"], 127, "finds no `python`"),
         (["Traceback", "ValueError: odd"], 1, "said last: ValueError: odd; see kngd-ray submit --logs check-"),

@@ -20,11 +20,11 @@ from helpers.towers import NAME, tiny_model
 from torch import Tensor
 
 from kngd_ray.clip import CLIPNetwork
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.prepare import PICTURES
-from kngd_ray.commands.train import train
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, PictureFile, decode, open_images
+from kngd_ray.experiment.run import train
+from kngd_ray.experiment.task import PICTURES
 from kngd_ray.training import checkpoint
 from kngd_ray.training.classifier import Classifier
 
@@ -101,7 +101,7 @@ def pictures(tmp_path, blobs) -> list[Path]:
 def tiny(command, monkeypatch) -> Callable[..., Any]:
     """Trains the tiny model; figures, which take longer, are not drawn."""
     for figure in ("learning_curve", "reliability_diagram"):
-        monkeypatch.setattr(f"kngd_ray.commands.method_run.{figure}", lambda *arguments: None)
+        monkeypatch.setattr(f"kngd_ray.experiment.method_run.{figure}", lambda *arguments: None)
     return lambda *settings: command.train(*MODEL, *TINY, "posterior.folds=0", *settings)
 
 
@@ -360,7 +360,7 @@ def test_a_picture_that_cannot_be_decoded(tiny, command, tmp_path, skip) -> None
     ids=lambda value: None if isinstance(value, int) else " ".join(value) if value[0].startswith(("tune", "f")) else "",
 )
 def test_refused_at_the_door(tiny, command, monkeypatch, code, settings, words) -> None:
-    monkeypatch.setattr("kngd_ray.commands.train.prepare", None)  # no picture is encoded before
+    monkeypatch.setattr("kngd_ray.experiment.run.prepare", None)  # no picture is encoded before
     outcome = tiny(*settings, "trainer.name=t")
     assert outcome.code == code
     assert outcome.out == ""
@@ -489,7 +489,7 @@ def test_activations_that_are_not_finite(tiny, monkeypatch, method, precision, b
 
 @pytest.fixture
 def tune(command, tiny, monkeypatch) -> Callable[..., Any]:
-    monkeypatch.setattr("kngd_ray.commands.tune.study_figures", lambda *arguments: [])
+    monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])
 
     def run(*arguments: str, **space: Any) -> Any:
         search = {"num_samples": 2, "sampler": "random", "seeds": [0]}

@@ -15,12 +15,12 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from kngd_ray.commands.search_file import load_search
-from kngd_ray.commands.search_records import SearchRecords
 from kngd_ray.config import load_config, plain
 from kngd_ray.errors import FilterError
-from kngd_ray.search import JOURNAL, SearchStudy, fitting
 from kngd_ray.training.fit import FitTask
+from kngd_ray.tuning import JOURNAL, SearchStudy, fitting
+from kngd_ray.tuning.file import load_search
+from kngd_ray.tuning.records import SearchRecords
 
 SEARCH: dict[str, Any] = {
     "preset": "kalman_diagonal",
@@ -41,7 +41,7 @@ SAME = ("trials", "best", "run")
 @pytest.fixture
 def tune(command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs a search of the small data, without pictures and by default without its winner's fit, which take long."""
-    monkeypatch.setattr("kngd_ray.commands.tune.study_figures", lambda *arguments: [])
+    monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])
 
     def run(*arguments: str, refit: bool = False):
         file = command.folder / "search.yaml"
@@ -321,8 +321,8 @@ class Tracked:
 def tracked(small_data, shared_cache, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     from mlflow import MlflowClient
 
-    from kngd_ray.commands.display import Display
-    from kngd_ray.commands.tune import tune
+    from kngd_ray.console import Display
+    from kngd_ray.tuning.run import tune
 
     folder = tmp_path_factory.mktemp("tracked")
     file = folder / "search.yaml"

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kngd_ray.commands.search_file import load_search, search_yaml
 from kngd_ray.config import load_config
-from kngd_ray.search import plain_space
+from kngd_ray.tuning import plain_space
+from kngd_ray.tuning.file import load_search, search_yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tune_configs").glob("*.yaml"))

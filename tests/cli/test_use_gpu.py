@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from kngd_ray.commands.session import with_gpus
 from kngd_ray.config import TrainerConfig, load_config
 from kngd_ray.errors import UsageError
+from kngd_ray.experiment.backend import with_gpus
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -29,9 +29,9 @@ def test_a_run_without_ray_takes_what_this_machine_has(monkeypatch, there):
     [(0, 2, None), (1, 2, 1), (2, 2, 2), (4, 2, 2), (2, [1, 4], (1, 2)), (1, [1, 4], 1), (2, [3, 4], 2)],
 )
 def test_as_many_ranks_as_gpus_take_one_each(monkeypatch, gpus, workers, ranks):
-    cluster = ModuleType("kngd_ray.ray_jobs")
+    cluster = ModuleType("kngd_ray.cluster")
     cluster.gpus_of_cluster = lambda: gpus
-    monkeypatch.setitem(sys.modules, "kngd_ray.ray_jobs", cluster)
+    monkeypatch.setitem(sys.modules, "kngd_ray.cluster", cluster)
     asked = TrainerConfig(num_workers=workers)
     found = with_gpus(asked)
     assert found.use_gpu is (ranks is not None)

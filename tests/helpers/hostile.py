@@ -54,7 +54,7 @@ def load_config(path: Path) -> None:
 
 def load_search(path: Path) -> None:
     """A search file."""
-    from kngd_ray.commands.search_file import load_search
+    from kngd_ray.tuning.file import load_search
 
     load_search(path, [])
 

@@ -11,8 +11,8 @@ import torch
 from helpers.cases import LOGIT_SCALE, class_embeddings, make_support
 
 from kngd_ray.config import Config, load_config
-from kngd_ray.search import SearchOptions, SearchStudy, Space, Value, Workload, parse_space
 from kngd_ray.training.fit import FitTask
+from kngd_ray.tuning import SearchOptions, SearchStudy, Space, Value, Workload, parse_space
 
 SPACE = parse_space({
     "filter.p0": {"low": 1e-3, "high": 10.0, "log": True},

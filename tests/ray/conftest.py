@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from kngd_ray.ray_jobs import ray_session
+from kngd_ray.cluster import ray_session
 
 CLASSES = ("bird", "flower", "fruit", "road vehicle")
 

@@ -13,15 +13,15 @@ import torch
 from helpers.resuming import everything_in
 from helpers.workloads import SLOW_RUN
 
-from kngd_ray.commands.display import Display
-from kngd_ray.commands.train import resumed_config, train
 from kngd_ray.config import load_config
+from kngd_ray.console import Display
+from kngd_ray.experiment.run import resumed_config, train
 from kngd_ray.training.resumable import latest
 
 pytestmark = pytest.mark.ray
 
 # the command in one thread, as this process has: sums come out the same, and no thread spins on a busy machine
-PROGRAM = "from kngd_ray.commands import train\ntrain.cores = lambda: 1\nfrom kngd_ray import cli\ncli.main()"
+PROGRAM = "from kngd_ray.experiment import run\nrun.cores = lambda: 1\nfrom kngd_ray import cli\ncli.main()"
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -29,7 +29,7 @@ def test_a_killed_run_is_resumed_bitwise(
     workers: int, settings: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The killed one is a process of its own; the others are run by this one, to spare what they would import."""
-    monkeypatch.setattr("kngd_ray.commands.train.cores", lambda: 1)
+    monkeypatch.setattr("kngd_ray.experiment.run.cores", lambda: 1)
     runs = tmp_path / "runs"
     given = [*SLOW_RUN, f"tracking.enabled={str(workers > 0).lower()}"]
     display = Display(quiet_stdout=True)

@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from kngd_ray.search import JOURNAL
+from kngd_ray.tuning import JOURNAL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

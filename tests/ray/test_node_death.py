@@ -14,10 +14,10 @@ from helpers.resuming import IDENTITY, everything_in
 from helpers.workloads import long_task
 from ray.cluster_utils import Cluster
 
+from kngd_ray.cluster import ray_session, run_job
+from kngd_ray.cluster._ray_private import use_token_if_there
+from kngd_ray.cluster.session import _ensure_token
 from kngd_ray.config import TrainerConfig
-from kngd_ray.ray_jobs import ray_session, run_job
-from kngd_ray.ray_jobs._ray_private import use_token_if_there
-from kngd_ray.ray_jobs.session import _ensure_token
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.resumable import latest
 

@@ -17,10 +17,10 @@ from ray.exceptions import ActorDiedError
 from ray.train.torch import TorchTrainer
 
 from kngd_ray.clip import ModelConfig, load_model
+from kngd_ray.cluster import ray_stream, run_job
 from kngd_ray.config import TrainerConfig
 from kngd_ray.data import BadImage, DataConfig, FeatureCache, encode_missing, fill_cache, open_images
 from kngd_ray.errors import DataError, KngdError, ModelError
-from kngd_ray.ray_jobs import ray_stream, run_job
 from kngd_ray.training.job import Job
 
 pytestmark = pytest.mark.ray

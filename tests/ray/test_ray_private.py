@@ -12,7 +12,7 @@ import pytest
 import ray
 
 import kngd_ray
-from kngd_ray.ray_jobs import _ray_private
+from kngd_ray.cluster import _ray_private
 
 PACKAGE = Path(kngd_ray.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -59,7 +59,7 @@ def test_a_ray_that_lacks_something_is_one_sentence() -> None:
     code = (
         "import sys; import ray._private.services as s; del s.get_node_ip_address\n"
         "from kngd_ray.errors import KngdError\n"
-        "try: import kngd_ray.ray_jobs.session\nexcept KngdError as error: print(error)"
+        "try: import kngd_ray.cluster.session\nexcept KngdError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.startswith(
@@ -82,11 +82,11 @@ def test_the_next_minor_version_is_not_installed_unseen() -> None:
     [
         (
             ["ray"],
-            "from ray.train import TrainingFailedError; from kngd_ray.ray_jobs import _ray_private as p; "
-            "from kngd_ray.ray_jobs import encode, nodes, session, submission, train, tune; "
+            "from ray.train import TrainingFailedError; from kngd_ray.cluster import _ray_private as p; "
+            "from kngd_ray.cluster import encode_job, nodes, session, submission, train_job, tune_job; "
             "assert list(p.job_config(['/a'])._get_proto_job_config().py_driver_sys_path) == ['/a']",
         ),
-        (["optuna"], "from kngd_ray.search import driver, samplers, study"),
+        (["optuna"], "from kngd_ray.tuning import driver, samplers, study"),
         (["mlflow", "mlflow-skinny", "mlflow-tracing"], "import mlflow.pyfunc, kngd_ray.tracking._server"),
     ],
     ids=CAPPED,

@@ -11,9 +11,9 @@ import pytest
 from helpers.heads import ray_head
 
 import kngd_ray
+from kngd_ray.cluster import _ray_private, same_code
+from kngd_ray.cluster.nodes import NodeAnswer
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import _ray_private, same_code
-from kngd_ray.ray_jobs.nodes import NodeAnswer
 
 HOME = Path(kngd_ray.__file__).resolve().parents[1]
 HOSTILE = ("torch.py", "numpy/__init__.py", "kngd_ray/__init__.py", "open_clip.py", "sitecustomize.py")
@@ -21,8 +21,8 @@ HOSTILE = ("torch.py", "numpy/__init__.py", "kngd_ray/__init__.py", "open_clip.p
 JOIN = """
 import json, sys
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs.nodes import ask_nodes
-from kngd_ray.ray_jobs.session import ray_session
+from kngd_ray.cluster.nodes import ask_nodes
+from kngd_ray.cluster.session import ray_session
 def asker():
     def ask():
         from importlib.util import find_spec

@@ -11,11 +11,11 @@ from helpers import cases, searching
 from helpers.searching import Deadly, open_study, workload
 from ray import cloudpickle
 
+from kngd_ray.cluster import run_search
+from kngd_ray.cluster.tune_job import _reason
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import run_search
-from kngd_ray.ray_jobs.tune import _reason
-from kngd_ray.search import Driver, Workload, fit_alone, parse_space, run_here
+from kngd_ray.tuning import Driver, Workload, fit_alone, parse_space, run_here
 
 pytestmark = pytest.mark.ray
 

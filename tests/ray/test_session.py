@@ -18,19 +18,19 @@ import pytest
 import ray
 from helpers.heads import Head, ray_head
 
-from kngd_ray.commands import node_checks
+from kngd_ray.cluster import _ray_private, session
+from kngd_ray.cluster.doctor import node_checks
+from kngd_ray.cluster.nodes import ask_nodes, cluster_facts
+from kngd_ray.cluster.session import ray_session
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs import _ray_private, session
-from kngd_ray.ray_jobs.nodes import ask_nodes, cluster_facts
-from kngd_ray.ray_jobs.session import ray_session
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 JOIN = """
 import sys
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs.nodes import cluster_facts
-from kngd_ray.ray_jobs.session import ray_session
+from kngd_ray.cluster.nodes import cluster_facts
+from kngd_ray.cluster.session import ray_session
 try:
     with ray_session(sys.argv[1] if len(sys.argv) > 1 else None, cpus=1):
         print(cluster_facts().address)
@@ -40,7 +40,7 @@ except KngdError as error:
 
 PRETEND_OTHER_VERSIONS = """
 import json, sys
-from kngd_ray.ray_jobs._ray_private import GcsClient
+from kngd_ray.cluster._ray_private import GcsClient
 client, key = GcsClient(address=sys.argv[1]), b"CLUSTER_METADATA"
 told = json.loads(client.internal_kv_get(key, namespace=b"cluster"))
 client.internal_kv_put(key, json.dumps({**told, "ray_version": "2.9.0"}).encode(), True, b"cluster")
@@ -134,7 +134,7 @@ def test_a_cluster_that_asks_for_no_token_is_sent_none(tmp_path: Path) -> None:
     code = """
 import sys
 from ray.util.queue import Queue
-from kngd_ray.ray_jobs.session import ray_session
+from kngd_ray.cluster.session import ray_session
 with ray_session(sys.argv[1]):
     queue = Queue(actor_options={"num_cpus": 0})
     queue.put("answered")
@@ -216,7 +216,7 @@ def test_a_limit_of_files_is_raised_or_said(subtests: pytest.Subtests) -> None:
     code = """
 import resource, sys
 from kngd_ray.errors import KngdError
-from kngd_ray.ray_jobs.session import _allow_files
+from kngd_ray.cluster.session import _allow_files
 soft, most = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
 try:

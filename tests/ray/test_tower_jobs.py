@@ -15,9 +15,9 @@ from helpers.compare import max_error
 from helpers.resuming import everything_in
 from helpers.workers import own_workers
 
-from kngd_ray.commands.prepare import Prepared, open_task, prepare
+from kngd_ray.cluster import run_job
 from kngd_ray.config import TrainerConfig, load_config
-from kngd_ray.ray_jobs import run_job
+from kngd_ray.experiment.task import Prepared, open_task, prepare
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest

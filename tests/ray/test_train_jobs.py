@@ -18,10 +18,10 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from kngd_ray.cluster import ray_session, run_job
+from kngd_ray.cluster.train_job import _explained
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError, StorageError
-from kngd_ray.ray_jobs import ray_session, run_job
-from kngd_ray.ray_jobs.train import _explained
 from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job, run_fits
@@ -194,7 +194,7 @@ def test_an_unreachable_cluster_is_one_sentence() -> None:
     import sys
 
     code = (
-        "from kngd_ray.ray_jobs import ray_session\n"
+        "from kngd_ray.cluster import ray_session\n"
         "from kngd_ray.errors import KngdError\n"
         "try:\n"
         "    with ray_session('127.0.0.1:1'): pass\n"

@@ -15,9 +15,9 @@ from helpers.resuming import IDENTITY, everything_in
 from helpers.workers import own_workers
 from helpers.workloads import long_task
 
+from kngd_ray.cluster import run_job
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import CheckpointError, KngdError
-from kngd_ray.ray_jobs import run_job
 from kngd_ray.storage import write_text
 from kngd_ray.training import checkpoint
 from kngd_ray.training.job import FitEvent, Job

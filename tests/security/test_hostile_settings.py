@@ -102,7 +102,7 @@ def test_a_hostile_file_is_refused_by_a_sentence(outcomes: dict[str, Outcome], n
 
 
 def test_a_search_file_is_read_in_the_same_way(tmp_path: Path) -> None:
-    from kngd_ray.commands.search_file import load_search
+    from kngd_ray.tuning.file import load_search
 
     path = tmp_path / "search.yaml"
     path.write_text(mapping_laughs())

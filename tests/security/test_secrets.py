@@ -172,7 +172,7 @@ def test_no_name_writes_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFix
     from rich.markup import escape
     from rich.table import Table
 
-    from kngd_ray.commands.display import Display
+    from kngd_ray.console import Display
 
     display = Display()
     display.say(f"{NASTY}: 1 file")

@@ -8,8 +8,6 @@ from helpers.cases import ADAPTERS, CLASSES, FAMILIES, make_options, make_suppor
 from helpers.compare import max_error
 
 from kngd_ray.errors import FilterError
-from kngd_ray.search import Fitted, fit_alone
-from kngd_ray.search.fitting import evidence
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import predictor_of
@@ -17,6 +15,8 @@ from kngd_ray.training.fit import StepRecord, begin, fit
 from kngd_ray.training.method import StepStats
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
+from kngd_ray.tuning import Fitted, fit_alone
+from kngd_ray.tuning.fitting import evidence
 
 
 def test_each_batch_is_visited_as_often_as_there_are_epochs_before_the_next():

@@ -14,7 +14,6 @@ from kngd_ray.config import load_config, override
 from kngd_ray.errors import CheckpointError, UsageError
 from kngd_ray.estimator import KalmanCLIP
 from kngd_ray.filters import Transition
-from kngd_ray.search import SearchOptions, Workload, fit_alone, fit_together, judge
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask, begin, fit
@@ -22,6 +21,7 @@ from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
 from kngd_ray.training.resumable import latest, run_fit
 from kngd_ray.training.stream import Foresight, Look, Met, Stage, Stream, prequential, retention
+from kngd_ray.tuning import SearchOptions, Workload, fit_alone, fit_together, judge
 
 
 def records(task: FitTask, **how):

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from benchmarks.few_shot.methods._base import Method
 from benchmarks.few_shot.problem import Case, Outcome, Problem, Watch
-from kngd_ray.commands.search_file import load_search
 from kngd_ray.config import Config, load_config, override, to_yaml
 from kngd_ray.errors import FilterError
-from kngd_ray.search import fit_together, plain_space
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.calibration import (
     Calibration,
@@ -24,6 +22,8 @@ from kngd_ray.training.calibration import (
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
+from kngd_ray.tuning import fit_together, plain_space
+from kngd_ray.tuning.file import load_search
 
 
 def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:

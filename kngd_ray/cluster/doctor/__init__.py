@@ -1,0 +1,1 @@
+"""``kngd-ray doctor``: what this machine, its cluster, storage and tracking store can do."""

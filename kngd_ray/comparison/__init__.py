@@ -1,0 +1,1 @@
+"""Runs side by side: rows of an experiment, their statistics, tables and page."""

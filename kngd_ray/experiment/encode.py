@@ -1,0 +1,113 @@
+"""``kngd-ray encode``: the features of a whole data set, ahead of the runs that need them.
+
+Into the cache, where runs on the pictures find them; or into a folder that needs neither pictures nor model::
+
+    <folder>/features.parquet        features, label, class_name, domain and split of every picture
+             class_embeddings.npy    (C, d) embeddings of the classes, in order of the labels
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kngd_ray.clip import PRECOMPUTED, ClipModel, load_model, worded
+from kngd_ray.config import load_config
+from kngd_ray.console import Display
+from kngd_ray.data import FeatureCache, ImageSet, open_images, write_features
+from kngd_ray.errors import UsageError
+from kngd_ray.experiment.backend import ray_for
+from kngd_ray.experiment.task import encode as encode_pictures
+from kngd_ray.storage import storage_errors
+
+FEATURES = "features.parquet"
+CLASS_EMBEDDINGS = "class_embeddings.npy"
+
+
+def encode(
+    dataset: str, file: Path | None, overrides: Sequence[str], display: Display, *, out: Path | None = None
+) -> dict[str, Any]:
+    """Compute the features of every picture of a data set.
+
+    Args:
+        dataset: parquet file, folder of pictures or ``embedded``.
+        file: configuration file, or None.
+        overrides: ``key=value`` settings.
+        display: where progress is shown.
+        out: a new or empty folder for features and class embeddings; None only fills the cache.
+
+    Returns:
+        How many pictures there are, were encoded and could not be decoded, and where the cache is. With a folder also
+        ``features`` and ``class_embeddings``, its files, and ``settings``, which use them.
+
+    Raises:
+        UsageError: there is no model that encodes, or `out` is a file or holds something.
+    """
+    config = load_config(file, overrides, forced={"data": {"path": dataset}})
+    if config.model.precomputed:
+        raise UsageError(f"encode needs a model with towers, and model.name is {PRECOMPUTED}: name a CLIP model.")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+    images = open_images(config.data)
+    for note in images.notes:
+        display.say(note)
+    workers = config.trainer.least_workers
+    with ray_for(config.trainer):
+        model = load_model(config.model)
+        texts = None if out is None else _texts(model, images, config.data.templates, display)  # before the long part
+        cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
+        everything = np.arange(len(images))
+        missing = len(cache.missing(images.keys))
+        with display.pictures("encoding") as progress:
+            bad = encode_pictures(config, images, everything, model, cache, use_ray=workers > 0, progress=progress)
+    display.say(
+        f"{len(images)} pictures, {missing - len(bad)} encoded now, {len(bad)} undecodable; features in {cache.folder}"
+    )
+    report: dict[str, Any] = {
+        "pictures": len(images),
+        "encoded": missing - len(bad),
+        "undecodable": len(bad),
+        "cache": str(cache.folder),
+    }
+    if out is not None and texts is not None:
+        rows = np.setdiff1d(everything, list(bad))
+        report |= _write(images, rows, cache, model, texts, out)
+        display.say(f"{report['features']}: {len(rows)} rows of {model.embed_dim} features")
+        display.say("train, tune and evaluate on them, here or anywhere, with the settings")
+        display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def _texts(model: ClipModel, images: ImageSet, templates: Sequence[str], display: Display) -> Tensor:
+    """Class embeddings (C, d), and what is to be said of their prompts."""
+    names = images.class_names
+    templates = worded(templates, names)
+    for note in model.prompt_notes(names, templates):
+        display.say(note)
+    return model.encode_classes(names, templates)
+
+
+def _write(
+    images: ImageSet,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    cache: FeatureCache,
+    model: ClipModel,
+    texts: Tensor,
+    out: Path,
+) -> dict[str, Any]:
+    """Write features and class embeddings; returns where they are, and the settings for them."""
+    features, embeddings = (out.absolute() / name for name in (FEATURES, CLASS_EMBEDDINGS))
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(embeddings, texts.numpy())
+    write_features(features, images, rows, cache)
+    settings = [
+        f"data.path={features}",
+        f"model.name={PRECOMPUTED}",
+        f"model.class_embeddings={embeddings}",
+        f"model.logit_scale={model.logit_scale!r}",
+    ]
+    return {"features": str(features), "class_embeddings": str(embeddings), "settings": settings}

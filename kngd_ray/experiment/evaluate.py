@@ -1,0 +1,122 @@
+"""``kngd-ray evaluate``: all figures of a trained fit, on its own data or on other data of the same classes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kngd_ray._layered import flat
+from kngd_ray.config import parse_override, read_yaml
+from kngd_ray.console import Display
+from kngd_ray.data import EMBEDDED
+from kngd_ray.errors import UsageError
+from kngd_ray.experiment.backend import ray_for
+from kngd_ray.experiment.run_folder import find_fit, read_config
+from kngd_ray.experiment.task import open_task, open_tests, prepare
+from kngd_ray.tracking import reliability_diagram
+from kngd_ray.training.evaluation import ID
+from kngd_ray.training.evaluation import evaluate as score
+from kngd_ray.training.metrics import aurc, ood_auroc
+from kngd_ray.training.predict import entropy
+from kngd_ray.training.restoring import open_fit, restore_predictor
+from kngd_ray.training.resumable import check_same
+from kngd_ray.training.settled import read_settled
+
+
+def evaluate(
+    target: str, file: Path | None, overrides: Sequence[str], storage_path: str, display: Display
+) -> dict[str, Any]:
+    """Score a fit.
+
+    Args:
+        target: run, fit or checkpoint.
+        file: configuration file over the run's configuration, or None.
+        overrides: ``key=value`` settings over the run's configuration: other data, another domain.
+        storage_path: where runs live.
+        display: where figures are shown.
+
+    Returns:
+        ``id`` and ``ood`` as ``train`` reports them, each with ``aurc``, and per OOD domain
+        ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
+    """
+    fit = find_fit(target, storage_path)
+    checkpoint, fit_folder = open_fit(fit)
+    run = fit_folder.parents[1]
+    config = replace(read_config(run, overrides, file), seeds=(checkpoint.manifest["seed"],))
+    given = _given(file, overrides)
+    trained_on = read_config(run).data
+    manifest = checkpoint.manifest
+    if _same(config.data.path, trained_on.path):
+        only = config.data.classes if "data.classes" in given else None
+        config = replace(config, data=replace(config.data, classes=trained_on.classes))
+        task = open_task(config, manifest, only)
+    else:
+        task = open_tests(config, given, manifest)
+    for note in task.notes:
+        display.say(note)
+    workers = config.trainer.least_workers
+    with ray_for(config.trainer), display.pictures("encoding") as progress:
+        prepared = prepare(task, use_ray=workers > 0, progress=progress)
+    check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
+    settled = read_settled(fit_folder)
+    predictor = restore_predictor(
+        checkpoint,
+        prepared.evaluator,
+        settled.posterior,
+        alpha=settled.alpha,
+        class_embeddings=prepared.class_embeddings,
+    )
+    tests = prepared.tests(config.seeds[0], config.tune)
+    evaluation = score(predictor, tests, settled.calibration)
+    report = evaluation.report()
+    uncertainty = {name: entropy(p) for name, p in evaluation.probabilities.items()}
+    for name, p in evaluation.probabilities.items():
+        figures = report[ID] if name == ID else report["ood"][name]
+        figures["aurc"] = aurc(uncertainty[name], p.argmax(1) != tests[name].labels)
+        if name != ID:
+            figures["auroc"] = ood_auroc(uncertainty[ID], uncertainty[name])
+    domains = [name for name in tests if name != ID]
+    for key in ("aurc", "auroc") if domains else ():
+        report["ood"]["mean"][key] = float(torch.tensor([report["ood"][d][key] for d in domains]).mean())
+    picture = fit_folder / "reliability.png"
+    reliability_diagram(
+        {name: (p, tests[name].labels) for name, p in evaluation.probabilities.items()},
+        picture,
+        fit_folder.name,
+    )
+    display.table(
+        f"{run.name}, {fit_folder.name}",
+        [(checkpoint.manifest["options"]["method"], report)],
+        [],
+    )
+    display.say(f"reliability diagram: {picture}")
+    return {"checkpoint": str(checkpoint.folder), **report}
+
+
+def _given(file: Path | None, overrides: Sequence[str]) -> set[str]:
+    """The dotted keys of the settings over a run's configuration.
+
+    Raises:
+        UsageError: a setting that would change nothing.
+    """
+    layers = [read_yaml(file) if file is not None else {}, dict(map(parse_override, overrides))]
+    given = [key for layer in layers for key, _ in flat(layer, "")]
+    for key in given:
+        if not key.startswith(("data.", "model.", "trainer.")):
+            raise UsageError(
+                f"evaluate takes the fit and its posterior from the run: leave out {key}, "
+                "only settings of data, model and trainer can change."
+            )
+    return set(given)
+
+
+def _same(path: str | tuple[str, ...], other: str | tuple[str, ...]) -> bool:
+    """Whether two data sets are the same files."""
+
+    def files(path: str | tuple[str, ...]) -> set[Path | str]:
+        names = [path] if isinstance(path, str) else path
+        return {name if name == EMBEDDED else Path(name).expanduser().resolve() for name in names}
+
+    return files(path) == files(other)

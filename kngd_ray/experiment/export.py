@@ -1,0 +1,128 @@
+"""``kngd-ray export``: a fit as files that other programs read."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
+from kngd_ray.clip.adapters import Linear
+from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
+from kngd_ray.config import parse
+from kngd_ray.console import Display
+from kngd_ray.errors import UsageError
+from kngd_ray.experiment.run_folder import find_fit
+from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
+from kngd_ray.training.resumable import SOURCE, check_same
+from kngd_ray.training.settled import read_settled
+
+CLASSES = "classes.json"
+
+
+def export(target: str, out: Path, storage_path: str, display: Display, *, onnx: bool = False) -> dict[str, Any]:
+    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX.
+
+    Weights are those that ``predict`` has its mean at: LoRA merged, averaged with the pretrained ones by the fit's
+    alpha. The belief about them stays behind.
+
+    A fit of adapters has the pretrained towers. Its linear adapters of the image go into the last projection of the
+    image tower; where it has none, only the ONNX classifier holds what was learned and only that is written.
+
+    Args:
+        target: run (its first fit is taken), fit or checkpoint.
+        out: folder for the files, new or empty.
+        storage_path: where runs live.
+        display: where the files are listed.
+        onnx: write the ONNX classifier too.
+
+    Returns:
+        ``fit``, ``alpha``, and for ``open_clip`` and ``onnx``, None if not written, the file, the largest absolute
+        ``difference`` of its logits from the fit's, and ``notes``.
+
+    Raises:
+        UsageError: `out` is a file or holds something, or the fit has nothing for an open_clip checkpoint.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+    checkpoint, fit_folder = open_fit(find_fit(target, storage_path))
+    manifest = checkpoint.manifest
+    options = parse(FitOptions, manifest["options"])
+    source = parse(ModelConfig, manifest[SOURCE])
+    if source.precomputed:
+        raise UsageError(
+            f"{fit_folder.name} learned from features that were computed elsewhere, and has no towers to export: "
+            "train on pictures with a CLIP model, or use the fit by predict, evaluate and MLflow."
+        )
+    towers = options.tune.images or any(isinstance(a, Linear) and a.tower == "image" for a in options.adapter)
+    if not towers and not onnx:
+        kinds = ", ".join(adapter.kind for adapter in options.adapter)
+        raise UsageError(
+            f"{fit_folder.name} trained no towers, and an open_clip checkpoint has no place for its adapters "
+            f"({kinds}): add --onnx to export the classifier with them."
+        )
+    model = load_model(source)
+    identity = identity_of(model, source, manifest["class_names"], manifest["templates"])
+    check_same(manifest, identity, checkpoint.folder)
+    alpha = read_settled(fit_folder).alpha
+    alpha = options.tune.alpha if alpha is None else alpha
+    # restored at the average, so that the export has none to make
+    head = restore_predictor(checkpoint, model, PosteriorOptions(predict="mean"), alpha=alpha).head
+    if isinstance(head, CLIPNetwork):
+        network = head
+        network.options = replace(network.options, alpha=1.0)
+    else:
+        network = CLIPNetwork(model, manifest["class_names"], manifest["templates"], TuneOptions(), options.adapter)
+        assert isinstance(head, CLIPHead)
+        network.head = head  # with what it was told beside its weights, such as gamma
+    network.requires_grad_(False)
+    size = model.preprocess_cfg["size"]
+    with _new_files(out):
+        written = {
+            "open_clip": export_open_clip(network, model, out) if towers else None,
+            "onnx": export_onnx(network, out, size if isinstance(size, int) else tuple(size)) if onnx else None,
+        }
+        classes = {
+            "class_names": list(manifest["class_names"]),
+            "templates": list(manifest["templates"]),
+            "prompts": expand(manifest["class_names"], manifest["templates"]),
+            "preprocess": model.preprocess_cfg,
+        }
+        write_text(out / CLASSES, json.dumps(classes, indent=1) + "\n")
+    display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
+    for exported in written.values():
+        if exported is not None:
+            what = "its towers'" if exported.notes and exported.path.name == WEIGHTS else "the fit's"
+            checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
+            display.say(f"{exported.path.name}{checked}")
+            for note in exported.notes:
+                display.say(f"  {note}")
+    if towers:
+        display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
+    display.say(f"{CLASSES} (class names in the order of the logits, prompts, preprocessing)")
+    return {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
+
+
+def _described(exported: Exported | None) -> dict[str, Any] | None:
+    if exported is None:
+        return None
+    return {"path": str(exported.path), "difference": exported.difference, "notes": list(exported.notes)}
+
+
+@contextmanager
+def _new_files(folder: Path) -> Iterator[None]:
+    """Let files appear in a new or empty folder; none are left where it goes wrong."""
+    made = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        with storage_errors(folder):
+            for name in (WEIGHTS, CONFIG, ONNX, f"{ONNX}.data", CLASSES):
+                (folder / name).unlink(missing_ok=True)
+            if made and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise

@@ -1,0 +1,262 @@
+"""One method of a run: its fits by seed, their evaluation, and the MLflow records that they leave."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kngd_ray.clip import PrecomputedModel
+from kngd_ray.config import Config, flatten, to_yaml
+from kngd_ray.errors import CheckpointError, FilterError
+from kngd_ray.experiment import run_folder
+from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
+from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.model_card import write_card
+from kngd_ray.experiment.protocols import Protocol
+from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
+from kngd_ray.experiment.task import Prepared
+from kngd_ray.storage import write_text
+from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
+from kngd_ray.training.calibration import Calibration, below_zero_shot
+from kngd_ray.training.classifier import CLASS_EMBEDDINGS
+from kngd_ray.training.evaluation import ID, evaluate
+from kngd_ray.training.fit import FitTask
+from kngd_ray.training.kalman import FORESEEN
+from kngd_ray.training.method import MethodState
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare
+from kngd_ray.training.prior import Prior
+from kngd_ray.training.restoring import restore_predictor
+from kngd_ray.training.resumable import latest
+from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.stream import Foresight
+
+# figures of a step that are about the ranks, not about the fit
+_METRICS = {"bytes_moved": "shard/bytes_per_step", "covariance_bytes": "shard/covariance_bytes"}
+
+
+class MethodRun:
+    """A method's fits in a run.
+
+    Args:
+        config: the method's configuration.
+        priors: by seed, what each fit starts from; none where it starts at CLIP's own weights.
+        prepared: features and model.
+        protocol: what the fits are tested on beside their own classes.
+        folder: of the run.
+    """
+
+    def __init__(
+        self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, protocol: Protocol, folder: Path
+    ) -> None:
+        self.config = config
+        self._protocol = protocol
+        self._prepared = prepared
+        self._folder = folder
+        self.tasks = {
+            seed: FitTask(
+                config.fit_options,
+                seed,
+                prepared.shots(seed, config.tune, folder),
+                prepared.class_embeddings,
+                prepared.model.logit_scale,
+                priors.get(seed),
+                towers=prepared.towers(config.tune),
+                stream=stream_of(prepared, seed),
+            )
+            for seed in config.seeds
+        }
+        self.failures: dict[str, str] = {}
+        self.warnings: list[str] = []
+        several = len(config.seeds) > 1
+        self._parent = self._record(self.name, config, None) if several else None
+        self._records = {
+            self.fit(seed): self._record(self.fit(seed), replace(config, seeds=(seed,)), self.name if several else None)
+            for seed in config.seeds
+        }
+        self.top_record = self.name if several else self.fit(config.seeds[0])
+
+    @property
+    def name(self) -> str:
+        """The method."""
+        return self.config.method
+
+    def fit(self, seed: int) -> str:
+        """What the fit of a seed is called."""
+        return run_folder.fit_name(self.name, seed)
+
+    def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
+        """Log a step; of a refused one, that it was refused.
+
+        Args:
+            fit: name of the fit.
+            record: fields of a ``StepRecord``.
+        """
+        stats = record["stats"] or {}
+        told = {key: value for key, value in stats.items() if value is not None and key != "log_predictive"}
+        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in told.items()}
+        metrics |= step_metrics(record)
+        metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
+        self._records[fit].log_step(record["step"], metrics)
+
+    def report(
+        self, zero_shot: Mapping[int, dict[str, Any]], working: Callable[[str], AbstractContextManager[None]]
+    ) -> dict[str, Any] | None:
+        """Evaluate the fits that ended well, log each, and combine them over seeds.
+
+        Args:
+            zero_shot: zero-shot figures by seed.
+            working: shows what is being done meanwhile.
+
+        Returns:
+            The method's part of the report, its ``run_id`` still open; None when no fit ended well.
+        """
+        done = [seed for seed in self.tasks if self.fit(seed) not in self.failures]
+        if not done:
+            return None
+        reports = []
+        for seed in done:
+            with working(f"{self.fit(seed)}: choosing tau and evaluating"):
+                reports.append(self._evaluate(seed, zero_shot[seed]))
+        refused = sum(report.pop("refused") for report in reports)
+        seconds = sum(report.pop("seconds") for report in reports)
+        combined = over_seeds(reports)
+        named = self._protocol.named
+        over_zero = over_seeds([zero_shot[seed] for seed in done])
+        if self._parent is not None:
+            self._parent.log_metrics(flat_metrics(combined))
+            self._card(self._parent, self.name, replace(self.config, seeds=tuple(done)), combined, over_zero)
+        return {
+            "run_id": None,
+            "method": self.name,
+            "preset": self.config.preset,
+            "seeds": done,
+            "steps": self.tasks[done[0]].sampler.steps,
+            "refused": refused,
+            "seconds": seconds,
+            "zero_shot": named(over_zero),
+            **named(combined),
+            **({"curves": {str(seed): self._streamed(seed).curve() for seed in done}} if self._is_stream else {}),
+        }
+
+    def finish(self, status: Status) -> None:
+        """Close the records; that of a fit which could not go on is a failure whatever the run is.
+
+        Args:
+            status: of the run.
+        """
+        for fit, record in self._records.items():
+            record.finish("FAILED" if fit in self.failures else status)
+        if self._parent is not None:
+            self._parent.finish("FAILED" if self.failures else status)
+
+    def _record(self, record_id: str, config: Config, parent: str | None) -> Record:
+        shown = run_folder.shown(config)
+        tags = {
+            "kngd_ray.run": self._folder.name,
+            "kngd_ray.kind": "fit" if parent is not None else "method",
+            "kngd_ray.method": self.name,
+            "kngd_ray.preset": str(config.preset),
+        }
+        name = f"{self._folder.name}/{record_id}"
+        record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
+        write_text(record.artifacts / run_folder.CONFIG, to_yaml(shown))
+        write_text(record.artifacts / "environment.json", describe_environment())
+        return record
+
+    def _card(
+        self, record: Record, name: str, config: Config, report: Mapping[str, Any], zero_shot: Mapping[str, Any]
+    ) -> None:
+        """Write the model card of a fit, or of those of all seeds, after they were settled."""
+        settled = {seed: read_settled(self._folder / "fits" / self.fit(seed)) for seed in config.seeds}
+        write_card(
+            record.artifacts,
+            f"{self._folder.name}, {name}",
+            config,
+            self._prepared,
+            report,
+            zero_shot,
+            steps=self.tasks[config.seeds[0]].sampler.steps,
+            calibrations={seed: found.calibration for seed, found in settled.items()},
+            compared=all(found.novelty is not None for found in settled.values()),
+        )
+
+    @property
+    def _is_stream(self) -> bool:
+        return self.config.protocol == "stream"
+
+    def _streamed(self, seed: int) -> Streamed:
+        stream = self.tasks[seed].stream
+        assert stream is not None
+        return Streamed(stream, self._records[self.fit(seed)].steps())
+
+    def _calibrated(self, task: FitTask, state: MethodState) -> tuple[Calibration, Novelty | None]:
+        """What the shots say of tau and T; of a stream, tau is the one that has predicted it best."""
+        if task.stream is not None:
+            foreseen = state.replicated.get(FORESEEN)
+            return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
+        try:
+            return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
+        except FilterError:  # a fold has fewer shots than the fit that went well
+            return Calibration(self.config.posterior.unasked, 1.0), None
+
+    def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
+        name, task = self.fit(seed), self.tasks[seed]
+        record, posterior = self._records[name], self.config.posterior
+        fit_folder = self._folder / "fits" / name
+        checkpoint = latest(fit_folder)
+        if checkpoint is None or checkpoint.manifest["step"] < task.sampler.steps:
+            raise CheckpointError(
+                f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
+            )
+        kept = read_settled(fit_folder).alpha  # of an ensemble that was settled on after the run had ended
+        device = self._prepared.device
+        predictor = restore_predictor(
+            checkpoint,
+            self._prepared.evaluator,
+            posterior,
+            alpha=kept,
+            class_embeddings=task.class_embeddings,
+            device=device,
+        )
+        calibration, novelty = self._calibrated(task, checkpoint.state)
+        save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
+        if (warning := below_zero_shot(task, calibration, posterior.folds)) is not None:
+            self.warnings.append(f"{name}: {warning}")
+        tests = self._prepared.tests(seed, self.config.tune)
+        evaluation = evaluate(predictor, tests, calibration)
+        report = evaluation.report()
+        report |= self._protocol.figures(predictor, calibration, report[ID])
+        if self._is_stream:
+            report["stream"] = self._streamed(seed).figures()
+        steps = record.steps()
+        seconds = sum(step.get("time/step_ms", 0.0) for step in steps) / 1e3
+        refused = sum(int(step.get("train/refused", 0)) for step in steps)
+        record.log_metrics(
+            flat_metrics(report)
+            | flat_metrics(zero_shot, "zero_shot/")
+            | {
+                "calibration/tau": calibration.tau,
+                "calibration/temperature": calibration.scaling,
+                "time/fit_s": seconds,
+            }
+            | ({} if calibration.held_out_nll is None else {"calibration/held_out_nll": calibration.held_out_nll})
+        )
+        self._card(record, name, replace(self.config, seeds=(seed,)), report, zero_shot)
+        figures = record.artifacts / "figures"
+        figures.mkdir(exist_ok=True)
+        curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
+        reliability_diagram(curves, figures / "reliability.png", name)
+        learning_curve(steps, figures / "learning_curve.png", name)
+        if self._is_stream:
+            stream_curve(self._streamed(seed).curve(), figures / "stream.png", name)
+        model = self._prepared.model
+        given = model if isinstance(model, PrecomputedModel) else None
+        if given is not None:
+            given.save(fit_folder / CLASS_EMBEDDINGS)
+        if self.config.tracking.log_model:
+            first = seed == self.config.seeds[0]
+            registered = self.config.tracking.registered_model if first else None
+            width = None if given is None else given.embed_dim
+            record.set_model(fit_folder, self._prepared.images.class_names, registered, features=width)
+        return {**report, "refused": refused, "seconds": seconds}

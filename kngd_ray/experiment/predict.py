@@ -1,0 +1,218 @@
+"""``kngd-ray predict``: class, probability and uncertainty of picture files, or of features in parquet files."""
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from kngd_ray.console import Display
+from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
+from kngd_ray.errors import DataError, UsageError
+from kngd_ray.experiment.gallery import MARK, Card, gallery
+from kngd_ray.experiment.output_path import check_place
+from kngd_ray.experiment.run_folder import find_fit
+from kngd_ray.storage import address, write_text
+from kngd_ray.training.classifier import Classifier
+
+_FEATURES = ".parquet"
+_REMEDY = "replace it, or name its folder, of which it is left out"
+_BATCH = 64  # decoded pictures held at once
+_ENDLESS = 100_000  # characters of a line
+
+
+def predict(
+    target: str,
+    images: Sequence[str],
+    storage_path: str,
+    display: Display,
+    *,
+    html: Path | None = None,
+    table: bool = True,
+) -> list[dict[str, Any]]:
+    """Classify picture files, or the rows of parquet files where the fit learned from features.
+
+    Args:
+        target: run, fit or checkpoint.
+        images: the files; of a folder, all pictures in it and below, but for those that cannot be decoded.
+        storage_path: where runs live.
+        display: where the table is shown.
+        html: where a gallery is written; None writes none.
+        table: whether one is shown.
+
+    Returns:
+        Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (its
+        90 % interval, should shots be added), ``unlike`` (share of the training shots, held out, that the fit is surer
+        of), ``uncertainty`` (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` by class. None for
+        what is not known. Of features ``file`` and ``row``, counted from 0, stand for ``image``.
+
+    Raises:
+        DataError: a file is missing or unreadable, or there is no picture or no row.
+    """
+    if html is not None:
+        check_place(html, MARK, "predict", "--html")
+    if not (files := list(_files(images))) and not any(name.endswith(_FEATURES) for name in images):
+        raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
+    folder = find_fit(target, storage_path)
+    classifier = Classifier.load(folder)
+    if classifier.takes_features:
+        rows = _classify_features(classifier, images, folder.name, html)
+        if table:
+            _show(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature", display)
+        return rows
+    rows = []
+    cards: list[Card] = []
+    left_out: list[BadImage] = []
+    for start in range(0, len(files), _BATCH):
+        opened = [(str(path), _open(path, named)) for path, named in files[start : start + _BATCH]]
+        left_out += [error for _, error in opened if isinstance(error, BadImage)]
+        batch = [(name, picture) for name, picture in opened if not isinstance(picture, BadImage)]
+        if not batch:
+            continue
+        for (name, picture), said in zip(batch, _said(classifier, [picture for _, picture in batch]), strict=True):
+            rows.append({"image": name, **said})
+            if html is not None:
+                cards.append(Card.of(rows[-1], picture))
+    if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
+        display.say(f"passed over for their suffix: {by_suffix(passed)}")
+    if left_out:
+        first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
+        display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
+    if not rows:
+        raise DataError(f"none of the pictures in {', '.join(images)} can be decoded.")
+    if table:
+        _show(rows, [row["image"] for row in rows], "image", display)
+    if html is not None:
+        write_text(html, gallery(f"predictions of {folder.name}", cards, compared=classifier.novelty is not None))
+        display.say(f"gallery: {html}")
+    return rows
+
+
+def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> list[dict[str, Any]]:
+    """What is said of pictures or features, with the names that the command has for it."""
+    names = classifier.class_names
+    return [
+        {**row, "probabilities": dict(zip(names, row["probabilities"], strict=True))}
+        for row in classifier.judge(inputs).rows(names)
+    ]
+
+
+def _classify_features(
+    classifier: Classifier, files: Sequence[str], fit: str, html: Path | None
+) -> list[dict[str, Any]]:
+    """Classify the rows of parquet files.
+
+    Raises:
+        UsageError: a gallery is asked for, or a file is no parquet file.
+        DataError: there is no row.
+    """
+    if html is not None:
+        raise UsageError(f"--html shows pictures, and {fit} learned from features: leave it out.")
+    other = next((name for name in files if not name.endswith(_FEATURES)), None)
+    if other is not None:
+        raise UsageError(
+            f"{fit} learned from features, and {other} is no parquet file with a column `features`: kngd-ray encode "
+            "--out writes one of pictures."
+        )
+    rows: list[dict[str, Any]] = []
+    for name in files:
+        for first, vectors in read_features(Path(name), classifier.model.embed_dim):
+            for n, said in enumerate(_said(classifier, torch.from_numpy(vectors))):
+                rows.append({"file": name, "row": first + n, **said})
+    if not rows:
+        raise DataError(f"{', '.join(files)} has no rows: name parquet files with features in them.")
+    return rows
+
+
+def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
+    """The picture files, and whether each was named itself; those of folders in the order of their names.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions.") from error
+
+    for name in images:
+        path = Path(name)
+        if not path.exists() and address(name) is not None:
+            raise DataError(f"{name} is an address, and nothing is fetched: download it, and name the file.")
+        if not path.is_dir():
+            yield path, True
+            continue
+        found = []
+        for place, folders, files in os.walk(path, onerror=refuse):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            found += [Path(place, file) for file in files if Path(file).suffix.lower() in SUFFIXES and file[0] != "."]
+        yield from ((file, False) for file in sorted(found))
+
+
+def _open(path: Path, named: bool) -> Image.Image | BadImage:
+    """A picture; the error of one that cannot be decoded and was not named itself.
+
+    Raises:
+        DataError: one that was named cannot be decoded, or a file cannot be read.
+        BadImage: it cannot be decoded.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
+        return decode(path.read_bytes(), str(path), _REMEDY)
+    except BadImage as error:
+        if named:
+            raise
+        return error
+    except OSError as error:
+        raise DataError(f"the picture {path} cannot be read ({error.strerror}): check the path.") from error
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Predictions as a table for programs; the probabilities of all classes are in JSON alone.
+
+    Args:
+        rows: of :func:`predict`.
+
+    Returns:
+        CSV with a line of names; what is not known is empty.
+    """
+    stream = io.StringIO()
+    names = [name for name in rows[0] if name != "probabilities"]
+    writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, display: Display) -> None:
+    """Print the table; where there is no terminal it is as wide as it has to be, so that nothing of it is left out."""
+    table, out = _table(rows, names, kind), display.out
+    width = out.width
+    if not out.is_terminal:
+        out.width = max(width, out.measure(table, options=out.options.update(max_width=_ENDLESS)).maximum)
+    out.print(table)
+    out.width = width
+
+
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
+    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "uncertainty (nats)")
+    for name, row in zip(names, rows, strict=True):
+        low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
+        table.add_row(
+            escape(name),
+            escape(row["class"]),
+            f"{row['probability']:.3f}",
+            "–" if low is None else f"{low:.3f} to {high:.3f}",
+            "–" if unlike is None else f"{unlike:.2f}",
+            f"{row['logit_std']:.3f}",
+            f"{row['uncertainty']:.3f}",
+        )
+    return table

@@ -1,0 +1,285 @@
+"""``kngd-ray train``: the fits of a run, their evaluation, and the table at the end."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kngd_ray.clip import CLIPHead
+from kngd_ray.comparison.rows import CHANCE
+from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
+from kngd_ray.console import Display
+from kngd_ray.data import EMBEDDED
+from kngd_ray.errors import FilterError, UsageError
+from kngd_ray.experiment import run_folder
+from kngd_ray.experiment.backend import ray_for, with_gpus
+from kngd_ray.experiment.continuation import check_prior, find_priors
+from kngd_ray.experiment.method_run import MethodRun
+from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
+from kngd_ray.experiment.streams import show_streams, stream_of, zero_shot_figures
+from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.storage import write_text
+from kngd_ray.tracking import Publisher, Status, resolve_uri
+from kngd_ray.training.calibration import Calibration, fit_temperature
+from kngd_ray.training.evaluation import ID, evaluate
+from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.loader import cores
+from kngd_ray.training.predict import PosteriorOptions, Predictor
+
+ZERO_SHOT = "zero-shot"
+
+
+def resumed_config(name: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that is to be continued.
+
+    Args:
+        name: name or folder of the run.
+        overrides: ``key=value`` settings; only where it runs and is logged may change.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UsageError: a setting that would make it another run, or a search.
+    """
+    fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
+    if fixed:
+        raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
+    folder = run_folder.find(name, load_config(overrides=overrides).trainer.storage_path)
+    if (folder / run_folder.SEARCH).is_file():
+        raise UsageError(f"{folder.name} is a search: continue it with kngd-ray tune --resume {folder.name}.")
+    config = run_folder.read_config(folder, overrides)
+    return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
+
+
+def train(config: Config, display: Display, *, resume: bool = False) -> dict[str, Any]:
+    """Run what a configuration asks for, or continue a run.
+
+    Args:
+        config: the configuration; of a run to continue, from :func:`resumed_config`.
+        display: where progress and results are shown.
+        resume: continue the run of that name.
+
+    Returns:
+        The report: the object that ``--json`` prints.
+
+    Raises:
+        UsageError: the baselines include the method itself, or a GPU is asked for where there is none.
+    """
+    name = config.trainer.name or run_folder.new_name(config.method)
+    config = replace(config, trainer=replace(config.trainer, name=name))
+    if config.tracking.enabled:
+        resolve_uri(config.tracking.uri)  # a store that MLflow does not know is refused before anything is done
+    if config.method in config.baselines:
+        raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
+    if not config.trainer.least_workers:
+        with_gpus(config.trainer)  # what this process lacks is refused before anything is done
+    configs = [config, *(baseline_config(config, name) for name in config.baselines)]
+    priors = [find_priors(c) for c in configs]
+    task = open_task(config)
+    for note in task.notes:
+        display.say(note)
+    unseen = open_protocol(config, task)
+    for target in unseen if config.protocol == "cdg" else ():
+        display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")
+    for c, found in zip(configs, priors, strict=True):
+        for prior in found.values():
+            check_prior(prior, c.fit_options, task.identity)
+    with ray_for(config.trainer), ExitStack() as stack:
+        trainer = with_gpus(config.trainer)
+        display.say(_where(trainer, asked=config.trainer.most_workers))
+        with display.pictures("encoding") as progress:
+            use_ray = config.trainer.most_workers > 0
+            prepared = prepare(task, use_ray=use_ray, progress=progress)
+            protocol = prepare_protocol(config, unseen, prepared, use_ray=use_ray, progress=progress)
+        # Only now: a picture that cannot be decoded leaves no empty run behind.
+        folder = run_folder.existing(config) if resume else run_folder.create(config)
+        stack.enter_context(run_folder.locked(folder))
+        if prepared.skipped:
+            display.say(f"undecodable pictures left out: {prepared.skipped}")
+        with compute_threads(config.trainer.cpus_per_worker if config.trainer.least_workers else cores()):
+            methods = [
+                MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
+            ]
+            # the run's folder keeps what was asked for, so that it can be continued where there is another GPU
+            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display)
+
+
+def _run(
+    config: Config,
+    methods: Sequence[MethodRun],
+    prepared: Prepared,
+    protocol: Protocol,
+    folder: Path,
+    display: Display,
+) -> dict[str, Any]:
+    publisher = None
+    if config.tracking.enabled:
+        publisher = Publisher(folder, config.tracking.uri, config.tracking.experiment, on_problem=display.say)
+    display.say(f"run {folder.name} in {folder.parent}")
+    status: Status = "FAILED"
+    reports: list[dict[str, Any]] = []
+    run_ids: Mapping[str, str] | None = None
+    try:
+        _fit(config, methods, prepared, folder, display)
+        zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
+        reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
+        if reports:
+            _write_results(folder, reports)
+            _show(config, prepared, protocol, reports, display)
+            for warning in (warning for method in methods for warning in method.warnings):
+                display.say(f"warning: {warning}")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        for method in methods:
+            method.finish(status)
+        if publisher is not None:
+            run_ids = publisher.close()
+            if run_ids is None:
+                display.say(
+                    f"what was not logged to MLflow is kept in {folder}: when the server is back, "
+                    f"`kngd-ray sync {folder}` sends it"
+                )
+    tops = {method.name: method.top_record for method in methods}
+    for report in reports:
+        report["run_id"] = (run_ids or {}).get(tops[report["method"]])
+    failures = {fit: reason for method in methods for fit, reason in method.failures.items()}
+    if failures:
+        fit, reason = next(iter(failures.items()))
+        others = f" ({len(failures)} of {sum(len(m.tasks) for m in methods)} fits failed)" if len(failures) > 1 else ""
+        raise FilterError(f"{fit}{others}: {reason}")
+    return _write_results(folder, reports)
+
+
+def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display) -> None:
+    """Run all fits of all methods as one job."""
+    owner = {method.fit(seed): method for method in methods for seed in method.tasks}
+    fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
+    with display.steps({name: task.sampler.steps for name, task in fits.items()}) as show:
+
+        def on_event(event: FitEvent) -> None:
+            if event.record is not None:
+                show(event.fit, event.record)
+                owner[event.fit].log_step(event.fit, event.record)
+            if event.error is not None:
+                owner[event.fit].failures[event.fit] = event.error
+
+        job = Job(fits, prepared.identity, folder, config.trainer.checkpoint_every)
+        _run_job(job, config.trainer, on_event)
+
+
+def _run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
+    if not trainer.num_workers:
+        run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
+        return
+    from kngd_ray.cluster import run_job
+
+    run_job(job, trainer, on_event)
+
+
+def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, Any]:
+    """Figures of CLIP as it is; its scaling temperature is fitted on the shots, on which it was not trained."""
+    head = CLIPHead(prepared.class_embeddings, prepared.model.logit_scale)
+    predictor = Predictor(head, None, None, PosteriorOptions(predict="mean"))
+    support = prepared.support(seed)
+    scaling = fit_temperature(predictor.predict(support.features, 0.0).probabilities, support.labels)
+    calibration = Calibration(0.0, scaling)
+    report = evaluate(predictor, prepared.tests(seed), calibration).report()
+    return report | protocol.figures(predictor, calibration, report[ID]) | zero_shot_figures(prepared, seed)
+
+
+def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    result = {**reports[0], **({"baselines": list(reports[1:])} if reports[1:] else {})}
+    write_text(folder / run_folder.RESULTS, json.dumps(result, indent=1))
+    return result
+
+
+def _where(trainer: TrainerConfig, asked: int) -> str:
+    """On what a run computes, and why on fewer workers than were asked for, in one line."""
+    what = "a GPU" if trainer.use_gpu else "the CPU"
+    if trainer.least_workers:
+        ranks = trainer.most_workers
+        fewer = "" if ranks == asked else f", not {asked}: GPUs are fewer; trainer.use_gpu=false takes the CPU in all"
+        return f"computing on {what} in {f'each of {ranks} workers' if ranks > 1 else 'one worker'}{fewer}"
+    return f"computing on {what} in this process" + ("" if trainer.use_gpu else f", with {cores()} threads")
+
+
+@contextmanager
+def compute_threads(cpus: float) -> Iterator[None]:
+    """Compute here with as many threads as a worker has: the same sums, and none that spin on a busy machine.
+
+    Args:
+        cpus: CPU cores that a worker reserves.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(cpus)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _show(
+    config: Config,
+    prepared: Prepared,
+    protocol: Protocol,
+    reports: Sequence[Mapping[str, Any]],
+    display: Display,
+) -> None:
+    rows = [
+        (ZERO_SHOT if prepared.model.zero_shot else CHANCE, reports[0]["zero_shot"]),
+        *((_row_name(report), report) for report in reversed(reports)),
+    ]
+    shots = prepared.splits[config.seeds[0]].support
+    trained_on = ", ".join(sorted({str(domain) for domain in prepared.images.domains[shots]}))
+    count = f"{config.data.shots} shots per class"
+    if config.protocol == "stream":
+        count = f"a stream of {len(shots)}"
+    title = f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
+    if config.prior is not None:
+        title += f", continued from {Path(config.prior).name}"
+    seeds = ", ".join(str(seed) for seed in config.seeds)
+    spread = "mean and 95 % interval over seeds (Student's t)" if len(config.seeds) > 1 else "one seed, no interval"
+    display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
+    protocol.show(rows, display)
+    if (stream := stream_of(prepared, config.seeds[0])) is not None:
+        show_streams(rows, config.fit_options, stream, display)
+
+
+def _chosen(config: Config) -> str:
+    """What the shots were asked for beside the weights; not for a tau that is given."""
+    posterior = config.posterior
+    if config.protocol == "stream":
+        chosen = config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None
+        return "; tau was chosen by what had been predicted before" if chosen else ""
+    if not posterior.folds:
+        return ""
+    given = posterior.temperature
+    tau = "tau and " if given is None else f"tau is {given:g}, "
+    used = config.method == "kalman" and posterior.predict != "mean"
+    return f"; {tau if used else ''}temperatures were chosen on the training shots"
+
+
+def data_name(config: Config) -> str:
+    """What a data set is called where its path would be too long."""
+    if config.data.path == EMBEDDED:
+        return "emoji"
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    return ", ".join(Path(path).stem for path in paths)
+
+
+def _row_name(report: Mapping[str, Any]) -> str:
+    preset = "" if report["preset"] == report["method"] else f" {Path(report['preset']).stem}"
+    refused = f" ({report['refused']} refused)" if report["refused"] else ""
+    steps = f"{report['steps']} step{'s' if report['steps'] != 1 else ''}"
+    return f"{report['method']}{preset}, {steps}{refused}"

@@ -1,0 +1,446 @@
+"""From a configuration to features: the data set, the model, the shots and the test sets."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kngd_ray.clip import (
+    AnyModel,
+    ClipModel,
+    CLIPNetwork,
+    TuneOptions,
+    best_device,
+    load_model,
+    load_precomputed,
+    resolve_templates,
+    same_sentences,
+    worded,
+)
+from kngd_ray.config import Config
+from kngd_ray.data import (
+    DataConfig,
+    FeatureCache,
+    FeatureFiles,
+    GivenFeatures,
+    ImageSet,
+    PictureFile,
+    Split,
+    arrange,
+    encode_missing,
+    fill_cache,
+    halves,
+    open_images,
+    restrict,
+    select,
+    select_tests,
+)
+from kngd_ray.errors import DataError
+from kngd_ray.experiment.backend import with_gpus
+from kngd_ray.training.batches import Shots, Support
+from kngd_ray.training.evaluation import ID, set_name
+from kngd_ray.training.fit import Towers
+from kngd_ray.training.network_predictor import check_affordable
+from kngd_ray.training.pictures import Pictures
+from kngd_ray.training.pixels import TestPictures
+from kngd_ray.training.restoring import identity_of, load_fitted
+
+PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
+
+Progress = Callable[[int, int], None]
+Choose = Callable[[frozenset[int]], dict[int, Split]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that fits and evaluations need, computed once per run.
+
+    Attributes:
+        config: what was asked for.
+        model: the CLIP model, or what stands for it.
+        images: the data set's index.
+        class_embeddings: (C, d) unit text embeddings.
+        splits: support set and test sets by seed.
+        cache: where the features are.
+        skipped: undecodable pictures that were left out.
+        from_pictures: whether fits that train towers learn from pictures, or the image tower is frozen.
+    """
+
+    config: Config
+    model: AnyModel
+    images: ImageSet
+    class_embeddings: torch.Tensor
+    splits: dict[int, Split]
+    cache: FeatureCache | GivenFeatures
+    skipped: int
+    from_pictures: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What weights trained on this belong to."""
+        return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
+
+    def support(self, seed: int) -> Support:
+        """The training shots of a seed, as features of the pretrained model."""
+        return self.features(self.splits[seed].support)
+
+    def shots(self, seed: int, tune: TuneOptions, folder: Path) -> Shots:
+        """What a fit learns from: features, or pictures where the image tower is trained.
+
+        Args:
+            seed: of the support set.
+            tune: what is trained.
+            folder: of the run, in which the pictures are kept where all ranks see them.
+
+        Returns:
+            The training shots.
+        """
+        if not (tune.images and self.from_pictures):
+            return self.support(seed)
+        rows = self.splits[seed].support
+        kept = np.unique(np.concatenate([split.support for split in self.splits.values()]))
+        path = folder / PICTURES
+        if not path.is_file() or PictureFile.open(path).keys.tolist() != self.images.keys[kept].tolist():
+            PictureFile.write(path, self.images, kept)
+        labels = torch.from_numpy(self.images.labels[rows].copy())
+        return Pictures(path, torch.from_numpy(np.searchsorted(kept, rows)), labels)
+
+    @cached_property
+    def evaluator(self) -> AnyModel:
+        """The model where trained towers are evaluated: on this machine's GPU if the run is to use one."""
+        elsewhere = self.config.tune.images and self.device != str(self.model.device)
+        return load_model(self.config.model, self.device) if elsewhere else self.model
+
+    @property
+    def device(self) -> str:
+        """Where this process computes: on this machine's GPU, unless the run is to use none."""
+        return "cpu" if self.config.trainer.use_gpu is False else best_device()
+
+    def towers(self, tune: TuneOptions) -> Towers | None:
+        """Where a fit has its towers from; None if it trains none."""
+        if not tune.images:
+            return None
+        data = self.config.data
+        return Towers(self.config.model.absolute(), self.images.class_names, data.templates)
+
+    def tests(self, seed: int, tune: TuneOptions | None = None) -> dict[str, Shots]:
+        """The test sets of a seed: ``id`` and each OOD domain.
+
+        Args:
+            seed: of the support set.
+            tune: what was trained; None is nothing.
+
+        Returns:
+            Features by set; pictures where the image tower was trained.
+        """
+        split = self.splits[seed]
+        made = self._pictures if tune is not None and tune.images and self.from_pictures else self.features
+        return {ID: made(split.id_test), **{set_name(d): made(rows) for d, rows in split.ood.items()}}
+
+    def _pictures(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TestPictures:
+        return TestPictures(self.images, rows)
+
+    def features(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Support:
+        """Pictures as features of the pretrained model.
+
+        Args:
+            rows: (m,) indices into the data set.
+
+        Returns:
+            Features and labels.
+        """
+        features = torch.from_numpy(self.cache.read(self.images.keys[rows]))
+        return Support(features, torch.from_numpy(self.images.labels[rows].copy()))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration whose data and model are known to serve it; nothing expensive has happened yet.
+
+    Attributes:
+        config: what is asked for.
+        images: the data set's index, of the classes that are trained on.
+        whole: the index of all its classes; a run from base to new classes trains on half of them.
+        choose: gives the support set and the test sets by seed, without the pictures that it is told.
+        splits: what it gives when all pictures can be used.
+        model: the CLIP model, or what stands for it.
+        from_pictures: whether fits learn from pictures; cached features stand for them while the image tower is frozen.
+        known: whether a fit of it is there already.
+    """
+
+    config: Config
+    images: ImageSet
+    whole: ImageSet
+    choose: Choose
+    splits: dict[int, Split]
+    model: AnyModel
+    from_pictures: bool
+    known: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the data and its prompts before anything is done with them, in lines."""
+        source, lines = self.whole.source, list(self.whole.notes)
+        domains, counts = np.unique(self.images.domains[next(iter(self.splits.values())).support], return_counts=True)
+        if len(domains) > 1:
+            drawn = ", ".join(f"{count} of {domain}" for domain, count in zip(domains[:8], counts[:8], strict=True))
+            more = f" and of {len(domains) - 8} more" if len(domains) > 8 else ""
+            lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
+        if isinstance(source, FeatureFiles) and source.rescaled:
+            lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
+        lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
+        return lines
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What weights trained on this belong to."""
+        return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
+
+
+def open_task(config: Config, manifest: Mapping[str, Any] | None = None, only: Collection[str] | None = None) -> Task:
+    """Index the data set, draw the shots of every seed, load the model.
+
+    Args:
+        config: what is asked for.
+        manifest: of a checkpoint that is to be used on the data; it knows which class embedding is whose.
+        only: classes that are tested on; None is all.
+
+    Returns:
+        The task.
+    """
+    resolve_templates(config.data.templates)
+    whole = open_images(config.data, features=config.model.precomputed)
+    images = _trained(config, whole)
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        return splits if only is None else {seed: _of_classes(images, split, only) for seed, split in splits.items()}
+
+    return _task(config, images, whole, choose, manifest)
+
+
+def open_shots(config: Config) -> Task:
+    """Index the data set, draw the shots of every seed, load the model; test pictures are not looked at.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The task, its test sets empty.
+    """
+    resolve_templates(config.data.templates)
+    whole = open_images(config.data, features=config.model.precomputed)
+    images = _trained(config, whole)
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        return {seed: replace(split, id_test=split.id_test[:0], ood={}) for seed, split in splits.items()}
+
+    return _task(config, images, whole, choose)
+
+
+def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, Any]) -> Task:
+    """Index data that a fit was not trained on, load the model.
+
+    Data that states no split is tested on as a whole. Its classes are the fit's by their names: in any order, and some
+    may lack. Domains of the fit's own data that this data does not have are forgotten, unless they were given for it:
+    then every picture is in distribution.
+
+    Args:
+        config: the fit's configuration, its data replaced.
+        given: dotted keys that were given for this data.
+        manifest: of the fit's checkpoint.
+
+    Returns:
+        The task, its support sets empty.
+    """
+    resolve_templates(config.data.templates)
+    features, inherited = config.model.precomputed, "data.classes" not in given
+    whole = open_images(config.data, test_fraction=1.0, features=features, absent=inherited)
+    known = tuple(manifest["class_names"])
+    halved = config.protocol == "bng" and inherited
+    kept = [name for name in whole.class_names if name in known] if halved else whole.class_names
+    images = arrange(restrict(whole, kept), known)
+    data = _known_domains(config.data, set(images.domains.tolist()), given)
+
+    def choose(bad: frozenset[int]) -> dict[int, Split]:
+        return dict.fromkeys(config.seeds, select_tests(images, data, bad))
+
+    return _task(config, images, whole, choose, manifest)
+
+
+def _trained(config: Config, whole: ImageSet) -> ImageSet:
+    """The classes of a data set that the protocol trains on.
+
+    Raises:
+        DataError: there is one class, which nothing can be told from.
+    """
+    if len(whole.class_names) < 2:
+        read = f" ({whole.notes[0]})" if whole.notes and "class/" in whole.notes[0] else ""
+        raise DataError(
+            f"the data has one class, {whole.class_names[0]!r}{read}: a classifier tells two or more apart,"
+            " add pictures of others"
+        )
+    return restrict(whole, halves(whole.class_names)[0]) if config.protocol == "bng" else whole
+
+
+def _of_classes(images: ImageSet, split: Split, names: Collection[str]) -> Split:
+    """Leave test pictures of other classes out.
+
+    Raises:
+        DataError: a class is unknown, or a test set has no pictures of these.
+    """
+    chosen = np.isin(images.rows, restrict(images, tuple(names)).rows)
+    id_test, ood = split.id_test[chosen[split.id_test]], {d: rows[chosen[rows]] for d, rows in split.ood.items()}
+    for where, rows in [("in distribution", id_test), *((f"of the domain {d}", rows) for d, rows in ood.items())]:
+        if not len(rows):
+            raise DataError(f"no test pictures {where} are of {', '.join(names)}: name other classes in data.classes")
+    return replace(split, id_test=id_test, ood=ood)
+
+
+def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) -> DataConfig:
+    """Leave out domains that are unknown, and were not given."""
+    if "data.train_domain" not in given and data.train_domain not in known:
+        data = replace(data, train_domain=None)
+    if "data.order" not in given and not known >= set(data.order or ()):
+        data = replace(data, order=None)
+    inherited = "data.ood_domains" not in given
+    if inherited and (data.train_domain is None or not known >= set(data.ood_domains or ())):
+        data = replace(data, ood_domains=None)
+    return data
+
+
+def _task(
+    config: Config, images: ImageSet, whole: ImageSet, choose: Choose, manifest: Mapping[str, Any] | None = None
+) -> Task:
+    splits, model = choose(frozenset()), _model(config, whole, manifest)
+    if not config.model.precomputed:
+        config = replace(config, data=replace(config.data, templates=_templates(config, whole, manifest)))
+    from_pictures = isinstance(model, ClipModel) and config.tune.images and _trains_image_tower(config, images, model)
+    return Task(config, images, whole, choose, splits, model, from_pictures, manifest is not None)
+
+
+def _templates(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The prompts of a run, and how they say the names of its classes: of a fit that is there, as it was trained."""
+    given = config.data.templates
+    if manifest is None:
+        return worded(given, whole.class_names)
+    kept = tuple(manifest["templates"])
+    return kept if same_sentences(kept, given) else given
+
+
+def _model(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> AnyModel:
+    """The model of a run on some data.
+
+    Raises:
+        DataError: the data has features of another length than the fit's.
+    """
+    source = whole.source
+    if not isinstance(source, FeatureFiles):
+        return load_model(config.model)
+    if manifest is None:
+        return load_precomputed(config.model, whole.all_names, source.width)
+    model = load_fitted(manifest, config.model)
+    if model.embed_dim != source.width:
+        raise DataError(
+            f"{', '.join(source.paths)} has features of length {source.width}, and the fit learned from features of "
+            f"length {model.embed_dim}: compute them with the same model"
+        )
+    return model
+
+
+def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> bool:
+    """Whether fits do, and not the text tower alone.
+
+    Refuses what they would, before pictures are encoded: a ModelError of what cannot be trained in this model.
+    """
+    if config.method == "kalman":
+        check_affordable(config.posterior)
+    nowhere = torch.zeros(1, model.embed_dim)
+    return CLIPNetwork(
+        model,
+        images.class_names[:1],
+        config.data.templates,
+        config.tune,
+        config.adapter,
+        class_embeddings=nowhere,
+    ).image_trained
+
+
+def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:
+    """Compute the features that are missing.
+
+    Args:
+        task: data, shots and model.
+        use_ray: encode with Ray Data; Ray must be up.
+        progress: told of pictures done and to do.
+
+    Returns:
+        The prepared task.
+    """
+    config, images, splits, model = task.config, task.images, task.splits, task.model
+    class_embeddings = model.encode_classes(images.class_names, config.data.templates, known=task.known)
+    cache = task.whole.features or FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
+    bad: frozenset[int] = frozenset()
+    while True:
+        # A picture that cannot be decoded is replaced in the shots, and its replacement may be bad too.
+        needed = np.unique(np.concatenate([split.indices for split in splits.values()]))
+        found = encode(config, images, needed, model, cache, use_ray=use_ray, progress=progress)
+        if not found - bad:
+            break
+        bad |= found
+        splits = task.choose(bad)
+    return Prepared(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
+
+
+def encode(
+    config: Config,
+    images: ImageSet,
+    indices: np.ndarray[Any, np.dtype[np.int64]],
+    model: AnyModel,
+    cache: FeatureCache | GivenFeatures,
+    *,
+    use_ray: bool,
+    progress: Progress | None,
+) -> frozenset[int]:
+    """Fill the cache with the features of pictures, with Ray Data or in this process.
+
+    Args:
+        config: model, workers and what a bad picture does.
+        images: the data set.
+        indices: which pictures.
+        model: the loaded model, for this process.
+        cache: where the features go.
+        use_ray: encode with Ray Data; Ray must be up.
+        progress: told of pictures done and to do.
+
+    Returns:
+        Indices of the pictures that cannot be decoded.
+    """
+    skip = config.data.on_bad_image
+    missing = cache.missing(images.keys[indices])
+    if not missing:
+        return frozenset()
+    assert isinstance(model, ClipModel)
+    assert isinstance(cache, FeatureCache)
+    if use_ray:
+        from kngd_ray.cluster import ray_stream
+
+        trainer = with_gpus(config.trainer)
+        encoders = max(trainer.least_workers, 1)
+        stream = ray_stream(images, config.model, encoders=encoders, use_gpu=trainer.use_gpu is True)
+        return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
+    device = "cpu" if config.trainer.use_gpu is False else best_device()
+    encoder = model if device == "cpu" else load_model(config.model, device)
+    return encode_missing(
+        images,
+        indices,
+        cache,
+        lambda pictures: encoder.encode_images(pictures).numpy(),
+        on_bad_image=skip,
+        progress=progress,
+    )

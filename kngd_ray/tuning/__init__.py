@@ -1,0 +1,37 @@
+"""The search for priors: what is searched, the study on disk, what a trial is judged by. No Ray, no MLflow.
+
+A new objective is a branch of :mod:`~kngd_ray.tuning.objective` and a name in
+:data:`~kngd_ray.tuning.options.DIRECTIONS`; a new sampler is a line of :mod:`~kngd_ray.tuning.samplers`.
+"""
+
+from kngd_ray.tuning.driver import Driver, reason_of, report_of, run_here
+from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
+from kngd_ray.tuning.mode import mode_of
+from kngd_ray.tuning.objective import Fitter, Workload, judge
+from kngd_ray.tuning.options import SearchOptions
+from kngd_ray.tuning.space import Space, Value, parse_space, plain_space
+from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult
+
+__all__ = [
+    "JOURNAL",
+    "Claimed",
+    "Driver",
+    "Fitted",
+    "Fitter",
+    "SearchOptions",
+    "SearchStudy",
+    "Space",
+    "TrialResult",
+    "Value",
+    "Workload",
+    "fit_alone",
+    "fit_together",
+    "fitted_from",
+    "judge",
+    "mode_of",
+    "parse_space",
+    "plain_space",
+    "reason_of",
+    "report_of",
+    "run_here",
+]

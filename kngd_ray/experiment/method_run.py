@@ -160,6 +160,7 @@ class MethodRun:
         }
         name = f"{self._folder.name}/{record_id}"
         record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
+        record.log_input(**self._prepared.inputs)
         write_text(record.artifacts / run_folder.CONFIG, to_yaml(shown))
         write_text(record.artifacts / "environment.json", describe_environment())
         return record

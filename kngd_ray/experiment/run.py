@@ -13,7 +13,6 @@ from kngd_ray.clip import CLIPHead
 from kngd_ray.comparison.rows import CHANCE
 from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
 from kngd_ray.console import Display
-from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.backend import ray_for, with_gpus
@@ -245,7 +244,7 @@ def _show(
     count = f"{config.data.shots} shots per class"
     if config.protocol == "stream":
         count = f"a stream of {len(shots)}"
-    title = f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
+    title = f"{config.data.name}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
@@ -268,14 +267,6 @@ def _chosen(config: Config) -> str:
     tau = "tau and " if given is None else f"tau is {given:g}, "
     used = config.method == "kalman" and posterior.predict != "mean"
     return f"; {tau if used else ''}temperatures were chosen on the training shots"
-
-
-def data_name(config: Config) -> str:
-    """What a data set is called where its path would be too long."""
-    if config.data.path == EMBEDDED:
-        return "emoji"
-    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-    return ", ".join(Path(path).stem for path in paths)
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

@@ -84,6 +84,20 @@ class Prepared:
         """What weights trained on this belong to."""
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it: its name, digest, place and size."""
+        images, data = self.images, self.config.data
+        counts = {split: int((images.splits == split).sum()) for split in ("train", "test")}
+        classes, domains = len(images.class_names), sorted(set(images.domains.tolist()))
+        path = data.path if isinstance(data.path, str) else ", ".join(data.path)
+        return {
+            "name": data.name,
+            "digest": images.digest,
+            "source": path,
+            "profile": {"classes": classes, "domains": domains, "model": self.model.name, **counts},
+        }
+
     def support(self, seed: int) -> Support:
         """The training shots of a seed, as features of the pretrained model."""
         return self.features(self.splits[seed].support)

@@ -12,7 +12,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -25,7 +25,7 @@ from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.backend import ray_for, with_gpus
-from kngd_ray.experiment.run import compute_threads, data_name, train
+from kngd_ray.experiment.run import compute_threads, train
 from kngd_ray.experiment.task import open_shots, prepare
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
@@ -80,7 +80,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             search.space,
         )
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
-            return _Search(search, folder, work, display, lead).run(session.close)
+            return _Search(search, folder, work, display, lead, prepared.inputs).run(session.close)
 
 
 class _Search:
@@ -92,9 +92,18 @@ class _Search:
         work: what trials work on.
         display: where progress and results are shown.
         lead: holds the lock of the one that leads.
+        inputs: the data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it.
     """
 
-    def __init__(self, search: SearchConfig, folder: Path, work: Workload, display: Display, lead: ExitStack) -> None:
+    def __init__(
+        self,
+        search: SearchConfig,
+        folder: Path,
+        work: Workload,
+        display: Display,
+        lead: ExitStack,
+        inputs: Mapping[str, Any],
+    ) -> None:
         self._search = search
         self._config = search.config
         self._folder = folder
@@ -103,7 +112,7 @@ class _Search:
         self._lead = lead
         self._leads = False
         self._study = SearchStudy(folder, search.space, search.options, search.points)
-        self._records = SearchRecords(search, folder)
+        self._records = SearchRecords(search, folder, inputs)
         self._take_the_lead()
         self._done = 0
         self._seconds = 0.0
@@ -261,7 +270,7 @@ class _Search:
 def _registered(config: Config) -> str:
     """What the winner is called in the registry, where nobody says: the winner of another task is another model."""
     ordered = config.data.time or "-".join(config.data.order or ())  # of a stream
-    parts = (config.tracking.experiment, data_name(config), config.data.train_domain, ordered, config.method)
+    parts = (config.tracking.experiment, config.data.name, config.data.train_domain, ordered, config.method)
     return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)
 
 

@@ -237,6 +237,7 @@ PUBLIC = {
         "Driver",
         "Fitted",
         "Fitter",
+        "Report",
         "SearchOptions",
         "SearchStudy",
         "Space",

@@ -4,7 +4,7 @@ A new objective is a branch of :mod:`~kngd_ray.tuning.objective` and a name in
 :data:`~kngd_ray.tuning.options.DIRECTIONS`; a new sampler is a line of :mod:`~kngd_ray.tuning.samplers`.
 """
 
-from kngd_ray.tuning.driver import Driver, reason_of, report_of, run_here
+from kngd_ray.tuning.driver import Driver, Report, reason_of, report_of, run_here
 from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
 from kngd_ray.tuning.mode import mode_of
 from kngd_ray.tuning.objective import Fitter, Workload, judge
@@ -18,6 +18,7 @@ __all__ = [
     "Driver",
     "Fitted",
     "Fitter",
+    "Report",
     "SearchOptions",
     "SearchStudy",
     "Space",

@@ -27,8 +27,17 @@ from kngd_ray.tracking import LoggedRun
 
 METRICS = ("id/accuracy", "ood/mean/accuracy", "id/nll", "ood/mean/nll", "id/ece")
 FRONT = ("id/accuracy", "ood/mean/accuracy", "id/nll")
+STREAM = "stream/"
+STREAM_METRICS = tuple(f"{STREAM}{name}" for name in ("accuracy", "nll", "final", "forgetting"))
+STREAM_FRONT = STREAM_METRICS[:3]
 OBJECTIVE = "objective/"
 _NAMED = 8  # metrics that a message lists at most
+_OF_STREAMS = {
+    "stream/accuracy": "prequential accuracy %",
+    "stream/nll": "prequential NLL",
+    "stream/final": "tests at the end %",
+    "stream/forgetting": "forgotten %",
+}
 _SHORT = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "auroc": "AUROC", "brier": "Brier"}
 
 
@@ -47,6 +56,8 @@ class Metric:
     @property
     def label(self) -> str:
         """What a person calls it: ``ID accuracy %``, ``OOD NLL``, ``sketch ECE``; other names stay as they are."""
+        if self.name in _OF_STREAMS:
+            return _OF_STREAMS[self.name]
         if not self.name.startswith(("id/", "ood/", OBJECTIVE)):
             return self.name
         *path, figure = self.name.removeprefix(OBJECTIVE).split("/")
@@ -58,7 +69,7 @@ class Metric:
     @property
     def factor(self) -> float:
         """From the figure to what is shown."""
-        return 100.0 if self.name.endswith("accuracy") else 1.0
+        return 100.0 if self.name.endswith("accuracy") or _OF_STREAMS.get(self.name, "").endswith("%") else 1.0
 
     def show(self, value: float, sign: str = "") -> str:
         """A figure in the digits that matter.
@@ -196,8 +207,6 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
         title = f"search {found.search.name}, {len(found.rows)} finished trials"
         return [_table(title, found.rows, columns, [m for m in columns if m.name in objectives], None, [])]
     groups = sorted(group_rows(found.rows), key=len, reverse=True)
-    columns = [Metric(name, better(name)) for name in dict.fromkeys(metrics or METRICS)]
-    front = [Metric(name, better(name)) for name in FRONT]
     unsaid = [name_rows(group) for group in groups]
     bases = [_baseline(group, runs, baseline) for group in groups]
     if baseline is not None and not any(bases):
@@ -207,6 +216,9 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
     for title, group, base, notes in zip(_titles(groups), groups, bases, unsaid, strict=True):
         chosen = base or _usual_baseline(group)
         other = [f"{baseline} is not in this group: differences are from {chosen.name}"] if base is None else []
+        usual, best = (METRICS, FRONT) if group[0].stream is None else (STREAM_METRICS, STREAM_FRONT)
+        columns = [Metric(name, better(name)) for name in dict.fromkeys(metrics or usual)]
+        front = [Metric(name, better(name)) for name in best]
         tables.append(_table(title, group, columns, front, chosen, [*other, *notes]))
     return tables
 
@@ -425,9 +437,13 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     path = task.get("data.path", "unknown data")
     data = "emoji" if path == EMBEDDED else ", ".join(Path(part).stem for part in path.split(","))
     parts = [data]
+    if group[0].stream is not None:
+        order, time = group[0].stream
+        parts.append(f"a stream in the order of {time}" if time not in {None, "None"} else f"a stream of {order}")
     if task.get("data.train_domain", "None") != "None":
         parts.append(f"trained on {task['data.train_domain']}")
-    parts.append(f"{task.get('data.shots', '?')} shots per class")
+    if group[0].stream is None or group[0].stream[1] in {None, "None"}:
+        parts.append(f"{task.get('data.shots', '?')} shots per class")
     figures = next(iter(group[-1].seeds.values()))
     domains = [name.split("/")[1] for name in figures if name.startswith("ood/") and name.endswith("/accuracy")]
     others = sorted(set(domains) - {"mean"})

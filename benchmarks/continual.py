@@ -27,7 +27,7 @@ from benchmarks.readme_table import cell
 from kngd_ray.config import load_config
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
 from kngd_ray.training.calibration import Calibration
@@ -87,14 +87,14 @@ def main() -> None:
     (options.out / "continual.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def load(domain: str, options: argparse.Namespace) -> Prepared:
+def load(domain: str, options: argparse.Namespace) -> TaskData:
     """Features of one domain's shots, and of the test rows of all domains."""
     settings = [f"data.path={options.data}", f"data.train_domain={domain}", f"data.shots={options.shots}"]
     settings.append("data.draw=first")  # as in the results that are kept
     return prepare(open_task(load_config(overrides=[*settings, f"seeds={options.seeds}"])))
 
 
-def in_turn(options: FitOptions, stages: Sequence[Prepared], seed: int) -> Matrix:
+def in_turn(options: FitOptions, stages: Sequence[TaskData], seed: int) -> Matrix:
     """Accuracies of one method that learns domains in turn from one seed's support sets."""
     matrix: Matrix = []
     domains = [str(stage.config.data.train_domain) for stage in stages]

@@ -43,7 +43,7 @@ from benchmarks.few_shot.problem import Case, Problem
 from benchmarks.few_shot.search import search
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.evaluation import ID
@@ -125,7 +125,7 @@ def big() -> dict[str, Any]:
 def race(trials: int) -> list[dict[str, Any]]:
     """Accuracy and seconds of each method on the shipped pictures."""
     config = load_config(overrides=[f"data.shots={_RACE_SHOTS}", f"seeds={list(range(_RACE_SEEDS))}"])
-    prepared = prepare(open_task(config), use_ray=False)
+    prepared = prepare(open_task(config))
     cases = [_case(prepared, seed) for seed in range(_RACE_SEEDS)]
     problem = Problem(cases, prepared.class_embeddings, prepared.model.logit_scale, watched=False)
     rows = []
@@ -155,7 +155,7 @@ def _passes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"epochs": n} for n in sorted({max(1, last // part) for part in (16, 8, 4, 2, 1)})]
 
 
-def _case(prepared: Prepared, seed: int) -> Case:
+def _case(prepared: TaskData, seed: int) -> Case:
     return Case(prepared.support(seed), {ID: prepared.tests(seed)[ID]}, seed)
 
 

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from kngd_ray.config import load_config
-from kngd_ray.console import Display
-from kngd_ray.experiment.aggregate import interval, with_interval
+from kngd_ray.console import Display, with_interval
+from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.run import train
 from kngd_ray.experiment.run_folder import fit_of
 from kngd_ray.experiment.task import open_task, prepare
@@ -60,7 +60,7 @@ def judged(options: argparse.Namespace, shots: int) -> tuple[list[Mapping[str, A
         settings += ["trainer.num_workers=0", f"trainer.storage_path={folder}", "trainer.name=run"]
         config = load_config(overrides=[*settings, "tracking.enabled=false"])
         train(config, Display(quiet_stdout=True))
-        prepared = prepare(open_task(config), use_ray=False, progress=None)
+        prepared = prepare(open_task(config))
         found, labels = [], {}
         for seed in config.seeds:
             classifier = Classifier.load(fit_of(Path(folder) / "run", config.method, seed))

@@ -42,9 +42,10 @@ from matplotlib.figure import Figure
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import load_config
-from kngd_ray.experiment.aggregate import interval, over_seeds, with_interval
+from kngd_ray.console import with_interval
+from kngd_ray.experiment.aggregate import interval, over_seeds
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support, seeded
@@ -162,7 +163,7 @@ def run(options: FitOptions, task: FitTask, wrong: torch.Tensor, tests: Mapping[
     return figures
 
 
-def measure(prepared: Prepared, share: float, *, tune: bool) -> dict[str, Any]:
+def measure(prepared: TaskData, share: float, *, tune: bool) -> dict[str, Any]:
     """All methods at one share of wrong labels: figures over seeds, and their gains over the ungated filter."""
     model, classes = prepared.model, len(prepared.images.class_names)
     seeds, tasks, wrongs = list(prepared.splits), [], []

@@ -44,8 +44,9 @@ from benchmarks.few_shot.probe import Probe
 from benchmarks.step_cost.memory import allocated
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
-from kngd_ray.experiment.aggregate import over_seeds, with_interval
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.console import with_interval
+from kngd_ray.experiment.aggregate import over_seeds
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import calibrate, fold_of, predictor_of
 from kngd_ray.training.evaluation import ID
@@ -217,12 +218,12 @@ def _measured(method: str, data: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _task(prepared: Prepared, seed: int) -> FitTask:
+def _task(prepared: TaskData, seed: int) -> FitTask:
     support, scale = prepared.support(seed), prepared.model.logit_scale
     return FitTask(prepared.config.fit_options, seed, support, prepared.class_embeddings, scale)
 
 
-def _figures(prepared: Prepared, seed: int, made: Fitted) -> dict[str, Any]:
+def _figures(prepared: TaskData, seed: int, made: Fitted) -> dict[str, Any]:
     scores = {n: Scores.of(made.predict(t.features).detach(), t.labels) for n, t in prepared.tests(seed).items()}
     start = time.perf_counter()
     made.fit()

@@ -17,8 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from kngd_ray.config import load_config
-from kngd_ray.console import Display
-from kngd_ray.experiment.aggregate import with_interval
+from kngd_ray.console import Display, with_interval
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.run import train
 

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from kngd_ray.config import Config, load_config, override
+from kngd_ray.console import with_interval
 from kngd_ray.errors import FilterError
-from kngd_ray.experiment.aggregate import interval, with_interval
+from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.task import open_task, prepare
 from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks, predictor_of

@@ -18,14 +18,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from kngd_ray import configs
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
-from kngd_ray._yaml import LimitError, dumped, plain_data, read_text
+from kngd_ray._yaml import LimitError, dumped, plain_data
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
@@ -215,7 +215,9 @@ def load_config(
         for trained in (tune.get("parameters") if isinstance(tune, Mapping) else None, chosen.get("tune.parameters")):
             named |= {"parameters": trained} if trained is not None else {}
     preset = named.get("preset", _default_preset(named.get("method", Config.method), named.get("parameters")))
-    if not complete and ("preset" in named or preset in presets()):  # a misspelt method is reported as a method
+    if not complete and (
+        "preset" in named or preset in configs.names("presets")
+    ):  # a misspelt method is reported as a method
         layers.insert(0, read_preset(str(preset)))
     layers.insert(0, plain(Config()))
     with _depth_errors():
@@ -264,7 +266,7 @@ def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _default_preset(method: Any, parameters: Any) -> Any:
     """The preset of a method, or its own for what is trained: towers need other step sizes than adapters."""
     own = f"{method}_{parameters}"
-    return own if own in presets() else method
+    return own if own in configs.names("presets") else method
 
 
 def baseline_config(config: Config, method: str) -> Config:
@@ -321,12 +323,6 @@ def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
         return build(cls, merge({}, raw, 0), "")
 
 
-def presets() -> list[str]:
-    """Names of the shipped presets."""
-    folder = resources.files("kngd_ray") / "configs" / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-
-
 def read_preset(name: str) -> dict[str, Any]:
     """Read a shipped preset by name, or a YAML file by path.
 
@@ -339,34 +335,12 @@ def read_preset(name: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no such preset or file.
     """
-    if name in presets():
-        file = resources.files("kngd_ray") / "configs" / "presets" / f"{name}.yaml"
-        return _parse_yaml(file.read_text(), f"preset {name}")
+    shipped = configs.names("presets")
+    if name in shipped:
+        return configs.parse_yaml(configs.text("presets", name), f"preset {name}")
     if name.endswith((".yaml", ".yml")):
         return _read_config(Path(name))
-    raise UsageError(f"there is no preset {name!r}{nearest(name, presets())}; name one of these or a YAML file.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The nested settings.
-
-    Raises:
-        UsageError: the file is missing, unreadable or not a YAML mapping.
-    """
-    try:
-        text = read_text(path)
-    except FileNotFoundError as error:
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UsageError(f"there is no configuration file {path}{nearest(path.name, siblings)}.") from error
-    except (OSError, ValueError) as error:  # ValueError: too large, no UTF-8, or a path with a null character
-        raise UsageError(f"the configuration file {path} cannot be read ({error}).") from error
-    return _parse_yaml(text, str(path))
+    raise UsageError(f"there is no preset {name!r}{nearest(name, shipped)}; name one of these or a YAML file.")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -421,25 +395,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it does.
     """
-    settings = read_yaml(path)
+    settings = configs.read_yaml(path)
     if any(key.partition(".")[0] in ("search", "space") for key in settings):
         raise UsageError(f"{path} is a search file: run it with kngd-ray tune, or leave out its search and space.")
     return settings
-
-
-def _problem(error: Exception) -> str:
-    return (getattr(error, "problem", None) or str(error)).partition("\n")[0]
-
-
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        parsed = plain_data(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UsageError(f"{source} is not valid YAML{line}: {_problem(error)}.") from error
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
-        raise UsageError(f"{source} must hold `key: value` settings at its top level.")
-    return parsed

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich import box
@@ -15,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kngd_ray.errors import printable
-from kngd_ray.experiment.aggregate import with_interval
 
 _LINE_SECONDS = 2.0
 _PATIENCE = 60.0  # seconds between lines that say no more than that something goes on
@@ -44,13 +44,17 @@ class Display:
 
     Args:
         quiet_stdout: standard output belongs to JSON; tables go to standard error.
+        quiet: show nothing.
     """
 
-    def __init__(self, *, quiet_stdout: bool = False) -> None:
+    def __init__(self, *, quiet_stdout: bool = False, quiet: bool = False) -> None:
         # in a log there is no width to keep to, and a squeezed table would lose digits
-        self.console = _Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH)
-        self.out = self.console if quiet_stdout else _Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-        self._live = self.console.is_terminal
+        widths = [None if stream.isatty() else _LOG_WIDTH for stream in (sys.stderr, sys.stdout)]
+        self.console = _Console(stderr=True, quiet=quiet, width=widths[0])
+        self.out = self.console if quiet_stdout else _Console(quiet=quiet, width=widths[1])
+        # in a notebook rich moves its bars by widgets, where they are installed
+        notebook = self.console.is_jupyter and find_spec("ipywidgets") is not None
+        self._live = not quiet and (self.console.is_terminal or notebook)
 
     def say(self, text: str) -> None:
         """One line of information."""
@@ -183,7 +187,7 @@ class Display:
 
         Args:
             title: of the table.
-            rows: method and its report (``id`` and ``ood``), from :func:`kngd_ray.experiment.aggregate.over_seeds`.
+            rows: method and its report (``id`` and ``ood``), from ``kngd_ray.experiment.aggregate.over_seeds``.
             notes: lines below.
         """
         domains = list(rows[0][1]["ood"])
@@ -280,6 +284,23 @@ def _figures(record: Mapping[str, Any]) -> str:
 
 def _objectives(objective: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in objective.items())
+
+
+def with_interval(figure: Mapping[str, float], factor: float = 1, digits: int = 3) -> str:
+    """A mean and its interval as text.
+
+    Args:
+        figure: ``mean``, ``low`` and ``high``.
+        factor: to the unit that is shown; 100 makes percents of shares.
+        digits: after the point.
+
+    Returns:
+        ``48.7±2.4``; ``96.3 [91.0, 100.0]`` where the interval ends at a bound, and has no half.
+    """
+    mean, low, high = (figure[key] * factor for key in ("mean", "low", "high"))
+    if abs((high - mean) - (mean - low)) < 10.0**-digits / 2:
+        return f"{mean:.{digits}f}±{(high - low) / 2:.{digits}f}"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def cell(figure: float | Mapping[str, float], factor: float = 1) -> str:

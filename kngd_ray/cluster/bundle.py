@@ -61,7 +61,7 @@ _SETTING = re.compile(  # password: hunter22, and no reference to one: ${PASSWOR
 
 
 @dataclass(frozen=True)
-class Package:
+class Bundle:
     """The files that are sent.
 
     Attributes:
@@ -125,7 +125,7 @@ class Package:
         )
 
 
-def collect(root: Path, include: Sequence[str] = ()) -> Package:
+def collect(root: Path, include: Sequence[str] = ()) -> Bundle:
     """Look through a working folder.
 
     Args:
@@ -164,10 +164,10 @@ def collect(root: Path, include: Sequence[str] = ()) -> Package:
         raise UsageError(
             f"nothing in {root} is to be sent: name another folder with --working-dir, or files with --include."
         )
-    return Package(root, dict(sorted(sorter.sizes.items())), sorter.ignored, tuple(sorter.secrets), tuple(sorter.unfit))
+    return Bundle(root, dict(sorted(sorter.sizes.items())), sorter.ignored, tuple(sorter.secrets), tuple(sorter.unfit))
 
 
-def write_zip(package: Package, target: Path) -> None:
+def write_zip(package: Bundle, target: Path) -> None:
     """Write the package; the same files give the same bytes, so that the cluster need not be sent them twice.
 
     Args:

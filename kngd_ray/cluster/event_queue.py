@@ -81,7 +81,7 @@ class Cluster:
                 logger.warning("the job waits for a node: it needs %g %ss, and Ray has %g left", needed, name, there)
 
 
-class Mailbox:
+class EventQueue:
     """What workers send, fetched without a call that could wait for ever.
 
     Args:

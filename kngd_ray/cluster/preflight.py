@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kngd_ray import __version__
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.cluster.doctor.node_checks import remove, unseen, write
 from kngd_ray.errors import KngdError, UsageError
 
 if TYPE_CHECKING:
     from kngd_ray.config import Config
 
-MARK = "kngd_ray_reach"  # the key by which the line is found in the job's log
+MARK = "kngd_ray_preflight"  # the key by which the line is found in the job's log
 
 # Options of the commands that take a value; :mod:`kngd_ray.cli` declares them.
 VALUED = (
@@ -55,7 +56,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Reach:
+class Preflight:
     """What a cluster said.
 
     Attributes:
@@ -109,7 +110,7 @@ def take_apart(command: str, arguments: Sequence[str]) -> Arguments:
     return Arguments(command, plain, options)
 
 
-def find_out(command: str, arguments: Sequence[str]) -> Reach:
+def find_out(command: str, arguments: Sequence[str]) -> Preflight:
     """Look for what a command needs, on the cluster that this process runs on.
 
     Args:
@@ -130,7 +131,7 @@ def find_out(command: str, arguments: Sequence[str]) -> Reach:
             with ExitStack() as stack:
                 nodes = _ask(command, config, inputs, faults, stack)
     python = ".".join(platform.python_version_tuple()[:2])
-    return Reach(__version__, version("ray"), python, nodes, faults)
+    return Preflight(__version__, version("ray"), python, nodes, faults)
 
 
 def probe(reads: Mapping[str, str], folder: str | None, mark: str | None) -> dict[str, Any]:
@@ -169,24 +170,23 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     from kngd_ray.config import load_config
     from kngd_ray.data import EMBEDDED
     from kngd_ray.experiment import run_folder
-    from kngd_ray.experiment.run import resumed_config
     from kngd_ray.tuning.file import load_search, resumed_search
 
     plain, resume = list(given.plain), given.options.get("--resume")
     target = plain.pop(0) if given.command in (*_OF_A_RUN, "encode") and plain else None
     file = Path(plain.pop(0)) if plain and "=" not in plain[0] and given.command != "predict" else None
     if given.command == "train":
-        config = resumed_config(resume, plain) if resume is not None else load_config(file, plain)
+        config = run_folder.resumed_config(resume, plain) if resume is not None else load_config(file, plain)
     elif given.command == "tune":
         if resume is None and file is None:
-            raise UsageError("name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH.")
+            raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
         config = (resumed_search(resume, plain) if file is None else load_search(file, plain)).config  # type: ignore[arg-type]
     elif given.command == "encode":
         config = load_config(file, plain, forced={"data": {"path": target}})
     elif target is not None:
         storage = given.options.get("--storage-path") or load_config().trainer.storage_path
         fit = run_folder.find_fit(target, storage)
-        run = next(folder for folder in (fit, *fit.parents) if (folder / run_folder.CONFIG).is_file())
+        run = next(folder for folder in (fit, *fit.parents) if (folder / CONFIG).is_file())
         settings = plain if given.command == "evaluate" else []
         config = run_folder.read_config(run, settings, file if given.command == "evaluate" else None)
         if given.command == "predict":
@@ -243,7 +243,7 @@ def _is_relative_database(uri: str) -> bool:
 
 def _ask(command: str, config: "Config", inputs: Mapping[str, str], faults: list[Fault], stack: ExitStack) -> int:
     """Put the question to every node, and to the tracking store; returns how many nodes there are."""
-    from kngd_ray.experiment.backend import ray_for
+    from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.tracking import check_store
 
     storage = Path(config.trainer.storage_path).expanduser()
@@ -254,7 +254,7 @@ def _ask(command: str, config: "Config", inputs: Mapping[str, str], faults: list
     if config.trainer.least_workers:
         from kngd_ray.cluster.nodes import ask_nodes
 
-        stack.enter_context(ray_for(config.trainer))
+        stack.enter_context(RayBackend().session(config.trainer))
         answers = [(a.node, a.answer, a.error) for a in ask_nodes(probe, inputs, str(storage), mark)]
     else:  # all of the work is done where the job's driver is
         answers = [("the node of the job", probe(inputs, str(storage), mark), None)]
@@ -332,7 +332,7 @@ def _marked(folder: Path) -> Iterator[str]:
         KngdError: it cannot be written.
     """
     try:
-        written = write(str(folder), f".kngd-reach-{uuid.uuid4().hex}", _TEXT)
+        written = write(str(folder), f".kngd-preflight-{uuid.uuid4().hex}", _TEXT)
     except OSError as error:
         raise KngdError(
             f"trainer.storage_path={folder} cannot be written where the job runs ({error.strerror}): give a folder "
@@ -360,7 +360,7 @@ def _unreadable(path: Path) -> str | None:
 def _unwritable(folder: Path) -> str | None:
     """Why nothing can be kept in a folder; None if it can: written, read back and deleted."""
     try:
-        written = write(str(folder), f".kngd-reach-{uuid.uuid4().hex}", _TEXT)
+        written = write(str(folder), f".kngd-preflight-{uuid.uuid4().hex}", _TEXT)
     except OSError as error:
         return error.strerror or str(error)
     remove(str(folder), [written["name"]], written["made"])

@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from rich.prompt import Confirm
 
-from kngd_ray import __version__
-from kngd_ray.cluster.bundle import RAYIGNORE, Package, collect, show_bytes, write_zip
+from kngd_ray import __version__, configs
+from kngd_ray.cluster.bundle import RAYIGNORE, Bundle, collect, show_bytes, write_zip
 from kngd_ray.cluster.preflight import MARK, take_apart
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError, nearest
@@ -80,26 +80,26 @@ def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions,
                 "job's command: leave it out and set MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD on the cluster."
             )
-    package = collect(options.working_dir, options.include)
-    _check_file(name, arguments, package)
+    bundle = collect(options.working_dir, options.include)
+    _check_file(name, arguments, bundle)
     from kngd_ray.cluster.submission import Cluster, dashboard_address, package_limit
 
     entrypoint = shlex.join(["python", "-m", "kngd_ray.cli", *command])
-    _show(package, display)
-    package.refuse_above(package_limit())
+    _show(bundle, display)
+    bundle.refuse_above(package_limit())
     address = dashboard_address(options.address)
-    sent = {"files": len(package.sizes), "bytes": package.bytes}
+    sent = {"files": len(bundle.sizes), "bytes": bundle.bytes}
     if options.dry_run:
         display.say(f"would run on {address}: {entrypoint}")
         unsent = {"job_id": None, "status": "NOT SENT", "exit_code": None}
-        return {**unsent, **sent, "entrypoint": entrypoint, "sent": list(package.sizes)}
+        return {**unsent, **sent, "entrypoint": entrypoint, "sent": list(bundle.sizes)}
     cluster = Cluster(address)
     with TemporaryDirectory(prefix="kngd-submit-") as scratch:
-        archive = Path(scratch) / "package.zip"
-        write_zip(package, archive)
+        archive = Path(scratch) / "bundle.zip"
+        write_zip(bundle, archive)
         if options.check:
             cluster.check_version()
-            _check(cluster, command, package, archive, display)
+            _check(cluster, command, bundle, archive, display)
         job_id = _new_id(name)
         cluster.submit(job_id, entrypoint, archive, {"kngd_ray": __version__})
     display.say(f"job {job_id} on {address}")
@@ -183,7 +183,7 @@ def _report(state: "JobState") -> dict[str, Any]:
     }
 
 
-def _check_file(name: str, arguments: Sequence[str], package: Package) -> None:
+def _check_file(name: str, arguments: Sequence[str], bundle: Bundle) -> None:
     """Refuse a settings file that would not be there.
 
     Raises:
@@ -192,30 +192,33 @@ def _check_file(name: str, arguments: Sequence[str], package: Package) -> None:
     if name not in ("train", "tune"):
         return
     first = next(iter(take_apart(name, arguments).plain), "=")
-    if "=" in first or Path(first).is_absolute() or Path(first).as_posix() in package.sizes:
+    shipped = configs.names("presets" if name == "train" else "searches")  # which come with the package
+    if "=" in first or (first in shipped and not (bundle.root / first).is_file()):
         return
-    files = [sent for sent in package.sizes if sent.endswith((".yaml", ".yml"))]
-    if not (package.root / first).is_file():
-        raise UsageError(f"{first} is not among what {package.root} sends{nearest(first, files)}.")
-    if first in package.secrets:
+    if Path(first).is_absolute() or Path(first).as_posix() in bundle.sizes:
+        return
+    files = [sent for sent in bundle.sizes if sent.endswith((".yaml", ".yml"))]
+    if not (bundle.root / first).is_file():
+        raise UsageError(f"{first} is not among what {bundle.root} sends{nearest(first, files)}.")
+    if first in bundle.secrets:
         raise UsageError(f"{first} is left out of what is sent, as it looks like a credential: take that out of it.")
     raise UsageError(f"{first} is left out of what is sent, by git's rules or {RAYIGNORE}: add --include {first}.")
 
 
-def _show(package: Package, display: Display) -> None:
+def _show(bundle: Bundle, display: Display) -> None:
     """Say what is sent, and what is not."""
-    display.say(f"{package.root}: {len(package.sizes)} files, {show_bytes(package.bytes)}")
-    for name, size in package.largest(_LARGEST):
+    display.say(f"{bundle.root}: {len(bundle.sizes)} files, {show_bytes(bundle.bytes)}")
+    for name, size in bundle.largest(_LARGEST):
         display.say(f"  {show_bytes(size):>10}  {name}")
-    for rule, names in package.ignored.items():
+    for rule, names in bundle.ignored.items():
         display.say(f"left out by {rule}: {_some(names)}")
-    if package.secrets:
-        display.say(f"left out as credentials (rename what is none): {_some(package.secrets)}")
-    if package.unfit:
-        display.say(f"left out as links to elsewhere or special files: {_some(package.unfit)}")
-    if package.shadowing:
-        display.say(f"goes before what is installed there under that name: {_some(package.shadowing)}")
-    if package.brings_kngd_ray:
+    if bundle.secrets:
+        display.say(f"left out as credentials (rename what is none): {_some(bundle.secrets)}")
+    if bundle.unfit:
+        display.say(f"left out as links to elsewhere or special files: {_some(bundle.unfit)}")
+    if bundle.shadowing:
+        display.say(f"goes before what is installed there under that name: {_some(bundle.shadowing)}")
+    if bundle.brings_kngd_ray:
         display.say("kngd_ray is sent, and the cluster runs that, whatever is installed there")
     else:
         display.say(f"kngd_ray itself is not sent: the cluster has to have version {__version__}")
@@ -226,7 +229,7 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _check(cluster: "Cluster", command: Sequence[str], package: Package, archive: Path, display: Display) -> None:
+def _check(cluster: "Cluster", command: Sequence[str], bundle: Bundle, archive: Path, display: Display) -> None:
     """Ask the cluster for what the command needs.
 
     Raises:
@@ -252,7 +255,7 @@ def _check(cluster: "Cluster", command: Sequence[str], package: Package, archive
     found = next((json.loads(line)[MARK] for line in reversed(lines) if line.startswith(f'{{"{MARK}"')), None)
     if found is None:
         raise KngdError(_why_silent(job_id, state, lines))
-    if found["kngd_ray"] != __version__ and not package.brings_kngd_ray:
+    if found["kngd_ray"] != __version__ and not bundle.brings_kngd_ray:
         raise KngdError(
             f"the cluster has kngd_ray {found['kngd_ray']} and this machine {__version__}: install the same version "
             "there, or send it along from its checkout with --working-dir."

@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kngd_ray.cluster.event_queue import Cluster, Mailbox
+from kngd_ray.cluster.event_queue import Cluster, EventQueue
 from kngd_ray.cluster.same_code import compared
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import FilterError, KngdError, StorageError
@@ -73,11 +73,11 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
             failure_config=FailureConfig(max_failures=trainer.max_failures),
         ),
     )
-    mailbox = Mailbox(queue, Cluster(trainer))
+    incoming = EventQueue(queue, Cluster(trainer))
     running = _Running(torch_trainer)
     while True:
         ended = not running.is_alive()  # asked before the look: what an ended job has sent is there
-        events = mailbox.wait()
+        events = incoming.wait()
         for event in events:
             on_event(event)
         if ended and not events:

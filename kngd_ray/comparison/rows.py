@@ -14,10 +14,9 @@ from pathlib import Path
 from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
+from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
 from kngd_ray.tracking import LoggedRun
 
-ZERO_SHOT = "zero-shot"
-CHANCE = "chance"  # what it is called where there are no class embeddings, and logits are equal
 _PREFIX = "zero_shot/"
 _SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
 _NAMED = 8  # runs that a message lists at most

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kngd_ray.clip import PRECOMPUTED
+from kngd_ray.comparison.metrics import FRONT, METRICS, OBJECTIVE, STREAM_FRONT, STREAM_METRICS, Metric
 from kngd_ray.comparison.rows import (
-    ZERO_SHOT,
     Found,
     Row,
     by_name,
@@ -22,75 +22,10 @@ from kngd_ray.comparison.rows import (
 from kngd_ray.comparison.statistics import Difference, better, holm, paired_difference, pareto_front
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
-from kngd_ray.experiment.aggregate import interval
+from kngd_ray.experiment.aggregate import ZERO_SHOT, interval
 from kngd_ray.tracking import LoggedRun
 
-METRICS = ("id/accuracy", "ood/mean/accuracy", "id/nll", "ood/mean/nll", "id/ece")
-FRONT = ("id/accuracy", "ood/mean/accuracy", "id/nll")
-STREAM = "stream/"
-STREAM_METRICS = tuple(f"{STREAM}{name}" for name in ("accuracy", "nll", "final", "forgetting"))
-STREAM_FRONT = STREAM_METRICS[:3]
-OBJECTIVE = "objective/"
 _NAMED = 8  # metrics that a message lists at most
-_OF_STREAMS = {
-    "stream/accuracy": "prequential accuracy %",
-    "stream/nll": "prequential NLL",
-    "stream/final": "tests at the end %",
-    "stream/forgetting": "forgotten %",
-}
-_SHORT = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "auroc": "AUROC", "brier": "Brier"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is called and written.
-
-    Attributes:
-        name: in MLflow.
-        direction: 1 where more is better, -1 where less is, 0 where it is not known.
-    """
-
-    name: str
-    direction: int
-
-    @property
-    def label(self) -> str:
-        """What a person calls it: ``ID accuracy %``, ``OOD NLL``, ``sketch ECE``; other names stay as they are."""
-        if self.name in _OF_STREAMS:
-            return _OF_STREAMS[self.name]
-        if not self.name.startswith(("id/", "ood/", OBJECTIVE)):
-            return self.name
-        *path, figure = self.name.removeprefix(OBJECTIVE).split("/")
-        figure = " ".join(_SHORT.get(word, word) for word in figure.split("_"))
-        place = {"id": "ID", "ood/mean": "OOD"}.get("/".join(path), "/".join(path).removeprefix("ood/"))
-        said = f"{place} {figure}".strip()
-        return f"{said} %" if self.factor == 100 else said
-
-    @property
-    def factor(self) -> float:
-        """From the figure to what is shown."""
-        return 100.0 if self.name.endswith("accuracy") or _OF_STREAMS.get(self.name, "").endswith("%") else 1.0
-
-    def show(self, value: float, sign: str = "") -> str:
-        """A figure in the digits that matter.
-
-        Args:
-            value: as logged.
-            sign: ``+`` for a difference.
-
-        Returns:
-            Text.
-        """
-        scaled = value * self.factor
-        digits = 1 if self.factor == 100 else 3 if abs(scaled) < 1000 else 0
-        text = f"{scaled:{sign}.{digits}f}"
-        return text.replace("-", "−") if float(text) else text.lstrip("+-")  # no -0.0
-
-    def spread(self, low: float, mean: float, high: float) -> str:
-        """An interval around a mean: ``±2.4``, or both ends where it has no half: at the bounds of what can be."""
-        if abs((high - mean) - (mean - low)) * self.factor < (0.05 if self.factor == 100 else 0.0005):
-            return f"±{self.show((high - low) / 2)}"
-        return f" [{self.show(low)}, {self.show(high)}]"
 
 
 @dataclass(frozen=True)

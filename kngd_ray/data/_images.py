@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -74,7 +75,7 @@ class ImageSet:
         """The features, of a data set that has them in the place of pictures."""
         return GivenFeatures(self.source, self.keys, self.rows) if isinstance(self.source, FeatureFiles) else None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """What tells a data set from any other: of its pictures, classes, domains and splits; 32 hexadecimal digits.
 

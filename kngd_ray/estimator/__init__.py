@@ -13,6 +13,7 @@ Everything happens in this process: no Ray, no MLflow, and nothing is written un
 """
 
 from kngd_ray.estimator._conventions import NotFittedError
+from kngd_ray.estimator._fitted import FittedClassifier
 from kngd_ray.estimator._kalman_clip import KalmanCLIP
 
-__all__ = ["KalmanCLIP", "NotFittedError"]
+__all__ = ["FittedClassifier", "KalmanCLIP", "NotFittedError"]

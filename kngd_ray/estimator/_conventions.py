@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -101,6 +102,29 @@ def classifier_tags(*, matrix: bool) -> Any:
     )
     tags.no_validation = not matrix
     return tags
+
+
+def weighted_accuracy(found: Sequence[Any], labels: Sequence[Any], sample_weight: Any) -> float:
+    """Share of samples classified right.
+
+    Args:
+        found: (m,) predicted labels.
+        labels: (m,) true ones.
+        sample_weight: (m,) weights; None counts each sample once.
+
+    Returns:
+        The share, weighted.
+
+    Raises:
+        InputError: the weights are no m numbers of 0 or more, or all are 0.
+    """
+    right = np.array([a == b for a, b in zip(found, labels, strict=True)], dtype=np.float64)
+    if sample_weight is None:
+        return float(right.mean()) if len(right) else 0.0
+    weights = np.asarray(array_of(sample_weight, "sample_weight"), dtype=np.float64)
+    if weights.shape != right.shape or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise InputError(f"sample_weight must be {len(right)} numbers of 0 or more that are not all 0.")
+    return float(np.average(right, weights=weights))
 
 
 def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:

@@ -14,13 +14,23 @@ import torch
 from torch import Tensor
 
 from kngd_ray._layered import plain
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, PrecomputedModel, best_device
+from kngd_ray._run_layout import ESTIMATOR
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, best_device
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
-from kngd_ray.estimator._conventions import Parameters, check_columns, classifier_tags, columns_of, not_fitted
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, write
+from kngd_ray.estimator._bases import BaseEstimator, ClassifierMixin
+from kngd_ray.estimator._conventions import (
+    Parameters,
+    check_columns,
+    classifier_tags,
+    columns_of,
+    not_fitted,
+    weighted_accuracy,
+)
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator._naming import listed_templates, names_of, said_of, templates_of
+from kngd_ray.estimator._saved import fit_in, write_run
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.batches import Support
@@ -32,20 +42,19 @@ from kngd_ray.training.interval import interval_scale, probability_std
 from kngd_ray.training.novelty import total_variance
 from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
-from kngd_ray.training.resumable import SOURCE
-from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.settled import Settled, read_settled
 from kngd_ray.training.stream import Stream
 
-_FILE = "estimator.json"
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
 
 
-class KalmanCLIP(Parameters):
+class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """CLIP adapted to a few labelled pictures, or to features of them, by an extended Kalman filter.
 
-    Follows scikit-learn's conventions without needing it: parameters are kept as they are given, ``fit`` returns
-    ``self``, what is learned ends in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. There
-    is no ``sample_weight``.
+    Follows scikit-learn's conventions: parameters are kept as they are given, ``fit`` returns ``self``, what is learned
+    ends in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. Where scikit-learn is installed
+    it is a ``ClassifierMixin`` and a ``BaseEstimator``; it works without. ``fit`` takes no ``sample_weight``, ``score``
+    does.
 
     ``model="precomputed"`` takes a matrix (N, d) of features for the pictures, and passes ``check_estimator``. Only the
     direction of a row counts, as in CLIP: rows are scaled to length 1. Where lengths or an offset matter, a scaler or a
@@ -199,12 +208,13 @@ class KalmanCLIP(Parameters):
             return np.full(len(features), np.nan)
         return classifier.novelty.score(total_variance(_head(classifier), features)).double().numpy()
 
-    def score(self, X: Any, y: Sequence[Hashable]) -> float:
+    def score(self, X: Any, y: Sequence[Hashable], sample_weight: Any = None) -> float:
         """Accuracy.
 
         Args:
             X: m pictures, or a matrix (m, d).
             y: m labels.
+            sample_weight: (m,) weights; None counts each sample once.
 
         Returns:
             Share of the pictures classified right.
@@ -214,11 +224,10 @@ class KalmanCLIP(Parameters):
         labels, samples = inputs.labels(y), inputs.check(X, self._width)
         check_lengths(samples, labels)
         check_columns(self, X)
-        found = self.predict(samples).tolist()
-        return sum(a == b for a, b in zip(found, labels, strict=True)) / max(len(labels), 1)
+        return weighted_accuracy(self.predict(samples).tolist(), labels, sample_weight)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fit as a checkpoint, for :meth:`load` and ``kngd_ray.training.classifier.Classifier.load``.
+        """Write the fit as a run, for :meth:`load`, :func:`kngd_ray.load`, ``kngd-ray predict`` and ``export``.
 
         Args:
             folder: a new or empty folder.
@@ -244,16 +253,8 @@ class KalmanCLIP(Parameters):
             "class_names": None,  # are in the checkpoint
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
         }
-        kept, model = self.checkpoint_, self._restored_classifier().model
-        embeddings = place.absolute() / CLASS_EMBEDDINGS
-        if isinstance(model, PrecomputedModel) and model.zero_shot:
-            source = {**kept.manifest[SOURCE], "class_embeddings": str(embeddings)}
-            kept = replace(kept, manifest={**kept.manifest, SOURCE: source})
-        write(place, kept)
-        if isinstance(model, PrecomputedModel):
-            model.save(embeddings)
-        save_settled(place, self._settled)
-        write_text(place / _FILE, json.dumps({"labels": labels, "params": params}, indent=1))
+        write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._config())
+        write_text(place / ESTIMATOR, json.dumps({"labels": labels, "params": params}, indent=1))
         return place
 
     @classmethod
@@ -271,22 +272,24 @@ class KalmanCLIP(Parameters):
         """
         place = Path(folder)
         try:
-            raw = read_json(place / _FILE)
+            raw = read_json(place / ESTIMATOR)
             labels, found = raw["labels"], cls(**raw["params"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{place} holds no saved KalmanCLIP ({error}).") from error
-        kept, _ = open_fit(place)
+        fit = fit_in(place)
+        kept, _ = open_fit(fit)
         names = kept.manifest["class_names"]
         if not isinstance(labels, list) or len(labels) != len(names):
-            raise CheckpointError(f"{place} names {len(names)} classes, and {_FILE} has other labels.")
-        if (place / CLASS_EMBEDDINGS).is_file():
-            found.class_embeddings = str(place.absolute() / CLASS_EMBEDDINGS)
+            raise CheckpointError(f"{place} names {len(names)} classes, and {ESTIMATOR} has other labels.")
+        if (fit / CLASS_EMBEDDINGS).is_file():
+            found.class_embeddings = str(fit.absolute() / CLASS_EMBEDDINGS)
         found.class_names = dict(zip(labels, names, strict=True))
-        found._adopt(kept, read_settled(place), labels)
+        found._adopt(kept, read_settled(fit), labels)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_restored"}  # made again when needed
+        state: dict[str, Any] = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_restored"}  # made again when needed
 
     def _adopt(self, kept: Checkpoint, settled: Settled, labels: Sequence[Any]) -> None:
         """Become the fit that a checkpoint holds."""

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+ZERO_SHOT = "zero-shot"
+CHANCE = "chance"  # what zero-shot is called where there are no class embeddings, and logits are equal
+
 LEVEL = 0.95
 EQUAL = 1e-12
 """Figures that differ by no more are equal, give or take their last digit."""
@@ -103,23 +106,6 @@ def interval(values: Sequence[float], metric: str = "") -> dict[str, float]:
     """
     found, (least, most) = student(values), possible(metric)
     return {"mean": found.mean, "low": max(found.low, least), "high": min(found.high, most)}
-
-
-def with_interval(figure: Mapping[str, float], factor: float = 1, digits: int = 3) -> str:
-    """A mean and its interval as text.
-
-    Args:
-        figure: ``mean``, ``low`` and ``high``.
-        factor: to the unit that is shown; 100 makes percents of shares.
-        digits: after the point.
-
-    Returns:
-        ``48.7±2.4``; ``96.3 [91.0, 100.0]`` where the interval ends at a bound, and has no half.
-    """
-    mean, low, high = (figure[key] * factor for key in ("mean", "low", "high"))
-    if abs((high - mean) - (mean - low)) < 10.0**-digits / 2:
-        return f"{mean:.{digits}f}±{(high - low) / 2:.{digits}f}"
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def flat_metrics(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,63 +1,77 @@
-"""Ray for as long as a command needs it, or not at all."""
+"""Where the work of a run is done: in this process, or by the workers of whatever extends :class:`Backend`."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+from kngd_ray.clip import ModelConfig, best_device
 from kngd_ray.config import TrainerConfig
+from kngd_ray.data import EncodedStream, ImageSet
 from kngd_ray.errors import UsageError
+from kngd_ray.training.job import FitEvent, Job, run_fits
 
 
-def ray_for(trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractContextManager[None]:
-    """A Ray session that holds the trainer's workers at once; nothing when there are none.
+class Backend:
+    """This process, alone. :class:`kngd_ray.cluster.backend.RayBackend` adds workers."""
 
-    Ray is imported only if it is needed: that alone takes seconds.
+    def session(self, trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractContextManager[None]:
+        """Hold what the trainer's workers need at once, for as long as it is needed.
 
-    Args:
-        trainer: workers, resources and the cluster's address.
-        dashboard: start it, on loopback, with an instance on this machine.
+        Args:
+            trainer: workers, resources and the cluster's address.
+            dashboard: start one, on loopback, with an instance on this machine.
 
-    Returns:
-        A context manager.
-    """
-    n = trainer.least_workers
-    if not n:
+        Returns:
+            A context manager.
+
+        Raises:
+            UsageError: workers are asked for, which this process has not.
+        """
+        if trainer.least_workers:
+            raise UsageError(f"trainer.num_workers is {trainer.num_workers}, and this process has no workers: set 0.")
         return nullcontext()
-    from kngd_ray.cluster import ray_session
 
-    gpus = n if trainer.use_gpu is True else 0
-    return ray_session(trainer.address, cpus=n * trainer.cpus_per_worker, gpus=gpus, dashboard=dashboard)
+    def with_gpus(self, trainer: TrainerConfig) -> TrainerConfig:
+        """Decide ``use_gpu: auto``, in a session.
 
+        Args:
+            trainer: of the run.
 
-def with_gpus(trainer: TrainerConfig) -> TrainerConfig:
-    """Decide ``use_gpu: auto``, once Ray is up where it is needed.
+        Returns:
+            The same with a yes or no: whether each rank has a GPU, or this process where there is no rank.
 
-    A fit is the same on any number of ranks. So where GPUs are fewer than ranks, no more ranks run than there are GPUs:
-    one GPU serves better than all the cores beside it.
-
-    Args:
-        trainer: of the run.
-
-    Returns:
-        The same with a yes or no: whether each rank has a GPU, or this process where there is no rank. With no more
-        ranks than GPUs, if it was left to us.
-
-    Raises:
-        UsageError: a GPU is asked for in this process, which has none.
-    """
-    if not trainer.least_workers:
-        from kngd_ray.clip import best_device  # which imports torch, that not every command needs
-
+        Raises:
+            UsageError: a GPU is asked for in this process, which has none.
+        """
         there = best_device() != "cpu"
         if trainer.use_gpu is True and not there:
             raise UsageError(
                 "trainer.use_gpu is true and this machine has no usable GPU: leave it out, or join a cluster."
             )
-    elif trainer.use_gpu == "auto":
-        from kngd_ray.cluster import gpus_of_cluster
+        return trainer if trainer.use_gpu != "auto" else replace(trainer, use_gpu=there)
 
-        gpus = int(gpus_of_cluster())
-        there = gpus > 0
-        if there and gpus < trainer.most_workers:
-            least = min(trainer.least_workers, gpus)
-            return replace(trainer, use_gpu=True, num_workers=(least, gpus))
-    return trainer if trainer.use_gpu != "auto" else replace(trainer, use_gpu=there)
+    def run_fits(self, job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
+        """Run the fits of a job to their end, in a session.
+
+        Args:
+            job: the fits.
+            trainer: workers, resources and fault tolerance.
+            on_event: told of steps, in this thread.
+        """
+        run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
+
+    def stream(self, images: ImageSet, model: ModelConfig, trainer: TrainerConfig) -> EncodedStream | None:
+        """Encode pictures with workers, in a session.
+
+        Args:
+            images: the data set.
+            model: that encodes.
+            trainer: workers and resources.
+
+        Returns:
+            A stream of encoded batches; None where this process encodes.
+        """
+        return None
+
+
+HERE = Backend()

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import Config, flatten, parse
 from kngd_ray.errors import CheckpointError
-from kngd_ray.experiment.run_folder import CONFIG, fit_of, locate, read_config
+from kngd_ray.experiment.run_folder import fit_of, locate, read_config
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import open_fit

@@ -19,7 +19,7 @@ from kngd_ray.config import load_config
 from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, ImageSet, open_images, write_features
 from kngd_ray.errors import UsageError
-from kngd_ray.experiment.backend import ray_for
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.task import encode as encode_pictures
 from kngd_ray.storage import storage_errors
 
@@ -28,7 +28,13 @@ CLASS_EMBEDDINGS = "class_embeddings.npy"
 
 
 def encode(
-    dataset: str, file: Path | None, overrides: Sequence[str], display: Display, *, out: Path | None = None
+    dataset: str,
+    file: Path | None,
+    overrides: Sequence[str],
+    display: Display,
+    backend: Backend = HERE,
+    *,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Compute the features of every picture of a data set.
 
@@ -37,6 +43,7 @@ def encode(
         file: configuration file, or None.
         overrides: ``key=value`` settings.
         display: where progress is shown.
+        backend: encodes.
         out: a new or empty folder for features and class embeddings; None only fills the cache.
 
     Returns:
@@ -54,15 +61,14 @@ def encode(
     images = open_images(config.data)
     for note in images.notes:
         display.say(note)
-    workers = config.trainer.least_workers
-    with ray_for(config.trainer):
+    with backend.session(config.trainer):
         model = load_model(config.model)
         texts = None if out is None else _texts(model, images, config.data.templates, display)  # before the long part
         cache = FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)
         everything = np.arange(len(images))
         missing = len(cache.missing(images.keys))
         with display.pictures("encoding") as progress:
-            bad = encode_pictures(config, images, everything, model, cache, use_ray=workers > 0, progress=progress)
+            bad = encode_pictures(config, images, everything, model, cache, backend, progress)
     display.say(
         f"{len(images)} pictures, {missing - len(bad)} encoded now, {len(bad)} undecodable; features in {cache.folder}"
     )

@@ -10,13 +10,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import parse, parse_override
 from kngd_ray.console import Display, stacked
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import over_seeds
-from kngd_ray.experiment.backend import ray_for
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.backend import HERE, Backend
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.evaluation import evaluate
@@ -29,7 +30,14 @@ FIGURE = "ensemble.png"
 _MEAN = "OOD mean"
 
 
-def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: str, display: Display) -> dict[str, Any]:
+def ensemble(
+    target: str,
+    overrides: Sequence[str],
+    points: int,
+    storage_path: str,
+    display: Display,
+    backend: Backend = HERE,
+) -> dict[str, Any]:
     """Score the weights theta_0 + alpha (theta - theta_0) of a run over alpha, and keep one alpha if told to.
 
     The scores are those of the test sets, so the curve is there to be looked at: an alpha chosen by it would be
@@ -43,6 +51,7 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         points: values of alpha from 0 to 1 that are scored, beside the one that is kept.
         storage_path: where runs live.
         display: where the curve is shown.
+        backend: encodes.
 
     Returns:
         ``fits``, their ``alpha`` from now on (None where they differ), whether it was ``kept`` now, the ``curve`` (for
@@ -56,7 +65,7 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         raise UsageError(f"--points is {points}; a curve over alpha needs 2 or more, 0 and 1 among them.")
     alpha, settings = _alpha(overrides)
     place = run_folder.locate(target, storage_path)
-    run = next(folder for folder in (place, *place.parents) if (folder / run_folder.CONFIG).is_file())
+    run = next(folder for folder in (place, *place.parents) if (folder / CONFIG).is_file())
     config = run_folder.read_config(run, settings)
     folders = [place] if place != run else [run_folder.fit_of(run, config.method, seed) for seed in config.seeds]
     with nullcontext() if alpha is None else run_folder.locked(run):
@@ -65,8 +74,8 @@ def ensemble(target: str, overrides: Sequence[str], points: int, storage_path: s
         task = open_task(config, fits[0][0].manifest)
         for note in task.notes:
             display.say(note)
-        with ray_for(config.trainer), display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=config.trainer.most_workers > 0, progress=progress)
+        with backend.session(config.trainer), display.pictures("encoding") as progress:
+            prepared = prepare(task, backend, progress)
         for checkpoint, _ in fits:
             check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
         alphas = sorted({round(n / (points - 1), 6) for n in range(points)} | ({alpha} if alpha is not None else set()))
@@ -130,7 +139,7 @@ def _in_use(checkpoint: Checkpoint, folder: Path) -> float:
 
 
 def _score(
-    fits: Sequence[tuple[Checkpoint, Path]], alphas: Sequence[float], prepared: Prepared, display: Display
+    fits: Sequence[tuple[Checkpoint, Path]], alphas: Sequence[float], prepared: TaskData, display: Display
 ) -> list[list[dict[str, Any]]]:
     """Figures of each alpha and fit."""
     sets = []

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from kngd_ray._layered import flat
-from kngd_ray.config import parse_override, read_yaml
+from kngd_ray._run_layout import IN_MEMORY
+from kngd_ray.config import parse_override
+from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
-from kngd_ray.experiment.backend import ray_for
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.run_folder import find_fit, read_config
 from kngd_ray.experiment.task import open_task, open_tests, prepare
 from kngd_ray.tracking import reliability_diagram
@@ -26,7 +28,12 @@ from kngd_ray.training.settled import read_settled
 
 
 def evaluate(
-    target: str, file: Path | None, overrides: Sequence[str], storage_path: str, display: Display
+    target: str,
+    file: Path | None,
+    overrides: Sequence[str],
+    storage_path: str,
+    display: Display,
+    backend: Backend = HERE,
 ) -> dict[str, Any]:
     """Score a fit.
 
@@ -36,10 +43,14 @@ def evaluate(
         overrides: ``key=value`` settings over the run's configuration: other data, another domain.
         storage_path: where runs live.
         display: where figures are shown.
+        backend: encodes.
 
     Returns:
         ``id`` and ``ood`` as ``train`` reports them, each with ``aurc``, and per OOD domain
         ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
+
+    Raises:
+        UsageError: the fit learned from data in memory, and no other data are named.
     """
     fit = find_fit(target, storage_path)
     checkpoint, fit_folder = open_fit(fit)
@@ -48,6 +59,8 @@ def evaluate(
     given = _given(file, overrides)
     trained_on = read_config(run).data
     manifest = checkpoint.manifest
+    if config.data.path == IN_MEMORY:
+        raise UsageError(f"{run.name} learned from pictures in memory: name data to score it on by data.path.")
     if _same(config.data.path, trained_on.path):
         only = config.data.classes if "data.classes" in given else None
         config = replace(config, data=replace(config.data, classes=trained_on.classes))
@@ -56,9 +69,8 @@ def evaluate(
         task = open_tests(config, given, manifest)
     for note in task.notes:
         display.say(note)
-    workers = config.trainer.least_workers
-    with ray_for(config.trainer), display.pictures("encoding") as progress:
-        prepared = prepare(task, use_ray=workers > 0, progress=progress)
+    with backend.session(config.trainer), display.pictures("encoding") as progress:
+        prepared = prepare(task, backend, progress)
     check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
     settled = read_settled(fit_folder)
     predictor = restore_predictor(

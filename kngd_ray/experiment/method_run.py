@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._run_layout import CONFIG, fit_name
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
-from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.environment import describe_data, describe_environment
 from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
-from kngd_ray.experiment.task import Prepared
+from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import Calibration, below_zero_shot
@@ -47,7 +48,7 @@ class MethodRun:
     """
 
     def __init__(
-        self, config: Config, priors: Mapping[int, Prior], prepared: Prepared, protocol: Protocol, folder: Path
+        self, config: Config, priors: Mapping[int, Prior], prepared: TaskData, protocol: Protocol, folder: Path
     ) -> None:
         self.config = config
         self._protocol = protocol
@@ -83,7 +84,7 @@ class MethodRun:
 
     def fit(self, seed: int) -> str:
         """What the fit of a seed is called."""
-        return run_folder.fit_name(self.name, seed)
+        return fit_name(self.name, seed)
 
     def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; of a refused one, that it was refused.
@@ -160,8 +161,8 @@ class MethodRun:
         }
         name = f"{self._folder.name}/{record_id}"
         record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
-        record.log_input(**self._prepared.inputs)
-        write_text(record.artifacts / run_folder.CONFIG, to_yaml(shown))
+        record.log_input(**describe_data(self._prepared.images, config.data, self._prepared.model.name))
+        write_text(record.artifacts / CONFIG, to_yaml(shown))
         write_text(record.artifacts / "environment.json", describe_environment())
         return record
 

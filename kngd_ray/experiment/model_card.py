@@ -11,7 +11,7 @@ from kngd_ray import __version__
 from kngd_ray.config import Config, flatten
 from kngd_ray.console import cell
 from kngd_ray.data import EMBEDDED
-from kngd_ray.experiment.task import Prepared
+from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.training.calibration import Calibration
 
@@ -27,7 +27,7 @@ def write_card(
     folder: Path,
     name: str,
     config: Config,
-    prepared: Prepared,
+    prepared: TaskData,
     report: Mapping[str, Any],
     zero_shot: Mapping[str, Any],
     *,
@@ -61,7 +61,7 @@ def write_card(
     write_text(folder / FILE, "\n\n".join(parts) + "\n")
 
 
-def _model(config: Config, prepared: Prepared, steps: int) -> str:
+def _model(config: Config, prepared: TaskData, steps: int) -> str:
     model = prepared.model
     what, of = "a CLIP model adapted to a few labelled pictures per class", "pictures"
     folder = model.name.startswith("local-dir:")  # of which the place says more than it should
@@ -97,7 +97,7 @@ def _model(config: Config, prepared: Prepared, steps: int) -> str:
     )
 
 
-def _data(config: Config, prepared: Prepared) -> str:
+def _data(config: Config, prepared: TaskData) -> str:
     images, splits = prepared.images, prepared.splits
     first = splits[config.seeds[0]]
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path

@@ -17,7 +17,8 @@ from kngd_ray.config import Config
 from kngd_ray.console import Display, stacked
 from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, select_tests
 from kngd_ray.errors import DataError, UsageError
-from kngd_ray.experiment.task import Prepared, Progress, Task, encode
+from kngd_ray.experiment.backend import Backend
+from kngd_ray.experiment.task import Progress, Task, TaskData, encode
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.evaluation import ID, MEAN, evaluate, set_name
@@ -130,7 +131,7 @@ class Protocol:
     """
 
     name: str
-    prepared: Prepared
+    prepared: TaskData
     unseen: dict[str, Unseen]
     class_embeddings: dict[str, torch.Tensor]
 
@@ -204,7 +205,7 @@ class Protocol:
 
 
 def prepare_protocol(
-    config: Config, unseen: Mapping[str, Unseen], prepared: Prepared, *, use_ray: bool, progress: Progress | None
+    config: Config, unseen: Mapping[str, Unseen], prepared: TaskData, backend: Backend, progress: Progress | None
 ) -> Protocol:
     """Compute the features of unseen classes that are missing.
 
@@ -212,7 +213,7 @@ def prepare_protocol(
         config: what is asked for.
         unseen: from :func:`open_protocol`.
         prepared: the run's own data.
-        use_ray: encode with Ray Data; Ray must be up.
+        backend: encodes, its session begun.
         progress: told of pictures done and to do.
 
     Returns:
@@ -224,7 +225,7 @@ def prepare_protocol(
     model, cache = prepared.model, prepared.cache
     usable = {}
     for name, found in unseen.items():
-        bad = encode(config, found.images, found.rows, model, cache, use_ray=use_ray, progress=progress)
+        bad = encode(config, found.images, found.rows, model, cache, backend, progress)
         rows = found.rows[~np.isin(found.rows, list(bad))]
         if not len(rows):
             raise DataError(f"none of the test pictures of {name} can be decoded.")

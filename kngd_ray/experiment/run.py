@@ -1,7 +1,7 @@
 """``kngd-ray train``: the fits of a run, their evaluation, and the table at the end."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,58 +9,35 @@ from typing import Any
 
 import torch
 
+from kngd_ray._run_layout import RESULTS
 from kngd_ray.clip import CLIPHead
-from kngd_ray.comparison.rows import CHANCE
-from kngd_ray.config import Config, TrainerConfig, baseline_config, load_config
+from kngd_ray.config import Config, TrainerConfig, baseline_config
 from kngd_ray.console import Display
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.experiment import run_folder
-from kngd_ray.experiment.backend import ray_for, with_gpus
+from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.continuation import check_prior, find_priors
 from kngd_ray.experiment.method_run import MethodRun
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.experiment.streams import show_streams, stream_of, zero_shot_figures
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature
 from kngd_ray.training.evaluation import ID, evaluate
-from kngd_ray.training.job import FitEvent, Job, run_fits
+from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
-ZERO_SHOT = "zero-shot"
 
-
-def resumed_config(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that is to be continued.
-
-    Args:
-        name: name or folder of the run.
-        overrides: ``key=value`` settings; only where it runs and is logged may change.
-
-    Returns:
-        The run's configuration.
-
-    Raises:
-        UsageError: a setting that would make it another run, or a search.
-    """
-    fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
-    if fixed:
-        raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
-    folder = run_folder.find(name, load_config(overrides=overrides).trainer.storage_path)
-    if (folder / run_folder.SEARCH).is_file():
-        raise UsageError(f"{folder.name} is a search: continue it with kngd-ray tune --resume {folder.name}.")
-    config = run_folder.read_config(folder, overrides)
-    return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
-
-
-def train(config: Config, display: Display, *, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
     """Run what a configuration asks for, or continue a run.
 
     Args:
         config: the configuration; of a run to continue, from :func:`resumed_config`.
         display: where progress and results are shown.
+        backend: does the work.
         resume: continue the run of that name.
 
     Returns:
@@ -76,7 +53,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     if config.method in config.baselines:
         raise UsageError(f"baselines name {config.method}, which is the method itself: leave it out.")
     if not config.trainer.least_workers:
-        with_gpus(config.trainer)  # what this process lacks is refused before anything is done
+        backend.with_gpus(config.trainer)  # what this process lacks is refused before anything is done
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
@@ -88,13 +65,12 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
-    with ray_for(config.trainer), ExitStack() as stack:
-        trainer = with_gpus(config.trainer)
+    with backend.session(config.trainer), ExitStack() as stack:
+        trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer, asked=config.trainer.most_workers))
         with display.pictures("encoding") as progress:
-            use_ray = config.trainer.most_workers > 0
-            prepared = prepare(task, use_ray=use_ray, progress=progress)
-            protocol = prepare_protocol(config, unseen, prepared, use_ray=use_ray, progress=progress)
+            prepared = prepare(task, backend, progress)
+            protocol = prepare_protocol(config, unseen, prepared, backend, progress)
         # Only now: a picture that cannot be decoded leaves no empty run behind.
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
@@ -105,16 +81,17 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
                 MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
             ]
             # the run's folder keeps what was asked for, so that it can be continued where there is another GPU
-            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display)
+            return _run(replace(config, trainer=trainer), methods, prepared, protocol, folder, display, backend)
 
 
 def _run(
     config: Config,
     methods: Sequence[MethodRun],
-    prepared: Prepared,
+    prepared: TaskData,
     protocol: Protocol,
     folder: Path,
     display: Display,
+    backend: Backend,
 ) -> dict[str, Any]:
     publisher = None
     if config.tracking.enabled:
@@ -124,7 +101,7 @@ def _run(
     reports: list[dict[str, Any]] = []
     run_ids: Mapping[str, str] | None = None
     try:
-        _fit(config, methods, prepared, folder, display)
+        _fit(config, methods, prepared, folder, display, backend)
         zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
@@ -154,10 +131,17 @@ def _run(
         fit, reason = next(iter(failures.items()))
         others = f" ({len(failures)} of {sum(len(m.tasks) for m in methods)} fits failed)" if len(failures) > 1 else ""
         raise FilterError(f"{fit}{others}: {reason}")
-    return _write_results(folder, reports)
+    return {**_write_results(folder, reports), "folder": str(folder)}
 
 
-def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folder: Path, display: Display) -> None:
+def _fit(
+    config: Config,
+    methods: Sequence[MethodRun],
+    prepared: TaskData,
+    folder: Path,
+    display: Display,
+    backend: Backend,
+) -> None:
     """Run all fits of all methods as one job."""
     owner = {method.fit(seed): method for method in methods for seed in method.tasks}
     fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
@@ -171,19 +155,10 @@ def _fit(config: Config, methods: Sequence[MethodRun], prepared: Prepared, folde
                 owner[event.fit].failures[event.fit] = event.error
 
         job = Job(fits, prepared.identity, folder, config.trainer.checkpoint_every)
-        _run_job(job, config.trainer, on_event)
+        backend.run_fits(job, config.trainer, on_event)
 
 
-def _run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
-    if not trainer.num_workers:
-        run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
-        return
-    from kngd_ray.cluster import run_job
-
-    run_job(job, trainer, on_event)
-
-
-def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, Any]:
+def _zero_shot(prepared: TaskData, protocol: Protocol, seed: int) -> dict[str, Any]:
     """Figures of CLIP as it is; its scaling temperature is fitted on the shots, on which it was not trained."""
     head = CLIPHead(prepared.class_embeddings, prepared.model.logit_scale)
     predictor = Predictor(head, None, None, PosteriorOptions(predict="mean"))
@@ -196,7 +171,7 @@ def _zero_shot(prepared: Prepared, protocol: Protocol, seed: int) -> dict[str, A
 
 def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result = {**reports[0], **({"baselines": list(reports[1:])} if reports[1:] else {})}
-    write_text(folder / run_folder.RESULTS, json.dumps(result, indent=1))
+    write_text(folder / RESULTS, json.dumps(result, indent=1))
     return result
 
 
@@ -230,7 +205,7 @@ def compute_threads(cpus: float) -> Iterator[None]:
 
 def _show(
     config: Config,
-    prepared: Prepared,
+    prepared: TaskData,
     protocol: Protocol,
     reports: Sequence[Mapping[str, Any]],
     display: Display,

@@ -1,11 +1,4 @@
-"""The folder of a run: who may write to it, what it is called, and where its fits are.
-
-<storage_path>/<name>/config.yaml         the configuration, as ``--resume`` reads it
-                      fits/<fit>/         checkpoints and calibration of each fit
-                      records/            what is logged, see :mod:`kngd_ray.tracking`
-                      results.json        the final figures
-                      search.yaml         of a search: its options and space
-"""
+"""The folder of a run: who may write to it, what it is called, and where its fits are (:mod:`kngd_ray._run_layout`)."""
 
 import logging
 import time
@@ -15,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+from kngd_ray._run_layout import CONFIG, FITS, RESULTS, SEARCH, fit_name
 from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
@@ -23,10 +17,6 @@ from kngd_ray.tracking import redact, resolve_uri
 from kngd_ray.training.checkpoint import MANIFEST
 
 logger = logging.getLogger(__name__)
-
-CONFIG = "config.yaml"
-RESULTS = "results.json"
-SEARCH = "search.yaml"
 
 # what runs did that were kept before these settings were there
 _BEFORE = {"data": {"draw": "first", "val": "test"}}
@@ -81,6 +71,29 @@ def read_config(folder: Path, overrides: Sequence[str] = (), file: Path | None =
         The configuration.
     """
     return load_config([_BEFORE, folder / CONFIG, *([file] if file is not None else [])], overrides, complete=True)
+
+
+def resumed_config(name: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that is to be continued.
+
+    Args:
+        name: name or folder of the run.
+        overrides: ``key=value`` settings; only where it runs and is logged may change.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UsageError: a setting that would make it another run, or a search.
+    """
+    fixed = [text for text in overrides if not text.startswith(("trainer.", "tracking."))]
+    if fixed:
+        raise UsageError(f"a resumed run keeps its settings: leave out {fixed[0]!r}, or start a new run with it.")
+    folder = find(name, load_config(overrides=overrides).trainer.storage_path)
+    if (folder / SEARCH).is_file():
+        raise UsageError(f"{folder.name} is a search: continue it with kngd-ray tune --resume {folder.name}.")
+    config = read_config(folder, overrides)
+    return replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
 
 
 def _settled(config: Config) -> Config:
@@ -148,7 +161,7 @@ def locate(target: str, storage_path: str) -> Path:
         The folder of a run, a fit or a checkpoint.
     """
     path = Path(target).expanduser().resolve()
-    inside = (path / MANIFEST).is_file() or path.parent.name == "fits"
+    inside = (path / MANIFEST).is_file() or path.parent.name == FITS
     if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):
         return path
     return _winner(find(target, storage_path))
@@ -191,7 +204,7 @@ def fit_of(run: Path, method: str, seed: int) -> Path:
     Raises:
         CheckpointError: it was not begun.
     """
-    fit = run / "fits" / fit_name(method, seed)
+    fit = run / FITS / fit_name(method, seed)
     if not fit.is_dir():
         raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
     return fit
@@ -215,11 +228,6 @@ def find_fit(target: str, storage_path: str) -> Path:
         return place
     config = read_config(place)
     return fit_of(place, config.method, config.seeds[0])
-
-
-def fit_name(method: str, seed: int) -> str:
-    """What a fit is called in its run."""
-    return f"{method}-seed{seed}"
 
 
 class DrivenElsewhereError(UsageError):

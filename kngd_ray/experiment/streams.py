@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.console import Display, stacked
-from kngd_ray.experiment.task import Prepared
+from kngd_ray.experiment.task import TaskData
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.stream import Look, Met, Stage, Stream, prequential, retention
@@ -20,7 +20,7 @@ METRICS = "stream/"
 _FIGURES = ("accuracy", "nll", "tau")
 
 
-def stream_of(prepared: Prepared, seed: int) -> Stream | None:
+def stream_of(prepared: TaskData, seed: int) -> Stream | None:
     """What makes the fits of a seed those of a stream.
 
     Args:
@@ -93,7 +93,7 @@ class Streamed:
         }
 
 
-def zero_shot_figures(prepared: Prepared, seed: int) -> dict[str, Any]:
+def zero_shot_figures(prepared: TaskData, seed: int) -> dict[str, Any]:
     """Prequential figures of CLIP as it is, which learns nothing.
 
     Args:

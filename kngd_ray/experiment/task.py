@@ -40,7 +40,7 @@ from kngd_ray.data import (
     select_tests,
 )
 from kngd_ray.errors import DataError
-from kngd_ray.experiment.backend import with_gpus
+from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
@@ -56,7 +56,7 @@ Choose = Callable[[frozenset[int]], dict[int, Split]]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TaskData:
     """Everything that fits and evaluations need, computed once per run.
 
     Attributes:
@@ -83,20 +83,6 @@ class Prepared:
     def identity(self) -> dict[str, Any]:
         """What weights trained on this belong to."""
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
-
-    @cached_property
-    def inputs(self) -> dict[str, Any]:
-        """The data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it: its name, digest, place and size."""
-        images, data = self.images, self.config.data
-        counts = {split: int((images.splits == split).sum()) for split in ("train", "test")}
-        classes, domains = len(images.class_names), sorted(set(images.domains.tolist()))
-        path = data.path if isinstance(data.path, str) else ", ".join(data.path)
-        return {
-            "name": data.name,
-            "digest": images.digest,
-            "source": path,
-            "profile": {"classes": classes, "domains": domains, "model": self.model.name, **counts},
-        }
 
     def support(self, seed: int) -> Support:
         """The training shots of a seed, as features of the pretrained model."""
@@ -385,12 +371,12 @@ def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> b
     ).image_trained
 
 
-def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = None) -> Prepared:
+def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = None) -> TaskData:
     """Compute the features that are missing.
 
     Args:
         task: data, shots and model.
-        use_ray: encode with Ray Data; Ray must be up.
+        backend: encodes, its session begun.
         progress: told of pictures done and to do.
 
     Returns:
@@ -403,12 +389,12 @@ def prepare(task: Task, *, use_ray: bool = False, progress: Progress | None = No
     while True:
         # A picture that cannot be decoded is replaced in the shots, and its replacement may be bad too.
         needed = np.unique(np.concatenate([split.indices for split in splits.values()]))
-        found = encode(config, images, needed, model, cache, use_ray=use_ray, progress=progress)
+        found = encode(config, images, needed, model, cache, backend, progress)
         if not found - bad:
             break
         bad |= found
         splits = task.choose(bad)
-    return Prepared(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
+    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
 
 
 def encode(
@@ -417,11 +403,10 @@ def encode(
     indices: np.ndarray[Any, np.dtype[np.int64]],
     model: AnyModel,
     cache: FeatureCache | GivenFeatures,
-    *,
-    use_ray: bool,
+    backend: Backend,
     progress: Progress | None,
 ) -> frozenset[int]:
-    """Fill the cache with the features of pictures, with Ray Data or in this process.
+    """Fill the cache with the features of pictures, with the backend's workers or in this process.
 
     Args:
         config: model, workers and what a bad picture does.
@@ -429,7 +414,7 @@ def encode(
         indices: which pictures.
         model: the loaded model, for this process.
         cache: where the features go.
-        use_ray: encode with Ray Data; Ray must be up.
+        backend: encodes, its session begun.
         progress: told of pictures done and to do.
 
     Returns:
@@ -441,12 +426,8 @@ def encode(
         return frozenset()
     assert isinstance(model, ClipModel)
     assert isinstance(cache, FeatureCache)
-    if use_ray:
-        from kngd_ray.cluster import ray_stream
-
-        trainer = with_gpus(config.trainer)
-        encoders = max(trainer.least_workers, 1)
-        stream = ray_stream(images, config.model, encoders=encoders, use_gpu=trainer.use_gpu is True)
+    stream = backend.stream(images, config.model, config.trainer)
+    if stream is not None:
         return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
     device = "cpu" if config.trainer.use_gpu is False else best_device()
     encoder = model if device == "cpu" else load_model(config.model, device)

@@ -14,10 +14,11 @@ something is published.
 from kngd_ray.errors import redact
 from kngd_ray.tracking._check import check_store
 from kngd_ray.tracking._figures import ensemble_curve, learning_curve, reliability_diagram, stream_curve
+from kngd_ray.tracking._plots import accuracy_plot, trial_plot
 from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
-from kngd_ray.tracking._record import Record, Status
+from kngd_ray.tracking._record import Record, Status, read_metrics
 from kngd_ray.tracking._runs import LoggedRun, read_runs
 from kngd_ray.tracking._uri import resolve_uri
 
@@ -26,14 +27,17 @@ __all__ = [
     "Publisher",
     "Record",
     "Status",
+    "accuracy_plot",
     "check_store",
     "ensemble_curve",
     "learning_curve",
     "publish",
+    "read_metrics",
     "read_runs",
     "redact",
     "reliability_diagram",
     "resolve_uri",
     "save_pyfunc",
     "stream_curve",
+    "trial_plot",
 ]

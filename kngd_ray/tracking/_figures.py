@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 15
-_COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#a6761d", "#e7298a")
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#a6761d", "#e7298a")
 _PREFIX = "train/"
 _PANELS = (  # figure of a step, title, unit; drawn where it is present
     ("accuracy", "prequential accuracy", "share right"),
@@ -41,14 +41,14 @@ def reliability_diagram(
     Returns:
         ECE by test set, as :class:`~kngd_ray.training.metrics.Scores` computes it.
     """
-    figure = _figure(5.2, 5.6)
+    figure = blank(5.2, 5.6)
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     top.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated", zorder=1)
     centres = (np.arange(BINS) + 0.5) / BINS
     width = 1 / BINS / max(1, len(curves))
     errors = {}
     for number, (name, (probabilities, labels)) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         counts, confidence, accuracy = _bins(np.asarray(probabilities, dtype=float), np.asarray(labels))
         share = counts / max(1, counts.sum())
         errors[name] = float((share * np.abs(accuracy - confidence)).sum())
@@ -69,7 +69,7 @@ def reliability_diagram(
     if any(len(np.asarray(labels)) for _, labels in curves.values()):
         bottom.set_yscale("symlog", linthresh=1)
     for axes in (top, bottom):
-        _tidy(axes)
+        tidy(axes)
     figure.align_ylabels()
     _save(figure, path)
     return errors
@@ -87,7 +87,7 @@ def learning_curve(steps: Sequence[Mapping[str, float]], path: Path, title: str 
     columns = {name: _column(steps, name) for name, _, _ in _PANELS}
     present = [panel for panel in _PANELS if np.isfinite(columns[panel[0]]).any()] or [_PANELS[0]]
     at = np.array([step["step"] for step in steps], dtype=float)
-    figure = _figure(6.4, 0.7 + 1.5 * len(present))
+    figure = blank(6.4, 0.7 + 1.5 * len(present))
     axes: Any = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
     for place, (name, label, unit) in zip(axes, present, strict=True):
         heading = label
@@ -100,13 +100,13 @@ def learning_curve(steps: Sequence[Mapping[str, float]], path: Path, title: str 
         smooth = window > 1 and name != "log_evidence"
         marker = "o" if len(steps) <= 40 else None
         light = {"alpha": 0.3, "linewidth": 0.6} if smooth else {"linewidth": 1.1}
-        place.plot(at, values, marker=marker, color=_COLOURS[0], markersize=3, **light)
+        place.plot(at, values, marker=marker, color=COLOURS[0], markersize=3, **light)
         if smooth:
-            place.plot(at, _running_mean(values, window), color=_COLOURS[0], linewidth=1.4)
+            place.plot(at, _running_mean(values, window), color=COLOURS[0], linewidth=1.4)
             heading += f", mean of {window}"
         place.set_title(heading, fontsize=9, loc="left")
         place.set_ylabel(unit, fontsize=8)
-        _tidy(place)
+        tidy(place)
     if present[0][0] == "accuracy":
         axes[0].set_ylim(-0.03, 1.03)
     axes[-1].set_xlabel("step")
@@ -132,18 +132,18 @@ def ensemble_curve(
         title: over the figure.
         used: alpha that is marked; None marks none.
     """
-    figure = _figure(5.2, 3.8)
+    figure = blank(5.2, 3.8)
     axes = figure.subplots()
     if used is not None:
         axes.axvline(used, color="0.4", linewidth=1, linestyle="--", label=f"in use: {used:g}")
-    for colour, (name, accuracies) in zip(cycle(_COLOURS), lines.items(), strict=False):
+    for colour, (name, accuracies) in zip(cycle(COLOURS), lines.items(), strict=False):
         percent = 100 * np.asarray(accuracies, dtype=float)
         axes.plot(alphas, percent.mean(1), color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
         if percent.shape[1] > 1:
             axes.fill_between(alphas, percent.min(1), percent.max(1), color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="alpha: 0 pretrained, 1 trained", ylabel="accuracy %", title=title)
     axes.legend(fontsize=8, framealpha=0.9)
-    _tidy(axes)
+    tidy(axes)
     _save(figure, path)
 
 
@@ -159,21 +159,21 @@ def stream_curve(curve: Mapping[str, Any], path: Path, title: str = "Stream") ->
     """
     stages, tested = curve["stages"], curve["tested"]
     by_domain = len(tested) > 1
-    figure = _figure(6.4, 5.6 if by_domain else 4.0)
+    figure = blank(6.4, 5.6 if by_domain else 4.0)
     axes: Any = figure.subplots(2 + by_domain, 1, sharex=True, squeeze=False)[:, 0]
     at = np.asarray(curve["samples"], dtype=float)
     sizes = np.diff(at, prepend=0.0)
     for place, name, unit in ((axes[0], "accuracy", "share right"), (axes[1], "nll", "nats per sample")):
         values = np.asarray(curve[name], dtype=float)
-        place.plot(at, values, color=_COLOURS[0], alpha=0.35, linewidth=0.8, marker=".", markersize=3)
+        place.plot(at, values, color=COLOURS[0], alpha=0.35, linewidth=0.8, marker=".", markersize=3)
         so_far = np.cumsum(values * sizes) / at
-        place.plot(at, so_far, color=_COLOURS[0], linewidth=1.5)
+        place.plot(at, so_far, color=COLOURS[0], linewidth=1.5)
         place.set_title(
             f"prequential {name if name == 'accuracy' else 'NLL'}: batches, and mean so far", fontsize=9, loc="left"
         )
         place.set_ylabel(unit, fontsize=8)
     if by_domain:
-        for colour, domain in zip(cycle(_COLOURS), tested[0]["accuracy"], strict=False):
+        for colour, domain in zip(cycle(COLOURS), tested[0]["accuracy"], strict=False):
             met = [look["samples"] for look in tested]
             share = [look["accuracy"][domain] for look in tested]
             axes[2].plot(met, share, color=colour, marker="o", markersize=3, linewidth=1.2, label=domain)
@@ -189,7 +189,7 @@ def stream_curve(curve: Mapping[str, Any], path: Path, title: str = "Stream") ->
         axes[0].annotate(stage["domain"], (middle, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
         start = stage["end"]
     for place in axes:
-        _tidy(place)
+        tidy(place)
     axes[-1].set_xlabel("samples of the stream")
     figure.align_ylabels()
     figure.suptitle(title, fontsize=11)
@@ -225,13 +225,15 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float
     return np.where(np.isfinite(column), column, np.nan)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def blank(width: float, height: float) -> "Figure":
+    """Begin a figure of so many inches, without pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _tidy(axes: "Axes") -> None:
+def tidy(axes: "Axes") -> None:
+    """Give axes the look that all figures have."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -32,7 +32,7 @@ def save_pyfunc(
         model_id: id of the logged model it becomes.
         features: length of the features that the fit takes; None is of one that takes pictures.
     """
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema

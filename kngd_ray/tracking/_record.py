@@ -237,6 +237,19 @@ class Record:
         write_json(self.folder / META, self._meta)
 
 
+def read_metrics(run_folder: Path, id: str) -> dict[str, float]:
+    """Read the final metrics of a record, as :meth:`Record.log_metrics` has noted them.
+
+    Args:
+        run_folder: the run's folder.
+        id: of the record.
+
+    Returns:
+        Name to value; empty where there is no such record.
+    """
+    return _values(_known(run_folder / RECORDS / id / METRICS))
+
+
 def _known(path: Path) -> dict[str, Any]:
     """What a file of the record holds already; a damaged one is begun again, which is better than no run."""
     try:

@@ -10,7 +10,7 @@ from kngd_ray.tuning.mode import mode_of
 from kngd_ray.tuning.objective import Fitter, Workload, judge
 from kngd_ray.tuning.options import SearchOptions
 from kngd_ray.tuning.space import Space, Value, parse_space, plain_space
-from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult
+from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult, load_study
 
 __all__ = [
     "JOURNAL",
@@ -29,6 +29,7 @@ __all__ = [
     "fit_together",
     "fitted_from",
     "judge",
+    "load_study",
     "mode_of",
     "parse_space",
     "plain_space",

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray import configs
 from kngd_ray._layered import plain
-from kngd_ray.config import Config, load_config, parse, parse_override, presets, read_yaml, to_yaml
+from kngd_ray._run_layout import SEARCH
+from kngd_ray.config import Config, load_config, parse, parse_override, to_yaml
 from kngd_ray.errors import CheckpointError, UsageError, nearest
 from kngd_ray.experiment import run_folder
 from kngd_ray.storage import write_text
@@ -37,11 +39,11 @@ class SearchConfig:
     points: Sequence[Mapping[str, Value]]
 
 
-def load_search(file: Path, overrides: Sequence[str]) -> SearchConfig:
-    """Read a search file.
+def load_search(file: str | Path, overrides: Sequence[str]) -> SearchConfig:
+    """Read a search.
 
     Args:
-        file: the file.
+        file: name of a shipped search, or a YAML file.
         overrides: ``key=value`` settings over it.
 
     Returns:
@@ -50,10 +52,10 @@ def load_search(file: Path, overrides: Sequence[str]) -> SearchConfig:
     Raises:
         UsageError: unknown key, bad value, empty range, or an objective that the method does not have.
     """
-    raw = read_yaml(file)
+    raw = _read(str(file))
     options, space = _mapping(raw, "search", file), _mapping(raw, "space", file)
     if not space and not any(text.startswith("space.") for text in overrides):
-        raise UsageError(f"{file} has no space: name the settings to search, as in tune_configs/noise_priors.yaml.")
+        raise UsageError(f"{file} has no space: name the settings to search, as the shipped noise_priors does.")
     rest = []
     for text in overrides:
         key, value = parse_override(text)
@@ -80,7 +82,7 @@ def save_search(folder: Path, search: SearchConfig) -> None:
         folder: of the search.
         search: the search.
     """
-    write_text(folder / run_folder.SEARCH, search_yaml(search))
+    write_text(folder / SEARCH, search_yaml(search))
 
 
 def search_yaml(search: SearchConfig) -> str:
@@ -111,15 +113,29 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
         )
     about_run = [text for text in overrides if not text.startswith("search.")]
     folder = run_folder.find(name, load_config(overrides=about_run).trainer.storage_path)
-    if not (folder / run_folder.SEARCH).is_file():
+    if not (folder / SEARCH).is_file():
         raise CheckpointError(f"{folder.name} is not a search: continue it with kngd-ray train --resume {folder.name}.")
-    raw = read_yaml(folder / run_folder.SEARCH)
-    options = _mapping(raw, "search", folder / run_folder.SEARCH)
+    raw = configs.read_yaml(folder / SEARCH)
+    options = _mapping(raw, "search", folder / SEARCH)
     given = dict(map(parse_override, overrides))
     options |= {key.removeprefix("search."): value for key, value in given.items() if key.startswith("search.")}
     config = run_folder.read_config(folder, about_run)
     config = replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
-    return _checked(config, _options(options), parse_space(_mapping(raw, "space", folder / run_folder.SEARCH)))
+    return _checked(config, _options(options), parse_space(_mapping(raw, "space", folder / SEARCH)))
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Read a shipped search by name, or a YAML file by path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    shipped = configs.names("searches")
+    if name in shipped and not Path(name).is_file():
+        return configs.parse_yaml(configs.text("searches", name), f"search {name}")
+    if name.endswith((".yaml", ".yml")) or Path(name).exists():
+        return configs.read_yaml(Path(name))
+    raise UsageError(f"there is no search {name!r}{nearest(name, shipped)}; name one of these or a YAML file.")
 
 
 def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConfig:
@@ -145,7 +161,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
     _check_judged(config, options, space)
     points = _points(config, options, space)
     if options.start is not None:  # the same presets from whatever folder the search is continued
-        start = tuple(name if name in presets() else str(Path(name).resolve()) for name in options.start)
+        start = tuple(name if name in configs.names("presets") else str(Path(name).resolve()) for name in options.start)
         options = replace(options, start=start)
     return SearchConfig(config, options, space, points)
 
@@ -198,7 +214,7 @@ def _options(raw: Mapping[str, Any]) -> SearchOptions:
         raise UsageError(f"search: {error}") from error
 
 
-def _mapping(raw: Mapping[str, Any], key: str, place: Path) -> dict[str, Any]:
+def _mapping(raw: Mapping[str, Any], key: str, place: str | Path) -> dict[str, Any]:
     value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, Mapping):
         raise UsageError(f"{place}: {key} must hold `key: value` settings, and is {value!r}.")

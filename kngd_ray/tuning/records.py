@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._run_layout import CONFIG, SEARCH
 from kngd_ray.config import flatten, to_yaml
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics
@@ -42,8 +43,8 @@ class SearchRecords:
         options = {f"search.{key}": value for key, value in flatten(search.options).items()}
         self._parent = self._open(PARENT, "search", flatten(shown) | options | space, None)
         self._parent.log_input(**self._inputs)
-        write_text(self._parent.artifacts / run_folder.CONFIG, to_yaml(shown))
-        write_text(self._parent.artifacts / run_folder.SEARCH, search_yaml(search))
+        write_text(self._parent.artifacts / CONFIG, to_yaml(shown))
+        write_text(self._parent.artifacts / SEARCH, search_yaml(search))
         write_text(self._parent.artifacts / "environment.json", describe_environment())
 
     @property

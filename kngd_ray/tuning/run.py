@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray._layered import plain
-from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, read_yaml, to_yaml
+from kngd_ray._run_layout import CONFIG, RESULTS, SEARCH
+from kngd_ray.config import Config, TrackingConfig, TrainerConfig, override, to_yaml
+from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder
-from kngd_ray.experiment.backend import ray_for, with_gpus
+from kngd_ray.experiment.backend import Backend
+from kngd_ray.experiment.environment import describe_data
 from kngd_ray.experiment.run import compute_threads, train
 from kngd_ray.experiment.task import open_shots, prepare
 from kngd_ray.storage import read_json, write_text
@@ -40,12 +43,36 @@ CHAMPION = "champion.yaml"
 _PATIENCE = 5.0  # seconds that Ctrl-C waits for MLflow
 
 
-def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dict[str, Any]:
+class SearchBackend(Backend):
+    """This process, alone, for the trials of a search as well."""
+
+    def run_search(self, driver: Driver, work: Workload, trainer: TrainerConfig, mode: str, folder: Path) -> None:
+        """Run trials until the study has enough, in a session.
+
+        Args:
+            driver: hands out trials.
+            work: what they work on.
+            trainer: workers and resources.
+            mode: how a trial is run, from :func:`kngd_ray.tuning.mode_of`.
+            folder: of the search, on storage that all workers share.
+        """
+        together, device = mode == "batched", "cuda" if trainer.use_gpu else "cpu"
+        fitter = partial(fit_together if together else fit_alone, device=device)
+        run_here(driver, work, fitter, work.search.batch if together else 1)
+
+
+HERE = SearchBackend()
+
+
+def tune(
+    search: SearchConfig, display: Display, backend: SearchBackend = HERE, *, resume: bool = False
+) -> dict[str, Any]:
     """Search for the best settings, or go on with a search.
 
     Args:
         search: the search; one to continue, from :func:`kngd_ray.tuning.file.resumed_search`.
         display: where progress and results are shown.
+        backend: does the work.
         resume: continue the search of that name, or help the process that drives it.
 
     Returns:
@@ -66,9 +93,9 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
     trainer = config.trainer
     with ExitStack() as session:
         # without a dashboard, a Train job inside a trial that the scheduler stops would never give its workers back
-        session.enter_context(ray_for(trainer, dashboard=search.options.scheduler != "none"))
+        session.enter_context(backend.session(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
-            prepared = prepare(task, use_ray=trainer.most_workers > 0, progress=progress)
+            prepared = prepare(task, backend, progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),
@@ -79,8 +106,9 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             prepared.towers(config.tune),
             search.space,
         )
+        inputs = describe_data(prepared.images, config.data, prepared.model.name)
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
-            return _Search(search, folder, work, display, lead, prepared.inputs).run(session.close)
+            return _Search(search, folder, work, display, backend, lead, inputs).run(session.close)
 
 
 class _Search:
@@ -91,6 +119,7 @@ class _Search:
         folder: its folder.
         work: what trials work on.
         display: where progress and results are shown.
+        backend: does the work.
         lead: holds the lock of the one that leads.
         inputs: the data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it.
     """
@@ -101,6 +130,7 @@ class _Search:
         folder: Path,
         work: Workload,
         display: Display,
+        backend: SearchBackend,
         lead: ExitStack,
         inputs: Mapping[str, Any],
     ) -> None:
@@ -109,6 +139,7 @@ class _Search:
         self._folder = folder
         self._work = work
         self._display = display
+        self._backend = backend
         self._lead = lead
         self._leads = False
         self._study = SearchStudy(folder, search.space, search.options, search.points)
@@ -163,7 +194,7 @@ class _Search:
         try:
             self._lead.enter_context(run_folder.locked(self._folder))
         except run_folder.DrivenElsewhereError as error:
-            leader = read_yaml(self._folder / run_folder.SEARCH)["search"]["num_samples"]
+            leader = read_yaml(self._folder / SEARCH)["search"]["num_samples"]
             if leader != self._search.options.num_samples:
                 raise UsageError(
                     f"the search {self._folder.name} is being driven to {leader} trials by another process: help it "
@@ -190,15 +221,8 @@ class _Search:
             driver = Driver(self._study, self._records.begin, on_end)
             mode = mode_of(self._work, self._search.space)
             try:
-                trainer = with_gpus(trainer)
-                if trainer.num_workers:
-                    from kngd_ray.cluster import run_search
-
-                    run_search(driver, self._work, trainer, mode, self._folder)
-                else:
-                    together, device = mode == "batched", "cuda" if trainer.use_gpu else "cpu"
-                    fitter = partial(fit_together if together else fit_alone, device=device)
-                    run_here(driver, self._work, fitter, options.batch if together else 1)
+                trainer = self._backend.with_gpus(trainer)
+                self._backend.run_search(driver, self._work, trainer, mode, self._folder)
             finally:
                 self._seconds = time.monotonic() - began
         if driver.problem is not None:
@@ -228,7 +252,7 @@ class _Search:
         report, best = self._report(), self._study.best()
         done = self._study.results()
         self._records.mend(done, best[0].objective if best else {})
-        results = self._folder / run_folder.RESULTS
+        results = self._folder / RESULTS
         try:
             known = read_json(results) if results.is_file() else None
         except ValueError as error:
@@ -263,8 +287,8 @@ class _Search:
             tracking=replace(champion.tracking, registered_model=registered),
         )
         place = run_folder.existing(champion)
-        begun = (place / run_folder.CONFIG).is_file()
-        return name, train(champion, self._display, resume=begun)
+        begun = (place / CONFIG).is_file()
+        return name, train(champion, self._display, self._backend, resume=begun)
 
 
 def _registered(config: Config) -> str:

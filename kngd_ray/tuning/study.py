@@ -267,6 +267,31 @@ class SearchStudy:
         return f".trial-{driver}-"
 
 
+def load_study(folder: Path) -> optuna.Study:
+    """Read the study of a search, to look at it.
+
+    Args:
+        folder: of the search.
+
+    Returns:
+        Optuna's study.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    journal = folder / JOURNAL
+    if not journal.is_file():
+        raise CheckpointError(f"{folder} has no {JOURNAL}: it is no search, or was not begun.")
+    try:
+        with storage_errors(journal):
+            storage = JournalStorage(JournalFileBackend(str(journal), _Lock(folder / ".journal")))  # type: ignore[arg-type]
+            (known,) = storage.get_all_studies()
+            return optuna.load_study(study_name=known.study_name, storage=storage)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of json, and of the storage
+        raise CheckpointError(f"{journal} is damaged ({error}): start the search again.") from error
+
+
 @dataclass(frozen=True)
 class _Recorded:
     """Answers a space with what a trial was given."""

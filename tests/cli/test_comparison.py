@@ -16,7 +16,8 @@ from kngd_ray.comparison.statistics import (
     pareto_front,
 )
 from kngd_ray.comparison.tables import Table, build_tables
-from kngd_ray.experiment.aggregate import interval, over_seeds, student, with_interval
+from kngd_ray.console import with_interval
+from kngd_ray.experiment.aggregate import interval, over_seeds, student
 
 
 @pytest.mark.parametrize(

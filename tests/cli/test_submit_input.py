@@ -21,7 +21,7 @@ from kngd_ray import __version__
 from kngd_ray.cli.app import app
 from kngd_ray.cluster import preflight as reach
 from kngd_ray.cluster import submission, submit
-from kngd_ray.cluster.bundle import Package
+from kngd_ray.cluster.bundle import Bundle
 from kngd_ray.cluster.preflight import VALUED, Arguments, find_out, probe, take_apart
 from kngd_ray.cluster.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
 from kngd_ray.config import TrackingConfig, TrainerConfig, load_config
@@ -381,7 +381,7 @@ def test_other_commands_are_checked(command) -> None:
         "give the whole path of a place on shared storage."
     ]
     assert "data.path: gone cannot be read" in faults("encode", "gone", "trainer.num_workers=0")[0]
-    assert faults("tune") == ["name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH."]
+    assert faults("tune") == ["name a search, such as noise_priors or a YAML file, or --resume SEARCH."]
     assert faults("sync", "/shared/run") == []
 
 
@@ -439,7 +439,7 @@ class Answered:
 
 
 def check(lines: list[str], tmp_path: Path, *, brings: bool = False, exit_code: int = 1) -> str | None:
-    package = Package(tmp_path, {"kngd_ray/__init__.py": 1} if brings else {"run.yaml": 1})
+    package = Bundle(tmp_path, {"kngd_ray/__init__.py": 1} if brings else {"run.yaml": 1})
     cluster = Answered(lines, exit_code)
     try:
         submit._check(cluster, ["train"], package, tmp_path, Display(quiet_stdout=True))  # type: ignore[arg-type]

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
+import kngd_ray
 from kngd_ray.config import load_config
+from kngd_ray.configs import names
 from kngd_ray.tuning import plain_space
 from kngd_ray.tuning.file import load_search, search_yaml
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(kngd_ray.__file__).parent
 FILES = sorted((ROOT / "tune_configs").glob("*.yaml"))
 SEARCH: dict[str, Any] = {
     "preset": "kalman_diagonal",
@@ -52,6 +55,23 @@ def test_the_shipped_files_are_there() -> None:
     assert {path.name for path in FILES} >= names
 
 
+def test_searches_to_copy_are_those_of_the_package(subtests) -> None:
+    shipped = {f"{name}.yaml" for name in names("searches")}
+    assert {path.name for path in FILES} == shipped
+    for path in FILES:
+        with subtests.test(path.stem):
+            assert path.read_bytes() == (PACKAGE / "configs" / "searches" / path.name).read_bytes()
+
+
+def test_a_shipped_search_is_known_by_its_name_in_any_folder(command) -> None:
+    (command.folder / "pareto").mkdir()  # a folder is no search
+    for name in ("noise_priors", "pareto"):
+        printed = command("tune", name, "search.num_samples=7", "--print-config")
+        assert printed.code == 0, printed.err
+        assert "num_samples: 7" in printed.out
+    refused(command, command("tune", "noise_prior"), "there is no search 'noise_prior'; did you mean noise_priors")
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_shipped_files_make_sense_and_print_as_files(file: Path, command) -> None:
     search = load_search(file, [])
@@ -89,8 +109,8 @@ def test_a_space_may_come_from_the_command_line_alone(search) -> None:
 
 
 def test_no_file(command) -> None:
-    refused(command, command("tune"), "name a search file, such as tune_configs/noise_priors.yaml, or --resume SEARCH")
-    refused(command, command("tune", "search.num_samples=3"), "name a search file")
+    refused(command, command("tune"), "name a search, such as noise_priors or a YAML file, or --resume SEARCH")
+    refused(command, command("tune", "search.num_samples=3"), "name a search, ")
 
 
 def test_a_missing_file_names_the_nearest(command, search) -> None:
@@ -152,7 +172,7 @@ def test_wrong_settings(command, search, settings: list[str], words: list[str]) 
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ({"epochs": 1}, "has no space: name the settings to search, as in tune_configs/noise_priors.yaml"),
+        ({"epochs": 1}, "has no space: name the settings to search, as the shipped noise_priors does"),
         ({**SEARCH, "search": [1]}, "search must hold `key: value` settings, and is [1]"),
         ({**SEARCH, "space": 3}, "space must hold `key: value` settings, and is 3"),
         *(

@@ -7,21 +7,21 @@ from types import ModuleType
 import pytest
 import torch
 
+from kngd_ray.cluster.backend import RayBackend
 from kngd_ray.config import TrainerConfig, load_config
 from kngd_ray.errors import UsageError
-from kngd_ray.experiment.backend import with_gpus
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_run_without_ray_takes_what_this_machine_has(monkeypatch, there):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert with_gpus(TrainerConfig(num_workers=0)).use_gpu is there
-    assert with_gpus(TrainerConfig(num_workers=0, use_gpu=False)).use_gpu is False
+    assert RayBackend().with_gpus(TrainerConfig(num_workers=0)).use_gpu is there
+    assert RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=False)).use_gpu is False
     if there:
-        assert with_gpus(TrainerConfig(num_workers=0, use_gpu=True)).use_gpu is True
+        assert RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=True)).use_gpu is True
     else:
         with pytest.raises(UsageError, match="no usable GPU"):
-            with_gpus(TrainerConfig(num_workers=0, use_gpu=True))
+            RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=True))
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,13 @@ def test_as_many_ranks_as_gpus_take_one_each(monkeypatch, gpus, workers, ranks):
     cluster.gpus_of_cluster = lambda: gpus
     monkeypatch.setitem(sys.modules, "kngd_ray.cluster", cluster)
     asked = TrainerConfig(num_workers=workers)
-    found = with_gpus(asked)
+    found = RayBackend().with_gpus(asked)
     assert found.use_gpu is (ranks is not None)
     assert found.num_workers == (ranks or asked.num_workers)
     for choice in (True, False):
-        assert with_gpus(replace(asked, use_gpu=choice)) == replace(asked, use_gpu=choice), "what was chosen is kept"
+        assert RayBackend().with_gpus(replace(asked, use_gpu=choice)) == replace(asked, use_gpu=choice), (
+            "what was chosen is kept"
+        )
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])

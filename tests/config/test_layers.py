@@ -15,10 +15,10 @@ from kngd_ray.config import (
     load_config,
     parse,
     parse_override,
-    presets,
     read_preset,
     to_yaml,
 )
+from kngd_ray.configs import names
 from kngd_ray.errors import UsageError
 from kngd_ray.filters import Calibrated, Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
@@ -388,8 +388,8 @@ def test_every_preset_loads_and_is_tested() -> None:
         "sgd_full",
         "sgd_lora",
     ]
-    assert presets() == sorted(["adamw", "kalman", "kalman_diagonal", "kf_clip", "loko", "sgd", *towers])
-    for name in presets():
+    assert names("presets") == sorted(["adamw", "kalman", "kalman_diagonal", "kf_clip", "loko", "sgd", *towers])
+    for name in names("presets"):
         assert load_config(None, [f"preset={name}"]).preset == name
         # and of the filters of heads, how their posterior predicts; of towers, that a fold of a cross-validation
         # is not one more fit

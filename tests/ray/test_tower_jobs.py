@@ -17,7 +17,7 @@ from helpers.workers import own_workers
 
 from kngd_ray.cluster import run_job
 from kngd_ray.config import TrainerConfig, load_config
-from kngd_ray.experiment.task import Prepared, open_task, prepare
+from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest
@@ -36,11 +36,11 @@ LONG = "epochs=6"
 
 
 @pytest.fixture
-def prepared(settings: Callable[..., list[str]]) -> Prepared:
+def prepared(settings: Callable[..., list[str]]) -> TaskData:
     return prepare(open_task(load_config(overrides=[*settings("prepared", 0), *FULL])))
 
 
-def make_job(prepared: Prepared, folder: Path, *overrides: str, every: int = 2) -> Job:
+def make_job(prepared: TaskData, folder: Path, *overrides: str, every: int = 2) -> Job:
     """A fit of the whole image tower, its pictures kept where all workers see them."""
     config = load_config(overrides=[*FULL, *overrides])
     task = FitTask(
@@ -68,7 +68,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def test_a_killed_worker_of_a_full_fine_tuning_changes_nothing(
-    ray_up: None, prepared: Prepared, tmp_path: Path
+    ray_up: None, prepared: TaskData, tmp_path: Path
 ) -> None:
     killed: list[int] = []
     steps: list[int] = []
@@ -96,7 +96,7 @@ def test_a_killed_worker_of_a_full_fine_tuning_changes_nothing(
 
 
 @pytest.mark.parametrize("method", ["adamw", "kalman"])
-def test_two_workers_do_what_one_does(ray_up: None, prepared: Prepared, tmp_path: Path, method: str) -> None:
+def test_two_workers_do_what_one_does(ray_up: None, prepared: TaskData, tmp_path: Path, method: str) -> None:
     """DDP, and the sharded filter, on pictures that each worker decodes for itself.
 
     Four steps: sums of another order part further with every step that is learned from them.

@@ -9,7 +9,8 @@ from helpers.cones import CLASSES, SCALE, as_shipped, in_a_cone, in_both, made, 
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead
-from kngd_ray.config import load_config, presets
+from kngd_ray.config import load_config
+from kngd_ray.configs import names
 from kngd_ray.errors import UsageError
 from kngd_ray.filters.informed import common_offset
 from kngd_ray.observations import Cosine, jacobian_rows
@@ -128,7 +129,7 @@ def test_a_logit_may_vary_as_much_as_published_results_say(preset, variance):
 
 
 def test_priors_that_presets_give_to_weights_and_towers():
-    configs = {name: load_config(overrides=[f"preset={name}"]) for name in presets()}
+    configs = {name: load_config(overrides=[f"preset={name}"]) for name in names("presets")}
     found = {name: config.filter for name, config in configs.items() if config.method == "kalman"}
     of_weights = {name: prior for name, prior in found.items() if prior.logit_variance is None}
     assert {name: prior.weight_variance for name, prior in of_weights.items()} == {

@@ -1,0 +1,23 @@
+"""``kngd-ray export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json
+
+
+def export(
+    target: Target,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.", show_default=False)],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also the classifier of pictures, as ONNX.")] = False,
+    storage_path: Storage = "kngd_runs",
+    as_json: Json = False,
+) -> None:
+    """Write a run as an open_clip checkpoint, LoRA merged, and as an ONNX classifier."""
+    from kngd_ray.experiment.export import export as run
+
+    result = run(target, out, storage_path, display_for(as_json), onnx=onnx)
+    if as_json:
+        print_json(result)

@@ -1,0 +1,198 @@
+"""The Python API: the settings, results and sentences of the command line, as keywords, frames and exceptions."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import kngd_ray
+from kngd_ray import KalmanCLIP
+from kngd_ray._keywords import settings_of
+from kngd_ray.errors import CheckpointError, UsageError
+
+PUBLIC = ["KalmanCLIP", "__version__", "compare", "evaluate", "load", "predict", "train", "tune"]
+
+
+@pytest.fixture
+def settings(command) -> dict[str, Any]:
+    """The settings of ``command.settings()`` as keywords: plain, short, nested and dotted."""
+    return {
+        "data": command.data,
+        "train_domain": "noto",
+        "shots": 4,
+        "cache_dir": command.cache,
+        "storage_path": command.runs,
+        "tracking": {"enabled": False, "uri": f"sqlite:///{command.folder}/mlflow.db"},
+        "epochs": 3,
+        "batch_size": 4,
+        "posterior": {"folds": 2},
+        "posterior.draws": 4,
+        "quiet": True,
+    }
+
+
+def pictures(command, count: int = 3) -> list[bytes]:
+    column = pq.read_table(command.data, columns=["image"]).column("image").to_pylist()
+    return [cell["bytes"] if isinstance(cell, dict) else cell for cell in column[:count]]
+
+
+def test_the_package_shows_its_public_names_alone_and_imports_nothing_heavy() -> None:
+    assert dir(kngd_ray) == PUBLIC
+    code = (
+        "import sys, kngd_ray; assert not {'torch', 'ray', 'mlflow', 'pandas', 'rich'} & set(sys.modules); "
+        "kngd_ray.train; assert not {'ray', 'mlflow', 'pandas', 'optuna', 'open_clip'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        _ = kngd_ray.trian
+
+
+@pytest.mark.parametrize(
+    ("keywords", "written"),
+    [
+        ({"shots": 16}, ["data.shots=16"]),
+        ({"seeds": 3}, ["seeds=[0, 1, 2]"]),
+        ({"seeds": [4, 7]}, ["seeds=[4, 7]"]),
+        ({"seeds": range(2)}, ["seeds=[0, 1]"]),
+        ({"data": Path("a b.parquet")}, ['data.path="a b.parquet"']),
+        ({"data": ["a.parquet", "b.parquet"]}, ['data.path=["a.parquet", "b.parquet"]']),
+        ({"data": {"path": "a.parquet", "shots": 2}}, ['data.path="a.parquet"', "data.shots=2"]),
+        ({"filter.p0": np.float64(0.1)}, ["filter.p0=0.1"]),
+        ({"filter": {"p0": 0.1, "covariance": "dense"}}, ['filter={"p0": 0.1, "covariance": "dense"}']),
+        ({"model": "ViT-B-32", "pretrained": "openai"}, ['model.name="ViT-B-32"', 'model.pretrained="openai"']),
+        ({"name": "first", "tracking": False}, ['trainer.name="first"', "tracking.enabled=false"]),
+        ({"train_domain": None}, ["data.train_domain=null"]),
+        ({"space": {"filter.p0": {"low": 1, "high": 2}}}, ['space.filter.p0={"low": 1, "high": 2}']),
+    ],
+)
+def test_keywords_are_settings(keywords: dict[str, Any], written: list[str]) -> None:
+    assert settings_of(keywords) == written
+
+
+def test_options_of_a_search_have_short_names_where_there_is_one() -> None:
+    assert settings_of({"num_samples": 5}, ["num_samples", "seeds"]) == ["search.num_samples=5"]
+    assert settings_of({"num_samples": 5}) == ["num_samples=5"]
+    with pytest.raises(UsageError, match="filter is of type object, which no setting takes"):
+        settings_of({"filter": object()})
+
+
+@pytest.mark.parametrize("wrong", ["filter.p=1", "data.shotz=1", "data.shots=-1", "preset=kalmn", "epochs=[1]", "x=1"])
+def test_a_wrong_setting_is_the_sentence_of_the_command_line(command, wrong: str) -> None:
+    key, _, value = wrong.partition("=")
+    said = command("train", wrong)
+    assert said.code == 2
+    with pytest.raises(UsageError) as error:
+        kngd_ray.train(quiet=True, **{key: int(value) if value.lstrip("-").isdecimal() else value})
+    assert str(error.value).replace("'[1]'", "[1]").rstrip(".") == said.sentence.rstrip(".")
+    with pytest.raises(UsageError) as error:
+        kngd_ray.train(wrong, quiet=True)
+    assert str(error.value).rstrip(".") == said.sentence.rstrip(".")
+
+
+def test_a_run_is_that_of_the_command_line_and_prints_nothing(command, settings) -> None:
+    told = command.train("seeds=0,1", "baselines=adamw", "trainer.name=told", "preset=kalman", "--json").json
+    run = kngd_ray.train("kalman", seeds=2, baselines=["adamw"], name="first", **settings)
+    assert command.read() == ("", "")
+    for own, theirs in zip([run.report, *run.report["baselines"]], [told, *told["baselines"]], strict=True):
+        assert {key: own[key] for key in ("id", "ood", "zero_shot")} == {
+            key: theirs[key] for key in ("id", "ood", "zero_shot")
+        }
+    assert run.folder == command.runs / "first"
+    assert run.mlflow_run_id is None
+    frame = run.frame
+    assert set(frame["method"]) == {"kalman", "adamw", "zero-shot"}
+    own = frame[(frame["method"] == "kalman") & (frame["set"] == "id")]
+    assert sorted(own["seed"]) == [0, 1]
+    assert own["accuracy"].mean() == pytest.approx(run.metrics["id/accuracy"])
+    assert run.metrics["id/accuracy/low"] <= run.metrics["id/accuracy"] <= run.metrics["id/accuracy/high"]
+    assert len(run.plot().axes) == 1
+    again = kngd_ray.load("first", storage_path=command.runs)
+    assert again.frame.equals(frame)
+    assert repr(again) == repr(run)
+
+    images = pictures(command)
+    p = run.classifier.predict_proba(images)
+    assert p.shape == (3, len(run.classifier.classes_))
+    assert p.sum(1) == pytest.approx(np.ones(3))
+    opened = [Image.open(io.BytesIO(data)) for data in images]
+    assert np.array_equal(run.classifier.predict(opened), run.classifier.classes_[p.argmax(1)])
+    labels = list(run.classifier.predict(images))
+    assert run.classifier.score(images, labels) == 1.0
+    assert run.classifier.score(images, [labels[0], "x", "x"], sample_weight=[3, 1, 0]) == pytest.approx(0.75)
+    files = [command.folder / f"{n}.png" for n in range(3)]
+    for file, picture in zip(files, opened, strict=True):
+        picture.save(file)
+    table = kngd_ray.predict(run, files, quiet=True)
+    assert list(table["class"]) == labels
+    assert table["probability"].to_numpy() == pytest.approx(p.max(1), abs=1e-6)
+
+    figures = kngd_ray.evaluate(run, quiet=True)
+    seed = frame[(frame["method"] == "kalman") & (frame["seed"] == 0)].set_index("set")["accuracy"]
+    assert figures.frame.set_index("set")["accuracy"].to_dict() == pytest.approx(seed.to_dict())
+    with pytest.raises(UsageError, match="evaluate takes the fit and its posterior from the run: leave out epochs"):
+        kngd_ray.evaluate(run, epochs=3, quiet=True)
+    with pytest.raises(UsageError, match="a resumed run keeps its settings"):
+        kngd_ray.train(resume=run.folder, shots=3, quiet=True)
+    assert kngd_ray.train(resume=run.folder, quiet=True).metrics == run.metrics
+
+
+def test_a_search_from_python(command, settings, monkeypatch) -> None:
+    monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])
+    search = kngd_ray.tune(
+        "smoke", num_samples=3, name="search", **{"search.seeds": [0], "search.batch": 3}, **settings
+    )
+    assert command.read() == ("", "")
+    assert list(search.frame["trial"]) == [0, 1, 2]
+    assert set(search.best["params"]) <= set(search.frame.columns)
+    assert len(search.study.trials) == 3
+    assert search.metrics["objective/evidence"] == pytest.approx(search.frame["evidence"].max())
+    assert search.run.metrics["id/accuracy"] == search.metrics["id/accuracy"]
+    assert search.classifier.predict_proba(pictures(command)).shape[0] == 3
+    assert len(search.plot().axes) == 1
+    assert kngd_ray.load(search.folder).frame.equals(search.frame)
+    with pytest.raises(UsageError, match="name a search, such as noise_priors"):
+        kngd_ray.tune(quiet=True)
+
+
+def test_a_comparison_from_python(command, settings) -> None:
+    settings["tracking"]["enabled"] = True
+    for preset in ("kalman", "adamw"):
+        run = kngd_ray.train(preset, seeds=2, log_model=False, experiment="mine", **settings)
+        assert run.mlflow_run_id
+    found = kngd_ray.compare("mine", uri=settings["tracking"]["uri"], out=command.folder / "page.html", quiet=True)
+    assert found.page.is_file()
+    frame = found.frame[found.frame["metric"] == "id/accuracy"].set_index("method")
+    assert {"kalman", "adamw"} <= set(frame.index)
+    assert frame.loc["kalman", "mean"] - frame.loc["adamw", "mean"] == pytest.approx(frame.loc["kalman", "difference"])
+    assert len(found.plot().axes) == 1
+
+
+def test_what_kalman_clip_saves_is_a_run(command) -> None:
+    images = pictures(command, 8)
+    clf = KalmanCLIP(settings={"epochs": 1, "posterior.folds": 2}).fit(images, ["a", "b"] * 4)
+    folder = clf.save(command.folder / "kept")
+    loaded = kngd_ray.load(folder)
+    assert isinstance(loaded.classifier, KalmanCLIP)
+    assert np.array_equal(loaded.classifier.predict_proba(images), clf.predict_proba(images))
+    Image.open(io.BytesIO(images[0])).save(command.folder / "one.png")
+    said = command("predict", folder, command.folder / "one.png", "--json").json[0]
+    assert said["probabilities"]["a"] == pytest.approx(clf.predict_proba(images[:1])[0, 0], abs=1e-5)
+    assert command("export", folder, "--out", command.folder / "files").sentence.startswith("kalman-seed0 trained no")
+    assert command("evaluate", folder).sentence == (
+        "kept learned from pictures in memory: name data to score it on by data.path."
+    )
+    with pytest.raises(CheckpointError, match="there is no run nothing"):
+        kngd_ray.load("nothing")
+
+
+def test_an_estimator_of_scikit_learn() -> None:
+    base = pytest.importorskip("sklearn.base")
+    assert isinstance(KalmanCLIP(), (base.ClassifierMixin, base.BaseEstimator))
+    assert "KalmanCLIP" in KalmanCLIP()._repr_html_()

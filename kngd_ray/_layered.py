@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from kngd_ray._plugins import added
 from kngd_ray._yaml import number, written
 from kngd_ray.errors import UsageError, nearest
 
@@ -311,13 +312,16 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _choices(hint: Any) -> dict[str, type]:
     """The dataclasses with a ``kind`` that a hint admits, by kind; empty for any other hint."""
     found = {}
-    for member in _members(hint):
+    members = _members(hint)
+    for member in members:
         if not (is_dataclass(member) and isinstance(member, type)):
             return {}
         kinds = [f.default for f in fields(member) if f.name == "kind"]
         if not kinds:
             return {}
         found[str(kinds[0])] = member
+    for member in added(frozenset(members)):
+        found[str(next(f.default for f in fields(member) if f.name == "kind"))] = member
     return found
 
 

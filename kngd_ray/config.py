@@ -29,9 +29,8 @@ from kngd_ray._yaml import LimitError, dumped, plain_data
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
-from kngd_ray.training.options import FitOptions
-from kngd_ray.training.predict import PosteriorOptions
-from kngd_ray.training.stream import check_streamed, streamed
+from kngd_ray.training.options import FitOptions, check_streamed, streamed
+from kngd_ray.training.posterior_options import PosteriorOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,18 @@
 """``kngd-ray submit``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kngd_ray.cli.arguments import Json, display_for, print_json
-from kngd_ray.errors import UsageError
+from kngd_ray.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from kngd_ray.cluster.preflight import Arguments
 
 
 def submit(
-    context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(
@@ -53,8 +55,6 @@ def submit(
     elif stop is not None:
         result = jobs.stop(stop, address, display)
     else:
-        assert context.parent is not None
-        known = [name for name in context.parent.command.list_commands(context.parent) if name != "submit"]  # type: ignore[attr-defined]
         options = jobs.SubmitOptions(
             address=address,
             working_dir=working_dir,
@@ -63,8 +63,43 @@ def submit(
             follow=not no_follow,
             check=not no_check,
         )
-        result = jobs.submit(command or [], known, options, display)
+        result = jobs.submit(command or [], parsed(*(command or [])), options, display)
     if as_json:
         print_json(result)
     if (command or logs) and result["exit_code"]:
         raise typer.Exit(result["exit_code"])
+
+
+def parsed(name: str, *words: str) -> "Arguments":
+    """Parse a command line that is for a cluster, as it will be parsed there; wrong options end it here.
+
+    Args:
+        name: of the command.
+        *words: what follows it.
+
+    Returns:
+        What was given.
+
+    Raises:
+        UsageError: there is no such command for a cluster.
+    """
+    from kngd_ray.cli.app import app
+    from kngd_ray.cluster.preflight import Arguments
+
+    group = typer.main.get_command(app)
+    commands = {key: found for key, found in group.commands.items() if key != "submit"}  # type: ignore[attr-defined]
+    if name not in commands:
+        raise UsageError(f"kngd-ray has no command {name!r} for a cluster{nearest(name, list(commands))}.")
+    plain: list[str] = []
+    options: dict[str, str] = {}
+    context = commands[name].make_context(name, list(words))
+    for parameter in commands[name].params:
+        value = context.params.get(parameter.name)
+        source = context.get_parameter_source(parameter.name)
+        if value is None or source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "argument":
+            plain += [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+        elif not parameter.is_flag:
+            options[parameter.opts[-1]] = str(value)
+    return Arguments(name, plain, options)

@@ -1,8 +1,8 @@
 """Whether a cluster has what a command needs, found out there before the command is sent.
 
-``python -m kngd_ray.cluster.preflight train data.path=/shared/pacs.parquet`` runs as a job of its own, with the package
-that is to be sent: it reads the settings with the cluster's files and environment, asks every node whether it can read
-the inputs and write where results go, and prints one line of JSON for :mod:`kngd_ray.cluster.submit`.
+``python -m kngd_ray.cluster.preflight ARGUMENTS``, these as JSON, runs as a job of its own, with the bundle that is to
+be sent: it reads the settings with the cluster's files and environment, asks every node whether it can read the inputs
+and write where results go, and prints one line of JSON for :mod:`kngd_ray.cluster.submit`.
 """
 
 import json
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 MARK = "kngd_ray_preflight"  # the key by which the line is found in the job's log
 
-# Options of the commands that take a value; :mod:`kngd_ray.cli` declares them.
-VALUED = (
-    "--resume", "--storage-path", "--points", "--out", "--parent", "--metric", "--baseline", "--uri", "--address",
-    "--html",
-)  # fmt: skip
 _WRITTEN = ("--out", "--html")  # those that name what is written
 _LOG = ("train", "tune")
 _WRITE_RUNS = (*_LOG, "evaluate", "ensemble")
@@ -76,12 +71,12 @@ class Preflight:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, taken apart.
+    """A command line, as the command line itself has parsed it.
 
     Attributes:
         command: its name.
         plain: arguments that are no option.
-        options: values of the options that have one.
+        options: values of the options that were given and have one, by their long name.
     """
 
     command: str
@@ -89,33 +84,11 @@ class Arguments:
     options: dict[str, str]
 
 
-def take_apart(command: str, arguments: Sequence[str]) -> Arguments:
-    """Tell the options of a command from its other arguments.
-
-    Args:
-        command: its name.
-        arguments: what follows it.
-
-    Returns:
-        Both.
-    """
-    plain, options, rest = [], {}, list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, is_assigned, value = word.partition("=")
-        if not word.startswith("-"):
-            plain.append(word)
-        elif name in VALUED:
-            options[name] = value if is_assigned else rest.pop(0) if rest else ""
-    return Arguments(command, plain, options)
-
-
-def find_out(command: str, arguments: Sequence[str]) -> Preflight:
+def find_out(given: Arguments) -> Preflight:
     """Look for what a command needs, on the cluster that this process runs on.
 
     Args:
-        command: its name.
-        arguments: what follows it.
+        given: the command line.
 
     Returns:
         What was found.
@@ -123,13 +96,12 @@ def find_out(command: str, arguments: Sequence[str]) -> Preflight:
     faults: list[Fault] = []
     nodes = 0
     with _attempt(faults):
-        given = take_apart(command, arguments)
         faults += _lost_output(given)
         config, inputs = _needs(given)
-        faults += _lost_results(config) if config is not None and command in _LOG else []
+        faults += _lost_results(config) if config is not None and given.command in _LOG else []
         if config is not None and not faults:
             with ExitStack() as stack:
-                nodes = _ask(command, config, inputs, faults, stack)
+                nodes = _ask(given.command, config, inputs, faults, stack)
     python = ".".join(platform.python_version_tuple()[:2])
     return Preflight(__version__, version("ray"), python, nodes, faults)
 
@@ -157,7 +129,7 @@ def probe(reads: Mapping[str, str], folder: str | None, mark: str | None) -> dic
 
 def main() -> None:
     """Print what was found, as one line."""
-    found = find_out(sys.argv[1], sys.argv[2:])
+    found = find_out(Arguments(**json.loads(sys.argv[1])))
     sys.stdout.write(json.dumps({MARK: asdict(found)}) + "\n")
 
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from rich.prompt import Confirm
 
 from kngd_ray import __version__, configs
 from kngd_ray.cluster.bundle import RAYIGNORE, Bundle, collect, show_bytes, write_zip
-from kngd_ray.cluster.preflight import MARK, take_apart
+from kngd_ray.cluster.preflight import MARK, Arguments
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError, nearest
 from kngd_ray.tracking import redact
@@ -55,12 +55,12 @@ class SubmitOptions:
     check: bool = True
 
 
-def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions, display: Display) -> dict[str, Any]:
+def submit(command: Sequence[str], given: Arguments, options: SubmitOptions, display: Display) -> dict[str, Any]:
     """Run a command on a cluster.
 
     Args:
         command: its name and arguments.
-        known: names of the commands that can be sent.
+        given: the same, parsed.
         options: how it is sent.
         display: where what is sent and what the job says is shown.
 
@@ -68,12 +68,9 @@ def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions,
         The object that ``--json`` prints.
 
     Raises:
-        UsageError: there is no such command, or a secret among its arguments.
+        UsageError: a secret is among its arguments, or a file that it names is not sent.
     """
-    name, *arguments = command
-    if name not in known:
-        raise UsageError(f"kngd-ray has no command {name!r} for a cluster{nearest(name, known)}.")
-    for argument in arguments:
+    for argument in command:
         if redact(argument) != argument:
             raise UsageError(
                 f"{redact(argument)!r} holds a user name or a secret, and everybody who may see the dashboard sees a "
@@ -81,7 +78,7 @@ def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions,
                 "MLFLOW_TRACKING_PASSWORD on the cluster."
             )
     bundle = collect(options.working_dir, options.include)
-    _check_file(name, arguments, bundle)
+    _check_file(given, bundle)
     from kngd_ray.cluster.submission import Cluster, dashboard_address, package_limit
 
     entrypoint = shlex.join(["python", "-m", "kngd_ray.cli", *command])
@@ -99,8 +96,8 @@ def submit(command: Sequence[str], known: Sequence[str], options: SubmitOptions,
         write_zip(bundle, archive)
         if options.check:
             cluster.check_version()
-            _check(cluster, command, bundle, archive, display)
-        job_id = _new_id(name)
+            _check(cluster, given, bundle, archive, display)
+        job_id = _new_id(given.command)
         cluster.submit(job_id, entrypoint, archive, {"kngd_ray": __version__})
     display.say(f"job {job_id} on {address}")
     if not options.follow:
@@ -183,16 +180,16 @@ def _report(state: "JobState") -> dict[str, Any]:
     }
 
 
-def _check_file(name: str, arguments: Sequence[str], bundle: Bundle) -> None:
+def _check_file(given: Arguments, bundle: Bundle) -> None:
     """Refuse a settings file that would not be there.
 
     Raises:
         UsageError: it is not sent.
     """
-    if name not in ("train", "tune"):
+    if given.command not in ("train", "tune"):
         return
-    first = next(iter(take_apart(name, arguments).plain), "=")
-    shipped = configs.names("presets" if name == "train" else "searches")  # which come with the package
+    first = next(iter(given.plain), "=")
+    shipped = configs.names("presets" if given.command == "train" else "searches")  # which come with the package
     if "=" in first or (first in shipped and not (bundle.root / first).is_file()):
         return
     if Path(first).is_absolute() or Path(first).as_posix() in bundle.sizes:
@@ -229,7 +226,7 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _check(cluster: "Cluster", command: Sequence[str], bundle: Bundle, archive: Path, display: Display) -> None:
+def _check(cluster: "Cluster", given: Arguments, bundle: Bundle, archive: Path, display: Display) -> None:
     """Ask the cluster for what the command needs.
 
     Raises:
@@ -238,7 +235,7 @@ def _check(cluster: "Cluster", command: Sequence[str], bundle: Bundle, archive: 
     """
     display.say("checking what the cluster reaches")
     job_id = _new_id("check")
-    entrypoint = shlex.join(["python", "-m", "kngd_ray.cluster.preflight", *command])
+    entrypoint = shlex.join(["python", "-m", "kngd_ray.cluster.preflight", json.dumps(asdict(given))])
     cluster.submit(job_id, entrypoint, archive, {"kngd_ray": __version__})
     state = None
     try:

@@ -9,26 +9,31 @@ features = cache.read(images.keys[split.support])
 pictures = PictureFile.write("pictures.arrow", images, split.support)    # read at random: pictures.read(0)
 """
 
-from kngd_ray.data._cache import FeatureCache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from kngd_ray.data._config import EMBEDDED, DataConfig
-from kngd_ray.data._decode import SUFFIXES, decode, picture_of
-from kngd_ray.data._encode import (
-    EncodedBatch,
-    EncodedStream,
-    Encoder,
-    encode_batch,
-    encode_missing,
-    fill_cache,
-    read_batches,
-)
-from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
-from kngd_ray.data._images import ImageSet, arrange, open_images
-from kngd_ray.data._passed_over import by_suffix, unread
-from kngd_ray.data._pictures import PictureFile, halves, restrict
-from kngd_ray.data._shots import Split, sample_shots, select, select_tests
-from kngd_ray.data._source import content_key
-from kngd_ray.data._write import write_features
 from kngd_ray.errors import BadImage
+
+if TYPE_CHECKING:
+    from kngd_ray.data._cache import FeatureCache
+    from kngd_ray.data._decode import SUFFIXES, decode, picture_of
+    from kngd_ray.data._encode import (
+        EncodedBatch,
+        EncodedStream,
+        Encoder,
+        encode_batch,
+        encode_missing,
+        fill_cache,
+        read_batches,
+    )
+    from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
+    from kngd_ray.data._images import ImageSet, arrange, open_images
+    from kngd_ray.data._passed_over import by_suffix, unread
+    from kngd_ray.data._pictures import PictureFile, halves, restrict
+    from kngd_ray.data._shots import Split, sample_shots, select, select_tests
+    from kngd_ray.data._source import content_key
+    from kngd_ray.data._write import write_features
 
 __all__ = [
     "EMBEDDED",
@@ -63,3 +68,43 @@ __all__ = [
     "unread",
     "write_features",
 ]
+
+# Imported when they are asked for: they need pyarrow and Pillow, and whoever reads the settings does not.
+_HOMES = {
+    "EncodedBatch": "_encode",
+    "EncodedStream": "_encode",
+    "Encoder": "_encode",
+    "FeatureCache": "_cache",
+    "FeatureFiles": "_features",
+    "GivenFeatures": "_features",
+    "ImageSet": "_images",
+    "PictureFile": "_pictures",
+    "SUFFIXES": "_decode",
+    "Split": "_shots",
+    "arrange": "_images",
+    "by_suffix": "_passed_over",
+    "content_key": "_source",
+    "decode": "_decode",
+    "encode_batch": "_encode",
+    "encode_missing": "_encode",
+    "fill_cache": "_encode",
+    "halves": "_pictures",
+    "open_images": "_images",
+    "picture_of": "_decode",
+    "read_batches": "_encode",
+    "read_features": "_features",
+    "restrict": "_pictures",
+    "sample_shots": "_shots",
+    "select": "_shots",
+    "select_tests": "_shots",
+    "unread": "_passed_over",
+    "write_features": "_write",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

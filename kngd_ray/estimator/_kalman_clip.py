@@ -186,8 +186,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             shots would move them, linearised. Zero where no shots could be held out.
         """
         classifier, features = self._features(X)
-        tau = classifier.calibration.tau
-        p = classifier.predictor.predict(features, tau).probabilities.double().cpu().numpy()
+        p = classifier.predictor.predict(features, classifier.calibration.tau).probabilities.double().cpu().numpy()
         if not return_std:
             return p
         scale = interval_scale(classifier.novelty)

@@ -14,7 +14,6 @@ from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import CheckpointError, StorageError, UsageError, closest
 from kngd_ray.storage import read_json, storage_errors, take_lock, write_text
 from kngd_ray.tracking import redact, resolve_uri
-from kngd_ray.training.checkpoint import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +159,8 @@ def locate(target: str, storage_path: str) -> Path:
     Returns:
         The folder of a run, a fit or a checkpoint.
     """
+    from kngd_ray.training.checkpoint import MANIFEST  # which imports torch, that not every reader of a run needs
+
     path = Path(target).expanduser().resolve()
     inside = (path / MANIFEST).is_file() or path.parent.name == FITS
     if inside and any((parent / CONFIG).is_file() for parent in path.parents[:3]):

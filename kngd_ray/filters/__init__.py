@@ -4,6 +4,7 @@ A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one name
 :data:`CovarianceFamily`; a new process or noise model likewise.
 """
 
+from kngd_ray._plugins import open_registry
 from kngd_ray.filters._family import Covariance, Family, Work
 from kngd_ray.filters._innovation import Innovation, random_signs, solve_innovation
 from kngd_ray.filters._layerwise import Layerwise
@@ -29,6 +30,7 @@ ProcessModel = RandomWalk | OrnsteinUhlenbeck | Forgetting
 NoiseModel = Fixed | Ema | Categorical
 GateModel = NoGate | Inflate | Skip
 PriorMean = ZeroShot | Calibrated
+open_registry(CovarianceFamily, "kngd_ray.families")  # installed packages may add to it
 
 __all__ = [
     "Belief",

@@ -17,8 +17,7 @@ over ranks. A family whose layers are independent given S is a subclass of
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters.jacobian import Jacobian, Layer, Part
 

@@ -6,9 +6,7 @@ from math import isfinite, log, pi
 from random import Random
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.errors import FilterError, IndefiniteError
 from kngd_ray.filters.functional_mode import eager
 
@@ -71,7 +69,7 @@ class Innovation:
 
 
 @lru_cache(maxsize=8)
-def random_signs(seed: int, draws: int, M: int, device: torch.device) -> Tensor:
+def random_signs(seed: int, draws: int, M: int, device: "torch.device") -> Tensor:
     """Independent random signs; every layer and linearisation of an update asks for the same.
 
     Args:

@@ -4,9 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters.functional_mode import eager

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.filters._family import Covariance, Family
 from kngd_ray.filters._innovation import Innovation, solve_innovation
 from kngd_ray.filters.jacobian import Jacobian

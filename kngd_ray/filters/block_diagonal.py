@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any, Literal
 
-import torch
-from torch import Generator, Tensor
-from torch.nn.functional import pad
-
+from kngd_ray._deferred import Generator, Tensor, functional, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import root, rounded_up, symmetric
@@ -118,7 +115,7 @@ def _blocks(P: LayerState) -> Tensor:
     b = rows.shape[1]
     missing = -len(rows) % b
     if missing:
-        rows = pad(rows, (0, 0, 0, missing))
+        rows = functional.pad(rows, (0, 0, 0, missing))
         rows[-missing:, -missing:].diagonal().fill_(1.0)
     return rows.view(-1, b, b)
 
@@ -126,7 +123,7 @@ def _blocks(P: LayerState) -> Tensor:
 def _by_block(rows: Tensor, blocks: Tensor) -> Tensor:
     """(blocks, M, b) from rows (M, size)."""
     count, b, _ = blocks.shape
-    return pad(rows, (0, count * b - rows.shape[1])).view(-1, count, b).transpose(0, 1)
+    return functional.pad(rows, (0, count * b - rows.shape[1])).view(-1, count, b).transpose(0, 1)
 
 
 def _by_weight(blocks: Tensor, P: LayerState) -> Tensor:

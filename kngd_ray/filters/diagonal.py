@@ -46,9 +46,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.functional_mode import eager
@@ -254,7 +252,7 @@ class _Scratch:
     def __init__(self) -> None:
         self._numbers: Tensor | None = None
 
-    def like(self, dtype: torch.dtype, where: Tensor, rows: int, columns: int) -> Tensor | None:
+    def like(self, dtype: "torch.dtype", where: Tensor, rows: int, columns: int) -> Tensor | None:
         """(rows, columns) on a tensor's device, always of one dtype; None where products cannot be directed."""
         if not eager():
             return None
@@ -322,7 +320,7 @@ class _Slices:
     x: Tensor  # (s, i)
 
     @classmethod
-    def of(cls, H: Factors, dtype: torch.dtype) -> "_Slices":
+    def of(cls, H: Factors, dtype: "torch.dtype") -> "_Slices":
         return cls(H.g[:, :, 0].permute(2, 1, 0).to(dtype), H.x[:, 0].to(dtype))
 
     def gram(self, variance: Tensor) -> Tensor:
@@ -350,7 +348,7 @@ class _Pairs:
     so that the products fit the budget; a single run is kept from the Gram matrix to the update.
     """
 
-    def __init__(self, H: Factors, dtype: torch.dtype) -> None:
+    def __init__(self, H: Factors, dtype: "torch.dtype") -> None:
         s, k, _, o = H.g.shape
         self.s, self.k, self.reach = s, k, s // 2 + 1
         self.g, self.x = H.g[:, :, 0].to(dtype), H.x[:, 0].to(dtype)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
-from torch import Tensor
+from kngd_ray._deferred import Tensor, torch
 
 _EAGER = ContextVar("eager", default=True)
 

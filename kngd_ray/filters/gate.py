@@ -23,9 +23,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.filters._innovation import Innovation, solve_innovation
 
 _TOLERANCE = 1e-6  # relative, on z^2 = c

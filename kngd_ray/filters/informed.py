@@ -16,10 +16,7 @@ Here it is taken from the shots so that it means the same in any coordinates of 
 * ``r^2`` is the mean of ``(x - mean)^T M (x - mean)`` over the shots: k varies by 1 around them.
 """
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot, pad
-
+from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.filters.dense import symmetric
 from kngd_ray.filters.left_out import PriorWithout
 
@@ -36,7 +33,8 @@ def class_means(x: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (C, i), C the largest label and one; 0 of a class without inputs.
     """
-    members = one_hot(labels).to(x)  # as a product, whose sums are in the same order on every device and in every run
+    # as a product, whose sums are in the same order on every device and in every run
+    members = functional.one_hot(labels).to(x)
     return members.mT @ x / members.sum(0).clamp_min(1).unsqueeze(1)
 
 
@@ -159,7 +157,7 @@ def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, 
         vectors.append(features - class_means(features, labels)[labels])
         weights.append(-unit * share)
     if constant:
-        vectors = [pad(e, (0, 1)) for e in vectors]
+        vectors = [functional.pad(e, (0, 1)) for e in vectors]
         if len(x) <= _FEW:
             # A^-1 holds [c, 1] [c, 1]^T / (bias r^2), of the offset c; without a bias it is singular there
             c = -precision @ A[:-1, -1]
@@ -167,7 +165,7 @@ def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, 
             if bias > torch.finfo(torch.float32).eps * A[-1, -1]:
                 rest = torch.arange(len(x), device=x.device)
                 without = torch.stack([common_offset(features[rest != n], reach) if len(x) > 1 else c for n in rest])
-                vectors += [pad(offsets, (0, 1), value=1.0) for offsets in (c.expand_as(without), without)]
+                vectors += [functional.pad(offsets, (0, 1), value=1.0) for offsets in (c.expand_as(without), without)]
                 weights += [-(1 / bias).expand(len(x)), (1 / bias).expand(len(x))]
     if not vectors:
         return PriorWithout.unchanged(x)

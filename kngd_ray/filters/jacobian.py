@@ -14,8 +14,7 @@ All observations of a batch are ordered by sample, the k of a sample together: M
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from kngd_ray._deferred import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -157,17 +156,17 @@ class Factors:
         return self.g.to(self.row_dtype), self.x.to(self.row_dtype)
 
     @property
-    def row_dtype(self) -> torch.dtype:
+    def row_dtype(self) -> "torch.dtype":
         """Of the rows."""
         return torch.promote_types(self.g.dtype, self.x.dtype)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Of the numbers."""
         return self.g.dtype
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Of the numbers."""
         return self.g.device
 
@@ -212,12 +211,12 @@ class Rows:
         return self.values @ v.to(self.values.dtype)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Of the numbers."""
         return self.values.dtype
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Of the numbers."""
         return self.values.device
 

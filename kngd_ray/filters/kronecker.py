@@ -67,9 +67,7 @@ result does not depend on those of the features ::
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
@@ -267,7 +265,7 @@ class Kronecker(Layerwise):
             return _PLAIN.work_layer(P, H)
         return _gram(P["B"], P["A"], self._seen(H, P["B"].dtype))[1]
 
-    def _seen(self, H: Factors | Rows, dtype: torch.dtype) -> Factors | Rows:
+    def _seen(self, H: Factors | Rows, dtype: "torch.dtype") -> Factors | Rows:
         """H, or one token for each sample in its place."""
         if self.tokens == "exact" or not isinstance(H, Factors) or H.g.shape[2] == 1 or not H.within(_REACH):
             return H
@@ -406,7 +404,7 @@ def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> La
     return {"B": B_new, "A": rounded_up(symmetric(A_new), A)}
 
 
-def _root_of_rest(Q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _root_of_rest(Q: Tensor, scale: float, dtype: "torch.dtype") -> Tensor:
     """Cholesky factor of I - scale Q, Q from numbers of a dtype, whose rounding may have made it a little too large."""
     lost = ROUNDING * torch.finfo(dtype).eps
     J = Q * (scale * (lost - 1.0))

@@ -12,9 +12,7 @@ agree within a few percent.
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.filters.softmax import Classified
 
 _AT_ONCE = 1024  # samples

@@ -31,9 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._family import Covariance, Work
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState

@@ -17,11 +17,7 @@ A linearisation reads one small tensor back to the host, whether the problem is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-from torch.nn.utils.rnn import pad_sequence
-
+from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.filters.dense import root, symmetric
 
 _HALVINGS = 30
@@ -57,7 +53,7 @@ class RowRoot:
         """The root, where it is a scalar."""
         return None if self._root.dim() else self._root
 
-    def to(self, dtype: torch.dtype) -> "RowRoot":
+    def to(self, dtype: "torch.dtype") -> "RowRoot":
         """The same in another precision."""
         return RowRoot(self._root.to(dtype))
 
@@ -97,7 +93,7 @@ class Problem:
         padded = [torch.nn.functional.pad(part.Z, (0, r - part.Z.shape[2])) for part in parts]
         return cls(
             *(
-                pad_sequence([row for part in of_parts for row in part], batch_first=True)
+                torch.nn.utils.rnn.pad_sequence([row for part in of_parts for row in part], batch_first=True)
                 for of_parts in (
                     padded,
                     [part.logits for part in parts],
@@ -176,7 +172,7 @@ def mode(
     """
     Z, counts, F = problem.Z, problem.counts.unsqueeze(2), len(problem.Z)
     labels, weights = problem.labels.unsqueeze(2), problem.counts.double().unsqueeze(2)
-    target = one_hot(problem.labels, problem.logits.shape[2]).to(Z.dtype)
+    target = functional.one_hot(problem.labels, problem.logits.shape[2]).to(Z.dtype)
     logits = problem.logits
     U = Z.new_zeros(F, logits.shape[2], Z.shape[2]) if start is None else start
     if start is not None:

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
+from kngd_ray._deferred import Tensor, functional, torch
 
 _FLOOR = 1e-8  # an R of zero would make S singular for duplicate observations
 
@@ -154,7 +152,7 @@ class Ema(_ByChannel):
         variance = seen.predicted.diagonal(dim1=1, dim2=2)
         energy = (seen.nu.square() + variance - seen.base).flatten()
         # sums by a product, not by scattered additions, whose order a GPU does not fix: ranks must agree bitwise
-        members = one_hot(seen.channel.flatten(), len(r)).to(energy) * seen.counts.flatten().unsqueeze(1)
+        members = functional.one_hot(seen.channel.flatten(), len(r)).to(energy) * seen.counts.flatten().unsqueeze(1)
         count, total = members.sum(0), energy @ members
         average = self.beta * r + (1 - self.beta) * total / count.clamp_min(1)
         return torch.where(count > 0, average.clamp_min(_FLOOR), r)

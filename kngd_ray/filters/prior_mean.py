@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-import torch
-from torch import Tensor
+from kngd_ray._deferred import Tensor, torch
 
 _MOST = 4.0
 _STEPS = 60

@@ -19,10 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, log
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-
+from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.errors import FilterError
 from kngd_ray.filters import newton
 from kngd_ray.filters.dense import symmetric
@@ -109,7 +106,7 @@ def condition(B: Tensor, A: Tensor, batch: Classified, *, tolerance: float, line
     found = newton.mode(batch.problem(white.Z), RowRoot.of(rows), tolerance=tolerance, linearisations=linearisations)
     p = found.log_p[0].exp()
     # At the mode W - W^- = P H^T w with w = y - p: all that is left of the iterations is the residual.
-    residual = one_hot(batch.labels, len(B)).to(p) - p
+    residual = functional.one_hot(batch.labels, len(B)).to(p) - p
     step = rows @ (residual.mT @ white.Z) @ white.Y / batch.noise
     B_new, A_new, shrunk = nearest_product(rows, A.double(), white, p, batch.noise)
     p_label = p.gather(1, batch.labels.unsqueeze(1)).clamp_min(_LEAST)

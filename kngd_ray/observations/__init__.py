@@ -4,17 +4,24 @@ A new model is one module beside :mod:`~kngd_ray.observations.cosine` and one na
 :data:`Model`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kngd_ray._plugins import open_registry
 from kngd_ray.observations._model import Observation, ObservationModel, stack
 from kngd_ray.observations.categorical import Categorical
 from kngd_ray.observations.clip_cite import ClipCite
 from kngd_ray.observations.cosine import Cosine
-from kngd_ray.observations.jacobian import flatten, jacobian_rows, trainable, unflatten
-from kngd_ray.observations.linearise import Linearisation, Linearizer
 from kngd_ray.observations.log_likelihood import LogLikelihood
 from kngd_ray.observations.probability import Probability
 
+if TYPE_CHECKING:
+    from kngd_ray.observations.jacobian import flatten, jacobian_rows, trainable, unflatten
+    from kngd_ray.observations.linearise import Linearisation, Linearizer
+
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
 Model = Cosine | Probability | LogLikelihood | Categorical | ClipCite
+open_registry(Model, "kngd_ray.observations")  # installed packages may add to it
 
 __all__ = [
     "Categorical",
@@ -33,3 +40,21 @@ __all__ = [
     "trainable",
     "unflatten",
 ]
+
+# Imported when they are asked for: they need torch, and whoever reads the settings does not.
+_HOMES = {
+    "Linearisation": "linearise",
+    "Linearizer": "linearise",
+    "flatten": "jacobian",
+    "jacobian_rows": "jacobian",
+    "trainable": "jacobian",
+    "unflatten": "jacobian",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import torch
-from torch import Tensor
+from kngd_ray._deferred import Tensor, torch
 
 _MARGIN = 1e-6  # of a probability from 0 and 1, where odds are counted
 

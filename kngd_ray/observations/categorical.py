@@ -20,9 +20,7 @@ k + 1 rows per sample instead of C.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.observations._model import Noisy, Observation, label_odds
 
 _MIN_P = 1e-12

@@ -20,9 +20,7 @@ natural gradient of the paper's loss; what is given up is the curvature between 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.observations._model import Noisy, Observation, label_odds
 
 

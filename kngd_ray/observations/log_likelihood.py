@@ -8,9 +8,7 @@ linearised-Gaussian empirical-Fisher step of BONG (arXiv 2405.19681).
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.observations._model import Noisy, Observation, label_odds
 
 

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from kngd_ray._deferred import Tensor, torch
 from kngd_ray.observations._model import Noisy, Observation
 
 

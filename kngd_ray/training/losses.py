@@ -3,16 +3,17 @@
 A new loss is one class here or a module beside it, and one name in :data:`Loss`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
-
+from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.observations.clip_cite import terms
-from kngd_ray.sharding import Group
-from kngd_ray.training.batches import Batch
+
+if TYPE_CHECKING:
+    from kngd_ray.sharding import Group
+    from kngd_ray.training.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class CrossEntropy:
         """
         found = torch.zeros_like(outputs)
         logits = outputs[:, :classes].detach()
-        found[:, :classes] = (logits.softmax(1) - one_hot(batch.labels, classes).to(logits.dtype)) / batch.total
+        found[:, :classes] = (
+            logits.softmax(1) - functional.one_hot(batch.labels, classes).to(logits.dtype)
+        ) / batch.total
         return found
 
 

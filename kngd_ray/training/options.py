@@ -1,6 +1,6 @@
 """Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
@@ -26,6 +26,7 @@ from kngd_ray.training.losses import CrossEntropy, Loss
 
 _P0 = 0.1
 _BATCH = 32
+_STREAM_BATCH = 16  # the fewer, the more was learned just before each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,3 +250,45 @@ class FitOptions:
                 raise ValueError(f"filter.{name} is {value}; over towers a batch is conditioned on once: leave it out")
         if self.tune.checkpointing:
             raise ValueError("tune.checkpointing saves memory of the gradient methods; kalman keeps all layers' inputs")
+
+
+def streamed(options: FitOptions) -> FitOptions:
+    """Options of a fit of a stream, of which nobody knows the end.
+
+    Args:
+        options: as they were given.
+
+    Returns:
+        The options; where the batch size is left open, it is not all of the stream, and a learning rate stays as it is.
+    """
+    constant = replace(options.optimizer, schedule="constant")
+    return replace(options, batch_size=options.batch_size or _STREAM_BATCH, optimizer=constant)
+
+
+def check_streamed(options: FitOptions, protocol: str, ordered: str | None) -> None:
+    """Refuse what a stream cannot have, and an order of anything else.
+
+    Args:
+        options: of the fit.
+        protocol: ``stream``, or another.
+        ordered: the setting that gives an order; None without one.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if protocol != "stream":
+        if ordered is not None:
+            raise ValueError(f"{ordered} is for protocol=stream, and protocol is {protocol}; leave one out")
+        return
+    if ordered is None:
+        raise ValueError(
+            "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
+            "the column that says when a row came, data.time=COLUMN"
+        )
+    if options.tune.images:
+        raise ValueError(
+            "protocol is stream, from which adapters on frozen towers learn, and tune.parameters is "
+            f"{options.tune.parameters}; leave one of them out"
+        )
+    if not options.epochs:
+        raise ValueError("epochs is 0, and a stream is learned from as it comes; give 1 or more steps for each batch")

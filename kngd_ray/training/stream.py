@@ -12,7 +12,7 @@ prequential: those of a method that is judged as it is used.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +20,7 @@ from torch import Tensor
 from kngd_ray.errors import FilterError
 from kngd_ray.training.batches import Support
 from kngd_ray.training.method import Method
-from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
-
-BATCH = 16
-"""Samples of a batch of a stream where the options leave it open: the fewer, the more was learned just before each."""
 
 _EPSILON = 1e-9  # nats
 _HALF_LIFE = 50.0  # samples
@@ -117,48 +113,6 @@ class Foresight:
         found = told[self._best]
         self.scores = 0.5 ** (size / _HALF_LIFE) * self.scores + torch.tensor(told, dtype=torch.float64)
         return found
-
-
-def streamed(options: FitOptions) -> FitOptions:
-    """Options of a fit of a stream, of which nobody knows the end.
-
-    Args:
-        options: as they were given.
-
-    Returns:
-        The options; where the batch size is left open, it is not all of the stream, and a learning rate stays as it is.
-    """
-    constant = replace(options.optimizer, schedule="constant")
-    return replace(options, batch_size=options.batch_size or BATCH, optimizer=constant)
-
-
-def check_streamed(options: FitOptions, protocol: str, ordered: str | None) -> None:
-    """Refuse what a stream cannot have, and an order of anything else.
-
-    Args:
-        options: of the fit.
-        protocol: ``stream``, or another.
-        ordered: the setting that gives an order; None without one.
-
-    Raises:
-        ValueError: they do not go together.
-    """
-    if protocol != "stream":
-        if ordered is not None:
-            raise ValueError(f"{ordered} is for protocol=stream, and protocol is {protocol}; leave one out")
-        return
-    if ordered is None:
-        raise ValueError(
-            "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
-            "the column that says when a row came, data.time=COLUMN"
-        )
-    if options.tune.images:
-        raise ValueError(
-            "protocol is stream, from which adapters on frozen towers learn, and tune.parameters is "
-            f"{options.tune.parameters}; leave one of them out"
-        )
-    if not options.epochs:
-        raise ValueError("epochs is 0, and a stream is learned from as it comes; give 1 or more steps for each batch")
 
 
 def accuracies(method: Method, tests: Mapping[str, Support]) -> dict[str, float]:

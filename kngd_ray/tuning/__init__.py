@@ -4,13 +4,18 @@ A new objective is a branch of :mod:`~kngd_ray.tuning.objective` and a name in
 :data:`~kngd_ray.tuning.options.DIRECTIONS`; a new sampler is a line of :mod:`~kngd_ray.tuning.samplers`.
 """
 
-from kngd_ray.tuning.driver import Driver, Report, reason_of, report_of, run_here
-from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
-from kngd_ray.tuning.mode import mode_of
-from kngd_ray.tuning.objective import Fitter, Workload, judge
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from kngd_ray.tuning.options import SearchOptions
 from kngd_ray.tuning.space import Space, Value, parse_space, plain_space
-from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult, load_study
+
+if TYPE_CHECKING:
+    from kngd_ray.tuning.driver import Driver, Report, reason_of, report_of, run_here
+    from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
+    from kngd_ray.tuning.mode import mode_of
+    from kngd_ray.tuning.objective import Fitter, Workload, judge
+    from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult, load_study
 
 __all__ = [
     "JOURNAL",
@@ -37,3 +42,33 @@ __all__ = [
     "report_of",
     "run_here",
 ]
+
+# Imported when they are asked for: they need torch and Optuna, and whoever reads a search file does not.
+_HOMES = {
+    "Claimed": "study",
+    "Driver": "driver",
+    "Fitted": "fitting",
+    "Fitter": "objective",
+    "JOURNAL": "study",
+    "Report": "driver",
+    "SearchStudy": "study",
+    "TrialResult": "study",
+    "Workload": "objective",
+    "fit_alone": "fitting",
+    "fit_together": "fitting",
+    "fitted_from": "fitting",
+    "judge": "objective",
+    "load_study": "study",
+    "mode_of": "mode",
+    "reason_of": "driver",
+    "report_of": "driver",
+    "run_here": "driver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

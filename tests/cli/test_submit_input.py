@@ -8,21 +8,19 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import ray
-import typer.main
 from aiohttp import web
 
 from kngd_ray import __version__
-from kngd_ray.cli.app import app
-from kngd_ray.cluster import preflight as reach
-from kngd_ray.cluster import submission, submit
+from kngd_ray.cli.submit import parsed
+from kngd_ray.cluster import preflight, submission, submit
 from kngd_ray.cluster.bundle import Bundle
-from kngd_ray.cluster.preflight import VALUED, Arguments, find_out, probe, take_apart
+from kngd_ray.cluster.preflight import Arguments, find_out, probe
 from kngd_ray.cluster.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
 from kngd_ray.config import TrackingConfig, TrainerConfig, load_config
 from kngd_ray.console import Display
@@ -291,30 +289,24 @@ def test_an_unknown_job_names_the_recent_ones(command, serve: Serve) -> None:
 
 
 def faults(*arguments: str) -> list[str]:
-    found = find_out(arguments[0], arguments[1:])
+    found = find_out(parsed(*arguments))
     for fault in found.faults:
         assert fault.sentence.endswith(".")
     return [fault.sentence for fault in found.faults]
 
 
-def test_options_with_values_are_those_of_the_command_line() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    declared = {
-        option
-        for name, command in commands.items()
-        if name != "submit"
-        for parameter in command.params
-        if parameter.param_type_name == "option" and not parameter.is_flag
-        for option in parameter.opts
-    }
-    assert declared <= set(VALUED)
-
-
 def test_a_command_line_is_taken_apart() -> None:
-    words = ["--json", "run", "--out", "/shared/a", "data.shots=4", "--points=5"]
-    assert take_apart("ensemble", words) == Arguments(
-        "ensemble", ["run", "data.shots=4"], {"--out": "/shared/a", "--points": "5"}
+    words = ["--json", "run", "--storage-path", "/shared/a", "data.shots=4", "--points=5"]
+    assert parsed("ensemble", *words) == Arguments(
+        "ensemble", ["run", "data.shots=4"], {"--storage-path": "/shared/a", "--points": "5"}
     )
+
+
+def test_wrong_options_are_refused_before_anything_is_sent(command) -> None:
+    for words in (["train", "--jsn"], ["evaluate"], ["export", "run", "--out"]):
+        said = command("submit", "--dry-run", "--", *words)
+        assert said.code == 2
+        assert "Usage: " in said.err
 
 
 def test_nothing_is_wrong_and_nothing_stays_behind(command) -> None:
@@ -326,10 +318,12 @@ def test_nothing_is_wrong_and_nothing_stays_behind(command) -> None:
 
 
 def test_the_line_that_the_job_prints(command, capfd, monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["reach", "train", *command.settings("data.path=/gone.parquet")])
-    reach.main()
+    monkeypatch.setattr(
+        "sys.argv", ["preflight", json.dumps(asdict(parsed("train", *command.settings("data.path=/gone.parquet"))))]
+    )
+    preflight.main()
     (line,) = capfd.readouterr().out.splitlines()
-    found = json.loads(line)[reach.MARK]
+    found = json.loads(line)[preflight.MARK]
     assert set(found) == {"kngd_ray", "ray", "python", "nodes", "faults"}
     assert found["ray"] == ray.__version__
     assert not found["faults"][0]["usage"]
@@ -387,23 +381,23 @@ def test_other_commands_are_checked(command) -> None:
 
 def test_results_that_would_go_with_the_job_are_a_matter_of_settings(command) -> None:
     for settings in (["trainer.storage_path=a"], ["tracking.enabled=true", "tracking.uri=sqlite:///a.db"]):
-        found = find_out("train", command.settings(*settings))
+        found = find_out(parsed("train", *command.settings(*settings)))
         assert [fault.usage for fault in found.faults] == [True]
 
 
 def test_a_node_that_does_not_share_the_storage_says_so(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(reach, "_SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(preflight, "_SEEN_SECONDS", 0.0)
     answer = probe({}, str(tmp_path), "mark-of-another-machine")
     assert answer["apart"]
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "mark").write_text(reach._TEXT)
+    (tmp_path / "mark").write_text(preflight._TEXT)
     assert not probe({}, str(tmp_path), "mark")["apart"]
     answers = [
         ("10.0.0.1", answer | {"apart": False}, None),
         ("10.0.0.2", answer, None),
         ("10.0.0.3", None, "it hangs"),
     ]
-    sentences = [fault.sentence for fault in reach._faults(answers, {}, tmp_path)]
+    sentences = [fault.sentence for fault in preflight._faults(answers, {}, tmp_path)]
     assert any("10.0.0.3 did not answer (it hangs)" in sentence for sentence in sentences)
     assert any("another folder on 10.0.0.2 than" in sentence for sentence in sentences)
 
@@ -412,7 +406,7 @@ def test_nodes_with_another_version_or_without_the_file_are_named(tmp_path: Path
     fine = probe({}, None, None)
     lacking = {**fine, "unreadable": {"/data/a.parquet": "No such file or directory"}}
     answers = [("n1", fine, None), ("n2", {**fine, "kngd_ray": "0.0.1"}, None), ("n3", lacking, None)]
-    sentences = [fault.sentence for fault in reach._faults(answers, {"/data/a.parquet": "data.path"}, tmp_path)]
+    sentences = [fault.sentence for fault in preflight._faults(answers, {"/data/a.parquet": "data.path"}, tmp_path)]
     assert len(sentences) == 2
     assert "n2 has kngd_ray 0.0.1" in sentences[0]
     assert "/data/a.parquet cannot be read on n3 (No such" in sentences[1]
@@ -442,7 +436,7 @@ def check(lines: list[str], tmp_path: Path, *, brings: bool = False, exit_code: 
     package = Bundle(tmp_path, {"kngd_ray/__init__.py": 1} if brings else {"run.yaml": 1})
     cluster = Answered(lines, exit_code)
     try:
-        submit._check(cluster, ["train"], package, tmp_path, Display(quiet_stdout=True))  # type: ignore[arg-type]
+        submit._check(cluster, Arguments("train", [], {}), package, tmp_path, Display(quiet_stdout=True))  # type: ignore[arg-type]
     except KngdError as error:
         return str(error)
     return None
@@ -450,7 +444,7 @@ def check(lines: list[str], tmp_path: Path, *, brings: bool = False, exit_code: 
 
 def answer_of(version: str = __version__, *sentences: str) -> list[str]:
     found = {"kngd_ray": version, "python": "3.9", "faults": [{"sentence": s, "usage": False} for s in sentences]}
-    return ["something first", json.dumps({reach.MARK: found})]
+    return ["something first", json.dumps({preflight.MARK: found})]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from helpers.workloads import SLOW_RUN
 
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
-from kngd_ray.experiment.run import resumed_config, train
+from kngd_ray.experiment.run import train
+from kngd_ray.experiment.run_folder import resumed_config
 from kngd_ray.training.resumable import latest
 
 pytestmark = pytest.mark.ray

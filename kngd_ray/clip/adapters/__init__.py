@@ -4,13 +4,21 @@ A new adapter is one module beside :mod:`~kngd_ray.clip.adapters.linear` and one
 :data:`AnyAdapter`.
 """
 
-from kngd_ray.clip.adapters._base import Adapter, AdapterConfig, HeadShape, Tower
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kngd_ray._plugins import open_registry
+from kngd_ray.clip.adapters._base import AdapterConfig, HeadShape, Tower
 from kngd_ray.clip.adapters.bottleneck import Bottleneck
-from kngd_ray.clip.adapters.class_residual import ClassResidual, ClassResidualAdapter
+from kngd_ray.clip.adapters.class_residual import ClassResidual
 from kngd_ray.clip.adapters.linear import Linear
+
+if TYPE_CHECKING:
+    from kngd_ray.clip.adapters.modules import Adapter, ClassResidualAdapter
 
 # The registry: configuration chooses among these by `kind`, and offers the fields of each as its options.
 AnyAdapter = Bottleneck | Linear | ClassResidual
+open_registry(AnyAdapter, "kngd_ray.adapters")  # installed packages may add to it
 
 __all__ = [
     "Adapter",
@@ -23,3 +31,11 @@ __all__ = [
     "Linear",
     "Tower",
 ]
+
+_MODULES = {"Adapter", "ClassResidualAdapter"}  # need torch, which whoever reads the settings does not
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("kngd_ray.clip.adapters.modules"), name)

@@ -1,9 +1,10 @@
 """What an adapter is: a small trainable module between the frozen towers' embeddings and the logits."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from kngd_ray.clip.adapters.modules import Adapter
 
 Tower = Literal["image", "text", "both"]
 
@@ -21,22 +22,6 @@ class HeadShape:
     classes: int
 
 
-class Adapter(nn.Module):
-    """Base of the adapters: each hook is the identity until an adapter overrides it."""
-
-    def image(self, z: Tensor) -> Tensor:
-        """Adapt image embeddings z (m, d), before they are normalised."""
-        return z
-
-    def text(self, t: Tensor) -> Tensor:
-        """Adapt class text embeddings t (C, d), before they are normalised."""
-        return t
-
-    def cosines(self, z: Tensor, cosines: Tensor) -> Tensor:
-        """Adapt cosines (m, C) of the unit image embeddings z (m, d) with the class texts."""
-        return cosines
-
-
 class AdapterConfig(Protocol):
     """Options of an adapter, and how to build it."""
 
@@ -45,6 +30,6 @@ class AdapterConfig(Protocol):
         """The adapter's name in configuration files."""
         ...
 
-    def build(self, shape: HeadShape) -> Adapter:
+    def build(self, shape: HeadShape) -> "Adapter":
         """A new adapter, its random weights drawn from torch's global generator."""
         ...

@@ -1,11 +1,12 @@
 """CLIP-Adapter: a two-layer bottleneck mixed with the embedding (Gao et al., arXiv 2110.04544)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from kngd_ray.clip.adapters._base import HeadShape, Tower
 
-from kngd_ray.clip.adapters._base import Adapter, HeadShape, Tower
+if TYPE_CHECKING:
+    from kngd_ray.clip.adapters.modules import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,33 +31,8 @@ class Bottleneck:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio}; the residual ratio must lie in (0, 1]")
 
-    def build(self, shape: HeadShape) -> Adapter:
+    def build(self, shape: HeadShape) -> "Adapter":
         """A new adapter with PyTorch's default linear initialisation."""
-        return _BottleneckAdapter(self, shape)
+        from kngd_ray.clip.adapters.modules import BottleneckAdapter
 
-
-class _BottleneckAdapter(Adapter):
-    def __init__(self, config: Bottleneck, shape: HeadShape) -> None:
-        super().__init__()
-        self.ratio = config.ratio
-        towers = ("image", "text") if config.tower == "both" else (config.tower,)
-        self.mlp = nn.ModuleDict({
-            tower: nn.Sequential(
-                nn.Linear(shape.embed_dim, config.width, bias=False),
-                nn.ReLU(),
-                nn.Linear(config.width, shape.embed_dim, bias=False),
-                nn.ReLU(),
-            )
-            for tower in towers
-        })
-
-    def image(self, z: Tensor) -> Tensor:
-        return self._mix("image", z)
-
-    def text(self, t: Tensor) -> Tensor:
-        return self._mix("text", t)
-
-    def _mix(self, tower: str, x: Tensor) -> Tensor:
-        if tower not in self.mlp:
-            return x
-        return self.ratio * self.mlp[tower](x) + (1 - self.ratio) * x
+        return BottleneckAdapter(self, shape)

@@ -1,13 +1,12 @@
 """A residual on each class's text embedding: a linear classifier that starts at the zero-shot one."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from kngd_ray.clip.adapters._base import HeadShape
 
-from kngd_ray.clip.adapters._base import Adapter, HeadShape
+if TYPE_CHECKING:
+    from kngd_ray.clip.adapters.modules import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,39 +28,8 @@ class ClassResidual:
     bias: bool = False
     centred: bool = False
 
-    def build(self, shape: HeadShape) -> Adapter:
+    def build(self, shape: HeadShape) -> "Adapter":
         """A new adapter that is the identity."""
+        from kngd_ray.clip.adapters.modules import ClassResidualAdapter
+
         return ClassResidualAdapter(shape, bias=self.bias, centred=self.centred)
-
-
-class ClassResidualAdapter(Adapter):
-    """The adapter itself.
-
-    Args:
-        shape: of the head.
-        bias: whether the layer sees a constant beside the features.
-        centred: whether it sees them less `centre`.
-
-    Attributes:
-        delta: the one linear layer, of which the logits are a linear function.
-        centre: (d,) what features are measured from, 0 until it is set; None where they are taken as they are.
-    """
-
-    centre: Tensor | None
-
-    def __init__(self, shape: HeadShape, *, bias: bool, centred: bool = False) -> None:
-        super().__init__()
-        self._bias = bias
-        self.register_buffer("centre", torch.zeros(shape.embed_dim) if centred else None, persistent=False)
-        self.delta = nn.Linear(shape.embed_dim + bias, shape.classes, bias=False)
-        torch.nn.init.zeros_(self.delta.weight)
-
-    def inputs(self, z: Tensor) -> Tensor:
-        """What the layer sees of unit image embeddings z (m, d): (m, d), or (m, d + 1) with a constant 1."""
-        if self.centre is not None:
-            z = z - self.centre
-        return pad(z, (0, 1), value=1.0) if self._bias else z
-
-    def cosines(self, z: Tensor, cosines: Tensor) -> Tensor:
-        """Add the residual."""
-        return cosines + self.delta(self.inputs(z))

@@ -1,0 +1,41 @@
+"""Torch, imported when it is first used.
+
+That takes longer than all else that a wrong setting, ``--print-config`` or a plugin's look at the settings needs, and
+the options of a fit are fields of the classes that compute with it. Modules with options import its names from here.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor
+    from torch.nn import functional
+else:
+
+    class _Deferred(ModuleType):
+        """A module that is imported when it is asked for something; what was asked for stays at hand."""
+
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(import_module(self.__name__), name)
+            setattr(self, name, found)
+            return found
+
+    class _Instances(type):
+        """Asks the class of that name in torch."""
+
+        def __instancecheck__(cls, value: Any) -> bool:
+            return isinstance(value, getattr(torch, cls.__name__))
+
+    torch = _Deferred("torch")
+    functional = _Deferred("torch.nn.functional")
+
+    class Tensor(metaclass=_Instances):
+        """Stands for torch's in annotations and ``isinstance``."""
+
+    class Generator(metaclass=_Instances):
+        """Stands for torch's."""
+
+
+__all__ = ["Generator", "Tensor", "functional", "torch"]

@@ -89,6 +89,7 @@ PUBLIC = {
         "ObservationNoise",
         "OrnsteinUhlenbeck",
         "Part",
+        "PerLayer",
         "PriorMean",
         "PriorWithout",
         "Process",

@@ -29,6 +29,7 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.start import told
 
 ZERO_SHOT = "zero-shot"
 
@@ -92,6 +93,9 @@ def train(config: Config, display: Display, *, resume: bool = False) -> dict[str
     with ray_for(config.trainer), ExitStack() as stack:
         trainer = with_gpus(config.trainer)
         display.say(_where(trainer))
+        for c in configs:
+            if (start := told(c.tune, c.adapter, c.prior)) is not None:
+                display.say(f"{c.method}: {start}")
         with display.pictures("encoding") as progress:
             use_ray = config.trainer.most_workers > 0
             prepared = prepare(task, use_ray=use_ray, progress=progress)

@@ -78,6 +78,7 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
             prepared.model.logit_scale,
             prepared.towers(config.tune),
             search.space,
+            {seed: prepared.support(seed) for seed in search.options.seeds} if config.tune.images else {},
         )
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
             return _Search(search, folder, work, display, lead).run(session.close)

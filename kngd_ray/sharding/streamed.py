@@ -44,9 +44,9 @@ from kngd_ray.sharding.sharded_filter import factored
 # Numbers of rows, of all M observations: layers below are brought together, and kept from the first pass to the second.
 _TOGETHER = 1 << 22
 _KEPT = 1 << 22
-# Of a settled belief, the largest variance of an observation, in units of its noise, that is taken for what is left after
-# its own evidence. It is below 1 where the belief has seen the observation as it is here; of crops it need not be, and a
-# settled layer that gave way by more than the others explain would swing.
+# Of a settled belief, the largest variance of an observation, in units of its noise, that is taken for what is left
+# after its own evidence. It is below 1 where the belief has seen the observation as it is here; of crops it need not
+# be, and a settled layer that gave way by more than the others explain would swing.
 _OWN = 0.5
 
 _Own = dict[str, Factors | Rows]

@@ -5,7 +5,8 @@ their layers. The factor follows from the Jacobian where the fit starts ::
 
     v = mean over shots and classes of  diag(C J P J^T C)        C takes a logit's mean over classes
 
-Random signs e over the classes need one backward pass for a batch: E[(C e)^T J P J^T C e] is the sum over classes.
+Random signs e over the classes need a backward pass each for a batch: E[(C e)^T J P J^T C e] is the sum over classes.
+Where there are no more classes than passes it is taken as it is.
 """
 
 import torch
@@ -21,6 +22,7 @@ from kngd_ray.training.streamed import StreamedPosterior
 
 _MEASURED = 64  # shots
 _AT_ONCE = 32
+_ROWS = 128  # at least, of all shots together
 _SIGNS = 4  # stream of random numbers, apart from those of batches, labels and crops
 
 
@@ -56,21 +58,29 @@ def measured_variance(method: KalmanNGD, shots: Shots) -> float:
     assert isinstance(method.posterior, StreamedPosterior)
     network, group, posterior = method.head, method.group, method.posterior
     names, n = set(posterior.of_towers), len(shots)
-    total = 0.0
+    C, total = network.classes, 0.0
+    k = min(C, max(2, -(-_ROWS // max(n, 1))))
     for chunk in torch.linspace(0, max(n - 1, 0), min(n, _MEASURED)).round().long().split(_AT_ONCE):
         sizes = split_evenly(len(chunk), group.world_size)
         own = chunk.split(sizes)[group.rank]
         passed = posterior.observer.linearizer.run(_inputs(network, shots, own))
-        C = network.classes
-        signs = [torch.randint(2, (C,), generator=seeded(method.seed, int(i), _SIGNS)) * 2.0 - 1 for i in own]
-        rows = torch.stack(signs) if signs else torch.empty(0, C)
-        rows = pad(rows - rows.mean(1, keepdim=True), (0, passed.logits.shape[1] - C)).to(passed.logits)
+        rows = (
+            torch.stack([_directions(C, k, method.seed, i) for i in own.tolist()]) if len(own) else torch.empty(0, k, C)
+        )
+        rows = pad(rows - rows.mean(2, keepdim=True), (0, passed.logits.shape[1] - C)).to(passed.logits)
         with tower_products(rows.device):
-            H = passed.jacobian(rows.unsqueeze(1))
-        observed = Observed(H, rows.new_zeros(len(chunk)), None, sizes, 1)
+            H = passed.jacobian(rows)
+        observed = Observed(H, rows.new_zeros(k * len(chunk)), None, sizes, k)
         total += float(posterior.filter.variances(method.belief, observed, names).sum())
         del H, observed
-    return total / (min(n, _MEASURED) * network.classes) if n else 0.0
+    return total / (min(n, _MEASURED) * C) if n else 0.0
+
+
+def _directions(C: int, k: int, seed: int, shot: int) -> Tensor:
+    """(k, C) directions of logits e, the sum of whose e e^T is the identity in the mean."""
+    if k == C:
+        return torch.eye(C)
+    return (torch.randint(2, (k, C), generator=seeded(seed, shot, _SIGNS)) * 2.0 - 1) / k**0.5
 
 
 def _inputs(network: CLIPNetwork, shots: Shots, which: Tensor) -> dict[str, Tensor]:

@@ -110,6 +110,7 @@ PUBLIC = {
         "ObservationNoise",
         "OrnsteinUhlenbeck",
         "Part",
+        "PerLayer",
         "PriorMean",
         "PriorWithout",
         "Process",

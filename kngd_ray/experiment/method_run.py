@@ -30,6 +30,7 @@ from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
 from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.start import HeadStart
 from kngd_ray.training.stream import Foresight
 
 # figures of a step that are about the ranks, not about the fit
@@ -64,6 +65,7 @@ class MethodRun:
                 priors.get(seed),
                 towers=prepared.towers(config.tune),
                 stream=stream_of(prepared, seed),
+                head=HeadStart.of(config.fit_options, prepared.support(seed)),
             )
             for seed in config.seeds
         }

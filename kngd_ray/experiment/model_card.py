@@ -78,6 +78,7 @@ def _model(config: Config, prepared: TaskData, steps: int) -> str:
         if config.model.precomputed
         else "the towers are frozen; trained are adapters on their embeddings",
         "lora": "trained are LoRA in the towers and the adapters",
+        "norm": "trained are scales and biases of the towers' normalisation and the adapters",
         "full": "trained are the towers' own weights and the adapters",
     }[config.tune.parameters]
     adapters = ", ".join(adapter.kind for adapter in config.adapter) or "none"

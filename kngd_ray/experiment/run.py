@@ -29,6 +29,7 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.start import told
 
 
 def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
@@ -68,6 +69,9 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
     with backend.session(config.trainer), ExitStack() as stack:
         trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer, asked=config.trainer.most_workers))
+        for c in configs:
+            if (start := told(c.tune, c.adapter, c.prior)) is not None:
+                display.say(f"{c.method}: {start}")
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
             protocol = prepare_protocol(config, unseen, prepared, backend, progress)

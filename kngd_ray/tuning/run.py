@@ -105,6 +105,7 @@ def tune(
             prepared.model.logit_scale,
             prepared.towers(config.tune),
             search.space,
+            {seed: prepared.support(seed) for seed in search.options.seeds} if config.tune.images else {},
         )
         inputs = describe_data(prepared.images, config.data, prepared.model.name)
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:

@@ -5,7 +5,6 @@ the options of a fit are fields of the classes that compute with it. Modules wit
 """
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,13 +13,17 @@ if TYPE_CHECKING:
     from torch.nn import functional
 else:
 
-    class _Deferred(ModuleType):
-        """A module that is imported when it is asked for something; what was asked for stays at hand."""
+    class _Deferred:
+        """A module that is imported when it is asked for something; asked each time, as its names may be replaced."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            found = getattr(import_module(self.__name__), name)
-            setattr(self, name, found)
-            return found
+            if name == "_module":  # at the first question
+                self._module = import_module(self._name)
+                return self._module
+            return getattr(self._module, name)
 
     class _Instances(type):
         """Asks the class of that name in torch."""

@@ -505,3 +505,10 @@ def test_layers_import_without_what_they_do_not_need() -> None:
             [name for name in below("cluster") if name != "kngd_ray.tracking.model_code"],
         ),
     )
+
+
+def test_settings_are_read_without_what_computes() -> None:
+    """What answers a wrong setting and ``--print-config`` imports no more than that takes: half a second's worth."""
+    light = ["kngd_ray.cli.app", "kngd_ray.api", "kngd_ray.config"]
+    heavy = {"torch", "pyarrow", "numpy", "ray", "mlflow", "optuna", "open_clip", "matplotlib", "pandas", "PIL"}
+    import_without((heavy, light), (heavy - {"numpy", "PIL"}, ["kngd_ray.tuning.file"]))

@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out; what commands do is in :mod:`kngd_ray.experiment`.
+"""The command line: arguments in, exit code out; what commands do is in :mod:`kngd_ray.api`.
 
 Everything heavy is imported inside the commands, so that ``--help`` answers at once.
 """
@@ -21,7 +21,6 @@ app = typer.Typer(
     name="kngd-ray",
     help="Kalman natural-gradient fine-tuning of CLIP on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

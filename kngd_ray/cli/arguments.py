@@ -2,9 +2,28 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+
+def _offered(kind: Literal["presets", "searches"], incomplete: str) -> list[str]:
+    from kngd_ray.config import flatten, load_config
+    from kngd_ray.configs import names
+
+    words = [*names(kind), *(f"{key}=" for key in flatten(load_config()))]
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def _settings(incomplete: str) -> list[str]:
+    """What a shell offers for a setting of a run."""
+    return _offered("presets", incomplete)
+
+
+def _search_settings(incomplete: str) -> list[str]:
+    """What a shell offers for a setting of a search."""
+    return _offered("searches", incomplete)
+
 
 Settings = Annotated[
     list[str] | None,
@@ -12,6 +31,7 @@ Settings = Annotated[
         metavar="CONFIG | KEY=VALUE",
         help="A preset or a YAML file, then settings over it: data.shots=16",
         show_default=False,
+        autocompletion=_settings,
     ),
 ]
 SearchSettings = Annotated[
@@ -20,6 +40,7 @@ SearchSettings = Annotated[
         metavar="SEARCH | KEY=VALUE",
         help="A shipped search or a YAML file, then settings over it: search.num_samples=60 data.shots=16",
         show_default=False,
+        autocompletion=_search_settings,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress goes to stderr.")]

@@ -40,7 +40,7 @@ class TrainerConfig:
     Attributes:
         num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray. A pair ``[least, most]`` starts
             with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
-        use_gpu: give each rank a GPU; ``auto`` does where there are as many.
+        use_gpu: give each rank a GPU; ``auto`` does where there are any, on no more ranks than there are GPUs.
         cpus_per_worker: CPU cores that each rank reserves.
         address: Ray cluster to join; None joins $RAY_ADDRESS or the cluster that you run on this machine, or starts
             one; ``local`` always starts one.
@@ -246,7 +246,7 @@ def _depth_errors() -> Iterator[None]:
 
 
 def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What settings replace beside what they name: a prior has one variance, of weights or of logits.
+    """What settings replace beside what they name: a prior has one variance, of weights or of logits; towers too.
 
     Args:
         settings: values by dotted key, of one layer.
@@ -255,8 +255,13 @@ def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
         Dotted keys and values to be set before them; none where they name both, which is for the validation to judge.
     """
     p0, logit_variance, spread = (f"filter.{name}" for name in ("p0", "logit_variance", "logit_spread"))
+    towers, of_towers = "filter.towers", "filter.tower_logit_variance"
+    in_weights = settings.get(p0) is not None or settings.get(towers) is not None
+    taken = [(of_towers, None)] if in_weights and of_towers not in settings else []
     if settings.get(p0) is not None and logit_variance not in settings:
-        return [(logit_variance, None), *([] if spread in settings else [(spread, 0.0)])]
+        return [*taken, (logit_variance, None), *([] if spread in settings else [(spread, 0.0)])]
+    if taken:
+        return taken
     if settings.get(logit_variance) is not None and p0 not in settings:
         return [(p0, None)]
     return []

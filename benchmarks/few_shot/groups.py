@@ -5,7 +5,8 @@
     real             features that were computed elsewhere, by their path     real/
     many             made data of many classes: many, many200                 many/
 
-Here is also which methods a group is run with when none are named. IVON, Laplace, AdamW's other adapters and the older
+Here is also which methods a group is run with when none are named. The search's champion is run where it is
+named. IVON, Laplace, AdamW's other adapters and the older
 Kalman presets are run in ``mini`` alone, for the time they take or the accuracy they lack: name them to have them
 elsewhere. Of many classes there are only methods that need no search, or one of seconds.
 """
@@ -31,7 +32,7 @@ from benchmarks.few_shot.made import MADE, made
 from benchmarks.few_shot.methods import METHODS
 from benchmarks.few_shot.store import Store
 
-_NOT_IN_MINI = ("adamw_class_residual_fixed",)
+_NOT_IN_MINI = ("adamw_class_residual_fixed", "champion")
 _RIVALS = (
     "zero_shot",
     "linear_probe",

@@ -97,12 +97,24 @@ def write_report(folder: Path, methods: Sequence[str] | None = None, *, dev: boo
         drawn = _pictures(frame, stores[name].folder, steps=name == MINI)
         parts.append(_group(name, frame, there, held, {key: path.relative_to(own) for key, path in drawn.items()}))
         summary["groups"][name] = _summary(frame, there, held)
+    parts.append(_against_seconds(own))
     page = own / PAGE
     title = "Few-shot classification on frozen features"
     body = "\n".join(parts)
     write_text(page, f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>{body}\n")
     write_text(own / SUMMARY, _by_line(summary))
     return page
+
+
+def _against_seconds(folder: Path) -> str:
+    """The race of one task, each method in turn on the same two cores; nothing where it was not run."""
+    picture = folder.parent / "fit_cost.png"
+    if not picture.is_file():
+        return ""
+    return (
+        "<h2>Accuracy against seconds</h2><p>The emoji at 8 shots, each method alone on the same machine: "
+        f"<code>python -m benchmarks.fit_cost</code>.</p><img src=../{picture.name} alt='accuracy against seconds'>"
+    )
 
 
 def _pictures(frame: pd.DataFrame, folder: Path, *, steps: bool) -> dict[str, Path]:

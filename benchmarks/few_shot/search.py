@@ -1,4 +1,4 @@
-"""Settings of a method, by the NLL that cross-validation gives to the training shots."""
+"""Settings of a method, by the NLL that cross-validation gives to the training shots, and by their own prior."""
 
 from math import isfinite
 from time import perf_counter
@@ -26,14 +26,17 @@ def search(method: Method, problem: Problem, trials: int) -> dict[str, Any]:
         trials: settings tried, the usual one first.
 
     Returns:
-        ``settings``, their ``nll``, the ``seconds`` it took, and all ``trials``.
+        ``settings``, their ``nll`` (less the log-prior per shot, where there is one), the ``seconds`` it took, and all
+        ``trials``.
     """
     assert method.space is not None
     space, folds = method.space, problem.folds(FOLDS)
+    held_out = sum(len(case.tests[ID].labels) for case in folds.cases)
     start = perf_counter()
 
     def objective(trial: optuna.Trial) -> float:
-        return held_out_nll(method, folds, space(trial))
+        settings = space(trial)
+        return held_out_nll(method, folds, settings) - method.log_prior(settings) / held_out
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))

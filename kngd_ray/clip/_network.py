@@ -50,6 +50,8 @@ class CLIPNetwork(nn.Module):
         image_trained: whether a weight of the image tower is trained.
         text_trained: whether a weight of the text tower is trained.
         pairs: as given.
+        started: weights of the adapters by name where the fit began, if that was a head that had been fitted; empty
+            where it was CLIP's own. Ensembles with the pretrained towers keep them.
     """
 
     prompt_tokens: Tensor  # (C, L) of the first template
@@ -73,6 +75,7 @@ class CLIPNetwork(nn.Module):
         self.embed_dim, self.classes, self.logit_scale = model.embed_dim, len(class_names), model.logit_scale
         self.adapters = tuple(adapters)
         self._model = model
+        self.started: dict[str, Tensor] = {}
         # In a tuple, so that it is no submodule: its parameters are not this network's.
         self._pretrained = (model.network,)
         self.clip = copy.deepcopy(model.network)
@@ -247,15 +250,15 @@ class CLIPNetwork(nn.Module):
 
     @torch.no_grad()
     def blend(self, alpha: float) -> None:
-        """Average the trained weights with the pretrained ones in place: theta_0 + alpha (theta - theta_0).
+        """Average the trained weights with those where the fit began in place: theta_0 + alpha (theta - theta_0).
 
         Args:
-            alpha: 0 is the pretrained model, 1 changes nothing.
+            alpha: 0 is the pretrained towers under the head of the start, 1 changes nothing.
 
         Raises:
             UsageError: alpha is not in [0, 1], or an adapter has no pretrained weights.
         """
-        check_alpha(alpha, self.head.averages)
+        check_alpha(alpha, self.head.averages or bool(self.started))
         if alpha == 1:
             return
         for update in lora.updates(self.clip):
@@ -264,7 +267,11 @@ class CLIPNetwork(nn.Module):
         for name, weight in self.clip.named_parameters():
             if weight.requires_grad and name in pretrained:
                 weight.copy_(pretrained[name].to(weight).lerp(weight, alpha))
-        self.head.blend(alpha)
+        if not self.started:
+            self.head.blend(alpha)
+        for name, weight in self.head.named_parameters():
+            if name in self.started:
+                weight.copy_(self.started[name].to(weight).lerp(weight, alpha))
 
     @contextmanager
     def blended(self, alpha: float) -> Iterator[None]:
@@ -277,11 +284,13 @@ class CLIPNetwork(nn.Module):
             Nothing.
         """
         trained = [weight for weight in self.parameters() if weight.requires_grad]
+        gamma = self.head.gamma
         kept = [weight.detach().clone() for weight in trained] if alpha != 1 else []
         self.blend(alpha)
         try:
             yield
         finally:
+            self.head.gamma = gamma
             with torch.no_grad():
                 for weight, before in zip(trained, kept, strict=bool(kept)):
                     weight.copy_(before)

@@ -3,12 +3,17 @@
 from contextlib import suppress
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from kngd_ray.clip import lora
 from kngd_ray.clip._model import quiet_open_clip
 from kngd_ray.clip._tuning import TuneOptions, select
 from kngd_ray.errors import ModelError
 
 _NEVER_TRAINED = ("logit_scale", "logit_bias")  # they do not enter the network's logits
+_NORMALISATION = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
+_BY_NAME = ("LayerNorm2d", "RmsNorm", "FrozenBatchNorm2d")  # of timm, where they are not subclasses of torch's
 _CUSTOM_BLOCK = "CustomResidualAttentionBlock"
 
 
@@ -22,14 +27,42 @@ def choose(clip: Any, options: TuneOptions, seed: int) -> list[str]:
 
     Returns:
         Names of the layers that LoRA has adapted.
+
+    Raises:
+        ModelError: Nothing in the model is what is to be trained.
     """
     if options.parameters == "lora":
         return lora.inject(clip, options, seed)
-    if options.parameters == "full":
+    if options.parameters in ("full", "norm"):
         weights = dict(clip.named_parameters())
-        for name in select([name for name in weights if name not in _NEVER_TRAINED], options, "weight"):
+        known = [name for name in weights if name not in _NEVER_TRAINED]
+        what = "weight"
+        if options.parameters == "norm":
+            inside = normalising(clip)
+            known, what = [name for name in known if name.rpartition(".")[0] in inside], "weight of a normalisation"
+            if not known:
+                raise ModelError(
+                    "tune.parameters is norm, and the model has no normalisation with weights: set it to lora or full"
+                )
+        for name in select(known, options, what):
             weights[name].requires_grad_(True)
     return []
+
+
+def normalising(clip: Any) -> set[str]:
+    """Names of the layers that normalise, and then scale and shift.
+
+    Args:
+        clip: an open_clip model.
+
+    Returns:
+        Of layer, batch, group and root-mean-square normalisation, timm's own classes of them too.
+    """
+    return {
+        name
+        for name, module in clip.named_modules()
+        if isinstance(module, _NORMALISATION) or any(kind.__name__ in _BY_NAME for kind in type(module).__mro__)
+    }
 
 
 def recompute(clip: Any, name: str, *, image: bool, text: bool) -> None:

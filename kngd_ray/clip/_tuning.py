@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from kngd_ray.errors import ModelError, closest
 
-Parameters = Literal["adapter", "lora", "full"]
+Parameters = Literal["adapter", "lora", "norm", "full"]
+Start = Literal["head", "zero_shot"]
 Target = Literal["q", "k", "v", "out", "mlp", "proj", "pointwise"]
 Augment = Literal["none", "random_resized_crop"]
 Precision = Literal["float32", "bfloat16"]
@@ -25,8 +26,11 @@ class TuneOptions:
 
     Attributes:
         parameters: ``adapter`` trains only adapters, on embeddings of frozen towers; ``lora`` also low-rank
-            updates of the selected layers; ``full`` also all selected weights.
-        include: patterns of what is trained by ``lora`` and ``full``.
+            updates of the selected layers; ``norm`` also scales and biases of the selected layers' normalisation
+            (2SFS, arXiv 2503.11609, trains these before a classifier); ``full`` also all selected weights.
+        start: where a fit of towers begins. ``head`` fits the adapters first, by the default preset, on the features of
+            the pictures as they are, and goes on from there with adapters and towers together; ``zero_shot`` is CLIP.
+        include: patterns of what is trained by ``lora``, ``norm`` and ``full``.
         exclude: patterns of what is not, though included.
         rank: r of a low-rank update ``scaling * B A``, A (r, i), B (o, r); at most a layer's own width.
         scaling: factor of the low-rank update (alpha / r where that is how LoRA is written).
@@ -36,11 +40,12 @@ class TuneOptions:
         crop_scale: smallest and largest area of a random crop, as parts of the picture.
         precision: of the towers' activations; weights, embeddings and logits are float32 either way.
         checkpointing: recompute activations in the backward pass, which needs less memory and more time.
-        alpha: weight ensembling at inference, theta_0 + alpha (theta - theta_0): 0 is the pretrained model,
-            1 the trained one.
+        alpha: weight ensembling at inference, theta_0 + alpha (theta - theta_0): 0 is where the fit began, the
+            pretrained towers under the head of `start`, 1 the trained model.
     """
 
     parameters: Parameters = "adapter"
+    start: Start = "head"
     include: tuple[str, ...] = ("visual.*",)
     exclude: tuple[str, ...] = ("*token_embedding*", "logit_scale", "logit_bias")
     rank: int = 2
@@ -53,7 +58,12 @@ class TuneOptions:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, kinds in (("parameters", Parameters), ("augment", Augment), ("precision", Precision)):
+        for name, kinds in (
+            ("parameters", Parameters),
+            ("start", Start),
+            ("augment", Augment),
+            ("precision", Precision),
+        ):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kinds))}")
         for name in ("include", "exclude", "targets"):

@@ -30,14 +30,20 @@ class RayBackend(SearchBackend):
         return ray_session(trainer.address, cpus=workers * trainer.cpus_per_worker, gpus=gpus, dashboard=dashboard)
 
     def with_gpus(self, trainer: TrainerConfig) -> TrainerConfig:
-        """Give each rank a GPU where the cluster has as many; see :meth:`Backend.with_gpus`."""
+        """Give each rank a GPU, and run no more ranks than the cluster has GPUs; see :meth:`Backend.with_gpus`.
+
+        A fit is the same on any number of ranks, and one GPU serves better than all the cores beside it.
+        """
         if not trainer.least_workers:
             return super().with_gpus(trainer)
         if trainer.use_gpu != "auto":
             return trainer
         from kngd_ray.cluster import gpus_of_cluster
 
-        return replace(trainer, use_gpu=gpus_of_cluster() >= trainer.most_workers)
+        gpus = int(gpus_of_cluster())
+        if not 0 < gpus < trainer.most_workers:
+            return replace(trainer, use_gpu=gpus > 0)
+        return replace(trainer, use_gpu=True, num_workers=(min(trainer.least_workers, gpus), gpus))
 
     def run_fits(self, job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
         """Run the fits as one Ray Train job; see :meth:`Backend.run_fits`."""
@@ -54,8 +60,9 @@ class RayBackend(SearchBackend):
             return None
         from kngd_ray.cluster import ray_stream
 
-        use_gpu = self.with_gpus(trainer).use_gpu is True
-        return ray_stream(images, model, encoders=max(trainer.least_workers, 1), use_gpu=use_gpu)
+        trainer = self.with_gpus(trainer)
+        encoders = max(trainer.least_workers, 1)
+        return ray_stream(images, model, encoders=encoders, use_gpu=trainer.use_gpu is True)
 
     def run_search(self, driver: Driver, work: Workload, trainer: TrainerConfig, mode: str, folder: Path) -> None:
         """Run the trials with Ray Tune; see :meth:`SearchBackend.run_search`."""

@@ -1,4 +1,4 @@
-"""A search on Ray Tune: its trials, their resources, and the scheduler that may stop them.
+"""A search on Ray: light trials by a pool of actors; those of many ranks, or that a scheduler may stop, by Ray Tune.
 
 The study decides which trials there are (:mod:`kngd_ray.tuning.study`), and it is on disk; Tune decides where they
 run. What Tune calls a trial is a turn of a process here, which runs one trial of the study, or several that advance
@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 from kngd_ray.cluster.same_code import compared
 from kngd_ray.cluster.session import gpus_of_cluster
 from kngd_ray.cluster.train_job import job_fitter
+from kngd_ray.cluster.trial_pool import DIED, OUT_OF_MEMORY, run_pool
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
 from kngd_ray.tuning import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
@@ -72,6 +73,11 @@ def run_search(driver: Driver, work: Workload, trainer: TrainerConfig, mode: str
     if mode == "train":
         # No CPU for what only waits: on a machine whose cores the ranks need, it would wait for ever.
         resources = {"cpu": 0, "memory": _SLOT_MEMORY}
+    elif options.scheduler == "none":
+        run_pool(driver, work, mode, slots=slots, size=size, resources=resources)
+        if driver.problem is not None:
+            raise driver.problem
+        return
     turn = tune.with_parameters(
         compared(__name__, _turn.__name__),
         work=work,
@@ -259,9 +265,9 @@ def _reason(trial: Any) -> str:
     if len(lines) < 2:  # the first says when
         return "its process ended without a word"
     if "low on memory" in text or "OutOfMemory" in text:
-        return "it ran out of memory: lower search.concurrency, or raise search.cpus_per_trial"
+        return OUT_OF_MEMORY
     if lines[1].startswith("The actor"):
-        return "its process died (killed, out of memory, or its node is gone)"
+        return DIED
     return lines[-1].rpartition("Error: ")[2].rstrip(".")
 
 

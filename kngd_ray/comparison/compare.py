@@ -11,9 +11,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from kngd_ray.comparison.metrics import Metric
 from kngd_ray.comparison.page import MARK, page
 from kngd_ray.comparison.rows import Found, find_rows
-from kngd_ray.comparison.tables import Figure, Line, Metric, Table, build_tables
+from kngd_ray.comparison.tables import Figure, Line, Table, build_tables
 from kngd_ray.config import TrackingConfig
 from kngd_ray.console import Display
 from kngd_ray.errors import TrackingError

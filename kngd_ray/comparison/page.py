@@ -13,7 +13,8 @@ from string import Template
 import numpy as np
 from numpy.typing import NDArray
 
-from kngd_ray.comparison.tables import Figure, Line, Metric, Table
+from kngd_ray.comparison.metrics import Metric
+from kngd_ray.comparison.tables import Figure, Line, Table
 
 MARK = '<meta name="generator" content="kngd-ray compare">'
 """What tells a page of ours from another file."""

@@ -62,9 +62,16 @@ class Row:
         task = {k: v for k, v in task.items() if k not in _LATER or v != "None"}
         if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
             task["data.train_domain"] = "noto"  # which None stands for there
-        if self.params.get("protocol") == "bng":
-            task["protocol"] = "bng"  # of half of the classes
+        if self.params.get("protocol") in {"bng", "stream"}:
+            task["protocol"] = self.params["protocol"]  # of half of the classes; of shots that come one after another
         return task
+
+    @property
+    def stream(self) -> tuple[str | None, str | None] | None:
+        """What decides the order of a stream, which zero-shot figures do not see; None of a run that is none."""
+        if self.params.get("protocol") != "stream":
+            return None
+        return self.params.get("data.order"), self.params.get("data.time")
 
     @property
     def knows_nothing(self) -> bool:
@@ -286,6 +293,8 @@ def _comparable(row: Row, other: Row) -> bool:
     figures = [(_zero_shot(row, seed), _zero_shot(other, seed)) for seed in common]
     known = [(a, b) for a, b in figures if a and b]
     shots = row.params.get("data.shots") == other.params.get("data.shots")
+    if row.stream != other.stream:
+        return False
     if not known or row.knows_nothing or other.knows_nothing:
         return row.task == other.task
     return shots and all(

@@ -17,8 +17,8 @@ TIE = EQUAL
 """Differences up to this size are ties."""
 
 _BETTER = {
-    **dict.fromkeys(("accuracy", "auroc", "evidence", "log_posterior"), 1),
-    **dict.fromkeys(("nll", "ece", "brier", "aurc", "fit_s", "step_ms", "refused", "bytes_per_step"), -1),
+    **dict.fromkeys(("accuracy", "auroc", "evidence", "log_posterior", "learned", "final"), 1),
+    **dict.fromkeys(("nll", "ece", "brier", "aurc", "forgetting", "fit_s", "step_ms", "refused", "bytes_per_step"), -1),
     "covariance_bytes": -1,
 }
 

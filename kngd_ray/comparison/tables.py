@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kngd_ray.clip import PRECOMPUTED
+from kngd_ray.comparison.metrics import FRONT, METRICS, OBJECTIVE, STREAM_FRONT, STREAM_METRICS, Metric
 from kngd_ray.comparison.rows import (
     Found,
     Row,
@@ -24,61 +25,7 @@ from kngd_ray.errors import UsageError, closest
 from kngd_ray.experiment.aggregate import ZERO_SHOT, interval
 from kngd_ray.tracking import LoggedRun
 
-METRICS = ("id/accuracy", "ood/mean/accuracy", "id/nll", "ood/mean/nll", "id/ece")
-FRONT = ("id/accuracy", "ood/mean/accuracy", "id/nll")
-OBJECTIVE = "objective/"
 _NAMED = 8  # metrics that a message lists at most
-_SHORT = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "auroc": "AUROC", "brier": "Brier"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is called and written.
-
-    Attributes:
-        name: in MLflow.
-        direction: 1 where more is better, -1 where less is, 0 where it is not known.
-    """
-
-    name: str
-    direction: int
-
-    @property
-    def label(self) -> str:
-        """What a person calls it: ``ID accuracy %``, ``OOD NLL``, ``sketch ECE``; other names stay as they are."""
-        if not self.name.startswith(("id/", "ood/", OBJECTIVE)):
-            return self.name
-        *path, figure = self.name.removeprefix(OBJECTIVE).split("/")
-        figure = " ".join(_SHORT.get(word, word) for word in figure.split("_"))
-        place = {"id": "ID", "ood/mean": "OOD"}.get("/".join(path), "/".join(path).removeprefix("ood/"))
-        said = f"{place} {figure}".strip()
-        return f"{said} %" if self.factor == 100 else said
-
-    @property
-    def factor(self) -> float:
-        """From the figure to what is shown."""
-        return 100.0 if self.name.endswith("accuracy") else 1.0
-
-    def show(self, value: float, sign: str = "") -> str:
-        """A figure in the digits that matter.
-
-        Args:
-            value: as logged.
-            sign: ``+`` for a difference.
-
-        Returns:
-            Text.
-        """
-        scaled = value * self.factor
-        digits = 1 if self.factor == 100 else 3 if abs(scaled) < 1000 else 0
-        text = f"{scaled:{sign}.{digits}f}"
-        return text.replace("-", "−") if float(text) else text.lstrip("+-")  # no -0.0
-
-    def spread(self, low: float, mean: float, high: float) -> str:
-        """An interval around a mean: ``±2.4``, or both ends where it has no half: at the bounds of what can be."""
-        if abs((high - mean) - (mean - low)) * self.factor < (0.05 if self.factor == 100 else 0.0005):
-            return f"±{self.show((high - low) / 2)}"
-        return f" [{self.show(low)}, {self.show(high)}]"
 
 
 @dataclass(frozen=True)
@@ -195,8 +142,6 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
         title = f"search {found.search.name}, {len(found.rows)} finished trials"
         return [_table(title, found.rows, columns, [m for m in columns if m.name in objectives], None, [])]
     groups = sorted(group_rows(found.rows), key=len, reverse=True)
-    columns = [Metric(name, better(name)) for name in dict.fromkeys(metrics or METRICS)]
-    front = [Metric(name, better(name)) for name in FRONT]
     unsaid = [name_rows(group) for group in groups]
     bases = [_baseline(group, runs, baseline) for group in groups]
     if baseline is not None and not any(bases):
@@ -206,6 +151,9 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
     for title, group, base, notes in zip(_titles(groups), groups, bases, unsaid, strict=True):
         chosen = base or _usual_baseline(group)
         other = [f"{baseline} is not in this group: differences are from {chosen.name}"] if base is None else []
+        usual, best = (METRICS, FRONT) if group[0].stream is None else (STREAM_METRICS, STREAM_FRONT)
+        columns = [Metric(name, better(name)) for name in dict.fromkeys(metrics or usual)]
+        front = [Metric(name, better(name)) for name in best]
         tables.append(_table(title, group, columns, front, chosen, [*other, *notes]))
     return tables
 
@@ -424,9 +372,13 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     path = task.get("data.path", "unknown data")
     data = "emoji" if path == EMBEDDED else ", ".join(Path(part).stem for part in path.split(","))
     parts = [data]
+    if group[0].stream is not None:
+        order, time = group[0].stream
+        parts.append(f"a stream in the order of {time}" if time not in {None, "None"} else f"a stream of {order}")
     if task.get("data.train_domain", "None") != "None":
         parts.append(f"trained on {task['data.train_domain']}")
-    parts.append(f"{task.get('data.shots', '?')} shots per class")
+    if group[0].stream is None or group[0].stream[1] in {None, "None"}:
+        parts.append(f"{task.get('data.shots', '?')} shots per class")
     figures = next(iter(group[-1].seeds.values()))
     domains = [name.split("/")[1] for name in figures if name.startswith("ood/") and name.endswith("/accuracy")]
     others = sorted(set(domains) - {"mean"})

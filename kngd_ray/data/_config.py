@@ -99,6 +99,14 @@ class DataConfig:
             raise ValueError('templates is empty: give one or more, such as "a photo of a {}."')
 
     @property
+    def name(self) -> str:
+        """What the data set is called where its path would be too long."""
+        if self.path == EMBEDDED:
+            return "emoji"
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        return ", ".join(Path(path).stem for path in paths)
+
+    @property
     def cache_root(self) -> Path:
         """Folder of the feature cache, with the default and ~ resolved."""
         if self.cache_dir is not None:

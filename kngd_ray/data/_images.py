@@ -1,8 +1,10 @@
 """The index of a data set: everything about its pictures, or its features, but these."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -72,6 +74,19 @@ class ImageSet:
     def features(self) -> GivenFeatures | None:
         """The features, of a data set that has them in the place of pictures."""
         return GivenFeatures(self.source, self.keys, self.rows) if isinstance(self.source, FeatureFiles) else None
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells a data set from any other: of its pictures, classes, domains and splits; 32 hexadecimal digits.
+
+        The order of rows, and where the files lie, have no part in it.
+        """
+        names = [self.class_names[label] for label in self.labels.tolist()]
+        rows = sorted(zip(self.keys.tolist(), names, self.domains.tolist(), self.splits.tolist(), strict=True))
+        digest = hashlib.sha256()
+        for key, *rest in rows:
+            digest.update(key + "\0".join(rest).encode() + b"\n")
+        return digest.hexdigest()[:32]
 
     def place(self, index: int) -> str:
         """Return where a picture is, for messages: its path, or its file and row counted from 0."""

@@ -38,7 +38,7 @@ from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
-from kngd_ray.training.interval import probability_std
+from kngd_ray.training.interval import interval_scale, probability_std
 from kngd_ray.training.novelty import total_variance
 from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
@@ -182,15 +182,15 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             return_std: also how far each probability is uncertain.
 
         Returns:
-            (m, C) probabilities; with `return_std` a pair of these and their posterior standard deviations (m, C),
-            linearised, zero where tau is 0.
+            (m, C) probabilities; with `return_std` a pair of these and their standard deviations (m, C): how far more
+            shots would move them, linearised. Zero where no shots could be held out.
         """
         classifier, features = self._features(X)
-        tau = classifier.calibration.tau
-        p = classifier.predictor.predict(features, tau).probabilities.double().cpu().numpy()
+        p = classifier.predictor.predict(features, classifier.calibration.tau).probabilities.double().cpu().numpy()
         if not return_std:
             return p
-        return p, probability_std(_head(classifier), features, tau).double().cpu().numpy()
+        scale = interval_scale(classifier.novelty)
+        return p, probability_std(_head(classifier), features, scale).double().cpu().numpy()
 
     def unlike(self, X: Any) -> npt.NDArray[np.float64]:
         """How unlike the training pictures others are.

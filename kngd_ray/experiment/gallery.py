@@ -85,7 +85,7 @@ def _card(card: Card) -> str:
     whisker = spread = ""
     if low is not None:
         whisker = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
-        spread = f" <small>at tau {low:.3f} to {high:.3f}</small>"
+        spread = f" <small>90 %: {low:.3f} to {high:.3f}</small>"
     others = sorted(row["probabilities"].items(), key=lambda item: -item[1])[1 : 1 + _NEXT]
     rest = ", ".join(f"{escape(name)} {share:.3f}" for name, share in others)
     far = unlike is not None and unlike > _STRANGE

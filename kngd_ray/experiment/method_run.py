@@ -12,7 +12,7 @@ from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
-from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.environment import describe_data, describe_environment
 from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
@@ -30,6 +30,7 @@ from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
 from kngd_ray.training.settled import Settled, read_settled, save_settled
+from kngd_ray.training.start import HeadStart
 from kngd_ray.training.stream import Foresight
 
 # figures of a step that are about the ranks, not about the fit
@@ -64,6 +65,7 @@ class MethodRun:
                 priors.get(seed),
                 towers=prepared.towers(config.tune),
                 stream=stream_of(prepared, seed),
+                head=HeadStart.of(config.fit_options, prepared.support(seed)),
             )
             for seed in config.seeds
         }
@@ -161,6 +163,7 @@ class MethodRun:
         }
         name = f"{self._folder.name}/{record_id}"
         record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
+        record.log_input(**describe_data(self._prepared.images, config.data, self._prepared.model.name))
         write_text(record.artifacts / CONFIG, to_yaml(shown))
         write_text(record.artifacts / "environment.json", describe_environment())
         return record

@@ -78,6 +78,7 @@ def _model(config: Config, prepared: TaskData, steps: int) -> str:
         if config.model.precomputed
         else "the towers are frozen; trained are adapters on their embeddings",
         "lora": "trained are LoRA in the towers and the adapters",
+        "norm": "trained are scales and biases of the towers' normalisation and the adapters",
         "full": "trained are the towers' own weights and the adapters",
     }[config.tune.parameters]
     adapters = ", ".join(adapter.kind for adapter in config.adapter) or "none"
@@ -191,8 +192,8 @@ def _use(config: Config, compared: bool) -> str:
     said = ["the class, and probabilities of all classes"]
     if posterior:
         said.append(
-            "an interval of the class's probability under the posterior at tau, where tau is above 0: it ranks "
-            "pictures, and is no bound that holds with a stated frequency"
+            "a 90 % interval of the class's probability, where shots could be held out: about where four times the "
+            "shots would take it, for pictures like those trained on; of others it is wider than it need be"
         )
     if compared:
         said.append("`unlike`: the share of the training pictures, held out, of which the fit is surer")

@@ -50,7 +50,7 @@ def predict(
 
     Returns:
         Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (its
-        interval under the posterior at tau), ``unlike`` (share of the training shots, held out, that the fit is surer
+        90 % interval, should shots be added), ``unlike`` (share of the training shots, held out, that the fit is surer
         of), ``uncertainty`` (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` by class. None for
         what is not known. Of features ``file`` and ``row``, counted from 0, stand for ``image``.
 
@@ -203,9 +203,7 @@ def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, displ
 
 
 def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
-    table = Table(
-        kind, "class", "probability", "interval at tau", "unlike the shots", "logit std", "uncertainty (nats)"
-    )
+    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "uncertainty (nats)")
     for name, row in zip(names, rows, strict=True):
         low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
         table.add_row(

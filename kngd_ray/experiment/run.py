@@ -13,7 +13,6 @@ from kngd_ray._run_layout import RESULTS
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import Config, TrainerConfig, baseline_config
 from kngd_ray.console import Display
-from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
@@ -30,6 +29,7 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.start import told
 
 
 def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
@@ -68,7 +68,10 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
             check_prior(prior, c.fit_options, task.identity)
     with backend.session(config.trainer), ExitStack() as stack:
         trainer = backend.with_gpus(config.trainer)
-        display.say(_where(trainer))
+        display.say(_where(trainer, asked=config.trainer.most_workers))
+        for c in configs:
+            if (start := told(c.tune, c.adapter, c.prior)) is not None:
+                display.say(f"{c.method}: {start}")
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
             protocol = prepare_protocol(config, unseen, prepared, backend, progress)
@@ -176,11 +179,13 @@ def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str,
     return result
 
 
-def _where(trainer: TrainerConfig) -> str:
-    """On what a run computes, in one line."""
+def _where(trainer: TrainerConfig, asked: int) -> str:
+    """On what a run computes, and why on fewer workers than were asked for, in one line."""
     what = "a GPU" if trainer.use_gpu else "the CPU"
     if trainer.least_workers:
-        return f"computing on {what} in each of {trainer.most_workers} workers"
+        ranks = trainer.most_workers
+        fewer = "" if ranks == asked else f", not {asked}: GPUs are fewer; trainer.use_gpu=false takes the CPU in all"
+        return f"computing on {what} in {f'each of {ranks} workers' if ranks > 1 else 'one worker'}{fewer}"
     return f"computing on {what} in this process" + ("" if trainer.use_gpu else f", with {cores()} threads")
 
 
@@ -218,7 +223,7 @@ def _show(
     count = f"{config.data.shots} shots per class"
     if config.protocol == "stream":
         count = f"a stream of {len(shots)}"
-    title = f"{data_name(config)}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
+    title = f"{config.data.name}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
@@ -241,14 +246,6 @@ def _chosen(config: Config) -> str:
     tau = "tau and " if given is None else f"tau is {given:g}, "
     used = config.method == "kalman" and posterior.predict != "mean"
     return f"; {tau if used else ''}temperatures were chosen on the training shots"
-
-
-def data_name(config: Config) -> str:
-    """What a data set is called where its path would be too long."""
-    if config.data.path == EMBEDDED:
-        return "emoji"
-    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-    return ", ".join(Path(path).stem for path in paths)
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from kngd_ray.filters.kronecker import Kronecker
 from kngd_ray.filters.left_out import PriorWithout, spread_left_out
 from kngd_ray.filters.low_rank import DiagonalLowRank
 from kngd_ray.filters.noise import Categorical, Ema, Fixed, ObservationNoise, Seen, Whitening
+from kngd_ray.filters.per_layer import PerLayer
 from kngd_ray.filters.prior_mean import Calibrated, ZeroShot
 from kngd_ray.filters.process import Forgetting, OrnsteinUhlenbeck, Process, RandomWalk, Transition
 from kngd_ray.filters.softmax import Classified, HeldOut, SoftmaxPosterior
@@ -63,6 +64,7 @@ __all__ = [
     "ObservationNoise",
     "OrnsteinUhlenbeck",
     "Part",
+    "PerLayer",
     "PriorMean",
     "PriorWithout",
     "Process",

@@ -11,10 +11,22 @@ goes over the layers twice, and holds H of one large layer, or of a few small on
 
 What is predicted is predicted on the fly, in both passes. So nothing is written until S has been factored, and a step
 refused there leaves the belief as it was.
+
+Layers may be *settled*: their belief N(mu_h, P_h) has been conditioned on these very shots, by a fit before the others
+were let go. To observe the shots again would count them twice. So the batch's own evidence is taken out of the settled
+layers' belief before it is put in again together with that of the others. With K = H P_h H^T of the settled layers, G
+that of the others and whitened observations, the belief without the batch predicts them with covariance (I - K)^-1 - I
+and innovation (I - K)^-1 nu, from which follows ::
+
+    S = G + (I - K)^-1      w = S^-1 (I - K)^-1 nu = (I + (I - K) G)^-1 nu
+    others     mu += P H^T w               P = P - P H^T S^-1 H P
+    settled    mu -= P_h H^T G w           they give way to what the others explain, G w; P_h stays
+
+Where the others may not move, G = 0, the settled layers do not either: all stays as that fit left it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +44,10 @@ from kngd_ray.sharding.sharded_filter import factored
 # Numbers of rows, of all M observations: layers below are brought together, and kept from the first pass to the second.
 _TOGETHER = 1 << 22
 _KEPT = 1 << 22
+# Of a settled belief, the largest variance of an observation, in units of its noise, that is taken for what is left
+# after its own evidence. It is below 1 where the belief has seen the observation as it is here; of crops it need not
+# be, and a settled layer that gave way by more than the others explain would swing.
+_OWN = 0.5
 
 _Own = dict[str, Factors | Rows]
 
@@ -47,7 +63,8 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         layers: all layers, in the order of theta.
         group: the ranks.
         gate: what is done about outlying observations.
-        units: of some layers, their prior variance and process noise in units of the others'.
+        units: of some layers, their prior variance and process noise in units of the others'; at 0 they do not move.
+        settled: names of layers whose belief has been conditioned on these shots before.
 
     Raises:
         ValueError: the family's layers need one another.
@@ -60,6 +77,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         group: Group,
         gate: Gate | None = None,
         units: Mapping[str, float] = MappingProxyType({}),
+        settled: Collection[str] = (),
     ) -> None:
         if not isinstance(family, Layerwise):
             raise ValueError(
@@ -68,13 +86,55 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             )
         super().__init__(family, layers, group, gate)
         self._places = _places(self.ownership.parts[group.rank], self._own.start)
-        self._units = units
+        self._units = dict(units)
+        self._settled = frozenset(settled)
 
     def init(self, mu: Tensor, p0: float) -> Belief:
         """The prior N(mu, p0 I), in the units of each layer, of which this rank holds its parts of P."""
         parts = self.ownership.parts[self.group.rank]
         found = {part.layer.name: self._units.get(part.layer.name, 1.0) * p0 for part in parts}
         return Belief(mu, {part.layer.name: self.family.init_layer(part, found[part.layer.name], mu) for part in parts})
+
+    def unsettle(self) -> None:
+        """Condition every layer on what is observed."""
+        self._settled = frozenset()
+
+    def rescale(self, belief: Belief, names: Collection[str], factor: float, p0: float) -> None:
+        """Give some layers a prior that is wider or narrower by one factor, before the first step.
+
+        Args:
+            belief: of which this rank's parts of these layers start anew.
+            names: of the layers.
+            factor: of their prior variance.
+            p0: as of :meth:`init`.
+        """
+        self._units |= {name: factor * self._units.get(name, 1.0) for name in names}
+        for part in self.ownership.parts[self.group.rank]:
+            name = part.layer.name
+            if name in names:
+                fresh = self.family.init_layer(part, self._units[name] * p0, belief.mu)
+                for key, value in belief.covariance[name].items():
+                    value.copy_(fresh[key])
+
+    @torch.no_grad()
+    def variances(self, belief: Belief, observed: Observed, names: Collection[str]) -> Tensor:
+        """What some layers make the variance of each observation.
+
+        Args:
+            belief: covariance of the own parts.
+            observed: rows of the local samples; of the innovations only their number counts.
+            names: of the layers.
+
+        Returns:
+            (M,) diagonal of H P H^T in float64, of all samples in rank order, alike on every rank.
+        """
+        found = observed.nu.new_zeros(len(observed.nu), dtype=torch.float64)
+        for name, H in self._pieces(observed, _Kept()):
+            if name in names:
+                share, _ = self._gram(belief.covariance[name], H)
+                found = found + torch.as_tensor(share).diagonal().double()
+            del H
+        return self.group.sum(found)
 
     def predict_mean(self, belief: Belief, transition: Transition, anchor: Tensor) -> None:
         """The mean's part of the time update, in place: before the batch is observed, at the mean that this leaves.
@@ -105,24 +165,39 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             FilterError: non-finite innovations or an indefinite S, on every rank alike; the belief is left as it was.
         """
         nu, kept = observed.nu, _Kept()
-        gram = nu.new_zeros(len(nu), len(nu), dtype=torch.promote_types(nu.dtype, torch.float32))
+        # of layers that learn, and of settled ones
+        dtype = torch.promote_types(nu.dtype, torch.float32)
+        grams = nu.new_zeros(1 + bool(self._settled), len(nu), len(nu), dtype=dtype)
         for name, H in self._pieces(observed, kept):
             share, work = self._gram(self._predicted(belief, name, transition), H)
-            gram = gram + share
+            which = int(name in self._settled)
+            grams[which] = grams[which] + share
             kept.works[name] = work if name in kept.pieces else None
             del H, share, work  # before the next layer is asked for
-        predicted = self.group.sum(gram)
-        innovation, first = factored(predicted, nu, observed.noise)
-        weight = None if observed.judged is None else self.gate.weights(predicted, observed.judged, observed.k)
+        grams = self.group.sum(grams)
+        held = _without_own(grams, nu)
+        predicted, expected = held.predicted, held.nu
+        innovation, first = factored(predicted, expected, observed.noise)
+        judged = observed.judged
+        if judged is not None and self._settled:
+            judged = judged.shifted(nu - expected)
+        weight = None if judged is None else self.gate.weights(predicted, judged, observed.k)
         if weight is not None:
             kept.works.clear()
             d = weight.to(predicted.dtype)
-            innovation, _ = factored(predicted * d * d.unsqueeze(1), nu * weight.to(nu.dtype))
+            held = _without_own(grams * d * d.unsqueeze(1), nu * weight.to(nu.dtype))
+            innovation, _ = factored(held.predicted, held.nu)
         innovation = replace(innovation, seed=observed.seed)
+        given_way = held.given_way(innovation.weights)
         unlearned = []
         for name, H in self._pieces(observed, kept):
             seen = H if weight is None else H.scaled(weight)
-            if not self._condition(belief, name, transition, seen, kept.works.get(name), innovation):
+            if name in self._settled:
+                P, work = belief.covariance[name], kept.works.get(name)
+                work = self.family.work_layer(P, seen) if work is None else work
+                step = self.family.gain_layer(P, seen, work, given_way)
+                belief.mu[self._places[name]].add_(step.to(belief.mu.dtype))
+            elif not self._condition(belief, name, transition, seen, kept.works.get(name), innovation):
                 unlearned.append(name)
             del H, seen
         self.group.spread_slices(belief.mu, self.ownership.bounds)
@@ -130,7 +205,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             log_evidence=first.log_evidence,
             nis=first.nis,
             jitter=first.jitter,
-            predicted=by_sample(predicted, observed.k),
+            predicted=by_sample(grams.sum(0), observed.k),
             weight=torch.ones_like(nu) if weight is None else weight,
             unlearned=tuple(unlearned),
         )
@@ -171,6 +246,8 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
     def _predicted(self, belief: Belief, name: str, transition: Transition) -> Mapping[str, Tensor]:
         """The own part of a layer's P after the time update."""
         P = belief.covariance[name]
+        if name in self._settled:
+            return P  # time passes for what is still to be learned
         if eager() and transition.scale == 1.0 and transition.q == 0.0:
             return P
         return self.family.predict_layer(P, transition.scale, transition.q * self._units.get(name, 1.0))
@@ -178,7 +255,8 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
     def _pieces(self, observed: Observed, kept: "_Kept") -> Iterator[tuple[str, Factors | Rows]]:
         """H of each own part, of the samples of all ranks; every rank exchanges the same layers at the same time."""
         budget, M = _KEPT, len(observed.nu)
-        for layers in _rounds(self.ownership.layers, M):
+        layers_that_move = [layer for layer in self.ownership.layers if self._units.get(layer.name) != 0.0]
+        for layers in _rounds(layers_that_move, M):
             names = [layer.name for layer in layers]
             numbers = M * sum(layer.size for layer in layers)
             keep = numbers <= budget
@@ -199,6 +277,51 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             H = {name: observed.jacobian[name] for name in names}
         arrived = exchange(self.group, self.ownership, H, observed.samples, observed.k, self._reach)
         return {name: arrived[name] for name in reversed(names) if name in self._places}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A batch whose own evidence was taken out of settled layers.
+
+    Attributes:
+        predicted: (M, M) S - I.
+        nu: (M,) innovations of the belief without the batch.
+        moving: (M, M) G, H P H^T of layers that learn.
+        shrinkage: (M, M) which makes of K = H P_h H^T what is believed of it; None where nothing is settled.
+    """
+
+    predicted: Tensor
+    nu: Tensor
+    moving: Tensor
+    shrinkage: Tensor | None
+
+    def given_way(self, weights: Tensor) -> Tensor:
+        """(M,) by which settled layers move, in the place of w."""
+        return weights if self.shrinkage is None else -(self.shrinkage @ (self.moving @ weights))
+
+
+def _without_own(grams: Tensor, nu: Tensor) -> _Held:
+    """Take a batch's own evidence out of settled layers.
+
+    Args:
+        grams: H P H^T (M, M) of layers that learn, and of settled ones if there are any.
+        nu: (M,) innovations.
+
+    Returns:
+        What is left of the batch.
+    """
+    if len(grams) == 1:
+        return _Held(grams[0], nu, grams[0], None)
+    moving, K = grams
+    if not bool(torch.isfinite(K).all()):
+        return _Held(grams.sum(0), nu, moving, torch.zeros_like(K))  # S is refused
+    values, axes = torch.linalg.eigh(K.double())
+    believed = values.clamp(0, _OWN)
+    grown = 1 / (1 - believed)  # eigenvalues of (I - K)^-1
+    predicted = moving + ((axes * (grown - 1)) @ axes.mT).to(moving)
+    kept = torch.where(values > 0, believed / values, 0.0)
+    expected = (axes @ (grown * (axes.mT @ nu.double()))).to(nu)
+    return _Held(predicted, expected, moving, ((axes * kept) @ axes.mT).to(moving))
 
 
 class _Kept:

@@ -118,6 +118,19 @@ class Record:
         status: Status = self._meta["status"]
         return status
 
+    def log_input(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Note the data set that the run learns from; MLflow groups runs by its name and digest.
+
+        Args:
+            name: of the data set.
+            digest: of its content, at most 36 characters.
+            source: where it was read.
+            profile: what else is to be shown of it, plain data.
+        """
+        self._meta["input"] = {"name": name, "digest": digest, "source": source, "profile": dict(profile)}
+        with storage_errors(self.folder):
+            write_json(self.folder / META, self._meta)
+
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the figures of a step; a step that is already noted is passed over.
 

@@ -96,7 +96,9 @@ class Sender:
             self._server.log(run, params={_key(k): _value(v)[:_MAX_PARAM] for k, v in part})
         for part in _chunks(list(tags.items()), _MAX_PARAMS):
             self._server.log(run, tags={_key(k): _value(v)[:_MAX_TAG] for k, v in part})
-        self._keep(params=list(meta["params"]), tags=meta["tags"])
+        if meta.get("input") is not None and self._sent.get("input") != meta["input"]:
+            self._server.log_input(run, meta["input"])
+        self._keep(params=list(meta["params"]), tags=meta["tags"], input=meta.get("input"))
 
     def _send_steps(self, run: str) -> None:
         done: int = self._sent["steps"]

@@ -1,6 +1,7 @@
 """One tracking store: connected within seconds or not at all, and spoken to without MLflow's global state."""
 
 import getpass
+import json
 import logging
 import socket
 import sqlite3
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from kngd_ray.errors import KngdError, TrackingError, redact
+from kngd_ray.errors import KngdError, TrackingError, printable, redact
 from kngd_ray.tracking._quiet import FIRST_CONTACT, environment
 from kngd_ray.tracking._reason import reason
 from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file
@@ -173,6 +174,25 @@ class Server:
                 tags=[RunTag(*t) for t in (tags or {}).items()],
                 synchronous=True,
             )
+
+    def log_input(self, run_id: str, data: Mapping[str, Any]) -> None:
+        """Say what a run learns from; saying it again changes nothing.
+
+        Args:
+            run_id: the run.
+            data: ``name``, ``digest``, ``source`` and ``profile`` of a data set.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        found = Dataset(
+            name=printable(data["name"]),
+            digest=data["digest"],
+            source_type="local",
+            source=json.dumps({"uri": data["source"]}),
+            profile=json.dumps(data["profile"]),
+        )
+        with self.refusals():
+            self.client.log_inputs(run_id, [DatasetInput(found, [InputTag("mlflow.data.context", "training")])])
 
     @contextmanager
     def refusals(self) -> Iterator[None]:

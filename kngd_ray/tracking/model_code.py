@@ -6,8 +6,7 @@ lists of floats, becomes a table with
 
 - ``class``: name of the most probable class;
 - ``probability``: its posterior predictive probability;
-- ``probability_low``, ``probability_high``: its interval under the posterior at tau, which ranks pictures and bounds
-  nothing;
+- ``probability_low``, ``probability_high``: its 90 % interval: where four times the shots would take it;
 - ``unlike``: share of the training shots, held out, that the fit is surer of: 0.99 is more unlike than 99 % of them;
 - ``uncertainty``: entropy of the posterior predictive distribution, nats;
 - ``logit_std``: posterior standard deviation of that class's logit;

@@ -85,8 +85,9 @@ def assembled(
     if alpha != 1.0:
         head.blend(alpha)
         if belief is not None and family is not None:
-            # of LoRA's product B A only B is averaged
-            moved = {name: state for name, state in belief.covariance.items() if not name.endswith(".down")}
+            # of LoRA's product B A only B is averaged, and adapters that were fitted first are not
+            kept = (".down",) if not isinstance(head, CLIPNetwork) or not head.started else (".down", *head.started)
+            moved = {name: state for name, state in belief.covariance.items() if not name.endswith(kept)}
             shrunk = family.predict(moved, alpha**2, 0.0, lambda share: share)
             belief = Belief(flatten(trainable(head)), {**belief.covariance, **shrunk}) if alpha else None
     if isinstance(head, CLIPNetwork):
@@ -106,8 +107,7 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     """
     folds = min(folds, len(task.support))
     fold = fold_of(task.support.labels, folds)
-    support = task.support
-    return [(replace(task, support=support.subset(fold != f)), support.subset(fold == f)) for f in range(folds)]
+    return [(task.part(fold != f), task.support.subset(fold == f)) for f in range(folds)]
 
 
 def decided_task(task: FitTask, fitted: MethodState | None = None, device: torch.device | str = "cpu") -> FitTask:

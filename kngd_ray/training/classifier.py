@@ -17,7 +17,7 @@ from kngd_ray.clip import AnyModel, ClipModel, ModelConfig, PrecomputedModel
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
 from kngd_ray.training.calibration import AnyPredictor, Calibration
-from kngd_ray.training.interval import probability_interval
+from kngd_ray.training.interval import interval_scale, probability_interval
 from kngd_ray.training.novelty import Novelty, total_variance
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import Prediction, Predictor, entropy
@@ -36,8 +36,8 @@ class Judgement:
     Attributes:
         probabilities: (m, C) posterior predictive probabilities.
         logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
-        interval: (m, 2) interval under the posterior at tau of the most probable class's probability; None where the
-            posterior has no part in the prediction.
+        interval: (m, 2) 90 % interval of the most probable class's probability, should shots be added; None where no
+            shots were held out, or the posterior has no part in the prediction.
         unlike: (m,) share of the training shots, held out, that the fit is surer of; None where that is not known.
     """
 
@@ -162,7 +162,7 @@ class Classifier:
         """
         inputs = self._inputs(images)
         found = self.predictor.predict(inputs, self.calibration.tau)
-        interval = probability_interval(self.predictor, inputs, found, self.calibration.tau)
+        interval = probability_interval(self.predictor, inputs, found, interval_scale(self.novelty))
         unlike = None
         if self.novelty is not None and isinstance(self.predictor, Predictor):
             unlike = self.novelty.score(total_variance(self.predictor, inputs))

@@ -16,11 +16,14 @@ from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
-from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, KalmanNGD
+from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covariance
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
+from kngd_ray.training.streamed import StreamedPosterior
+from kngd_ray.training.tower_prior import widen_towers
 
 _MAX_REFUSED = 10
 
@@ -55,6 +58,7 @@ class FitTask:
         towers: of a fit that trains them.
         stream: of a fit whose shots come in an order; they are in that order, and their batches are predicted before
             they are learned from.
+        head: of a fit of towers that starts where a head ends (``tune.start=head``), the fit of that head.
     """
 
     options: FitOptions
@@ -66,6 +70,7 @@ class FitTask:
     prequential: bool = False
     towers: Towers | None = None
     stream: Stream | None = None
+    head: HeadStart | None = None
 
     @property
     def sampler(self) -> BatchSampler:
@@ -85,7 +90,13 @@ class FitTask:
 
     def to(self, device: torch.device | str) -> "FitTask":
         """The same fit with its shots on another device."""
-        return replace(self, support=self.support.to(device))
+        head = None if self.head is None else self.head.to(device)
+        return replace(self, support=self.support.to(device), head=head)
+
+    def part(self, keep: Tensor) -> "FitTask":
+        """The same fit on some of its shots, which a boolean or index tensor selects."""
+        head = None if self.head is None else self.head.subset(keep)
+        return replace(self, support=self.support.subset(keep), head=head)
 
 
 @dataclass(frozen=True)
@@ -159,23 +170,27 @@ def build_method(task: FitTask, head: Head, group: Group) -> Method:
     return KalmanNGD(head, task.options, task.seed, group, streamed=task.towers is not None)
 
 
-def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Method:
+def begin(
+    task: FitTask, group: Group, device: torch.device | str = "cpu", resumed: MethodState | None = None
+) -> Method:
     """The optimiser of a task before its first step: at its prior.
 
     Args:
         task: the fit.
         group: the ranks.
         device: where to compute.
+        resumed: a later state of the fit, which is to be loaded: what it tells is not computed again.
 
     Returns:
         The optimiser with its head.
     """
     head = build_head(task, device)
+    if isinstance(head, CLIPNetwork) and task.prior is None:
+        return _begin_towers(task, head, group, device, resumed)
     if task.prior is None:
         shots = task.to(device).informing
-        # shots that are features may be of towers too: of a text tower alone, to whose priors they say nothing
-        if not isinstance(head, CLIPHead) or not isinstance(shots, Support):
-            return build_method(task, head, group)
+        assert isinstance(head, CLIPHead)
+        assert isinstance(shots, Support)
         centre(head, shots)
         method = build_method(task, head, group)
         if isinstance(method, KalmanNGD):
@@ -190,9 +205,56 @@ def begin(task: FitTask, group: Group, device: torch.device | str = "cpu") -> Me
     method = build_method(task, head, group)
     # Noise and moments start anew; what the earlier fit took from its shots is part of its posterior.
     goes_on = (ANCHOR, FORESEEN, NOISE) if task.prior.taken else ()  # the same stream, and not another task
-    kept = {key: value for key, value in prior.replicated.items() if key in (P0, *goes_on, *head_state(head))}
+    told = (P0, TOWERS_BY, *goes_on, *head_state(head))
+    kept = {key: value for key, value in prior.replicated.items() if key in told}
     method.load(replace(prior, replicated=method.state().replicated | kept))
+    if isinstance(method, KalmanNGD) and isinstance(method.posterior, StreamedPosterior):
+        method.posterior.unsettle()  # its head has not seen these shots
     return _in_stream(method, task)
+
+
+def head_task(task: FitTask) -> FitTask:
+    """The fit of the head that a fit of towers starts from.
+
+    Args:
+        task: a fit that starts at a head.
+
+    Returns:
+        The head's, on features.
+    """
+    assert task.head is not None
+    return FitTask(task.head.options, task.seed, task.head.support, task.class_embeddings, task.logit_scale)
+
+
+def _begin_towers(
+    task: FitTask, network: CLIPNetwork, group: Group, device: torch.device | str, resumed: MethodState | None
+) -> Method:
+    """The optimiser of towers, where their head ended or at CLIP.
+
+    Raises:
+        ValueError: the task is to start at a head, and has no features to fit one on.
+        FilterError: the head's fit could not go on.
+    """
+    fitted = None
+    if resumed is not None:
+        load_head(network, resumed)
+        put_start(network)
+    elif task.head is not None:
+        try:
+            fitted = fit(head_task(task), device=device).state()
+        except FilterError as error:
+            raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
+        begin_at(network, fitted, group)
+    elif task.options.tune.start == "head":
+        raise ValueError("tune.start is head: give the task its head's fit (HeadStart.of), or set tune.start=zero_shot")
+    method = build_method(task, network, group)
+    if not isinstance(method, KalmanNGD) or resumed is not None:
+        return method
+    if fitted is not None:
+        take_covariance(method, fitted)
+    if (variance := task.options.filter.tower_logit_variance) is not None:
+        method.towers_by = widen_towers(method, task.to(device).support, variance)
+    return method
 
 
 def _in_stream(method: Method, task: FitTask) -> Method:
@@ -285,7 +347,7 @@ def fit(
     """
     group = group or SingleProcess()
     steps = task.sampler.steps
-    method = begin(task, group, device)
+    method = begin(task, group, device, None if resume is None else resume[1])
     start = 0
     if resume is not None:
         start, state = resume

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kngd_ray.clip import CLIPHead, Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Covariance, CovarianceFamily, Kronecker, ProcessModel, Transition
+from kngd_ray.filters import Belief, Covariance, Family, Kronecker, ProcessModel, Transition
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, ShardedFilter, SingleProcess, covariance_bytes
 from kngd_ray.training.at_mode import ModePosterior
@@ -24,6 +24,7 @@ LOGIT_VARIANCE = "prior/logit_variance"
 ANCHOR = "prior/mean"
 FORESEEN = "stream/foreseen"
 NOISE = "noise"
+TOWERS_BY = "prior/towers"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -59,6 +60,7 @@ class KalmanNGD:
         self.logit_variance: float | None = None  # as shots chose it
         self.foreseen: Tensor | None = None  # of a stream, what each tau has made of labels to come; see fit
         self.taken: int | None = None  # steps of earlier fits of the same stream; None where there is no stream
+        self.towers_by: float | None = None  # factor of the towers' prior variance, as shots chose it
         self._options = options
         self.posterior = self._place(streamed=streamed)
 
@@ -73,9 +75,9 @@ class KalmanNGD:
         return kind(self.head, self._options, self.observer, sharded)
 
     @property
-    def family(self) -> CovarianceFamily:
+    def family(self) -> Family:
         """The covariance family."""
-        return self._options.filter.covariance
+        return self.posterior.filter.family
 
     @property
     def belief(self) -> Belief:
@@ -165,7 +167,8 @@ class KalmanNGD:
 
     def state(self) -> MethodState:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
-        chosen = {} if self.logit_variance is None else {LOGIT_VARIANCE: self.logit_variance}
+        by_shots = {LOGIT_VARIANCE: self.logit_variance, TOWERS_BY: self.towers_by}
+        chosen = {key: value for key, value in by_shots.items() if value is not None}
         of_stream = {} if self.foreseen is None else {FORESEEN: self.foreseen}
         if isinstance(self.posterior, InMemoryPosterior) and self._transition(1).decay != 1.0:
             of_stream[ANCHOR] = self.posterior.anchor
@@ -188,6 +191,9 @@ class KalmanNGD:
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
         self.logit_variance = chosen_variance(state)
+        if TOWERS_BY in state.replicated and isinstance(self.posterior, StreamedPosterior):
+            self.towers_by = float(state.replicated[TOWERS_BY])
+            self.posterior.widen_towers(self.towers_by)
         self.foreseen = state.replicated.get(FORESEEN)
         if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
             self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kngd_ray.clip import CLIPHead, Head
+from kngd_ray.clip import CLIPHead, CLIPNetwork, Head
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch
 
@@ -85,6 +85,7 @@ class Method(Protocol):
 
 _GAMMA = "head/gamma"
 _CENTRE = "head/centre/"  # and the name of a buffer
+_START = "head/start/"  # and the name of an adapter's weights
 
 
 def head_state(head: Head) -> dict[str, Tensor]:
@@ -96,8 +97,8 @@ def head_state(head: Head) -> dict[str, Tensor]:
     Returns:
         Replicated tensors of a state.
     """
-    if not isinstance(head, CLIPHead):
-        return {}
+    if isinstance(head, CLIPNetwork):
+        return head_state(head.head) | {_START + name: weight.clone() for name, weight in head.started.items()}
     told = {_CENTRE + name: centre.clone() for name, centre in centres(head).items()}
     if head.gamma != 1.0:
         told[_GAMMA] = torch.tensor(head.gamma, dtype=torch.float64)
@@ -111,7 +112,12 @@ def load_head(head: Head, state: MethodState) -> None:
         head: of the fit that continues, or predicts.
         state: of the fit.
     """
-    if isinstance(head, CLIPHead):
+    if isinstance(head, CLIPNetwork):
+        load_head(head.head, state)
+        like = head.class_embeddings
+        found = {key: value for key, value in state.replicated.items() if key.startswith(_START)}
+        head.started = {key.removeprefix(_START): value.to(like) for key, value in found.items()}
+    else:
         head.gamma = float(state.replicated.get(_GAMMA, 1.0))
         for name, centre in centres(head).items():
             centre.copy_(state.replicated[_CENTRE + name])

@@ -71,6 +71,11 @@ class Novelty:
             ordered = ordered[torch.linspace(0, len(ordered) - 1, _KEPT).round().long()]
         return cls(tuple(float(f"{value:.{_DIGITS}g}") for value in ordered.tolist()))
 
+    @property
+    def median(self) -> float:
+        """Variance of the logits of the median shot, nats²."""
+        return self.quantiles[len(self.quantiles) // 2]
+
     def score(self, variance: Tensor) -> Tensor:
         """How unlike the shots pictures are.
 

@@ -45,6 +45,10 @@ class FilterOptions:
         mean: how much of the zero-shot logits is believed a priori.
         towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
             layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.
+        tower_logit_variance: prior variance of a logit, less the mean over classes, that all trained weights of the
+            towers give it together, nats^2, a mean over the shots: the same on any architecture, width and logit scale,
+            in the place of `towers`, and of `p0` for LoRA's factors. Weights share it in proportion to the mean square
+            of their layer. At 0 the towers stay as they are; None states the prior in weights.
         gate: what is done about observations that the belief finds too surprising.
         serial: samples conditioned on at once within a batch, each run knowing those before it (so does the gate);
             0 is all of them. The work of the exact diagonal and of
@@ -60,6 +64,7 @@ class FilterOptions:
     logit_spread: float = 0.0
     mean: PriorMean = field(default_factory=ZeroShot)
     towers: float = 0.01
+    tower_logit_variance: float | None = None
     gate: GateModel = field(default_factory=NoGate)
     serial: int = 0
     iterations: int = 1
@@ -83,6 +88,9 @@ class FilterOptions:
             raise ValueError(f"tolerance is {self.tolerance}; it must be above 0 nats")
         if not self.towers > 0:
             raise ValueError(f"towers is {self.towers}; a prior variance must be above 0")
+        wide = self.tower_logit_variance
+        if wide is not None and not (isfinite(wide) and wide >= 0):
+            raise ValueError(f"tower_logit_variance is {wide}; a prior variance must be finite and 0 or more")
         if self.serial < 0:
             raise ValueError(
                 f"serial is {self.serial}; give the samples conditioned on at once, or 0 for all of a batch"
@@ -226,7 +234,17 @@ class FitOptions:
             ValueError: they are asked for it.
         """
         if self.pairs and not self.tune.images:
-            raise ValueError("clip_cite sees pairs of images and texts; set tune.parameters to lora or full")
+            raise ValueError("clip_cite sees pairs of images and texts; set tune.parameters to lora, norm or full")
+        if not self.tune.images and self.method == "kalman" and self.filter.tower_logit_variance is not None:
+            raise ValueError(
+                "filter.tower_logit_variance is of towers that are trained, and tune.parameters is adapter: leave it "
+                "out, or set tune.parameters to lora, norm or full"
+            )
+        if self.tune.images and self.tune.start == "head" and not self.adapter:
+            raise ValueError(
+                "tune.start is head, and adapter is empty: there is no head to be fitted first; name an adapter, or "
+                "set tune.start=zero_shot"
+            )
         if not self.tune.images or self.method != "kalman":
             return
         if not isinstance(self.filter.covariance, Layerwise):

@@ -32,6 +32,7 @@ from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.resumable import SOURCE, latest
 from kngd_ray.training.settled import CALIBRATION
+from kngd_ray.training.streamed import family_of
 
 
 def identity_of(
@@ -140,7 +141,7 @@ def restore_predictor(
         covariance = nested(checkpoint.state.covariance, head.class_embeddings)
         # the mean is what the network has; in the order of theta, as draws are
         belief = Belief(head.class_embeddings.new_empty(0), {name: covariance[name] for name in parameters})
-        return assembled(head, options.filter.covariance, belief, posterior, alpha)
+        return assembled(head, family_of(head, options), belief, posterior, alpha)
     method = KalmanNGD(head, options)
     method.load(checkpoint.state)
     return assembled(head, method.family, method.belief, posterior, alpha)

@@ -111,8 +111,11 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
     sha.update(task.class_embeddings.cpu().contiguous().numpy().tobytes())
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
     prior = None if task.prior is None else task.prior.sha256
-    order = {"order": "prequential"} if task.prequential else {}
+    order: dict[str, Any] = {"order": "prequential"} if task.prequential else {}
     order = order if task.stream is None else {"order": "stream"}
+    if task.head is not None:
+        features = hashlib.sha256(task.head.support.digest()).hexdigest()
+        order = {**order, "head": {"options": _listed(asdict(task.head.options)), "sha256": features}}
     return {"seed": task.seed, "options": options, "shots": shots, "prior": prior, **order, **_listed(dict(identity))}
 
 

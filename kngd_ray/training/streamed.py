@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kngd_ray.clip import Head
+from kngd_ray.clip import CLIPNetwork, Head
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Transition
+from kngd_ray.filters import Belief, Family, Layerwise, PerLayer, Transition
 from kngd_ray.observations import flatten, trainable
 from kngd_ray.sharding import Group, StreamedFilter
 from kngd_ray.training.batches import Batch
@@ -22,8 +22,25 @@ from kngd_ray.training.observing import BatchSeen, Observer
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.posterior import Posterior, Update
 
-_TOWERS = "clip."  # where a network has its towers' weights
+TOWERS = "clip."  # where a network has its towers' weights
+ADAPTERS = "head."  # and its adapters'
 _LEAST = 1e-6  # mean square of a layer's weights, of which some start at 0
+
+
+def family_of(head: Head, options: FitOptions) -> Family:
+    """The covariance family of a fit: adapters that were fitted before the towers keep that fit's Kronecker factors.
+
+    Args:
+        head: of the fit.
+        options: likewise.
+
+    Returns:
+        The family that the options name, or it and the other for the adapters.
+    """
+    family = options.filter.covariance
+    if not isinstance(head, CLIPNetwork) or not head.started or not isinstance(family, Layerwise):
+        return family
+    return PerLayer(family, (ADAPTERS,))
 
 
 def check_activations(head: Head, options: FitOptions) -> None:
@@ -62,15 +79,24 @@ class StreamedPosterior(Posterior):
     @classmethod
     def of(cls, head: Head, options: FitOptions, observer: Observer, group: Group) -> "StreamedPosterior":
         """The prior of a network, in units of its towers' own weights."""
-        prior = options.filter
-        units = {}
-        if options.tune.parameters == "full":
-            units = {
-                name: prior.towers * max(float(p.detach().square().mean()), _LEAST) / prior.weight_variance
-                for name, p in trainable(head).items()
-                if name.startswith(_TOWERS)
-            }
-        return cls(head, options, observer, StreamedFilter(prior.covariance, observer.layers, group, prior.gate, units))
+        prior, family = options.filter, family_of(head, options)
+        started = isinstance(head, CLIPNetwork) and bool(head.started)
+        settled = [layer.name for layer in observer.layers if started and layer.name.startswith(ADAPTERS)]
+        units = _units(head, options)
+        return cls(head, options, observer, StreamedFilter(family, observer.layers, group, prior.gate, units, settled))
+
+    def unsettle(self) -> None:
+        """Let adapters learn as all else does: what is to be observed is not what they were fitted on."""
+        self.filter.unsettle()
+
+    @property
+    def of_towers(self) -> list[str]:
+        """Names of the towers' layers."""
+        return [layer.name for layer in self.observer.layers if layer.name.startswith(TOWERS)]
+
+    def widen_towers(self, factor: float) -> None:
+        """Make the towers' prior wider by a factor, before the first step."""
+        self.filter.rescale(self.belief, set(self.of_towers), factor, self.options.filter.weight_variance)
 
     def _prior(self) -> Belief:
         mu, p0 = flatten(self.parameters), self.options.filter.weight_variance
@@ -79,7 +105,7 @@ class StreamedPosterior(Posterior):
             p.data = piece.view_as(p)
         # mu_0 is a third copy of theta: only a process that returns to it has to pay for it
         returns = self.options.noise.process.transition(0, p0).decay != 1.0
-        self._anchor = mu.clone() if returns else mu
+        self.anchor = mu.clone() if returns else mu
         return self.filter.init(mu, p0)
 
     def keep(self, transition: Transition) -> Tensor | None:
@@ -93,7 +119,7 @@ class StreamedPosterior(Posterior):
 
     def advance(self, batch: Batch, transition: Transition) -> Update:
         """Predict and condition in place, in one pass over the layers for S and one for mean and covariance."""
-        self.filter.predict_mean(self.belief, transition, self._anchor)
+        self.filter.predict_mean(self.belief, transition, self.anchor)
         seen = self.observer.observe(batch, self.noise)
         self._refuse(seen)
         outcome = self.filter.update(self.belief, transition, seen.observed)
@@ -108,6 +134,13 @@ class StreamedPosterior(Posterior):
     def _mean(self) -> Tensor:
         return self.belief.mu  # of which the parameters are views
 
+    @property
+    def _narrower(self) -> str:
+        """The setting that makes the towers' prior narrower."""
+        if self.options.filter.tower_logit_variance is not None:
+            return "tower_logit_variance"
+        return "p0" if self.options.tune.parameters == "lora" else "towers"
+
     def _refuse(self, seen: BatchSeen) -> None:
         """Tell of activations before the passes over the layers; every rank sees the innovations of all.
 
@@ -119,6 +152,26 @@ class StreamedPosterior(Posterior):
         bad, tune = int((~torch.isfinite(seen.nu)).sum()), self.options.tune
         raise FilterError(
             f"{bad} of {seen.nu.numel()} innovations are NaN or infinite, as the towers' activations are: the step was "
-            f"refused and the belief kept; lower filter.{'towers' if tune.parameters == 'full' else 'p0'}"
-            f"{wider(tune)}."
+            f"refused and the belief kept; lower filter.{self._narrower}{wider(tune)}."
         )
+
+
+def _units(head: Head, options: FitOptions) -> dict[str, float]:
+    """Prior variances of the towers' layers in units of the adapters': in proportion to the mean square of weights.
+
+    Weights of a normalisation that shift go by those that scale: they act on the same outputs. LoRA's factors B start
+    at 0, and are the unit; its A go by their own mean square where a logit's variance is given, else they are as B.
+    """
+    prior, towers = options.filter, {n: p for n, p in trainable(head).items() if n.startswith(TOWERS)}
+    relative = prior.tower_logit_variance is not None
+    if options.tune.parameters == "lora" and not relative:
+        return {}
+    share = 1.0 if relative else prior.towers / prior.weight_variance
+    found = {}
+    for name, p in towers.items():
+        like = p
+        if options.tune.parameters == "norm" and name.endswith(".bias"):
+            like = towers.get(f"{name.removesuffix('bias')}weight", p)
+        up = options.tune.parameters == "lora" and name.endswith(".up")
+        found[name] = share * (1.0 if up else max(float(like.detach().square().mean()), _LEAST))
+    return found

@@ -11,7 +11,7 @@ from kngd_ray.tuning.options import SearchOptions
 from kngd_ray.tuning.space import Space, Value, parse_space, plain_space
 
 if TYPE_CHECKING:
-    from kngd_ray.tuning.driver import Driver, reason_of, report_of, run_here
+    from kngd_ray.tuning.driver import Driver, Report, reason_of, report_of, run_here
     from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
     from kngd_ray.tuning.mode import mode_of
     from kngd_ray.tuning.objective import Fitter, Workload, judge
@@ -23,6 +23,7 @@ __all__ = [
     "Driver",
     "Fitted",
     "Fitter",
+    "Report",
     "SearchOptions",
     "SearchStudy",
     "Space",
@@ -49,6 +50,7 @@ _HOMES = {
     "Fitted": "fitting",
     "Fitter": "objective",
     "JOURNAL": "study",
+    "Report": "driver",
     "SearchStudy": "study",
     "TrialResult": "study",
     "Workload": "objective",

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kngd_ray.config import Config, override
 from kngd_ray.errors import FilterError, UsageError
-from kngd_ray.training.batches import Shots
+from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import calibration_of, decided_task, held_out_tasks
 from kngd_ray.training.fit import FitTask, Towers
 from kngd_ray.training.folds import single
+from kngd_ray.training.start import HeadStart
 from kngd_ray.training.stream import Stream
 from kngd_ray.tuning.fitting import Fitted, evidence
 from kngd_ray.tuning.options import SearchOptions
@@ -40,6 +41,7 @@ class Workload:
         logit_scale: factor from cosines to logits.
         towers: where fits that train towers have them from.
         space: what is searched, whose priors ``log_posterior`` counts.
+        features: of the shots by seed, where towers are trained that may start at a head.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Workload:
     logit_scale: float
     towers: Towers | None = None
     space: Space = field(default_factory=lambda: Space(()))
+    features: Mapping[int, Support] = field(default_factory=dict)
 
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
@@ -60,6 +63,7 @@ class Workload:
             self.logit_scale,
             towers=self.towers,
             stream=Stream(config.posterior) if config.protocol == "stream" else None,
+            head=HeadStart.of(config.fit_options, self.features[seed]) if seed in self.features else None,
         )
 
 

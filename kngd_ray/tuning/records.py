@@ -25,11 +25,13 @@ class SearchRecords:
     Args:
         search: the search.
         folder: its folder.
+        inputs: the data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it.
     """
 
-    def __init__(self, search: SearchConfig, folder: Path) -> None:
+    def __init__(self, search: SearchConfig, folder: Path, inputs: Mapping[str, Any]) -> None:
         self._search = search
         self._folder = folder
+        self._inputs = inputs
         self._running: dict[int, Record] = {}
         self._parent: Record | None = None
 
@@ -40,6 +42,7 @@ class SearchRecords:
         space = {f"space.{key}": _domain(value) for key, value in plain_space(search.space).items()}
         options = {f"search.{key}": value for key, value in flatten(search.options).items()}
         self._parent = self._open(PARENT, "search", flatten(shown) | options | space, None)
+        self._parent.log_input(**self._inputs)
         write_text(self._parent.artifacts / CONFIG, to_yaml(shown))
         write_text(self._parent.artifacts / SEARCH, search_yaml(search))
         write_text(self._parent.artifacts / "environment.json", describe_environment())

@@ -12,7 +12,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -27,7 +27,8 @@ from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.backend import Backend
-from kngd_ray.experiment.run import compute_threads, data_name, train
+from kngd_ray.experiment.environment import describe_data
+from kngd_ray.experiment.run import compute_threads, train
 from kngd_ray.experiment.task import open_shots, prepare
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
@@ -104,9 +105,11 @@ def tune(
             prepared.model.logit_scale,
             prepared.towers(config.tune),
             search.space,
+            {seed: prepared.support(seed) for seed in search.options.seeds} if config.tune.images else {},
         )
+        inputs = describe_data(prepared.images, config.data, prepared.model.name)
         with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
-            return _Search(search, folder, work, display, backend, lead).run(session.close)
+            return _Search(search, folder, work, display, backend, lead, inputs).run(session.close)
 
 
 class _Search:
@@ -119,6 +122,7 @@ class _Search:
         display: where progress and results are shown.
         backend: does the work.
         lead: holds the lock of the one that leads.
+        inputs: the data set, as :meth:`~kngd_ray.tracking.Record.log_input` takes it.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class _Search:
         display: Display,
         backend: SearchBackend,
         lead: ExitStack,
+        inputs: Mapping[str, Any],
     ) -> None:
         self._search = search
         self._config = search.config
@@ -139,7 +144,7 @@ class _Search:
         self._lead = lead
         self._leads = False
         self._study = SearchStudy(folder, search.space, search.options, search.points)
-        self._records = SearchRecords(search, folder)
+        self._records = SearchRecords(search, folder, inputs)
         self._take_the_lead()
         self._done = 0
         self._seconds = 0.0
@@ -292,7 +297,7 @@ class _Search:
 def _registered(config: Config) -> str:
     """What the winner is called in the registry, where nobody says: the winner of another task is another model."""
     ordered = config.data.time or "-".join(config.data.order or ())  # of a stream
-    parts = (config.tracking.experiment, data_name(config), config.data.train_domain, ordered, config.method)
+    parts = (config.tracking.experiment, config.data.name, config.data.train_domain, ordered, config.method)
     return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)
 
 

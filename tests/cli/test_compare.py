@@ -100,6 +100,24 @@ def rows_of(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in group["rows"]}
 
 
+def test_streams_have_their_own_columns_and_are_compared_in_one_order(comparison, store, small_data) -> None:
+    """Zero-shot figures, by which others are grouped, know nothing of the order."""
+    for name, order in {"there": "[noto,twemoji]", "back": "[twemoji,noto]"}.items():
+        settings = ("protocol=stream", f"data.order={order}", "data.train_domain=null", "data.shots=2")
+        store.train(name, *settings, "seeds=0", "baselines=adamw", data=small_data, experiment="streams")
+    outcome = comparison("--json", experiment="streams")
+    assert outcome.code == 0, outcome.err
+    groups = outcome.json["groups"]
+    assert len(groups) == 2
+    assert {"a stream of noto,twemoji" in group["title"] for group in groups} == {True, False}
+    for group in groups:
+        assert set(rows_of(group)) >= {"zero-shot", "kalman", "adamw"}
+        assert "stream/nll" in json.dumps(group["rows"])
+    shown = comparison(experiment="streams").out
+    assert "prequential" in shown
+    assert "forgotten" in shown
+
+
 def test_groups_and_names(comparison) -> None:
     outcome = comparison("--json")
     assert outcome.code == 0, outcome.err

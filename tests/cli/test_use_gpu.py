@@ -1,6 +1,7 @@
 """Where a GPU is there it is used without being asked for, and where none is, all cores."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -23,14 +24,22 @@ def test_a_run_without_ray_takes_what_this_machine_has(monkeypatch, there):
             RayBackend().with_gpus(TrainerConfig(num_workers=0, use_gpu=True))
 
 
-@pytest.mark.parametrize(("gpus", "workers", "taken"), [(0, 2, False), (1, 2, False), (2, 2, True), (2, [1, 4], False)])
-def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch, gpus, workers, taken):
+@pytest.mark.parametrize(
+    ("gpus", "workers", "ranks"),
+    [(0, 2, None), (1, 2, 1), (2, 2, 2), (4, 2, 2), (2, [1, 4], (1, 2)), (1, [1, 4], 1), (2, [3, 4], 2)],
+)
+def test_as_many_ranks_as_gpus_take_one_each(monkeypatch, gpus, workers, ranks):
     cluster = ModuleType("kngd_ray.cluster")
     cluster.gpus_of_cluster = lambda: gpus
     monkeypatch.setitem(sys.modules, "kngd_ray.cluster", cluster)
-    assert RayBackend().with_gpus(TrainerConfig(num_workers=workers)).use_gpu is taken
-    for asked in (True, False):
-        assert RayBackend().with_gpus(TrainerConfig(num_workers=workers, use_gpu=asked)).use_gpu is asked
+    asked = TrainerConfig(num_workers=workers)
+    found = RayBackend().with_gpus(asked)
+    assert found.use_gpu is (ranks is not None)
+    assert found.num_workers == (ranks or asked.num_workers)
+    for choice in (True, False):
+        assert RayBackend().with_gpus(replace(asked, use_gpu=choice)) == replace(asked, use_gpu=choice), (
+            "what was chosen is kept"
+        )
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])

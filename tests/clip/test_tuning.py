@@ -12,7 +12,7 @@ NAMES = ["visual.conv1", "visual.transformer.resblocks.0.attn", "visual.transfor
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"parameters": "some"}, "parameters is 'some'; it must be one of adapter, lora, full"),
+        ({"parameters": "some"}, "parameters is 'some'; it must be one of adapter, lora, norm, full"),
         ({"augment": "flip"}, "augment is 'flip'"),
         ({"precision": "float16"}, "precision is 'float16'; it must be one of float32, bfloat16"),
         ({"include": "visual"}, r"include is 'visual'; it must be a list, such as \['visual'\]"),

@@ -380,13 +380,16 @@ def test_every_preset_loads_and_is_tested() -> None:
     towers = [
         "adamw_full",
         "adamw_lora",
+        "adamw_norm",
         "clip_cite",
         "clip_lora",
         "kalman_cite",
         "kalman_full",
         "kalman_lora",
+        "kalman_norm",
         "sgd_full",
         "sgd_lora",
+        "sgd_norm",
     ]
     assert names("presets") == sorted(["adamw", "kalman", "kalman_diagonal", "kf_clip", "loko", "sgd", *towers])
     for name in names("presets"):

@@ -42,6 +42,17 @@ def test_read_streams_in_file_order(pets, png):
     assert list(images.read([])) == []
 
 
+def test_a_digest_is_of_the_content(write_parquet):
+    one = write_parquet("a.parquet", label=[0, 1], class_name=["cat", "dog"])
+    again = write_parquet("elsewhere.parquet", label=[0, 1], class_name=["cat", "dog"])
+    turned = write_parquet("b.parquet", label=[0, 1], class_name=["dog", "cat"])
+    others = write_parquet("c.parquet", first=2, label=[0, 1], class_name=["cat", "dog"])
+    digests = [opened(path, test_fraction=0.5).digest for path in (one, again, turned, others)]
+    assert digests[0] == digests[1], "where the file lies says nothing"
+    assert len(set(digests)) == 3
+    assert all(len(digest) == 32 for digest in digests)
+
+
 def test_read_touches_only_the_row_groups_it_needs(pets, png):
     images = opened(pets)
     data = bytearray(pets.read_bytes())

@@ -13,22 +13,42 @@ import torch
 from helpers.resuming import IDENTITY, Killed, kill_after
 from helpers.towers import CLASSES, GRADIENT, KALMAN, NAME, tiny_model
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from kngd_ray.clip import CLIPNetwork, ModelConfig
+from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions
+from kngd_ray.clip.adapters import ClassResidual
 from kngd_ray.data import DataConfig, PictureFile, open_images
+from kngd_ray.filters import Diagonal, OrnsteinUhlenbeck
+from kngd_ray.observations import LogLikelihood
 from kngd_ray.sharding import Group
 from kngd_ray.training import fit as fit_module
+from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask, Towers, build_head
-from kngd_ray.training.options import FitOptions
+from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.resumable import run_fit
+from kngd_ray.training.start import HeadStart
 
 SHOTS, BATCH, EPOCHS = 7, 3, 2  # batches of 3, 3 and 1: at the end of an epoch ranks without any
 STEPS = 6
+_START = {
+    "tune": TuneOptions(parameters="lora", targets=("q", "v", "mlp")),
+    "adapter": (ClassResidual(bias=True),),
+    "observation": (LogLikelihood(),),
+}
+STARTED: dict[str, FitOptions] = {  # where a head ended
+    "start-lora": FitOptions(
+        **_START,
+        filter=FilterOptions(covariance=Diagonal(rule="vdekf"), tower_logit_variance=3.0),
+        noise=NoiseOptions(process=OrnsteinUhlenbeck(gamma=0.9)),
+    ),
+    "start-adamw": FitOptions(**_START, method="adamw"),
+}
 FITS: dict[str, FitOptions] = {
     name: replace(options, epochs=EPOCHS, batch_size=BATCH)
     for name, options in {
         **KALMAN,
+        **STARTED,
         "adamw-cite": GRADIENT["clip_cite-full"],
         "adamw": GRADIENT["cross_entropy-lora"],
     }.items()
@@ -48,7 +68,16 @@ def make_task(name: str, shots: Pictures) -> FitTask:
     model, templates = tiny_model(), ("a photo of a {}.",)
     embeddings = model.encode_classes(CLASSES, templates)
     towers = Towers(ModelConfig(NAME, "random"), CLASSES, templates)
-    return FitTask(FITS[name], 0, shots, embeddings, model.logit_scale, towers=towers)
+    return started(FitTask(FITS[name], 0, shots, embeddings, model.logit_scale, towers=towers))
+
+
+def started(task: FitTask) -> FitTask:
+    """The same with the fit of the head that it starts from, if it does."""
+    model, shots = tiny_model(), task.support
+    assert isinstance(shots, Pictures)
+    with torch.no_grad():
+        z = torch.cat([model.network.encode_image(pixels) for pixels in shots.pixels(model.transform)])
+    return replace(task, head=HeadStart.of(task.options, Support(normalize(z, dim=1), shots.labels)))
 
 
 @contextmanager
@@ -57,7 +86,8 @@ def in_dtype(dtype: torch.dtype) -> Iterator[None]:
     inputs = CLIPNetwork.inputs
 
     def made(task: FitTask, device: torch.device | str = "cpu") -> Any:
-        return build_head(task, device).to(dtype)
+        head = build_head(task, device)  # of features that a head is fitted on first, it stays as they are
+        return head.to(dtype) if isinstance(head, CLIPNetwork) else head
 
     def given(self: CLIPNetwork, labels: Tensor, **parts: Tensor) -> dict[str, Tensor]:
         return inputs(self, labels, **{name: part.to(dtype) for name, part in parts.items()})
@@ -66,7 +96,7 @@ def in_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-RANKED = ("full-ekf", "cite-vdekf", "lora-kronecker", "adamw-cite")  # those that several ranks run
+RANKED = ("start-lora", "full-ekf", "cite-vdekf", "lora-kronecker", "adamw-cite")  # those that several ranks run
 
 
 def run_fits(group: Group, folder: Path, shots: Pictures, kill: int | None, dtype: torch.dtype) -> dict[str, Path]:

@@ -25,9 +25,9 @@ CLASSES = ("cat", "dog", "boat")
 STEPS = 3
 SAMPLES = (5, 3, 1)  # of each step: at the end ranks without any
 
-_BOTH = TuneOptions(parameters="full", include=("*",))
-_IMAGE = TuneOptions(parameters="full")
-_LORA = TuneOptions(parameters="lora", include=("*",), targets=("q", "v", "out", "mlp"))
+_BOTH = TuneOptions(parameters="full", include=("*",), start="zero_shot")
+_IMAGE = TuneOptions(parameters="full", start="zero_shot")
+_LORA = TuneOptions(parameters="lora", start="zero_shot", include=("*",), targets=("q", "v", "out", "mlp"))
 _LOG = (LogLikelihood(),)
 
 # what is trained, by which filter, from what

@@ -62,6 +62,23 @@ def test_parent_and_child_arrive_whole(open_record, run_folder, store, experimen
     assert client.list_artifacts(ids["a-child"], "figures")[0].path == "figures/curve.txt"
 
 
+def test_runs_on_the_same_data_share_an_input(open_record, run_folder, store, experiment, client):
+    """And a run that is resumed, or sent again, has it once."""
+    for id in ("one", "other"):
+        record = open_record(id)
+        record.log_input("pacs", "0123456789abcdef" * 2, "data/pacs.parquet", {"classes": 7})
+        record.finish()
+    ids = publish(run_folder, store, experiment)
+    open_record("one").log_input("pacs", "0123456789abcdef" * 2, "data/pacs.parquet", {"classes": 7})
+    assert publish(run_folder, store, experiment) == ids
+    inputs = [client.get_run(run).inputs.dataset_inputs for run in ids.values()]
+    assert [len(each) for each in inputs] == [1, 1]
+    one, other = (each[0].dataset for each in inputs)
+    assert (one.name, one.digest, one.profile) == (other.name, other.digest, other.profile) != (None, None, None)
+    assert json.loads(one.source) == {"uri": "data/pacs.parquet"}
+    assert [(tag.key, tag.value) for tag in inputs[0][0].tags] == [("mlflow.data.context", "training")]
+
+
 def test_batches_stay_within_the_limits(open_record, run_folder, store, experiment, client, calls):
     record = open_record(params={f"p{n}": n for n in range(230)} | {"long": "x" * 9000})
     for step in range(1, 701):

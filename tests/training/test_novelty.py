@@ -13,7 +13,7 @@ from kngd_ray.filters import Diagonal, Inflate, Kronecker
 from kngd_ray.training.batches import Support, seeded
 from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
 from kngd_ray.training.fit import FitTask, fit
-from kngd_ray.training.interval import probability_interval, probability_std
+from kngd_ray.training.interval import interval_scale, probability_interval, probability_std
 from kngd_ray.training.novelty import (
     Novelty,
     calibrate_and_compare,
@@ -66,7 +66,7 @@ def test_interval_and_spread_are_those_of_draws(adapter, family) -> None:
     assert torch.allclose(probability_std(predictor, x, tau), drawn.std(0), atol=0.02)
 
 
-def test_interval_holds_the_probability_and_widens_with_tau() -> None:
+def test_interval_holds_the_probability_and_widens_with_its_scale() -> None:
     predictor = predictor_of(fit(task_of()), PosteriorOptions(predict="linearised"))
     x = pictures(20, 3).features
     widths = []
@@ -81,14 +81,20 @@ def test_interval_holds_the_probability_and_widens_with_tau() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "predict", "tau"), [("adamw", "draws", 1.0), ("kalman", "mean", 1.0), ("kalman", "draws", 0.0)]
+    ("method", "predict", "scale"), [("adamw", "draws", 1.0), ("kalman", "mean", 1.0), ("kalman", "draws", None)]
 )
-def test_no_interval_without_a_posterior(method, predict, tau) -> None:
+def test_no_interval_without_a_posterior_or_a_scale(method, predict, scale) -> None:
     predictor = predictor_of(fit(task_of(method=method)), PosteriorOptions(predict=predict))
     x = pictures(3, 3).features
-    assert probability_interval(predictor, x, predictor.predict(x, tau), tau) is None
+    assert probability_interval(predictor, x, predictor.predict(x, 0.0), scale) is None
     if predict != "mean":
-        assert not probability_std(predictor, x, tau).any()
+        assert not probability_std(predictor, x, scale).any()
+
+
+def test_the_scale_makes_the_median_shot_uncertain_by_two_nats() -> None:
+    assert interval_scale(None) is None
+    assert interval_scale(Novelty((0.0, 0.0, 1.0))) is None, "sure of everything"
+    assert interval_scale(Novelty((0.1, 16.0, 20.0))) == 0.25
 
 
 @pytest.mark.parametrize(

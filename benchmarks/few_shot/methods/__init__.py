@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
         kalman.LOKO,
         kalman.DIAGONAL,
         kalman.OURS,
+        kalman.CHAMPION,
     )
 }
 

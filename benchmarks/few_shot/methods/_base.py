@@ -18,6 +18,7 @@ class Method:
         fit: fits the cases of a problem under settings; an outcome for each.
         space: settings of a trial; None of a method that is not searched.
         usual: the setting that a search begins with.
+        log_prior: log-density of settings, nats, which the search adds to that of the held-out labels.
         searched_as: the method whose search it takes its settings from; None is its own.
         recipe: what else decides its figures; rows of another recipe are computed again.
     """
@@ -26,6 +27,7 @@ class Method:
     fit: Callable[[Problem, Settings], Sequence[Outcome]]
     space: Callable[[optuna.Trial], Settings] | None = None
     usual: Settings = field(default_factory=dict)
+    log_prior: Callable[[Settings], float] = lambda settings: 0.0
     searched_as: str | None = None
     recipe: str = ""
 

@@ -1,14 +1,15 @@
-"""Kalman by presets that are fixed: nothing is searched, tau comes from folds over the shots of each case."""
+"""Kalman by presets, fixed or searched as the shipped search file does; tau comes from folds over a case's shots."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks.few_shot.methods._base import Method
-from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings, Watch
-from kngd_ray.config import load_config, to_yaml
+from benchmarks.few_shot.problem import Case, Outcome, Problem, Watch
+from kngd_ray.config import Config, load_config, override, to_yaml
 from kngd_ray.errors import FilterError
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.calibration import (
@@ -21,7 +22,8 @@ from kngd_ray.training.calibration import (
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
 from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
-from kngd_ray.tuning import fit_together
+from kngd_ray.tuning import fit_together, plain_space
+from kngd_ray.tuning.file import load_search
 
 
 def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
@@ -38,15 +40,40 @@ def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
     config = load_config(overrides=["method=kalman", f"preset={preset}", *overrides])
     options, posterior = config.fit_options, config.posterior
 
-    def fitted(problem: Problem, settings: Settings) -> list[Outcome]:
-        tasks = [problem.task(case, options) for case in problem.cases]
-        found = calibrations(tasks, posterior)
-        return [
-            _outcome(problem, case, task, posterior, chosen)
-            for case, task, chosen in zip(problem.cases, tasks, found, strict=True)
-        ]
+    return Method(
+        name, lambda problem, settings: _fitted(problem, config), recipe=to_yaml(options) + to_yaml(posterior)
+    )
 
-    return Method(name, fitted, recipe=to_yaml(options) + to_yaml(posterior))
+
+def searched(name: str, file: Path) -> Method:
+    """The space of a search file as a method, by the objective ``log_posterior``.
+
+    Args:
+        name: of the method.
+        file: its search file.
+
+    Returns:
+        The method.
+    """
+    search = load_search(file, [])
+    config, space = search.config, search.space
+    return Method(
+        name,
+        lambda problem, settings: _fitted(problem, override(config, settings)),
+        space.suggest,
+        space.point(config),
+        space.log_prior,
+        recipe=to_yaml(config.fit_options) + to_yaml(config.posterior) + repr(plain_space(space)),
+    )
+
+
+def _fitted(problem: Problem, config: Config) -> list[Outcome]:
+    tasks = [problem.task(case, config.fit_options) for case in problem.cases]
+    found = calibrations(tasks, config.posterior)
+    return [
+        _outcome(problem, case, task, config.posterior, chosen)
+        for case, task, chosen in zip(problem.cases, tasks, found, strict=True)
+    ]
 
 
 def calibrations(tasks: Sequence[FitTask], posterior: PosteriorOptions) -> list[Calibration]:
@@ -102,3 +129,4 @@ KF_CLIP = method("kf_clip", "kf_clip")
 LOKO = method("loko", "loko")
 DIAGONAL = method("kalman_diagonal", "kalman_diagonal")
 OURS = method("ours", "kalman")
+CHAMPION = searched("champion", Path(__file__).parents[3] / "tune_configs" / "noise_priors.yaml")

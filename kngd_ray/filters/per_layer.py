@@ -7,8 +7,7 @@ told from its state, so that a state which was written by one family is read by 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Generator, Tensor
-
+from kngd_ray._deferred import Generator, Tensor
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters.diagonal import Diagonal

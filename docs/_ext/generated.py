@@ -68,7 +68,15 @@ def settings_page() -> str:
     for title, prefix, cls in sections(Config, "", "The run"):
         rows = list(rows_of(cls, prefix))
         if rows:
-            lines += [f"## {title}", "", *summary(cls), "| setting | type | default | |", "|---|---|---|---|", *rows, ""]
+            lines += [
+                f"## {title}",
+                "",
+                *summary(cls),
+                "| setting | type | default | |",
+                "|---|---|---|---|",
+                *rows,
+                "",
+            ]
     return "\n".join(lines)
 
 
@@ -131,7 +139,13 @@ def type_name(hint: Any) -> str:
 
 def default_of(each: Field[Any]) -> str:
     """A default as it is written in YAML."""
-    value = each.default if each.default is not MISSING else each.default_factory() if callable(each.default_factory) else None
+    value = (
+        each.default
+        if each.default is not MISSING
+        else each.default_factory()
+        if callable(each.default_factory)
+        else None
+    )
     if value is None:
         return "`null`"
     parts = value if isinstance(value, (tuple, list)) else [value]
@@ -186,10 +200,26 @@ def commands_page() -> str:
     from kngd_ray.cli import app
 
     group = typer.main.get_command(app)
-    lines = ["# Commands", "", "Generated from the command line's own parser. Exit codes: 0, 1 (failed), 2 (wrong usage).", ""]
+    lines = [
+        "# Commands",
+        "",
+        "Generated from the command line's own parser. Exit codes: 0, 1 (failed), 2 (wrong usage).",
+        "",
+    ]
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        usage = " ".join(p.make_metavar_text() if hasattr(p, "make_metavar_text") else metavar(p) for p in arguments(command))
-        lines += [f"## kngd-ray {name}", "", inspect.cleandoc(command.help or ""), "", "```text", f"kngd-ray {name} [OPTIONS] {usage}".rstrip(), "```", ""]
+        usage = " ".join(
+            p.make_metavar_text() if hasattr(p, "make_metavar_text") else metavar(p) for p in arguments(command)
+        )
+        lines += [
+            f"## kngd-ray {name}",
+            "",
+            inspect.cleandoc(command.help or ""),
+            "",
+            "```text",
+            f"kngd-ray {name} [OPTIONS] {usage}".rstrip(),
+            "```",
+            "",
+        ]
         options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         if options:
             lines += ["| option | |", "|---|---|"]

@@ -1,18 +1,19 @@
 # make demo    install, then fine-tune on what the package ships and print the table
 # make test    install, then run the tests (under 20 minutes); make test-slow runs the long ones too
 # make lint    format, docstrings, types
+# make docs    the documentation, as a site in docs/_build/html; a warning is an error
 # make bench   the benchmarks
 # make gpu     the tests and benchmarks of a GPU, on this machine's, in under eight minutes: benchmarks/results/gpu.json
 # make lock    what CI installs, at exact versions with hashes: .ci/requirements.lock; LOCK=.ci/requirements.lock installs it
 # make audit   known vulnerabilities of what the lock pins
 LOCK ?=
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
 PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint bench gpu lock audit clean
+.PHONY: demo test test-slow lint docs bench gpu lock audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kngd-ray train seeds=0,1,2 baselines=adamw
@@ -27,6 +28,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
@@ -47,11 +52,12 @@ audit:
 	$(PYTHON) .ci/audit
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/gallery *.egg-info
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: kngd_ray needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": name another, make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),)
 	$(PIP) -e ".[test]"

@@ -55,14 +55,16 @@ def keep_links(app: Sphinx, name: str, source: list[str]) -> None:
 
 def settings_page() -> str:
     """Every setting with its type, default and what it does."""
-    from kngd_ray.config import Config, presets
+    from kngd_ray.config import Config
+    from kngd_ray.configs import names
 
+    presets = ", ".join(f"`{name}`" for name in names("presets"))
     lines = [
         "# Settings",
         "",
         "Generated from the typed configuration tree. Write `key=value` on the command line, the same keys in YAML, or keywords",
         "in Python. `kngd-ray train --print-config` shows the values that a run would take. Defaults here are those of the tree,",
-        f"before a preset changes them. Presets: {', '.join(f'`{name}`' for name in presets())}.",
+        f"before a preset changes them. Presets: {presets}.",
         "",
     ]
     for title, prefix, cls in sections(Config, "", "The run"):
@@ -197,7 +199,7 @@ def commands_page() -> str:
     """Every command with its arguments and options."""
     import typer.main
 
-    from kngd_ray.cli import app
+    from kngd_ray.cli.app import app
 
     group = typer.main.get_command(app)
     lines = [

@@ -61,7 +61,7 @@ def tables(group: str) -> list[str]:
     rows = rows.merge(has, on=PROBLEM)
     shown = {name: heading for name, heading in FIGURES.items() if rows[name].notna().any()}
     return [
-        f"**{GROUPS[group].title}**, {len(has)} problems of 4 and 16 shots (of the emoji 4)",
+        f"**{GROUPS[group].title}**, {len(has)} problems of 4 and 16 shots",
         _table(["", *shown.values()], [[name, *_means(rows, name, shown)] for name in methods]),
         _table(
             ["champion less", *(f"{heading}, won/tied/lost" for heading in shown.values())],

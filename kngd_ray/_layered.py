@@ -6,7 +6,7 @@ dataclass with a ``kind`` field, or a union of such; see :mod:`kngd_ray.config` 
 
 import re
 import types
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kngd_ray._plugins import added
 from kngd_ray._yaml import number, written
-from kngd_ray.errors import UsageError, nearest
+from kngd_ray.errors import UsageError, closest, nearest
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Leaf:
 
 
 _SHOWN = 200  # characters of a wrong value in a message
+_LIKE = 0.75  # likeness from which a setting further down may be meant
 _LONGEST_ROW = 10_000  # numbers that a range may stand for
 
 Node: TypeAlias = "Leaf | dict[str, Node] | list[Node]"
@@ -139,7 +140,7 @@ def build(cls: type[T], node: Node, path: str) -> T:
         if key in known:
             values[key] = _value(hints[key], inner, here)
         elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
-            deeper = [] if path else [found for found in _leaves(cls) if found.endswith(f".{key}")]  # type: ignore[arg-type]
+            deeper = [] if path or closest(key, known) else _deeper(key, _leaves(cls))  # type: ignore[arg-type]
             guess = f"; did you mean {' or '.join(deeper)}?" if deeper else f"{nearest(key, known, path)}."
             raise UsageError(f"unknown key {here!r}{guess}")
     required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
@@ -280,6 +281,13 @@ def _newest(node: Node) -> int:
     if isinstance(node, Leaf):
         return node.layer
     return max((_newest(item) for item in (node if isinstance(node, list) else node.values())), default=-1)
+
+
+def _deeper(key: str, leaves: Sequence[str]) -> list[str]:
+    """Settings further down whose last name is a key, or is close to it."""
+    ends = [leaf.rpartition(".")[2] for leaf in leaves]
+    meant = [key] if key in ends else closest(key, ends, cutoff=_LIKE)
+    return [leaf for leaf, end in zip(leaves, ends, strict=True) if end in meant]
 
 
 @cache

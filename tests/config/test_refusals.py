@@ -26,6 +26,9 @@ def test_wrong_setting(subtests: pytest.Subtests) -> None:
     for setting, words in [
         # misspelt: the nearest valid name
         ("data.shot=4", ["unknown key 'data.shot'", "did you mean data.shots?", "valid:", "train_domain"]),
+        ("shot=4", ["unknown key 'shot'", "did you mean data.shots?"]),
+        ("shots=4", ["unknown key 'shots'", "did you mean data.shots?"]),
+        ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
         ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
         ("filter.covariance.shrinkag=3", ["did you mean filter.covariance.shrinkage?"]),
         ("observation.0.r=1", ["unknown key 'observation.0.r'", "r0"]),

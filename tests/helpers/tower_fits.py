@@ -13,7 +13,6 @@ import torch
 from helpers.resuming import IDENTITY, Killed, kill_after
 from helpers.towers import CLASSES, GRADIENT, KALMAN, NAME, tiny_model
 from torch import Tensor
-
 from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions
@@ -22,8 +21,8 @@ from kngd_ray.data import DataConfig, PictureFile, open_images
 from kngd_ray.filters import Diagonal, OrnsteinUhlenbeck
 from kngd_ray.observations import LogLikelihood
 from kngd_ray.sharding import Group
-from kngd_ray.training.batches import Support
 from kngd_ray.training import fit as fit_module
+from kngd_ray.training.batches import Support
 from kngd_ray.training.fit import FitTask, Towers, build_head
 from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 from kngd_ray.training.pictures import Pictures

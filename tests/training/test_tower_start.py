@@ -1,4 +1,4 @@
-"""Towers that start where a head ended: at that head, with its belief, and by a prior that means the same everywhere."""
+"""Towers that start where a head ended: with its belief, and by a prior that means the same everywhere."""
 
 from dataclasses import replace
 from typing import Any

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
-from kngd_ray.errors import FilterError, IndefiniteError
+from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training import loader
@@ -21,12 +21,12 @@ from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, Kal
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.refusals import Refusals
 from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covariance
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 from kngd_ray.training.streamed import StreamedPosterior
 from kngd_ray.training.tower_prior import widen_towers
 
-_MAX_REFUSED = 10
 _FOLDS = 4  # of the head that towers start from
 
 
@@ -303,52 +303,6 @@ def _in_stream(method: Method, task: FitTask) -> Method:
         elif task.prior.taken:
             method.taken = task.prior.taken
     return method
-
-
-class Refusals:
-    """How often a fit may go on without a step that was refused.
-
-    Args:
-        steps: of the whole fit.
-    """
-
-    def __init__(self, steps: int) -> None:
-        # a few-shot fit may have fewer steps than that; one that never moved has failed too
-        self._most = min(_MAX_REFUSED, steps)
-        self._in_a_row = 0
-
-    def attempt(self, method: Method, batch: Batch) -> tuple[StepStats | None, str | None]:
-        """Take a step.
-
-        Args:
-            method: the optimiser.
-            batch: its batch.
-
-        Returns:
-            The figures of the step, or why it was refused.
-
-        Raises:
-            FilterError: too many were refused in a row.
-            IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
-        """
-        try:
-            stats = method.step(batch)
-        except IndefiniteError:
-            raise
-        except FilterError as error:
-            self._in_a_row += 1
-            if self._in_a_row >= self._most:
-                raise FilterError(
-                    f"{self._in_a_row} step{'s in a row were' if self._in_a_row > 1 else ' was'} refused, the last at "
-                    f"step {batch.step + 1}: {error}"
-                ) from error
-            return None, str(error)
-        self.taken()
-        return stats, None
-
-    def taken(self) -> None:
-        """A step was taken."""
-        self._in_a_row = 0
 
 
 def fit(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kngd_ray.clip import CLIPNetwork, TuneOptions
 from kngd_ray.clip.adapters import AnyAdapter
-from kngd_ray.config import load_config
 from kngd_ray.filters import Belief
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Support
@@ -52,6 +51,8 @@ class HeadStart:
         """
         if not options.tune.images or options.tune.start != "head":
             return None
+        from kngd_ray.config import load_config  # of YAML files, which fits without this do not need
+
         default = load_config(overrides=["method=kalman"])
         return cls(replace(default.fit_options, adapter=options.adapter), default.posterior, support)
 

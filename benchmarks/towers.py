@@ -5,8 +5,8 @@
     python -m benchmarks.towers --data caltech101.parquet --epochs 1 --seeds 0 --tuned results/towers_pacs.json
     python -m benchmarks.towers --markdown
 
-Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, a prior variance for
-Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0); an adapter's
+Whatever trains towers starts where the head of the default preset ended. Every method is tuned by the same number of
+trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior variance for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0); an adapter's
 learning rate or p0 likewise. The test pictures are seen once, by the winner. Each fit is a process of its own, so that
 its peak memory is its own; what is finished is kept under results/ and not computed again.
 """
@@ -37,18 +37,22 @@ from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.metrics import Scores
+from kngd_ray.training.start import HeadStart
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 2
+WIDTH, WIDTHS = "filter.tower_logit_variance", (0.03, 0.1, 0.3)
 # what is run: settings, and what is tuned over which values
 METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
     "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
-    "adapter kalman": (["method=kalman", "preset=kalman_diagonal"], "filter.logit_variance", (10.0, 30.0, 100.0)),
+    "head": (["method=kalman"], "filter.logit_variance", (1000.0,)),  # what those that train towers start from
     "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
-    "lora kalman": (["method=kalman", "tune.parameters=lora"], "filter.p0", (0.03, 0.1, 0.3)),
-    "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (3e-5, 1e-4, 3e-4)),
-    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (5e-6, 5e-5, 5e-4)),
-    "full kalman": (["method=kalman", "tune.parameters=full"], "filter.towers", (3e-3, 1e-2, 3e-2)),
+    "lora kalman": (["method=kalman", "tune.parameters=lora"], WIDTH, WIDTHS),
+    "norm adamw": (["method=adamw", "tune.parameters=norm"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
+    "norm kalman": (["method=kalman", "tune.parameters=norm"], WIDTH, WIDTHS),
+    "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (1e-5, 3e-5, 1e-4)),
+    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (5e-6, 1.5e-5, 5e-5)),
+    "full kalman": (["method=kalman", "tune.parameters=full"], WIDTH, WIDTHS),
 }
 
 
@@ -75,7 +79,7 @@ def main() -> None:
             print(_table(json.loads(path.read_text())))
         return
     tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
-    path = RESULTS / f"towers_{Path(args.data).stem}.json"
+    path = RESULTS / f"towers_from_head_{Path(args.data).stem}.json"  # the others are of towers from zero-shot CLIP
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done |= {
         "data": Path(args.data).stem,
@@ -92,7 +96,7 @@ def main() -> None:
             job |= {"epochs": args.epochs, "best": found.get("best", tuned.get(method, {}).get("best"))}
             began = time.monotonic()
             result = _in_a_process(job, args.threads)
-            found["best"] = result.pop("best")
+            found["best"], found["knob"] = result.pop("best"), METHODS[method][1]
             found["trials"] = result.pop("trials") or found.get("trials")
             found[str(seed)] = result
             path.write_text(json.dumps(done, indent=1))
@@ -127,7 +131,8 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
             seed = config.seeds[0]
             shots = prepared.shots(seed, config.tune, Path(folder))
             scale, towers = prepared.model.logit_scale, prepared.towers(config.tune)
-            return FitTask(config.fit_options, seed, shots, prepared.class_embeddings, scale, towers=towers)
+            head = HeadStart.of(config.fit_options, prepared.support(seed))
+            return FitTask(config.fit_options, seed, shots, prepared.class_embeddings, scale, towers=towers, head=head)
 
         best, trials = job["best"], None
         if best is None:
@@ -181,7 +186,7 @@ def _table(done: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, found in done["methods"].items():
         runs = [run for seed, run in found.items() if seed.isdigit()]
-        row = [method, f"{METHODS[method][1]}={found['best']:g}", f"{runs[0]['steps']}"]
+        row = [method, f"{found['knob']}={found['best']:g}", f"{runs[0]['steps']}"]
         row += [
             _shown([run[part][key] for run in runs if part in run], key, factor, digits)
             for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))

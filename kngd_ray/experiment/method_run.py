@@ -19,10 +19,10 @@ from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
-from kngd_ray.training.calibration import Calibration, below_zero_shot
+from kngd_ray.training.calibration import Calibration, below_zero_shot, calibrate
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
-from kngd_ray.training.fit import FitTask
+from kngd_ray.training.fit import FitTask, head_task
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare
@@ -199,10 +199,26 @@ class MethodRun:
         if task.stream is not None:
             foreseen = state.replicated.get(FORESEEN)
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
+        if task.head is not None and self.config.method == "kalman" and not self.config.posterior.folds:
+            return self._of_head(task), None
         try:
             return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
         except FilterError:  # a fold has fewer shots than the fit that went well
             return Calibration(self.config.posterior.unasked, 1.0), None
+
+    def _of_head(self, task: FitTask) -> Calibration:
+        """Tau and T of the head that the towers started from, by its folds: one of towers is a fit of minutes."""
+        assert task.head is not None
+        posterior = task.head.posterior
+        if self.config.posterior.predict != "linearised":  # of draws and of the mean another tau is right
+            return Calibration(self.config.posterior.unasked, 1.0)
+        if (given := self.config.posterior.temperature) is not None:
+            posterior = replace(posterior, temperature=given)
+        try:
+            found = calibrate(head_task(task), posterior, self._prepared.device)
+        except FilterError:  # a fold has fewer shots than the fit that went well
+            return Calibration(posterior.unasked, 1.0)
+        return Calibration(found.tau, found.scaling)  # what was held out was held out from the head alone
 
     def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
         name, task = self.fit(seed), self.tasks[seed]

@@ -354,21 +354,19 @@ def _model(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) 
 
 
 def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> bool:
-    """Whether fits do, and not the text tower alone.
-
-    Refuses what they would, before pictures are encoded: a ModelError of what cannot be trained in this model.
-    """
-    if config.method == "kalman":
-        check_affordable(config.posterior)
-    nowhere = torch.zeros(1, model.embed_dim)
-    return CLIPNetwork(
+    """Whether fits do, and not the text tower alone; refuses what they would, before pictures are encoded."""
+    network = CLIPNetwork(
         model,
         images.class_names[:1],
         config.data.templates,
         config.tune,
         config.adapter,
-        class_embeddings=nowhere,
-    ).image_trained
+        pairs=config.fit_options.pairs,
+        class_embeddings=torch.zeros(1, model.embed_dim),
+    )
+    if config.method == "kalman":
+        check_affordable(config.posterior, network)
+    return network.image_trained
 
 
 def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = None) -> TaskData:

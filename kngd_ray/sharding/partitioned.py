@@ -27,6 +27,8 @@ class Observed:
         seed: of the signs that a family may draw; the same on every rank, and another at each step.
         signs: of each run of :meth:`~kngd_ray.sharding.ShardedFilter.runs` those signs (draws, M), where many trials
             advance together, each with its own; empty draws by the seed.
+        held_out: whether it was observed where settled layers have not seen the sample, see
+            :mod:`~kngd_ray.sharding.streamed`.
     """
 
     jacobian: Jacobian
@@ -37,6 +39,7 @@ class Observed:
     noise: float = 1.0
     seed: int = 0
     signs: Sequence[Tensor] = ()
+    held_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

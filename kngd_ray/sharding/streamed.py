@@ -22,7 +22,8 @@ and innovation (I - K)^-1 nu, from which follows ::
     others     mu += P H^T w               P = P - P H^T S^-1 H P
     settled    mu -= P_h H^T G w           they give way to what the others explain, G w; P_h stays
 
-Where the others may not move, G = 0, the settled layers do not either: all stays as that fit left it.
+Where the others may not move, G = 0, the settled layers do not either: all stays as that fit left it. Where it is known
+what the settled layers would say had they not seen the sample, it is observed there, and nu is that innovation itself.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -94,6 +95,11 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         parts = self.ownership.parts[self.group.rank]
         found = {part.layer.name: self._units.get(part.layer.name, 1.0) * p0 for part in parts}
         return Belief(mu, {part.layer.name: self.family.init_layer(part, found[part.layer.name], mu) for part in parts})
+
+    @property
+    def settled(self) -> frozenset[str]:
+        """Names of the layers whose belief has been conditioned on the shots before."""
+        return self._settled
 
     def unsettle(self) -> None:
         """Condition every layer on what is observed."""
@@ -175,7 +181,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             kept.works[name] = work if name in kept.pieces else None
             del H, share, work  # before the next layer is asked for
         grams = self.group.sum(grams)
-        held = _without_own(grams, nu)
+        held = _without_own(grams, nu, held_out=observed.held_out)
         predicted, expected = held.predicted, held.nu
         innovation, first = factored(predicted, expected, observed.noise)
         judged = observed.judged
@@ -185,7 +191,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         if weight is not None:
             kept.works.clear()
             d = weight.to(predicted.dtype)
-            held = _without_own(grams * d * d.unsqueeze(1), nu * weight.to(nu.dtype))
+            held = _without_own(grams * d * d.unsqueeze(1), nu * weight.to(nu.dtype), held_out=observed.held_out)
             innovation, _ = factored(held.predicted, held.nu)
         innovation = replace(innovation, seed=observed.seed)
         given_way = held.given_way(innovation.weights)
@@ -300,12 +306,13 @@ class _Held:
         return weights if self.shrinkage is None else -(self.shrinkage @ (self.moving @ weights))
 
 
-def _without_own(grams: Tensor, nu: Tensor) -> _Held:
+def _without_own(grams: Tensor, nu: Tensor, *, held_out: bool) -> _Held:
     """Take a batch's own evidence out of settled layers.
 
     Args:
         grams: H P H^T (M, M) of layers that learn, and of settled ones if there are any.
         nu: (M,) innovations.
+        held_out: whether these are those of the belief without the batch already.
 
     Returns:
         What is left of the batch.
@@ -320,7 +327,7 @@ def _without_own(grams: Tensor, nu: Tensor) -> _Held:
     grown = 1 / (1 - believed)  # eigenvalues of (I - K)^-1
     predicted = moving + ((axes * (grown - 1)) @ axes.mT).to(moving)
     kept = torch.where(values > 0, believed / values, 0.0)
-    expected = (axes @ (grown * (axes.mT @ nu.double()))).to(nu)
+    expected = nu if held_out else (axes @ (grown * (axes.mT @ nu.double()))).to(nu)
     return _Held(predicted, expected, moving, ((axes * kept) @ axes.mT).to(moving))
 
 

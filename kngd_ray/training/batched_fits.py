@@ -33,11 +33,12 @@ from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
 from kngd_ray.training.batches import Batch, Support
 from kngd_ray.training.ekf import IteratedEKF
-from kngd_ray.training.fit import FitTask, Refusals, StepRecord, begin
+from kngd_ray.training.fit import FitTask, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import StepStats, centres
 from kngd_ray.training.observing import BatchSeen
 from kngd_ray.training.options import OptimizerOptions
+from kngd_ray.training.refusals import Refusals
 
 _STILL = Transition(1.0, 1.0, 0.0)
 _MU, _NOISE = ("mu",), ("noise",)

@@ -90,6 +90,7 @@ class Batch:
         rank: whose run this is.
         step: number of the step, from 0.
         scored: whether its labels are to be predicted before they are learned from; see ``BatchSampler``.
+        shots: (m,) numbers of the local samples among the shots; None where they are none of them.
     """
 
     inputs: Any
@@ -98,6 +99,7 @@ class Batch:
     rank: int
     step: int
     scored: bool = False
+    shots: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -187,7 +189,7 @@ class Chosen:
 
     def batch(self, inputs: Tensor | Mapping[str, Tensor], labels: Tensor) -> Batch:
         """The batch, of the shots' inputs and labels."""
-        return Batch(inputs, labels, self.sizes, self.rank, self.step, self.scored)
+        return Batch(inputs, labels, self.sizes, self.rank, self.step, self.scored, self.local)
 
 
 def seeded(*numbers: int) -> torch.Generator:

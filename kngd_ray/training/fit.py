@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 
 from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
-from kngd_ray.errors import FilterError, IndefiniteError
+from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
+from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.refusals import Refusals
 from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covariance
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 from kngd_ray.training.streamed import StreamedPosterior
 from kngd_ray.training.tower_prior import widen_towers
 
-_MAX_REFUSED = 10
+_FOLDS = 4  # of the head that towers start from
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,37 @@ def head_task(task: FitTask) -> FitTask:
     return FitTask(task.head.options, task.seed, task.head.support, task.class_embeddings, task.logit_scale)
 
 
+def _held_out(task: FitTask, fitted: KalmanNGD, device: torch.device | str) -> Tensor | None:
+    """What heads that have not seen a shot say of it less what the head does: by folds.
+
+    Args:
+        task: the head's fit.
+        fitted: what came of it.
+        device: where to compute.
+
+    Returns:
+        (N, C) differences of logits; None of shots whose classes a fold would lack.
+    """
+    shots = task.to(device).support
+    assert isinstance(shots, Support)
+    if single(shots.labels) or len(shots) < _FOLDS:
+        return None
+    prior = task.options.filter
+    if fitted.logit_variance is not None:
+        prior = replace(prior, logit_variance=fitted.logit_variance, logit_spread=0.0)
+    task, fold = replace(task, options=replace(task.options, filter=prior)), fold_of(shots.labels, _FOLDS)
+    with torch.no_grad():
+        found: Tensor = -fitted.head(shots.features)
+    for f in range(_FOLDS):
+        held = fold == f
+        if not bool(held.any()):
+            continue
+        head = fit(task.part((~held).to(task.support.labels.device)), device=device).head
+        with torch.no_grad():
+            found[held] += head(shots.features[held])
+    return found
+
+
 def _begin_towers(
     task: FitTask, network: CLIPNetwork, group: Group, device: torch.device | str, resumed: MethodState | None
 ) -> Method:
@@ -235,13 +268,17 @@ def _begin_towers(
         ValueError: the task is to start at a head, and has no features to fit one on.
         FilterError: the head's fit could not go on.
     """
-    fitted = None
+    fitted, held_out = None, None
     if resumed is not None:
         load_head(network, resumed)
         put_start(network)
     elif task.head is not None:
         try:
-            fitted = fit(head_task(task), device=device).state()
+            alone = fit(head_task(task), device=device)
+            assert isinstance(alone, KalmanNGD)
+            if task.options.method == "kalman":
+                held_out = _held_out(head_task(task), alone, device)
+            fitted = alone.state()
         except FilterError as error:
             raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
         begin_at(network, fitted, group)
@@ -251,7 +288,7 @@ def _begin_towers(
     if not isinstance(method, KalmanNGD) or resumed is not None:
         return method
     if fitted is not None:
-        take_covariance(method, fitted)
+        take_covariance(method, fitted, held_out)
     if (variance := task.options.filter.tower_logit_variance) is not None:
         method.towers_by = widen_towers(method, task.to(device).support, variance)
     return method
@@ -266,52 +303,6 @@ def _in_stream(method: Method, task: FitTask) -> Method:
         elif task.prior.taken:
             method.taken = task.prior.taken
     return method
-
-
-class Refusals:
-    """How often a fit may go on without a step that was refused.
-
-    Args:
-        steps: of the whole fit.
-    """
-
-    def __init__(self, steps: int) -> None:
-        # a few-shot fit may have fewer steps than that; one that never moved has failed too
-        self._most = min(_MAX_REFUSED, steps)
-        self._in_a_row = 0
-
-    def attempt(self, method: Method, batch: Batch) -> tuple[StepStats | None, str | None]:
-        """Take a step.
-
-        Args:
-            method: the optimiser.
-            batch: its batch.
-
-        Returns:
-            The figures of the step, or why it was refused.
-
-        Raises:
-            FilterError: too many were refused in a row.
-            IndefiniteError: the innovation covariance S is not positive definite, whatever its jitter.
-        """
-        try:
-            stats = method.step(batch)
-        except IndefiniteError:
-            raise
-        except FilterError as error:
-            self._in_a_row += 1
-            if self._in_a_row >= self._most:
-                raise FilterError(
-                    f"{self._in_a_row} step{'s in a row were' if self._in_a_row > 1 else ' was'} refused, the last at "
-                    f"step {batch.step + 1}: {error}"
-                ) from error
-            return None, str(error)
-        self.taken()
-        return stats, None
-
-    def taken(self) -> None:
-        """A step was taken."""
-        self._in_a_row = 0
 
 
 def fit(

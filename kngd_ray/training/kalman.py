@@ -25,6 +25,7 @@ ANCHOR = "prior/mean"
 FORESEEN = "stream/foreseen"
 NOISE = "noise"
 TOWERS_BY = "prior/towers"
+HELD_OUT = "start/held_out"
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -180,10 +181,17 @@ class KalmanNGD:
                 **{key: torch.tensor(value, dtype=torch.float64) for key, value in {P0: self.p0, **chosen}.items()},
                 **head_state(self.head),
                 **of_stream,
+                **self._of_start,
             },
             covariance=flat(self.belief.covariance),
             pieces=[{part.layer.name: (part.flat.start, part.flat.stop) for part in parts} for parts in owned],
         )
+
+    @property
+    def _of_start(self) -> dict[str, Tensor]:
+        """What heads that were fitted before the towers say of shots that they have not seen."""
+        known = self.posterior.held_out if isinstance(self.posterior, StreamedPosterior) else None
+        return {} if known is None else {HELD_OUT: known}
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
@@ -194,6 +202,8 @@ class KalmanNGD:
         if TOWERS_BY in state.replicated and isinstance(self.posterior, StreamedPosterior):
             self.towers_by = float(state.replicated[TOWERS_BY])
             self.posterior.widen_towers(self.towers_by)
+        if HELD_OUT in state.replicated and isinstance(self.posterior, StreamedPosterior):
+            self.posterior.held_out = state.replicated[HELD_OUT].to(self.belief.mu.device)
         self.foreseen = state.replicated.get(FORESEEN)
         if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
             self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)

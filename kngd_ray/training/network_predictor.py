@@ -1,20 +1,32 @@
-"""Predictions of a network whose towers are trained: from pictures, at the mean or over draws of all its weights."""
+r"""Predictions of a network whose towers are trained: from pictures, at the mean, over draws, or linearised.
 
-from collections.abc import Iterator
+Linearised, the logits f of a picture are normal around those of the mean. Where the adapters were fitted before the
+towers, their part of the covariance is a product, known without a pass. The towers' part takes one backward pass for a
+batch, in the direction that decides: the most probable class t against the others, as probable as they are ::
+
+    r = e_t - sum_{c != t} p_c / (1 - p_t) e_c      v = r^T J P J^T r      covariance of the towers' part  v / |r|^2 I
+
+What J P J^T is along other directions is not looked at.
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kngd_ray.clip import CLIPNetwork
+from kngd_ray.clip import CLIPNetwork, tower_products
 from kngd_ray.errors import UsageError
-from kngd_ray.filters import Belief, Family
-from kngd_ray.observations import trainable, unflatten
+from kngd_ray.filters import Belief, Family, variances
+from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 from kngd_ray.training.pixels import Pixels
-from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions, Prediction
+from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions, Prediction, centred_variances, moderated
+from kngd_ray.training.streamed import ADAPTERS
 
 _AT_ONCE = 64  # pictures
+_LINEARISED = 32  # likewise, whose activations are kept
 
 
 class NetworkPredictor:
@@ -38,11 +50,12 @@ class NetworkPredictor:
         options: PosteriorOptions,
     ) -> None:
         if belief is not None:
-            check_affordable(options)
+            check_affordable(options, network)
         self.head = network
         self.family = family
         self.belief = belief
         self.options = options
+        self._linearizer: Linearizer | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +75,10 @@ class NetworkPredictor:
         if self.belief is None or tau == 0 or self.options.predict == "mean":
             logits = self._logits(inputs)
             return Prediction(logits.softmax(1), torch.zeros_like(logits))
+        if self.options.predict == "linearised":
+            logits, variance = self._linearised(inputs)
+            variance = tau * variance
+            return Prediction(moderated(logits, variance).softmax(1), variance.sqrt())
         assert self.family is not None
         parameters = trainable(self.head)
         kept = {name: p.detach().clone() for name, p in parameters.items()}
@@ -83,6 +100,68 @@ class NetworkPredictor:
         draws = self.options.draws
         return Prediction(total / draws, (second / draws - (first / draws).square()).clamp_min(0).sqrt())
 
+    def logit_variance(self, inputs: Pixels | Tensor) -> Tensor:
+        """Linearised posterior variance of the class logits around their mean over classes.
+
+        Args:
+            inputs: as of :meth:`predict`.
+
+        Returns:
+            (m, C) variances at tau = 1, on the CPU; zeros without a posterior.
+        """
+        if self.belief is None:
+            return torch.zeros_like(self._logits(inputs))
+        return self._linearised(inputs)[1]
+
+    def _linearised(self, inputs: Pixels | Tensor) -> tuple[Tensor, Tensor]:
+        """(m, C) logits and their variances at tau = 1, on the CPU."""
+        C = self.head.classes
+        found = [(torch.empty(0, C), torch.empty(0, C))]
+        for pixels in self._pixels(inputs):
+            for some in pixels.split(_LINEARISED):
+                logits, variance = self._of_batch(self.head.received(some))
+                found.append((logits.cpu(), variance.to(logits).cpu()))
+        return torch.cat([logits for logits, _ in found]), torch.cat([variance for _, variance in found])
+
+    def _of_batch(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a few pictures, or of features where the image tower is frozen."""
+        network, C = self.head, self.head.classes
+        assert self.belief is not None
+        assert self.family is not None
+        if self._linearizer is None:
+            self._linearizer = Linearizer(network, network.example(2))
+        labels = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        part = {"feature": images} if images.dim() == 2 else {"image": images}
+        passed = self._linearizer.run(network.inputs(labels, **part))
+        logits = passed.logits[:, :C].detach()
+        P, factors = self.belief.covariance, self._head_factors()
+        names = [layer.name for layer in self._linearizer.layers]
+        variance = torch.zeros_like(logits)
+        if factors is not None:
+            names = [name for name in names if not name.startswith(ADAPTERS)]
+            with torch.no_grad():
+                residual = network.head.residual
+                assert residual is not None
+                x = residual.inputs(images if images.dim() == 2 else network.encode(images)).to(factors["A"])
+            along = network.logit_scale**2 * ((x @ factors["A"]) * x).sum(1).clamp_min(0)
+            variance = torch.outer(along, centred_variances(factors["B"])).to(logits)
+        r = decisive(logits)
+        with tower_products(self.device):
+            H = passed.jacobian(pad(r, (0, passed.logits.shape[1] - C)).unsqueeze(1))
+        like = logits[:, :1]
+        total = torch.zeros_like(like)
+        for name in names:  # one layer's rows at a time
+            total = total + variances(self.family, {name: P[name]}, {name: H[name]}, like)
+        spread = total.clamp_min(0) / r.square().sum(1, keepdim=True) * (1 - 1 / C)
+        return logits, variance + spread
+
+    def _head_factors(self) -> Mapping[str, Tensor] | None:
+        """B and A of a class residual that keeps them; None of other adapters and beliefs."""
+        assert self.belief is not None
+        residual = self.head.head.residual if self.head.started else None
+        P = None if residual is None else self.belief.covariance.get(f"{ADAPTERS}adapters.0.delta.weight")
+        return P if P is not None and "B" in P else None
+
     def _logits(self, inputs: Pixels | Tensor) -> Tensor:
         device = self.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -99,17 +178,32 @@ class NetworkPredictor:
         return iter(inputs.split(_AT_ONCE)) if isinstance(inputs, Tensor) else inputs.pixels(self.head.pictures.decoded)
 
 
-def check_affordable(options: PosteriorOptions) -> None:
+def decisive(logits: Tensor) -> Tensor:
+    """The direction of logits that decides: the most probable class against the others, as probable as they are.
+
+    Args:
+        logits: (m, C).
+
+    Returns:
+        (m, C) with rows that sum to 0.
+    """
+    top = logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, top, -torch.inf).softmax(1)
+    return torch.zeros_like(logits).scatter(1, top, 1.0) - others
+
+
+def check_affordable(options: PosteriorOptions, network: CLIPNetwork) -> None:
     """Refuse what takes too long where towers are trained.
 
     Args:
         options: how the posterior of a network enters.
+        network: whose towers are trained.
 
     Raises:
-        UsageError: the variance of the logits is asked for.
+        UsageError: the variance of the logits is asked for, and every picture's goes through all prompts.
     """
-    if options.predict == "linearised":
+    if options.predict == "linearised" and network.live_text:
         raise UsageError(
-            "posterior.predict=linearised takes a backward pass per class and picture, and is for adapters: "
-            "set it to mean or draws where towers are trained."
+            "posterior.predict=linearised takes a backward pass through all class prompts for each picture where the "
+            "text tower is trained on the class logits: set it to mean or draws."
         )

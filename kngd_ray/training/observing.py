@@ -106,6 +106,7 @@ class Observer:
         uniforms: Sequence[Tensor],
         noise: Tensor,
         displaced: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> BatchSeen:
         """Observe a batch where it was linearised: a function of tensors.
 
@@ -115,11 +116,15 @@ class Observer:
             uniforms: random numbers of each model, of :meth:`uniforms`.
             noise: the noise state.
             displaced: as in :meth:`observe`.
+            offset: (m, C) which makes of the local logits those of weights that have not seen the sample.
 
         Returns:
             What was seen.
         """
-        observations = self._observations(passed.logits, batch, uniforms)
+        outputs = passed.logits
+        if offset is not None:
+            outputs = outputs + pad(offset.to(outputs), (0, outputs.shape[1] - self._classes))
+        observations = self._observations(outputs, batch, uniforms)
         local = stack(observations, self.noise_model.channels(self._classes))
         nu, base, channel, *form = self._gather(local, observations, batch)
         channel = channel.long()
@@ -138,7 +143,14 @@ class Observer:
             shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
             whitened, judged = whitened - shift, judged and judged.shifted(shift)
         observed = Observed(
-            H, whitened, judged, batch.sizes, nu.shape[1], 1.0 / self._passes, self.seed_of_signs(batch)
+            H,
+            whitened,
+            judged,
+            batch.sizes,
+            nu.shape[1],
+            1.0 / self._passes,
+            self.seed_of_signs(batch),
+            held_out=offset is not None,
         )
         logits = passed.logits[:, : self._classes]
         return BatchSeen(logits, observed, whitening, nu, base, channel, plain, energy)

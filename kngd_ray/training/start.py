@@ -51,7 +51,7 @@ class HeadStart:
         """
         if not options.tune.images or options.tune.start != "head":
             return None
-        from kngd_ray.config import load_config  # reads files, which a fit that has its options does not need
+        from kngd_ray.config import load_config  # of YAML files, which fits without this do not need
 
         default = load_config(overrides=["method=kalman"])
         return cls(replace(default.fit_options, adapter=options.adapter), default.posterior, support)
@@ -108,12 +108,13 @@ def put_start(network: CLIPNetwork) -> None:
             weight.copy_(network.started[name])
 
 
-def take_covariance(method: KalmanNGD, fitted: MethodState) -> None:
+def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: Tensor | None) -> None:
     """Let the belief of a fit of towers have the head's covariance, before its first step.
 
     Args:
         method: at its prior, on the head's weights.
         fitted: what came of the head's fit on this rank.
+        held_out: (N, C) what heads that have not seen a shot say of it, less what the head does; None if not known.
     """
     assert isinstance(method.posterior, StreamedPosterior)
     filter, belief = method.posterior.filter, method.belief
@@ -128,6 +129,8 @@ def take_covariance(method: KalmanNGD, fitted: MethodState) -> None:
         if name in agreed:
             like = torch.promote_types(belief.mu.dtype, torch.float32)
             own[name] = {k: (v if part.whole else v[part.flat]).to(like).clone() for k, v in agreed[name].items()}
+    if held_out is not None:
+        method.posterior.held_out = from_first(held_out, method.group)
     method.posterior.belief = Belief(belief.mu, {**belief.covariance, **own})
 
 

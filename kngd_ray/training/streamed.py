@@ -75,6 +75,7 @@ class StreamedPosterior(Posterior):
     """
 
     filter: StreamedFilter
+    held_out: Tensor | None = None  # (N, C) logits of the shots by heads that have not seen them, less the head's
 
     @classmethod
     def of(cls, head: Head, options: FitOptions, observer: Observer, group: Group) -> "StreamedPosterior":
@@ -120,7 +121,8 @@ class StreamedPosterior(Posterior):
     def advance(self, batch: Batch, transition: Transition) -> Update:
         """Predict and condition in place, in one pass over the layers for S and one for mean and covariance."""
         self.filter.predict_mean(self.belief, transition, self.anchor)
-        seen = self.observer.observe(batch, self.noise)
+        passed = self.observer.linearizer.run(batch.inputs)
+        seen = self.observer.look(passed, batch, self.observer.uniforms(batch), self.noise, offset=self._offset(batch))
         self._refuse(seen)
         outcome = self.filter.update(self.belief, transition, seen.observed)
         self.noise = self.observer.learned(self.noise, seen, outcome)
@@ -130,6 +132,12 @@ class StreamedPosterior(Posterior):
         # the variance of all C logits would take C backward passes: labels are predicted by the mean alone
         nll = batch_scores(seen.logits, batch, self.group)["nll"]
         return replace(update, log_predictive=(-nll * batch.total,))
+
+    def _offset(self, batch: Batch) -> Tensor | None:
+        """(m, C) what makes of the local logits those of a head without the sample, where that is known."""
+        if self.held_out is None or batch.shots is None or not self.filter.settled:
+            return None
+        return self.held_out[batch.shots.to(self.held_out.device)]
 
     def _mean(self) -> Tensor:
         return self.belief.mu  # of which the parameters are views

@@ -30,6 +30,7 @@ from kngd_ray.training.classifier import Classifier
 
 FAILED, USAGE = 1, 2
 FULL, LORA = "tune.parameters=full", "tune.parameters=lora"
+ZERO_SHOT = "tune.start=zero_shot"
 BIRDS = "data.classes=[flower,bird]"
 TINY = ("data.shots=2", "epochs=2", "batch_size=4", BIRDS)
 MODEL = (f"model.name={NAME}", "model.pretrained=random")
@@ -37,6 +38,7 @@ KALMAN_FULL = (FULL, "filter.towers=0.1", "baselines=adamw")
 RUNS: dict[str, tuple[str, ...]] = {
     "kalman-full": KALMAN_FULL,
     "kalman-lora": (LORA, "posterior.predict=draws", "posterior.draws=2", "posterior.temperature=0.1"),
+    "kalman-norm": ("tune.parameters=norm", "posterior.temperature=0.1"),
     "kalman-cite": ("preset=kalman_cite",),
     "adamw-cite": ("method=adamw", "preset=clip_cite", "optimizer.lr=1e-4"),
     "adamw-lora": ("method=adamw", "preset=clip_lora", "optimizer.lr=1e-2"),
@@ -218,7 +220,14 @@ def test_the_logged_model_predicts_the_same(runs, blobs) -> None:
         (FULL, "filter.covariance=kronecker"),
         (LORA, "filter.covariance=block_diagonal", "tune.alpha=0.5"),
         (FULL, "noise.process={kind: ornstein_uhlenbeck, gamma: 0.9}", "tune.precision=bfloat16"),
-        (FULL, "observation=[cosine,probability]", "noise.observation=ema", "filter.gate=skip", "adapter=[]"),
+        (
+            FULL,
+            "observation=[cosine,probability]",
+            "noise.observation=ema",
+            "filter.gate=skip",
+            "adapter=[]",
+            ZERO_SHOT,
+        ),
     ],
     ids=["kronecker", "block_diagonal-alpha", "ornstein_uhlenbeck-bfloat16", "ema-gate"],
 )
@@ -232,7 +241,7 @@ def test_draws_of_other_families_and_processes(tiny, command, settings) -> None:
 
 def test_alpha_0_is_the_pretrained_model(tiny) -> None:
     """Its scores are those of zero-shot, whatever was learned."""
-    outcome = tiny(FULL, "tune.alpha=0", "filter.towers=1", "adapter=[linear]", "trainer.name=t", "--json")
+    outcome = tiny(FULL, ZERO_SHOT, "tune.alpha=0", "filter.towers=1", "adapter=[linear]", "trainer.name=t", "--json")
     assert outcome.code == 0, outcome.err
     plain = {key: value for key, value in outcome.json["id"].items() if key != "temperature_scaled"}
     assert_figures(outcome.json["zero_shot"]["id"], plain)
@@ -247,8 +256,8 @@ def test_a_fold_may_hold_out_nothing(tiny) -> None:
 # Pictures, and no features of them
 
 
-def test_no_feature_of_a_training_picture_is_used(tiny, command, monkeypatch) -> None:
-    assert tiny(FULL, "trainer.name=plain").code == 0
+def test_no_feature_of_a_training_picture_is_used_but_for_a_head(tiny, command, monkeypatch) -> None:
+    assert tiny(FULL, ZERO_SHOT, "trainer.name=plain").code == 0
     report = command("evaluate", command.run("plain"), "--json").json
     emptied = command("evaluate", command.run("plain"), f"data.cache_dir={command.folder / 'empty'}", "--json")
     assert emptied.code == 0, emptied.err
@@ -258,11 +267,29 @@ def test_no_feature_of_a_training_picture_is_used(tiny, command, monkeypatch) ->
         return np.random.default_rng(0).normal(size=(len(keys), tiny_model().embed_dim)).astype(np.float32)
 
     monkeypatch.setattr(FeatureCache, "read", noise)
-    outcome = tiny(FULL, "trainer.name=noise", "--json")
+    outcome = tiny(FULL, ZERO_SHOT, "trainer.name=noise", "--json")
     assert outcome.code == 0, outcome.err
     plain, noisy = (command.run(name) / "fits" / "kalman-seed0" for name in ("plain", "noise"))
     assert same_weights(plain, noisy)
     assert outcome.json["id"]["nll"] == pytest.approx(report["id"]["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["kalman", "adamw"])
+def test_a_run_says_where_its_towers_begin(tiny, method) -> None:
+    """In its first lines, before anything is fitted."""
+    for start, said in (("head", "class_residual fitted first by the default preset"), ("zero_shot", "zero-shot CLIP")):
+        outcome = tiny(LORA, f"method={method}", f"tune.start={start}", "epochs=0", f"trainer.name={start}")
+        assert outcome.code == 0, outcome.err
+        assert said in " ".join((outcome.out + outcome.err).split())
+
+
+def test_towers_that_may_not_move_are_the_heads_run(tiny, command) -> None:
+    """Figures and tau of the run of the default preset on the same shots."""
+    assert tiny(LORA, "filter.tower_logit_variance=0", "trainer.name=towers").code == 0
+    told = ("trainer.name=head", "epochs=1", "batch_size=0", "posterior.folds=4", "posterior.tau_spread=1.5")
+    assert tiny(*told).code == 0
+    found, expected = (command("evaluate", command.run(name), "--json").json for name in ("towers", "head"))
+    assert_figures(found, {key: expected[key] for key in ("id", "ood")})
 
 
 def test_the_shots_of_all_seeds_are_kept_in_the_run(tiny, command) -> None:

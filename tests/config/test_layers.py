@@ -403,7 +403,7 @@ def test_every_preset_loads_and_is_tested() -> None:
 
 
 @pytest.mark.parametrize("method", ["kalman", "adamw", "sgd"])
-@pytest.mark.parametrize("parameters", ["lora", "full"])
+@pytest.mark.parametrize("parameters", ["lora", "norm", "full"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_towers_have_presets_of_their_own(method: str, parameters: str, nested: bool) -> None:
     tune = {"tune": {"parameters": parameters}} if nested else None
@@ -412,6 +412,35 @@ def test_towers_have_presets_of_their_own(method: str, parameters: str, nested: 
     assert config.preset == f"{method}_{parameters}"
     assert config.tune.parameters == parameters
     assert load_config(tune, [*overrides, "preset=adamw"]).preset == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], True),
+        (["filter.towers=0.1"], False),
+        (["filter.p0=0.1"], False),
+        (["filter.towers=0.1", "filter.tower_logit_variance=2"], True),
+    ],
+)
+def test_the_prior_of_towers_is_of_weights_or_of_logits(given: list[str], expected: bool) -> None:
+    config = load_config(None, ["method=kalman", "tune.parameters=full", *given])
+    assert (config.filter.tower_logit_variance is not None) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["filter.tower_logit_variance=1"], "is of towers that are trained"),
+        (["tune.parameters=lora", "filter.tower_logit_variance=-1"], "must be finite and 0 or more"),
+        (["tune.parameters=lora", "filter.tower_logit_variance=.inf"], "expected a finite number"),
+        (["tune.parameters=lora", "adapter=[]"], "there is no head to be fitted first"),
+        (["tune.parameters=lora", "tune.start=here"], "head, zero_shot|start"),
+    ],
+)
+def test_what_a_start_and_a_prior_of_towers_cannot_be(given: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(None, ["method=kalman", *given])
 
 
 def test_a_baseline_trains_what_the_run_trains() -> None:

@@ -21,6 +21,7 @@ from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest
+from kngd_ray.training.start import HeadStart
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -50,6 +51,7 @@ def make_job(prepared: TaskData, folder: Path, *overrides: str, every: int = 2) 
         prepared.class_embeddings,
         prepared.model.logit_scale,
         towers=prepared.towers(config.tune),
+        head=HeadStart.of(config.fit_options, prepared.support(0)),
     )
     return Job({f"{config.method}-seed0": task}, prepared.identity, folder, every)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.compare import max_error
-from helpers.tower_fits import in_dtype, make_task, write_shots
+from helpers.tower_fits import FITS, in_dtype, make_task, started, write_shots
+from helpers.towers import CLASSES, tiny_model
 from torch import Tensor
 
 from kngd_ray.clip import CLIPNetwork
@@ -14,9 +15,9 @@ from kngd_ray.filters import Belief
 from kngd_ray.observations import flatten, trainable, unflatten
 from kngd_ray.training.batches import seeded
 from kngd_ray.training.calibration import predictor_of
-from kngd_ray.training.fit import fit
+from kngd_ray.training.fit import fit, head_task
 from kngd_ray.training.kalman import KalmanNGD
-from kngd_ray.training.network_predictor import NetworkPredictor, check_affordable
+from kngd_ray.training.network_predictor import NetworkPredictor, check_affordable, decisive
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions
 
@@ -151,14 +152,60 @@ def test_class_texts_are_encoded_once_a_draw(shots, monkeypatch) -> None:
     assert len(counted) == 1 + DRAWS
 
 
-def test_linearised_is_for_adapters(predictor) -> None:
+def test_linearised_is_not_for_text_towers_of_class_logits() -> None:
     linearised = PosteriorOptions(predict="linearised")
+    task = FITS["lora-ou"]
+    network = CLIPNetwork(tiny_model(), CLASSES, ("a {}.",), task.tune, task.adapter)
     with pytest.raises(UsageError, match="set it to mean or draws"):
-        NetworkPredictor(predictor.head, predictor.family, predictor.belief, linearised)
-    with pytest.raises(UsageError, match="set it to mean or draws"):
-        check_affordable(linearised)
-    check_affordable(OPTIONS)
-    NetworkPredictor(predictor.head, None, None, linearised)  # of a method without a posterior it says nothing
+        check_affordable(linearised, network)
+    check_affordable(OPTIONS, network)
+    NetworkPredictor(network, None, None, linearised)  # of a method without a posterior it says nothing
+
+
+def test_linearised_is_the_variance_along_what_decides(shots) -> None:
+    """Head's part and towers' part, as derivatives of single pictures give them."""
+    task = make_task("start-lora", shots.subset(torch.arange(7)))
+    task = replace(task, options=replace(task.options, epochs=1))
+    method = fit(started(replace(task, head=None)))
+    assert isinstance(method, KalmanNGD)
+    network, P = method.head, method.belief.covariance
+    assert isinstance(network, CLIPNetwork)
+    images, C = pixels(shots, network, 4), network.classes
+    predictor = NetworkPredictor(network, method.family, method.belief, PosteriorOptions(predict="linearised"))
+    found = predictor.logit_variance(images)
+    towers = {name: p for name, p in trainable(network).items() if name.startswith("clip.")}
+    head = P["head.adapters.0.delta.weight"]
+    residual = network.head.residual
+    assert residual is not None
+    for image, variance in zip(images, found, strict=True):
+        z = network.encode(image.unsqueeze(0))
+        logits = network.head(z)[0]
+        r = decisive(logits.detach().unsqueeze(0))[0]
+        gradient = torch.autograd.grad(logits @ r, list(towers.values()))
+        v = sum((P[name]["variance"].view_as(g) * g.square()).sum() for name, g in zip(towers, gradient, strict=True))
+        x = residual.inputs(z)[0].detach()
+        centre = torch.eye(C) - 1 / C
+        of_head = network.logit_scale**2 * (x @ head["A"] @ x) * (centre @ head["B"] @ centre).diagonal()
+        assert max_error(variance, of_head + v / r.square().sum() * (1 - 1 / C)) < 1e-4
+        assert float(v) > 0
+    tempered = predictor.predict(images, TAU)
+    assert max_error(tempered.logit_std.square(), TAU * found) < 1e-4
+    plain = predictor.predict(images, 0.0).probabilities
+    assert torch.equal(tempered.probabilities.argmax(1), plain.argmax(1))
+    assert bool((tempered.probabilities.max(1).values < plain.max(1).values).all())
+
+
+def test_linearised_without_towers_is_the_heads(shots) -> None:
+    """At a prior variance of 0: probabilities and standard deviations of the head's own run."""
+    task = make_task("start-lora", shots.subset(torch.arange(7)))
+    narrow = replace(task.options.filter, tower_logit_variance=0.0)
+    task = started(replace(task, options=replace(task.options, filter=narrow), head=None))
+    assert task.head is not None
+    options = PosteriorOptions(predict="linearised")
+    own = predictor_of(fit(head_task(task)), options).predict(task.head.support.features, TAU)
+    found = predictor_of(fit(task), options).predict(shots.subset(torch.arange(7)), TAU)
+    assert max_error(found.probabilities, own.probabilities) < 1e-5
+    assert max_error(found.logit_std, own.logit_std) < 1e-4
 
 
 def test_draws_have_the_covariance_of_the_belief(shots) -> None:

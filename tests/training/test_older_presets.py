@@ -131,13 +131,10 @@ def test_a_logit_may_vary_as_much_as_published_results_say(preset, variance):
 def test_priors_that_presets_give_to_weights_and_towers():
     configs = {name: load_config(overrides=[f"preset={name}"]) for name in names("presets")}
     found = {name: config.filter for name, config in configs.items() if config.method == "kalman"}
-    of_weights = {name: prior for name, prior in found.items() if prior.logit_variance is None}
-    assert {name: prior.weight_variance for name, prior in of_weights.items()} == {
-        "kalman_cite": 0.1,
-        "kalman_full": 0.1,
-        "kalman_lora": 0.1,
-    }
-    assert of_weights["kalman_cite"].towers == of_weights["kalman_full"].towers == 0.01
+    of_towers = {name: prior.tower_logit_variance for name, prior in found.items() if prior.logit_variance is None}
+    assert of_towers.keys() == {"kalman_cite", "kalman_full", "kalman_lora", "kalman_norm"}
+    assert len(set(of_towers.values())) == 1, "one number for whatever is trained"
+    assert None not in of_towers.values()
     assert {name: prior.logit_spread for name, prior in found.items() if prior.logit_spread} == {"kalman": 2.0}
 
 

@@ -141,8 +141,10 @@ def build(cls: type[T], node: Node, path: str) -> T:
             values[key] = _value(hints[key], inner, here)
         elif not (isinstance(kind, Leaf) and _newest(inner) < kind.layer):
             deeper = [] if path or closest(key, known) else _deeper(key, _leaves(cls))  # type: ignore[arg-type]
-            guess = f"; did you mean {' or '.join(deeper)}?" if deeper else f"{nearest(key, known, path)}."
-            raise UsageError(f"unknown key {here!r}{guess}")
+            guess = (
+                f"; did you mean {' or '.join(deeper)}?{nearest('', known)}" if deeper else nearest(key, known, path)
+            )
+            raise UsageError(f"unknown key {here!r}{guess}.")
     required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:

@@ -29,7 +29,6 @@ def test_wrong_setting(subtests: pytest.Subtests) -> None:
         ("shot=4", ["unknown key 'shot'", "did you mean data.shots?"]),
         ("shots=4", ["unknown key 'shots'", "did you mean data.shots?"]),
         ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
-        ("epoch=4", ["unknown key 'epoch'", "did you mean epochs?"]),
         ("filter.covariance.shrinkag=3", ["did you mean filter.covariance.shrinkage?"]),
         ("observation.0.r=1", ["unknown key 'observation.0.r'", "r0"]),
         ("tracking.url=x", ["did you mean tracking.uri?"]),

@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-slow lint docs bench gpu lock audit clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.package
 	$(BIN)/kngd-ray train seeds=0,1,2 baselines=adamw
 
 test: $(VENV)/.installed
@@ -56,13 +56,19 @@ clean:
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-$(VENV)/.installed: pyproject.toml $(LOCK)
+$(VENV)/.package: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: kngd_ray needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": name another, make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),)
-	$(PIP) -e ".[test]"
+	$(PIP) -e .
 else
 	$(PIP) --require-hashes --no-deps -r $(LOCK)
 	$(PIP) --no-deps --no-build-isolation -e .
+endif
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.package
+ifeq ($(LOCK),)
+	$(PIP) -e ".[test]"
 endif
 	touch $@

@@ -1,0 +1,47 @@
+"""What the front page shows in Python runs as it is, on a folder of pictures."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_pictures(folder: Path, skip: int) -> None:
+    """Eight pictures of each of three classes, as a user has them."""
+    with resources.as_file(resources.files("kngd_ray") / "assets" / "emoji.parquet") as path:
+        table = pq.read_table(path, columns=["image", "class_name", "domain"])
+    rows = [row for row in table.to_pylist() if row["domain"] == "noto"]
+    for name in sorted({row["class_name"] for row in rows})[:3]:
+        own = [row["image"] for row in rows if row["class_name"] == name][skip : skip + 8]
+        (folder / name).mkdir(parents=True)
+        for number, data in enumerate(own, start=1):
+            (folder / name / f"{number}.png").write_bytes(data)
+
+
+def test_sixty_seconds_in_python(tmp_path: Path) -> None:
+    (block,) = re.findall(r"## Sixty seconds in Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    write_pictures(tmp_path / "flowers", 0)
+    write_pictures(tmp_path / "new_flowers", 8)
+    first = sorted(path.name for path in (tmp_path / "flowers").iterdir())[0]
+    for name in ("flowers", "new_flowers"):
+        (tmp_path / name / first).rename(tmp_path / name / "rose")
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    program = f"{block}\nprint(sorted(run.frame.columns), run.name)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=surroundings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    assert (tmp_path / "mlflow.db").is_file()

@@ -136,6 +136,20 @@ class DataSet:
         problem = Problem(cases, prepared.class_embeddings, prepared.model.logit_scale)
         return problem if self.group == MINI else to_clip(problem)
 
+    def shots(self, domain: str, count: int, seed: int) -> Ints:
+        """Rows of a support set, pictures that cannot be decoded among them.
+
+        Args:
+            domain: trained on.
+            count: per class.
+            seed: of the support set.
+
+        Returns:
+            (C * count,) indices of pictures.
+        """
+        config = override(self._config, {"data.train_domain": domain, "data.shots": count, "seeds": [seed]})
+        return self._split(config, seed, frozenset()).support
+
     def _split(self, config: Config, seed: int, bad: frozenset[int]) -> Split:
         images = self.images
         split = select(images, config.data, seed, bad)

@@ -135,7 +135,7 @@ def test_towers_carry_over(command, four) -> None:
     tests = TestPictures(images, ((images.splits == "test") & (images.domains == "noto")).nonzero()[0])
     z = torch.cat([network.encode(pixels) for pixels in tests.pixels(network.transform)])
     t = network.classifier_for(FOUR[2:], TEMPLATE)
-    p = (network.logit_scale * z @ t.mT).softmax(1)
+    p = (network.head.gamma * network.logit_scale * z @ t.mT).softmax(1)
     same(report["protocol"]["new"], Scores.of(p.detach(), tests.labels).as_dict())
     assert report["protocol"]["new"]["nll"] != pytest.approx(report["zero_shot"]["protocol"]["new"]["nll"], rel=1e-3)
 

@@ -53,18 +53,11 @@ def tune(search: SearchConfig, display: Display, *, resume: bool = False) -> dic
 
     Raises:
         KngdError: no trial finished, or too many failed.
-        UsageError: it is ranked by the evidence of labels that a head has learned before.
     """
     config = search.config
     name = config.trainer.name or run_folder.new_name("tune")
     config = replace(config, trainer=replace(config.trainer, name=name))
     search = replace(search, config=config)
-    tune = config.tune
-    if "evidence" in search.options.objective and tune.images and tune.start == "head" and config.method != "kalman":
-        raise UsageError(
-            f"search.objective is evidence, of labels before {config.method} learns them, and the head that towers "
-            "start from has learned them: set tune.start=zero_shot, or search.objective=held_out_nll."
-        )
     if config.tracking.enabled:
         resolve_uri(config.tracking.uri)
     task = open_shots(replace(config, seeds=search.options.seeds))

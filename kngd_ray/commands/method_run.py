@@ -244,8 +244,8 @@ class MethodRun:
             self.warnings.append(f"{name}: {warning}")
         if isinstance(predictor, NetworkPredictor) and predictor.left_out:
             self.warnings.append(
-                f"{name}: predictions leave the text tower's part of the posterior out, which would take a pass through all"
-                " prompts for each picture: what they are sure of is the head's"
+                f"{name}: predictions leave the text tower's part of the posterior out, which would take a pass "
+                "through all prompts for each picture: what they are sure of is the head's"
             )
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)

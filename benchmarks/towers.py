@@ -7,9 +7,9 @@
 
 Whatever trains towers starts where the head of the default preset ended. Every method is tuned by the same number of
 trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior variance for Kalman, by the NLL of held-out
-training shots (two folds, the support set of seed 0); an adapter's learning rate or p0 likewise. The test pictures are
-seen once, by the winner. Each fit is a process of its own, so that its peak memory is its own; what is finished is kept
-under results/ and not computed again.
+training shots (two folds, the support set of seed 0). The test pictures are seen once, by the winner. Each fit is a
+process of its own, so that its peak memory is its own; what is finished is kept and not computed again. What was tried
+for the presets is in TOWERS_LOG.md beside this.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask, head_task
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
+from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
@@ -243,6 +244,11 @@ class MethodRun:
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
         if (warning := below_zero_shot(task, calibration, posterior.folds)) is not None:
             self.warnings.append(f"{name}: {warning}")
+        if isinstance(predictor, NetworkPredictor) and predictor.left_out:
+            self.warnings.append(
+                f"{name}: predictions leave the text tower's part of the posterior out, which would take a pass "
+                "through all prompts for each picture: what they are sure of is the head's"
+            )
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()

@@ -6,7 +6,8 @@ batch, in the direction that decides: the most probable class t against the othe
 
     r = e_t - sum_{c != t} p_c / (1 - p_t) e_c      v = r^T J P J^T r      covariance of the towers' part  v / |r|^2 I
 
-What J P J^T is along other directions is not looked at.
+What J P J^T is along other directions is not looked at. Where the text tower is trained on class logits, the towers'
+part would take a pass through all prompts for each picture, and is left out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,11 @@ class NetworkPredictor:
         self.belief = belief
         self.options = options
         self._linearizer: Linearizer | None = None
+
+    @property
+    def left_out(self) -> bool:
+        """Whether predictions have the head's part of the posterior alone."""
+        return self.belief is not None and self.options.predict == "linearised" and self.head.live_text
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +151,8 @@ class NetworkPredictor:
                 x = residual.inputs(images if images.dim() == 2 else network.encode(images)).to(factors["A"])
             along = network.logit_scale**2 * ((x @ factors["A"]) * x).sum(1).clamp_min(0)
             variance = torch.outer(along, centred_variances(factors["B"])).to(logits)
+            if network.live_text:
+                return logits, variance
         r = decisive(logits)
         with tower_products(self.device):
             H = passed.jacobian(pad(r, (0, passed.logits.shape[1] - C)).unsqueeze(1))
@@ -200,10 +208,11 @@ def check_affordable(options: PosteriorOptions, network: CLIPNetwork) -> None:
         network: whose towers are trained.
 
     Raises:
-        UsageError: the variance of the logits is asked for, and every picture's goes through all prompts.
+        UsageError: the variance of the logits is asked for, every picture's goes through all prompts, and there is no
+            head of which a part of it is known.
     """
-    if options.predict == "linearised" and network.live_text:
+    if options.predict == "linearised" and network.live_text and network.options.start == "zero_shot":
         raise UsageError(
             "posterior.predict=linearised takes a backward pass through all class prompts for each picture where the "
-            "text tower is trained on the class logits: set it to mean or draws."
+            "text tower is trained on the class logits: set it to mean or draws, or tune.start=head."
         )

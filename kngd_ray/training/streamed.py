@@ -121,8 +121,8 @@ class StreamedPosterior(Posterior):
     def advance(self, batch: Batch, transition: Transition) -> Update:
         """Predict and condition in place, in one pass over the layers for S and one for mean and covariance."""
         self.filter.predict_mean(self.belief, transition, self.anchor)
-        passed = self.observer.linearizer.run(batch.inputs)
-        seen = self.observer.look(passed, batch, self.observer.uniforms(batch), self.noise, offset=self._offset(batch))
+        passed, offset = self.observer.linearizer.run(batch.inputs), self._offset(batch)
+        seen = self.observer.look(passed, batch, self.observer.uniforms(batch), self.noise, offset=offset)
         self._refuse(seen)
         outcome = self.filter.update(self.belief, transition, seen.observed)
         self.noise = self.observer.learned(self.noise, seen, outcome)
@@ -130,7 +130,8 @@ class StreamedPosterior(Posterior):
         if not batch.scored:
             return update
         # the variance of all C logits would take C backward passes: labels are predicted by the mean alone
-        nll = batch_scores(seen.logits, batch, self.group)["nll"]
+        logits = seen.logits if offset is None else seen.logits + offset.to(seen.logits)  # the head has seen them
+        nll = batch_scores(logits, batch, self.group)["nll"]
         return replace(update, log_predictive=(-nll * batch.total,))
 
     def _offset(self, batch: Batch) -> Tensor | None:

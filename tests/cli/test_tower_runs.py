@@ -30,6 +30,7 @@ from kngd_ray.training.classifier import Classifier
 
 FAILED, USAGE = 1, 2
 FULL, LORA = "tune.parameters=full", "tune.parameters=lora"
+BOTH = "tune.include=['*']"
 ZERO_SHOT = "tune.start=zero_shot"
 BIRDS = "data.classes=[flower,bird]"
 TINY = ("data.shots=2", "epochs=2", "batch_size=4", BIRDS)
@@ -382,7 +383,11 @@ def test_a_picture_that_cannot_be_decoded(tiny, command, tmp_path, skip) -> None
         (USAGE, (FULL, "tune.checkpointing=true"), ("tune.checkpointing", "kalman")),
         (USAGE, (FULL, "tune.alpha=2"), ("alpha is 2", "[0, 1]")),
         (USAGE, (FULL, "tune.alpha=0.5", "adapter=[bottleneck]"), ("bottleneck", "alpha=1")),
-        (USAGE, (FULL, "posterior.predict=linearised"), ("posterior.predict=linearised", "mean or draws")),
+        (
+            USAGE,
+            (FULL, ZERO_SHOT, BOTH, "posterior.predict=linearised"),
+            ("posterior.predict=linearised", "mean or draws"),
+        ),
     ],
     ids=lambda value: None if isinstance(value, int) else " ".join(value) if value[0].startswith(("tune", "f")) else "",
 )

@@ -152,6 +152,17 @@ def test_class_texts_are_encoded_once_a_draw(shots, monkeypatch) -> None:
     assert len(counted) == 1 + DRAWS
 
 
+def test_linearised_of_text_towers_is_of_the_head_alone(shots) -> None:
+    task = make_task("start-lora", shots.subset(torch.arange(7)))
+    tune = replace(task.options.tune, include=("transformer.*",))
+    method = fit(started(replace(task, options=replace(task.options, tune=tune, epochs=1), head=None)))
+    linearised = PosteriorOptions(predict="linearised")
+    predictor = predictor_of(method, linearised)
+    assert isinstance(predictor, NetworkPredictor)
+    assert predictor.left_out
+    assert bool((predictor.predict(torch.randn(2, 12), TAU).logit_std > 0).all())
+
+
 def test_linearised_is_not_for_text_towers_of_class_logits() -> None:
     linearised = PosteriorOptions(predict="linearised")
     task = FITS["lora-ou"]

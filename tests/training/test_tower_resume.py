@@ -17,7 +17,8 @@ from kngd_ray.training.resumable import latest, run_fit
 
 pytestmark = pytest.mark.slow  # minutes on two cores; what it covers is also seen, in less detail, by quicker tests
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# in float32 factors of LoRA, which start at 0 and move little, keep fewer digits
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 KILLED_AFTER, KEPT = 5, 4  # the newest checkpoint is of the step before
 
 

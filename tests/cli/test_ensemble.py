@@ -97,7 +97,8 @@ def test_towers_are_averaged_with_the_pretrained_ones(command, lora) -> None:
     nll = [point["id"]["nll"] for point in report["curve"]]
     assert len(set(nll)) == 3
     features = prepared.tests(0)["id"]
-    logits = features.features @ prepared.class_embeddings.mT * prepared.model.logit_scale
+    with predictor.head.blended(0.0), torch.no_grad():  # the pretrained towers, below the head that the fit began with
+        logits = predictor.head.head(features.features)
     assert nll[0] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, features.labels)), rel=1e-3)
 
 

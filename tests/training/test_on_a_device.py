@@ -132,7 +132,8 @@ def shots(tmp_path_factory):
 @pytest.mark.parametrize("name", FITS)
 def test_trained_towers(name, shots):
     with in_dtype(torch.float64):  # Adam divides by gradients that are all rounding
-        assert_fits(make_tower_task(name, shots), tolerance=1e-6)
+        # a head that is fitted first is fitted on features in float32, and Adam divides by what differs there
+        assert_fits(make_tower_task(name, shots), tolerance=1e-4 if name.startswith("start") else 1e-6)
 
 
 @pytest.mark.parametrize("shots_of_a_class", [1, 2])

@@ -195,11 +195,11 @@ def test_no_passes_at_all_is_no_crash() -> None:
 
 
 def test_a_workload_has_no_test_pictures() -> None:
-    """Whatever can be reached from it: shots by seed of the support set, text embeddings, settings."""
+    """Whatever can be reached from it: shots by seed of the support set, their features, text embeddings, settings."""
     work = workload(objective=BOTH)
     sizes = [len(tensor) for tensor in tensors(work)]
     assert sorted(sizes) == sorted([16, 16, 16, 16, CLASSES])
-    allowed = {"config", "search", "shots", "class_embeddings", "logit_scale", "towers", "space"}
+    allowed = {"config", "search", "shots", "features", "class_embeddings", "logit_scale", "towers", "space"}
     assert {f.name for f in fields(Workload)} == allowed
     assert {f.name for f in fields(Towers)} == {"model", "class_names", "templates"}
     assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}

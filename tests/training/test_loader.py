@@ -152,8 +152,8 @@ def damaged(tmp_path) -> Pictures:
     return shots
 
 
-def test_a_damaged_picture_ends_the_fit_at_its_step_and_leaves_no_thread(damaged) -> None:
-    task = make_task("full-vdekf", damaged)
+def test_a_damaged_picture_ends_the_fit_at_its_step_and_leaves_no_thread(damaged, tmp_path) -> None:
+    task = replace(make_task("full-vdekf", write_shots(tmp_path / "whole.arrow")), support=damaged)
     step = next(step for step in range(STEPS) if 6 in task.sampler.chosen(step).local)
     seen: list[int] = []
     with pytest.raises(DataError, match=r"pictures.arrow, picture 6 .*its bytes changed"):

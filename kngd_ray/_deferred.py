@@ -1,9 +1,10 @@
-"""Torch, imported when it is first used.
+"""What is imported when it is first used: torch, and names of packages whose modules need it.
 
-That takes longer than all else that a wrong setting, ``--print-config`` or a plugin's look at the settings needs, and
+Torch takes longer than all else that a wrong setting, ``--print-config`` or a plugin's look at the settings needs, and
 the options of a fit are fields of the classes that compute with it. Modules with options import its names from here.
 """
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,4 +42,23 @@ else:
         """Stands for torch's."""
 
 
-__all__ = ["Generator", "Tensor", "functional", "torch"]
+def on_demand(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make a package's ``__getattr__`` (PEP 562), which imports the module that has a name when it is asked for.
+
+    Args:
+        package: its ``__name__``.
+        homes: module below the package by name.
+
+    Returns:
+        The function.
+    """
+
+    def found(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return found
+
+
+__all__ = ["Generator", "Tensor", "functional", "on_demand", "torch"]

@@ -3,9 +3,9 @@
 What needs torch is imported when it is asked for: whoever reads the settings needs none of it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kngd_ray._deferred import on_demand
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers
 from kngd_ray.clip._prompts import expand, resolve_templates, same_sentences, worded
 from kngd_ray.clip._tuning import TuneOptions
@@ -13,13 +13,10 @@ from kngd_ray.clip._tuning import TuneOptions
 if TYPE_CHECKING:
     from kngd_ray.clip._augment import RandomResizedCrop
     from kngd_ray.clip._head import CLIPHead
-    from kngd_ray.clip._model import ClipModel, load_model
+    from kngd_ray.clip._model import AnyModel, ClipModel, load_model
     from kngd_ray.clip._network import CLIPNetwork, Head
     from kngd_ray.clip._precomputed import PrecomputedModel, given_precomputed, load_precomputed, read_class_embeddings
     from kngd_ray.clip._transfer import best_device, tower_products
-
-    # What embeds classes; the second has towers that embed pictures and texts as well.
-    AnyModel = PrecomputedModel | ClipModel
 
 __all__ = [
     "LOGIT_SCALE",
@@ -47,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AnyModel": "_model",
     "CLIPHead": "_head",
     "CLIPNetwork": "_network",
     "ClipModel": "_model",
@@ -61,13 +59,4 @@ _HOMES = {
     "tower_products": "_transfer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name == "AnyModel":
-        found = __getattr__("PrecomputedModel") | __getattr__("ClipModel")
-    elif name in _HOMES:
-        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+__getattr__ = on_demand(__name__, _HOMES)

@@ -34,7 +34,7 @@ from kngd_ray._rgb import to_rgb
 from kngd_ray.clip._config import ModelConfig
 from kngd_ray.clip._context import Reading
 from kngd_ray.clip._locate import Source, first_line, locate
-from kngd_ray.clip._precomputed import check_distinct
+from kngd_ray.clip._precomputed import PrecomputedModel, check_distinct
 from kngd_ray.clip._prompts import called_missing, check_names, said_otherwise
 from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
 from kngd_ray.errors import ModelError
@@ -205,6 +205,10 @@ class ClipModel:
                 features.append(tower(batch).float().cpu())
         # Outside inference_mode, whose tensors autograd refuses: these are the inputs of adapters.
         return normalize(torch.cat(features), dim=-1)
+
+
+AnyModel = PrecomputedModel | ClipModel
+"""What embeds classes; the second has towers that embed pictures and texts as well."""
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:

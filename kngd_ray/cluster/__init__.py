@@ -3,8 +3,9 @@
 Importing one of these names imports Ray and what else it needs, which takes seconds: commands do so when they need it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kngd_ray._deferred import on_demand
 
 if TYPE_CHECKING:
     from kngd_ray.cluster.encode_job import ray_stream
@@ -23,8 +24,4 @@ _HOMES = {
     "run_search": "tune_job",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = on_demand(__name__, _HOMES)

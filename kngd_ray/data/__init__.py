@@ -9,9 +9,9 @@ features = cache.read(images.keys[split.support])
 pictures = PictureFile.write("pictures.arrow", images, split.support)    # read at random: pictures.read(0)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kngd_ray._deferred import on_demand
 from kngd_ray.data._config import EMBEDDED, DataConfig
 from kngd_ray.errors import BadImage
 
@@ -101,10 +101,4 @@ _HOMES = {
     "write_features": "_write",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_demand(__name__, _HOMES)

@@ -4,9 +4,9 @@ A new model is one module beside :mod:`~kngd_ray.observations.cosine` and one na
 :data:`Model`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kngd_ray._deferred import on_demand
 from kngd_ray._plugins import open_registry
 from kngd_ray.observations._model import Observation, ObservationModel, stack
 from kngd_ray.observations.categorical import Categorical
@@ -51,10 +51,4 @@ _HOMES = {
     "unflatten": "jacobian",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_demand(__name__, _HOMES)

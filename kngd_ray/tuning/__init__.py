@@ -4,9 +4,9 @@ A new objective is a branch of :mod:`~kngd_ray.tuning.objective` and a name in
 :data:`~kngd_ray.tuning.options.DIRECTIONS`; a new sampler is a line of :mod:`~kngd_ray.tuning.samplers`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kngd_ray._deferred import on_demand
 from kngd_ray.tuning.options import SearchOptions
 from kngd_ray.tuning.space import Space, Value, parse_space, plain_space
 
@@ -65,10 +65,4 @@ _HOMES = {
     "run_here": "driver",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+__getattr__ = on_demand(__name__, _HOMES)

@@ -4,9 +4,9 @@ A new adapter is one module beside :mod:`~kngd_ray.clip.adapters.linear` and one
 :data:`AnyAdapter`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kngd_ray._deferred import on_demand
 from kngd_ray._plugins import open_registry
 from kngd_ray.clip.adapters._base import AdapterConfig, HeadShape, Tower
 from kngd_ray.clip.adapters.bottleneck import Bottleneck
@@ -32,10 +32,7 @@ __all__ = [
     "Tower",
 ]
 
-_MODULES = {"Adapter", "ClassResidualAdapter"}  # need torch, which whoever reads the settings does not
+# They need torch, which whoever reads the settings does not.
+_HOMES = {"Adapter": "modules", "ClassResidualAdapter": "modules"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("kngd_ray.clip.adapters.modules"), name)
+__getattr__ = on_demand(__name__, _HOMES)

@@ -27,7 +27,25 @@ _SETS = ("id", "ood")
 _BOUNDS = ("low", "high")
 
 
-class RunResult:
+class _Kept:
+    """What a run or a search left in its folder.
+
+    Args:
+        folder: its folder.
+        report: the object that ``--json`` prints; None reads it from the folder.
+    """
+
+    def __init__(self, folder: Path, report: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.report: dict[str, Any] = dict(_read(folder) if report is None else report)
+
+    @property
+    def name(self) -> str:
+        """Its name, which is that of its folder."""
+        return self.folder.name
+
+
+class RunResult(_Kept):
     """A run: the fits of one or several methods, each for one or several seeds.
 
     Args:
@@ -38,15 +56,6 @@ class RunResult:
         folder: of the run; :func:`kngd_ray.load`, ``kngd-ray predict`` and the other commands take it.
         report: the figures, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` of several seeds.
     """
-
-    def __init__(self, folder: Path, report: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
-        self.report: dict[str, Any] = dict(_read(folder) if report is None else report)
-
-    @property
-    def name(self) -> str:
-        """The run's name, which is that of its folder."""
-        return self.folder.name
 
     @cached_property
     def config(self) -> Config:
@@ -114,7 +123,7 @@ class RunResult:
         return f"RunResult({self.name!r}: {', '.join(figures) or 'no figures'})"
 
 
-class SearchResult:
+class SearchResult(_Kept):
     """A search: its trials, and the run of its winner.
 
     Args:
@@ -125,15 +134,6 @@ class SearchResult:
         folder: of the search.
         report: trials by what became of them, the best, and the winner's test.
     """
-
-    def __init__(self, folder: Path, report: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
-        self.report: dict[str, Any] = dict(_read(folder) if report is None else report)
-
-    @property
-    def name(self) -> str:
-        """The search's name, which is that of its folder."""
-        return self.folder.name
 
     @property
     def best(self) -> dict[str, Any] | None:

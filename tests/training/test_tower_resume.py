@@ -17,8 +17,8 @@ from kngd_ray.training.resumable import latest, run_fit
 
 pytestmark = pytest.mark.slow  # minutes on two cores; what it covers is also seen, in less detail, by quicker tests
 
-# in float32 factors of LoRA, which start at 0 and move little, keep fewer digits
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+STARTED_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # of fits on a head that is fitted in float32 itself
 KILLED_AFTER, KEPT = 5, 4  # the newest checkpoint is of the step before
 
 
@@ -118,4 +118,5 @@ def test_on_another_number_of_ranks(before, after, runs) -> None:
         if manifest["options"]["method"] == "kalman":
             assert len(manifest["pieces"]) == after
         for expected in runs.straight.values():
-            assert_close(end, expected[name], TOLERANCE[runs.dtype])
+            tolerance = (STARTED_TOLERANCE if name.startswith("start") else TOLERANCE)[runs.dtype]
+            assert_close(end, expected[name], tolerance)

@@ -77,15 +77,19 @@ def common_offset(x: Tensor, reach: float) -> Tensor:
     """
     mean = x.mean(0)
     centred = x - mean
-    if len(x) <= x.shape[1]:  # V has no more axes than there are shots
-        gram = symmetric(centred @ centred.mT) / len(x)
-        ridge = reach * typical(gram)
-        if not ridge > 0:
-            return mean
-        gram.diagonal().add_(ridge)
-        inner = torch.linalg.solve(gram, centred @ mean / len(x))
-        return mean - centred.mT @ inner
-    V = symmetric(centred.mT @ centred) / len(x)
+    if len(x) > x.shape[1]:
+        return _offset(mean, symmetric(centred.mT @ centred) / len(x), reach)
+    gram = symmetric(centred @ centred.mT) / len(x)  # V has no more axes than there are shots
+    ridge = reach * typical(gram)
+    if not ridge > 0:
+        return mean
+    gram.diagonal().add_(ridge)
+    inner = torch.linalg.solve(gram, centred @ mean / len(x))
+    return mean - centred.mT @ inner
+
+
+def _offset(mean: Tensor, V: Tensor, reach: float) -> Tensor:
+    """The common offset (i,) of shots of a mean (i,) and a covariance V (i, i), which is changed in place."""
     ridge = reach * typical(V)
     if not ridge > 0:
         return mean
@@ -109,23 +113,36 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
     i = x.shape[1]
     constant = i > 1 and bool((x[:, -1] == 1).all())
     features = x[:, :-1] if constant else x
-    W = within_class_covariance(features, labels)
+    mean = features.mean(0)
+    W, V = _scatters(features - mean, labels)
     ridge = shrinkage * typical(W)
     M = torch.eye(len(W), dtype=W.dtype, device=W.device)
     if _tells(ridge, features):
         M = torch.cholesky_inverse(torch.linalg.cholesky(W / ridge + M))
-    centred = features - features.mean(0)
-    varied = ((centred @ M) * centred).sum(1).mean()
+    varied = (M * V).sum()
     if not varied > 0:
         return torch.eye(i, dtype=x.dtype, device=x.device)
     if not constant:
         return M * (i / M.diagonal().sum())
-    c = common_offset(features, reach)
+    c = _offset(mean, V, reach) if len(x) > len(mean) else common_offset(features, reach)
     A = x.new_empty(i, i)
     A[:-1, :-1], A[-1, :-1] = M, -(M @ c)
     A[:-1, -1] = A[-1, :-1]
     A[-1, -1] = c @ M @ c + bias * varied
     return A * (i / A.diagonal().sum())
+
+
+def _scatters(centred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariances (i, i) of centred inputs (N, i) within classes and in all, from one product.
+
+    Within classes is what all vary less what the classes' means do. Where no class has two inputs it is exactly 0.
+    """
+    V = symmetric(centred.mT @ centred)
+    means, sizes = class_means(centred, labels), torch.bincount(labels).to(centred)
+    freedom = len(centred) - int((sizes > 0).sum())
+    if not freedom:
+        return torch.zeros_like(V), V / len(centred)
+    return symmetric(V - (means * sizes.unsqueeze(1)).mT @ means) / freedom, V / len(centred)
 
 
 def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, reach: float) -> PriorWithout:

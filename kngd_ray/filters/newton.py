@@ -26,8 +26,9 @@ _PRODUCTS = 400  # of the Hessian with a direction, at most in a linearisation
 _UNREAD = 5  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
 _FORCING = 0.5  # how much of the gradient conjugate gradients may leave, less as it falls
 _FINEST = 1e-3  # of it, at the least: float32 knows no more
+_COARSEST = 0.1  # of it, where the mode itself is asked for no more exactly
 _ROUNDED = 16  # units in the last place by which an objective that stands still may rise
-_RANK = 1e-12  # of the largest variance of a feature: below, a direction is rounding
+_RANK = 1e-12  # of the largest variance of a feature: below, a direction is rounding; in float32 16 of its units
 
 
 class RowRoot:
@@ -86,6 +87,10 @@ class Problem:
     labels: Tensor
     counts: Tensor
 
+    def to(self, dtype: "torch.dtype") -> "Problem":
+        """The same in another precision."""
+        return Problem(self.Z.to(dtype), self.logits.to(dtype), self.labels, self.counts.to(dtype))
+
     @classmethod
     def stacked(cls, parts: Sequence["Problem"]) -> "Problem":
         """Several as one; samples and axes that some lack count nothing, or are zero."""
@@ -141,17 +146,18 @@ class Whitened:
 
     @classmethod
     def of(cls, x: Tensor, A: Tensor) -> "Whitened":
-        """From (N, i) inputs and the covariance of columns (i, i)."""
+        """From (N, i) inputs and the covariance of columns (i, i), in their precision."""
+        rank = max(_RANK, 16 * torch.finfo(x.dtype).eps)
         if len(x) <= len(A):
             xA = x @ A
             variances, axes = torch.linalg.eigh(symmetric(xA @ x.mT))
-            kept = variances > _RANK * variances[-1]
+            kept = variances > rank * variances[-1]
             Z, variances = axes[:, kept] * variances[kept].sqrt(), variances[kept]
             return cls(Z, (Z / variances).mT @ xA)
         L = root(A)
         z = x @ L
         variances, axes = torch.linalg.eigh(symmetric(z.mT @ z))
-        axes = axes[:, variances > _RANK * variances[-1]]
+        axes = axes[:, variances > rank * variances[-1]]
         return cls(z @ axes, (L @ axes).mT)
 
 
@@ -178,6 +184,7 @@ def mode(
     if start is not None:
         logits = logits + rows.logits(Z @ U.mT)
     linear = _Linear.of(problem, rows)
+    finest = min(max(tolerance, _FINEST), _COARSEST)
     rounded = _ROUNDED * torch.finfo(Z.dtype).eps
 
     def costs(logits: Tensor, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +201,7 @@ def mode(
         done += 1
         p = log_p.exp()
         gradient = rows.back(counts * (target - p)).mT @ Z - U
-        direction, unsolved = linear.solve(p, gradient, products, stops=on_cpu)
+        direction, unsolved = linear.solve(p, gradient, products, finest, stops=on_cpu)
         moved = rows.logits(Z @ direction.mT)
         reach = moved.abs().amax((1, 2))
         size = (_REACH / reach).clamp(max=1.0).view(F, 1, 1)
@@ -239,13 +246,14 @@ class _Linear:
         counts = problem.counts.to(Z).unsqueeze(2)
         return cls(Z, left, counts, Z.square().sum(1, keepdim=True), (counts > 0).sum(1))
 
-    def solve(self, p: Tensor, gradient: Tensor, products: int, *, stops: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, p: Tensor, gradient: Tensor, products: int, finest: float, *, stops: bool) -> tuple[Tensor, Tensor]:
         """Conjugate gradients, scaled by about the Hessian's diagonal.
 
         Args:
             p: (F, N, C) probabilities.
             gradient: (F, C, r).
             products: with the Hessian, at most.
+            finest: how much of the gradient may be left at the least.
             stops: whether to stop before, as soon as they are enough: which takes a read for each.
 
         Returns:
@@ -262,7 +270,7 @@ class _Linear:
         rest = (gradient / unit).float()
         along = eased = rest * eased_by
         size = _dot(rest, eased)
-        enough = size * (_FORCING * (size.sqrt() * unit.float()).clamp(_FINEST / _FORCING, 1)).square()
+        enough = size * (_FORCING * (size.sqrt() * unit.float()).clamp(finest / _FORCING, 1)).square()
         least = torch.finfo(torch.float32).tiny
         for _ in range(products):  # sixteen kernels each: more than anything else a GPU waits for their launch
             if stops and not bool((size > enough).any()):

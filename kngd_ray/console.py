@@ -95,8 +95,10 @@ class Display:
         done = dict.fromkeys(fits, 0)
 
         def going() -> str:
-            under_way = [f"{fit}: step {done[fit]} of {steps}" for fit, steps in fits.items() if done[fit] < steps]
-            return under_way[0] if under_way else "fits are done"
+            for fit, steps in fits.items():
+                if done[fit] < steps:
+                    return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: starting"
+            return "fits are done"
 
         with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar, self._alive(going) as said:
             last: dict[str, float] = {}

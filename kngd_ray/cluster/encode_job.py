@@ -103,9 +103,10 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
         context.issue_detectors_config.detectors = []  # it warns of memory that the imports of torch take
         context.raise_original_map_exception = True  # ours are not wrapped in Ray's
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as errors, it raises as well
+        blocks = _blocks_for(len(todo))
         encoded = ray.data.read_datasource(
             _Pictures(images, todo),
-            override_num_blocks=_blocks_for(len(todo)),
+            override_num_blocks=blocks,
             num_cpus=_READER_CPUS,
         ).map_batches(
             _Encode,
@@ -113,7 +114,7 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
             batch_size=_BATCH,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=encoders),
+            compute=ray.data.ActorPoolStrategy(size=min(encoders, blocks)),  # more would have nothing to do
             num_cpus=_ENCODER_CPUS,
             num_gpus=1 if use_gpu else None,
         )

@@ -52,7 +52,7 @@ audit:
 	$(PYTHON) .ci/audit
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/gallery examples/kngd_runs examples/mlruns examples/mlflow.db *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/gallery examples/kngd_runs examples/mlruns examples/mlflow.db examples/*.png *.egg-info
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

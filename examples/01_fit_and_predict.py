@@ -6,8 +6,11 @@ Four emoji of each of 20 classes, by the classifier with scikit-learn's interfac
 """
 
 from importlib import resources
+from io import BytesIO
 
 import pandas
+from matplotlib.figure import Figure
+from PIL import Image
 
 from kngd_ray import KalmanCLIP
 
@@ -21,7 +24,12 @@ probabilities, std = classifier.predict_proba(list(test.image), return_std=True)
 print(f"accuracy {classifier.score(list(test.image), list(test.class_name)):.3f}")
 
 # %%
-# The least certain of the test pictures:
+# The least certain of the test pictures, with the standard deviation that the posterior gives their probability:
 
-for row in probabilities.max(axis=1).argsort()[:3]:
-    print(test.name.iloc[row], classifier.classes_[probabilities[row].argmax()], f"{probabilities[row].max():.2f}")
+figure = Figure(figsize=(6.0, 2.2), layout="constrained")
+for axes, row in zip(figure.subplots(1, 3), probabilities.max(axis=1).argsort()[:3], strict=True):
+    best = probabilities[row].argmax()
+    axes.imshow(Image.open(BytesIO(test.image.iloc[row])))
+    axes.set_title(f"{classifier.classes_[best]}\n{probabilities[row, best]:.2f} ± {std[row, best]:.2f}", fontsize=8)
+    axes.axis("off")
+figure.savefig("least_certain.png")

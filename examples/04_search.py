@@ -20,6 +20,9 @@ search = kngd_ray.tune(
 for name, value in search.best["params"].items():
     print(f"{name:<28}{value:.3g}")
 
+figure = search.plot()
+figure.savefig("trials.png")
+
 # %%
 # What the winner is worth on test pictures:
 

@@ -7,8 +7,11 @@ The filter and AdamW on the same pictures and seeds, then the difference, paired
 
 import kngd_ray
 
-run = kngd_ray.train("kalman", shots=4, seeds=2, baselines=["adamw"], quiet=True, log_model=False)
+run = kngd_ray.train("kalman", shots=4, seeds=3, baselines=["adamw"], quiet=True, log_model=False)
 print(run.frame.groupby(["method", "set"])[["accuracy", "nll", "ece"]].mean().round(3))
+
+figure = run.plot()
+figure.savefig("accuracy.png")
 
 # %%
 # What ``kngd-ray compare`` says of it:

@@ -47,3 +47,10 @@ def test_sixty_seconds_in_python(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
     assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_no_page_has_the_name_of_a_page_that_sphinx_writes() -> None:
+    """It would be overwritten without a warning."""
+    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages.isdisjoint({"search", "genindex", "py-modindex"})
+    assert "tuning" in pages

@@ -34,7 +34,7 @@ def accuracy_plot(rows: Mapping[str, Mapping[str, Estimate]], title: str = "Accu
         above = [100 * max(high - mean, 0.0) for mean, _, high in figures.values()]
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(means, at, xerr=[below, above], fmt="o", color=colour, label=method, capsize=2, linewidth=1)
-    axes.set_yticks(range(len(sets)), sets)
+    axes.set_yticks(range(len(sets)), ["ID" if name == "id" else name for name in sets])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy (%)")
     axes.set_title(title)

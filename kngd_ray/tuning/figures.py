@@ -92,9 +92,11 @@ def _first(trial: Any) -> float:
 
 
 def _draw(plot: str, study: optuna.Study, arguments: dict[str, Any], path: Path) -> None:
+    import matplotlib
     from optuna.visualization import matplotlib as as_picture
 
-    with warnings.catch_warnings():
+    # Optuna sets a style of its own for the whole process, where it would change the figures of a notebook
+    with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.simplefilter("ignore")  # that matplotlib support is experimental, and what it finds in our data
         axes = getattr(as_picture, plot)(study, **arguments)
         axes = axes.flat[0] if hasattr(axes, "flat") else axes

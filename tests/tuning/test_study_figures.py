@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import optuna
 import pytest
 
@@ -22,7 +23,9 @@ def study(trials: int) -> optuna.Study:
 
 def test_pages_share_one_script(tmp_path: Path) -> None:
     folder = tmp_path / "figures"
+    style = dict(matplotlib.rcParams)
     names = study_figures(study(6), ["held_out_nll"], folder)
+    assert dict(matplotlib.rcParams) == style, "a notebook's own figures would change"
     assert set(names) == {"history", "importances", "parallel_coordinates", "contour"}
     pages = {f"{name}{suffix}" for name in names for suffix in (".png", ".html")}
     assert {path.name for path in folder.iterdir()} == pages | {"plotly.min.js"}

@@ -287,7 +287,7 @@ PUBLIC = {
 
 COMMANDS = {
     "ensemble": ["target", "settings", "--points", "--storage-path", "--json"],
-    "export": ["target", "--out", "--onnx", "--storage-path", "--json"],
+    "export": ["target", "--out", "--onnx", "--peft", "--storage-path", "--json"],
     "tune": ["settings", "--resume", "--json", "--print-config"],
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],

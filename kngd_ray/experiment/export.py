@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
+from kngd_ray.clip import peft as peft_layout
 from kngd_ray.clip.adapters import Linear
 from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
 from kngd_ray.config import parse
@@ -22,10 +23,14 @@ from kngd_ray.training.resumable import SOURCE, check_same
 from kngd_ray.training.settled import read_settled
 
 CLASSES = "classes.json"
+_OPEN_CLIP = (WEIGHTS, CONFIG)
+_PEFT = (peft_layout.WEIGHTS, peft_layout.CONFIG)
 
 
-def export(target: str, out: Path, storage_path: str, display: Display, *, onnx: bool = False) -> dict[str, Any]:
-    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX.
+def export(
+    target: str, out: Path, storage_path: str, display: Display, *, onnx: bool = False, peft: bool = False
+) -> dict[str, Any]:
+    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX and its LoRA for peft.
 
     Weights are those that ``predict`` has its mean at: LoRA merged, averaged with the pretrained ones by the fit's
     alpha. The belief about them stays behind.
@@ -39,10 +44,11 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         storage_path: where runs live.
         display: where the files are listed.
         onnx: write the ONNX classifier too.
+        peft: write LoRA in peft's layout too.
 
     Returns:
-        ``fit``, ``alpha``, and for ``open_clip`` and ``onnx``, None if not written, the file, the largest absolute
-        ``difference`` of its logits from the fit's, and ``notes``.
+        ``fit``, ``alpha``, and for ``open_clip``, ``onnx`` and ``peft``, None if not written, the file, the largest
+        absolute ``difference`` of its logits from the fit's, and ``notes``.
 
     Raises:
         UsageError: `out` is a file or holds something, or the fit has nothing for an open_clip checkpoint.
@@ -65,6 +71,11 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
             f"{fit_folder.name} trained no towers, and an open_clip checkpoint has no place for its adapters "
             f"({kinds}): add --onnx to export the classifier with them."
         )
+    if peft and options.tune.parameters != "lora":
+        raise UsageError(
+            f"{fit_folder.name} trained no LoRA (tune.parameters={options.tune.parameters}), and peft's layout holds"
+            " nothing else: leave out --peft."
+        )
     model = load_model(source)
     identity = identity_of(model, source, manifest["class_names"], manifest["templates"])
     check_same(manifest, identity, checkpoint.folder)
@@ -85,6 +96,7 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         written = {
             "open_clip": export_open_clip(network, model, out) if towers else None,
             "onnx": export_onnx(network, out, size if isinstance(size, int) else tuple(size)) if onnx else None,
+            "peft": peft_layout.export_peft(network, model, out, _on_a_hub(source)) if peft else None,
         }
         classes = {
             "class_names": list(manifest["class_names"]),
@@ -96,7 +108,7 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
     for exported in written.values():
         if exported is not None:
-            what = "its towers'" if exported.notes and exported.path.name == WEIGHTS else "the fit's"
+            what = "its towers'" if exported.notes and exported.path.name != ONNX else "the fit's"
             checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
@@ -105,6 +117,11 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
     display.say(f"{CLASSES} (class names in the order of the logits, prompts, preprocessing)")
     return {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
+
+
+def _on_a_hub(source: ModelConfig) -> str | None:
+    """The hub's name of a pretrained model, if it was named by it."""
+    return source.name.removeprefix("hf-hub:") if source.name.startswith("hf-hub:") else None
 
 
 def _described(exported: Exported | None) -> dict[str, Any] | None:
@@ -121,7 +138,7 @@ def _new_files(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with storage_errors(folder):
-            for name in (WEIGHTS, CONFIG, ONNX, f"{ONNX}.data", CLASSES):
+            for name in (*_OPEN_CLIP, ONNX, f"{ONNX}.data", *_PEFT, CLASSES):
                 (folder / name).unlink(missing_ok=True)
             if made and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -128,6 +128,19 @@ def test_only_an_empty_folder_is_written_to(command, full) -> None:
     assert not (command.folder / "new").exists()
 
 
+def test_lora_for_peft_and_its_refusal(command, full) -> None:
+    refused = command("export", full, "--out", command.folder / "no", "--peft")
+    assert refused.code == 2
+    assert "trained no LoRA (tune.parameters=full)" in refused.sentence
+    assert not (command.folder / "no").exists()
+    towers = [setting for setting in TOWERS if "parameters" not in setting]
+    command.train("trainer.name=lora", *towers, "tune.parameters=lora", "tune.include=[visual]")
+    report = command("export", command.run("lora"), "--out", command.folder / "out", "--peft", "--json").json
+    assert report["peft"]["difference"] < 1e-3
+    found = {path.name for path in (command.folder / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "open_clip_model.safetensors"} < found
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_export_that_fails_leaves_nothing(command, full, monkeypatch, exists) -> None:
     out = command.folder / "out"

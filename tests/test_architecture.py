@@ -65,6 +65,7 @@ ONLY_IN = {
     "pandas": {"tracking", "results", "api"},
     "matplotlib": {"tracking", "results"},
     "open_clip": {"clip"},
+    "huggingface_hub": {"experiment"},
     "pydantic": {"_layered"},
     "yaml": {"config", "configs", "_yaml"},
     "sklearn": {"estimator"},
@@ -242,6 +243,7 @@ PUBLIC = {
         "Record",
         "Status",
         "accuracy_plot",
+        "artifacts_of",
         "check_store",
         "ensemble_curve",
         "learning_curve",
@@ -287,7 +289,7 @@ PUBLIC = {
 
 COMMANDS = {
     "ensemble": ["target", "settings", "--points", "--storage-path", "--json"],
-    "export": ["target", "--out", "--onnx", "--peft", "--storage-path", "--json"],
+    "export": ["target", "--out", "--onnx", "--peft", "--push", "--storage-path", "--json"],
     "tune": ["settings", "--resume", "--json", "--print-config"],
     "train": ["settings", "--resume", "--json", "--print-config"],
     "evaluate": ["target", "settings", "--storage-path", "--json"],

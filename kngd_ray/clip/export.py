@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,8 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
 
     ``open_clip.create_model(f"local-dir:{folder}")`` loads it, and so does ``open_clip.create_model(name,
     pretrained=path)`` where the model has a name of open_clip's. Linear adapters of the image embedding go into
-    the tower's last projection; other adapters have no place in such a file.
+    the tower's last projection; other adapters have no place in such a file. Where there are none, what the run
+    believes of the zero-shot logits, gamma, goes into the logit scale.
 
     Args:
         network: as trained.
@@ -57,6 +59,10 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
         pictures = random_pictures(size)
         prompts = network.prompt_tokens[: 4 * CHECKED]
         expected = logits_of(network.clip, pictures, prompts, folded)
+        gamma = network.head.gamma
+        if len(folded) == len(network.adapters) and gamma > 0:  # nothing left out: the checkpoint is the classifier
+            clip.logit_scale.add_(math.log(gamma))
+            expected *= gamma
     path = folder / WEIGHTS
     with storage_errors(path, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)

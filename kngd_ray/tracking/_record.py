@@ -237,6 +237,19 @@ class Record:
         write_json(self.folder / META, self._meta)
 
 
+def artifacts_of(run_folder: Path, id: str) -> Path:
+    """The folder of a record's artifacts.
+
+    Args:
+        run_folder: the run's folder.
+        id: of the record.
+
+    Returns:
+        The folder, which is not there if the record is not.
+    """
+    return run_folder / RECORDS / id / ARTIFACTS
+
+
 def read_metrics(run_folder: Path, id: str) -> dict[str, float]:
     """Read the final metrics of a record, as :meth:`Record.log_metrics` has noted them.
 

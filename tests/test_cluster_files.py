@@ -313,6 +313,13 @@ def test_the_lock_pins_every_dependency_with_a_hash() -> None:
         assert line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
 
 
+def test_every_version_of_python_that_is_claimed_has_a_session() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = [line.rpartition(" ")[2] for line in settings["project"]["classifiers"] if ":: 3." in line]
+    assert settings["tool"]["tox"]["env_list"] == named
+    assert set(settings["tool"]["tox"]["env_run_base"]["extras"]) <= set(settings["project"]["optional-dependencies"])
+
+
 def test_the_lock_can_build_the_package_without_asking_an_index() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     for requirement in map(Requirement, build):

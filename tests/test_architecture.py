@@ -242,6 +242,7 @@ PUBLIC = {
         "Publisher",
         "Record",
         "Status",
+        "SystemMonitor",
         "accuracy_plot",
         "artifacts_of",
         "check_store",

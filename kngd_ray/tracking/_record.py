@@ -6,6 +6,7 @@
         meta.json      id, uid, name, parent, params, tags, status, start and end
         steps.jsonl    {"step": 12, "time": 1700000000000, "metrics": {"train/nll": 0.31}}
         metrics.json   final metrics, name to value
+        system.jsonl   what the run took of its machine, as steps.jsonl
         model.json     the fit that is logged as a model, if any
         artifacts/     every file here is logged, subfolders kept
 

@@ -302,7 +302,7 @@ def _attempt(faults: list[Fault]) -> Iterator[None]:
     try:
         yield
     except KngdError as error:
-        faults.append(Fault(str(error), usage=isinstance(error, UsageError)))
+        faults.append(Fault(f"{str(error).rstrip('.')}.", usage=isinstance(error, UsageError)))
 
 
 @contextmanager

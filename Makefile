@@ -1,12 +1,14 @@
 # make demo    install, then fine-tune on what the package ships and print the table
 # make test    install, then run the tests (under 20 minutes); make test-slow runs the long ones too
 # make lint    format, docstrings, types
-# make docs    the documentation, as a site in docs/_build/html; a warning is an error
+# make docs    the documentation, as a site in docs/_build/html; a warning is an error; GALLERY=0 runs no examples for it
 # make bench   the benchmarks
 # make gpu     the tests and benchmarks of a GPU, on this machine's, in under eight minutes: benchmarks/results/gpu.json
-# make lock    what CI installs, at exact versions with hashes: .ci/requirements.lock; LOCK=.ci/requirements.lock installs it
+# make lock    what CI installs, at exact versions with hashes: .ci/requirements.lock, and .ci/docs.lock for the documentation;
+#              LOCK=.ci/requirements.lock installs it
 # make audit   known vulnerabilities of what the lock pins
 LOCK ?=
+GALLERY ?= 1
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
 PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
@@ -30,8 +32,12 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+ifeq ($(LOCK),)
+	$(PIP) -e ".[docs]"
+else
+	$(PIP) --require-hashes --no-deps -r $(dir $(LOCK))docs.lock
+endif
+	$(BIN)/python -m sphinx -W --keep-going -q -D plot_gallery=$(GALLERY) -b html docs docs/_build/html
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[bench]"

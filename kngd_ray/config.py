@@ -97,6 +97,8 @@ class TrackingConfig:
         uri: tracking store; $MLFLOW_TRACKING_URI by default, else a database file in this folder.
         experiment: MLflow experiment.
         log_model: log a pyfunc model that predicts from picture bytes.
+        system_metrics: log what a run takes of the machine that it was started on: processor, memory, disk, network,
+            and GPUs where ``nvidia-ml-py`` is installed.
         registered_model: name in the model registry under which the model of the first seed becomes a new version,
             with the alias ``champion``; None registers nothing, but for the winner of a search.
     """
@@ -105,6 +107,7 @@ class TrackingConfig:
     uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     experiment: str = "kngd_ray"
     log_model: bool = True
+    system_metrics: bool = True
     registered_model: str | None = None
 
     def __post_init__(self) -> None:

@@ -86,6 +86,10 @@ class StorageError(KngdError):
     """A result cannot be written: no space left, or a read-only or missing folder."""
 
 
+class HubError(KngdError):
+    """A model hub does not answer or refuses."""
+
+
 class TrackingError(KngdError):
     """The tracking server does not answer or refuses."""
 

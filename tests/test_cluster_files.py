@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster.yaml"
 RAYJOB = ROOT / "rayjob.yaml"
 LOCK = ROOT / ".ci" / "requirements.lock"
+DOCS_LOCK = ROOT / ".ci" / "docs.lock"
 SECRETS = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:password|secret|token)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{16,}")
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+def pins(lock: Path = LOCK) -> dict[str, str]:
+    lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
     return dict(line.split(" ")[0].split("==") for line in lines)
 
 
@@ -99,11 +100,11 @@ def test_images_have_the_ray_of_the_lock(cluster: dict[str, Any]) -> None:
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == pins()["ray"]
 
 
-@pytest.mark.parametrize("path", [CLUSTER, RAYJOB, LOCK], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [CLUSTER, RAYJOB, LOCK, DOCS_LOCK], ids=lambda path: path.name)
 def test_no_secrets_and_no_hosts_of_ours(path: Path) -> None:
     text = path.read_text()
     assert not SECRETS.search(text)
-    if path == LOCK:
+    if path in (LOCK, DOCS_LOCK):
         assert "://" not in text
 
 
@@ -298,16 +299,25 @@ def test_commands_of_the_files_are_ours(source: str) -> None:
 def test_the_lock_pins_every_dependency_with_a_hash() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["test"], *extras["export"]]]
-    locked = pins()
+    names = ("test", "export", "docs")
+    wanted = [Requirement(line) for line in [*project["dependencies"], *(line for n in names for line in extras[n])]]
+    assert not pins().keys() & pins(DOCS_LOCK).keys(), "the documentation's lock goes beside the tests'"
+    locked = pins() | pins(DOCS_LOCK)
     for requirement in wanted:
         name = canonical(requirement.name)
         if name == "kngd-ray":
             continue
         assert name in locked, f"{name} is not in the lock: run make lock"
         assert requirement.specifier.contains(locked[name], prereleases=True), f"{requirement}: {locked[name]}"
-    for line in LOCK.read_text().splitlines():
+    for line in [*LOCK.read_text().splitlines(), *DOCS_LOCK.read_text().splitlines()]:
         assert line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line
+
+
+def test_every_version_of_python_that_is_claimed_has_a_session() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = [line.rpartition(" ")[2] for line in settings["project"]["classifiers"] if ":: 3." in line]
+    assert settings["tool"]["tox"]["env_list"] == named
+    assert set(settings["tool"]["tox"]["env_run_base"]["extras"]) <= set(settings["project"]["optional-dependencies"])
 
 
 def test_the_lock_can_build_the_package_without_asking_an_index() -> None:

@@ -2,9 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from kngd_ray.clip import lora
+from kngd_ray.clip._checked import CHECKED, Exported, difference_of, logits_of, merged, random_pictures, size_of
 from kngd_ray.clip._head import CLIPHead
 from kngd_ray.clip._model import ClipModel, quiet_open_clip
 from kngd_ray.clip._network import CLIPNetwork
@@ -24,28 +22,13 @@ from kngd_ray.clip.adapters import Adapter, Linear
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors, temporary_beside, write_text
 
+__all__ = ["CONFIG", "ONNX", "WEIGHTS", "Exported", "export_onnx", "export_open_clip"]
+
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 ONNX = "classifier.onnx"
 
-_CHECKED = 4  # pictures and at most four times as many texts that a written file is compared on
-_TOLERANCE = 1e-4  # largest difference of logits, as a part of the logit scale
 _ONE_FILE = 2**31 - 2**24  # bytes of weights that fit into a protobuf with its graph
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        difference: largest absolute difference between its logits and the network's; None if not checked.
-        notes: what the file does not hold, or needs; a sentence each.
-    """
-
-    path: Path
-    difference: float | None
-    notes: tuple[str, ...] = ()
 
 
 def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Exported:
@@ -53,7 +36,8 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
 
     ``open_clip.create_model(f"local-dir:{folder}")`` loads it, and so does ``open_clip.create_model(name,
     pretrained=path)`` where the model has a name of open_clip's. Linear adapters of the image embedding go into
-    the tower's last projection; other adapters have no place in such a file.
+    the tower's last projection; other adapters have no place in such a file. Where there are none, what the run
+    believes of the zero-shot logits, gamma, goes into the logit scale.
 
     Args:
         network: as trained.
@@ -69,12 +53,16 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
     """
     import open_clip
 
-    with _merged(network) as clip:
+    with merged(network) as clip:
         folded, notes = _fold(clip, network)
-        size = _image_size(model)
-        pictures = _pictures(size)
-        prompts = network.prompt_tokens[: 4 * _CHECKED]
-        expected = _logits(network.clip, pictures, prompts, folded)
+        size = size_of(model)
+        pictures = random_pictures(size)
+        prompts = network.prompt_tokens[: 4 * CHECKED]
+        expected = logits_of(network.clip, pictures, prompts, folded)
+        gamma = network.head.gamma
+        if len(folded) == len(network.adapters) and gamma > 0:  # nothing left out: the checkpoint is the classifier
+            clip.logit_scale.add_(math.log(gamma))
+            expected *= gamma
     path = folder / WEIGHTS
     with storage_errors(path, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +76,7 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     with quiet_open_clip():
         loaded = open_clip.create_model(f"local-dir:{folder}").eval()
-    difference = _difference(_logits(loaded, pictures, prompts, []), expected, network.logit_scale, path)
+    difference = difference_of(logits_of(loaded, pictures, prompts, []), expected, network.logit_scale, path)
     if model.architecture.get("quick_gelu"):
         notes.append("open_clip.create_model with a model's name needs force_quick_gelu=True for these weights")
     if network.pairs and network.text_trained:
@@ -114,7 +102,7 @@ def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int,
     """
     if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
         raise ModelError(f"ONNX export needs the package {missing[0]}: pip install kngd_ray[export]")
-    pictures = _pictures(image_size)
+    pictures = random_pictures(image_size)
     classifier = _classifier(network)
     path = folder / ONNX
     large = sum(t.nbytes for t in [*classifier.parameters(), *classifier.buffers()]) > _ONE_FILE
@@ -140,7 +128,7 @@ def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int,
         with torch.no_grad():
             expected = classifier(batch)
         logits = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
-        differences.append(_difference(logits, expected, network.logit_scale, path))
+        differences.append(difference_of(logits, expected, network.logit_scale, path))
     return Exported(path, max(differences))
 
 
@@ -168,20 +156,10 @@ class _Classifier(nn.Module):
 
 def _classifier(network: CLIPNetwork) -> _Classifier:
     """The network as trained, averaged and merged, on the CPU in float32."""
-    with _merged(network) as clip, torch.no_grad():
+    with merged(network) as clip, torch.no_grad():
         head = copy.deepcopy(network.head).cpu().float()
         weights = network.classifier().cpu().float().clone()
     return _Classifier(clip, head, weights).eval().requires_grad_(False)
-
-
-@contextmanager
-def _merged(network: CLIPNetwork) -> Iterator[Any]:
-    """The towers merged, on the CPU in float32, while the network's own weights are the averaged ones."""
-    with network.blended(network.options.alpha):
-        clip: Any = lora.merge(copy.deepcopy(network.clip).cpu().float()).requires_grad_(False)
-        if network.options.checkpointing:
-            clip.set_grad_checkpointing(False)
-        yield clip
 
 
 def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:
@@ -219,40 +197,3 @@ def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:
                 continue
         folded.append(adapter)
     return folded, notes
-
-
-def _logits(clip: Any, pictures: Tensor, prompts: Tensor, adapters: list[Adapter]) -> Tensor:
-    """Logits (m, C) of pictures and prompts by a model's towers and adapters of the image embedding."""
-    weight = clip.logit_scale
-    with torch.no_grad():
-        z = normalize(clip.encode_image(pictures.to(weight)), dim=-1)
-        for adapter in adapters:
-            z = adapter.to(z).image(z)
-        t = normalize(clip.encode_text(prompts.to(weight.device)), dim=-1)
-        return (weight.exp() * normalize(z, dim=-1) @ t.mT).cpu().float()
-
-
-def _difference(found: Tensor, expected: Tensor, scale: float, path: Path) -> float:
-    """Largest absolute difference of logits.
-
-    Raises:
-        ModelError: It is more than rounding.
-    """
-    difference = float((found - expected).abs().max())
-    if not difference <= _TOLERANCE * max(scale, 1.0):
-        raise ModelError(
-            f"{path} gives logits that differ from the network's by {difference:.2g}: do not use it, and check "
-            "that the weights are finite"
-        )
-    return difference
-
-
-def _image_size(model: ClipModel) -> int | tuple[int, int]:
-    size = model.preprocess_cfg["size"]
-    return size if isinstance(size, int) else (size[0], size[1])
-
-
-def _pictures(size: int | tuple[int, int]) -> Tensor:
-    """Seeded noise (m, 3, H, W) in place of transformed pictures."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(_CHECKED, 3, height, width, generator=torch.Generator().manual_seed(0))

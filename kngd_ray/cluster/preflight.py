@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
     else:
         return None, {}
     sources = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
-    inputs = dict.fromkeys(sources, "data.path") | dict.fromkeys(config.targets, "targets")
+    inputs = dict.fromkeys(_files(sources), "data.path") | dict.fromkeys(_files(config.targets), "targets")
     weights = config.model.pretrained
     if weights is not None and Path(weights).suffix in _CHECKPOINTS:
         inputs[weights] = "model.pretrained"
@@ -179,6 +180,14 @@ def _needs(given: Arguments) -> "tuple[Config | None, dict[str, str]]":
         inputs[str(run_folder.locate(config.prior, config.trainer.storage_path))] = "prior"
     inputs.pop(EMBEDDED, None)
     return config, inputs
+
+
+def _files(sources: Sequence[str]) -> Iterator[str]:
+    """The files of patterns, as this process sees them; every other source as it is."""
+    from kngd_ray.data import data_files
+
+    for source in sources:
+        yield from map(str, data_files(source)) if has_magic(source) else [source]
 
 
 def _lost_output(given: Arguments) -> Iterator[Fault]:
@@ -293,7 +302,7 @@ def _attempt(faults: list[Fault]) -> Iterator[None]:
     try:
         yield
     except KngdError as error:
-        faults.append(Fault(str(error), usage=isinstance(error, UsageError)))
+        faults.append(Fault(f"{str(error).rstrip('.')}.", usage=isinstance(error, UsageError)))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ _IDENTITY = {"method", "preset", "seeds", "baselines"}
 _NOT_TASK = {"data.cache_dir", "data.on_bad_image"}
 # which runs of earlier versions do not have
 _LATER = {"model.class_embeddings", "model.logit_scale", "data.order", "data.time"}
+_COLUMNS = "data.columns."  # which they do not have either; those that are called as they are by default say nothing
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Row:
         """Settings that decide what a run is scored on."""
         task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
         task = {k: v for k, v in task.items() if k not in _LATER or v != "None"}
+        task = {k: v for k, v in task.items() if not k.startswith(_COLUMNS) or v != k.removeprefix(_COLUMNS)}
         if task.get("data.path") == EMBEDDED and task.get("data.train_domain") == "None":
             task["data.train_domain"] = "noto"  # which None stands for there
         if self.params.get("protocol") in {"bng", "stream"}:

@@ -12,7 +12,7 @@ pictures = PictureFile.write("pictures.arrow", images, split.support)    # read 
 from typing import TYPE_CHECKING
 
 from kngd_ray._deferred import on_demand
-from kngd_ray.data._config import EMBEDDED, DataConfig
+from kngd_ray.data._config import EMBEDDED, ColumnNames, DataConfig
 from kngd_ray.errors import BadImage
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         read_batches,
     )
     from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
+    from kngd_ray.data._files import data_files
     from kngd_ray.data._images import ImageSet, arrange, open_images
     from kngd_ray.data._passed_over import by_suffix, unread
     from kngd_ray.data._pictures import PictureFile, halves, restrict
@@ -39,6 +40,7 @@ __all__ = [
     "EMBEDDED",
     "SUFFIXES",
     "BadImage",
+    "ColumnNames",
     "DataConfig",
     "EncodedBatch",
     "EncodedStream",
@@ -52,6 +54,7 @@ __all__ = [
     "arrange",
     "by_suffix",
     "content_key",
+    "data_files",
     "decode",
     "encode_batch",
     "encode_missing",
@@ -84,6 +87,7 @@ _HOMES = {
     "arrange": "_images",
     "by_suffix": "_passed_over",
     "content_key": "_source",
+    "data_files": "_files",
     "decode": "_decode",
     "encode_batch": "_encode",
     "encode_missing": "_encode",

@@ -72,7 +72,8 @@ def _check_labels(rows: Rows) -> None:
         raise DataError(f"{rows.source.place(lost[0])} has no label{_others(lost, rows)}: fill it in or drop the row")
     for row, label in enumerate(rows.labels):
         if isinstance(label, int) and label < 0:
-            raise DataError(f"{rows.source.place(row)}: label {label} is negative: number classes from 0")
+            drop = ", and drop rows without a class" if label == -1 else ""  # Hugging Face's mark of such
+            raise DataError(f"{rows.source.place(row)}: label {label} is negative: number classes from 0{drop}")
         if isinstance(label, str) != isinstance(rows.labels[0], str):
             raise DataError(
                 f"{rows.source.place(0)} has a label {rows.labels[0]!r} but {rows.source.place(row)}"

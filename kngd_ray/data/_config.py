@@ -1,11 +1,56 @@
 """What a data set is, which part of it is trained on and where its features are kept."""
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What the columns of parquet files are called. A name that is not the default must be there.
+
+    Raises:
+        ValueError: when a name is empty, or one column is to be two things.
+    """
+
+    image: str = "image"
+    """Pictures: bytes, or {bytes, path}."""
+
+    features: str = "features"
+    """In their place, where `model.name` is precomputed: lists of floats."""
+
+    label: str = "label"
+    """Classes: integers, or names."""
+
+    class_name: str | None = "class_name"
+    """Names of the classes, where labels are integers; null reads none."""
+
+    domain: str | None = "domain"
+    """Domains; null reads none."""
+
+    split: str | None = "split"
+    """Splits; null reads none."""
+
+    def __post_init__(self) -> None:
+        roles = asdict(self)
+        for role, name in roles.items():
+            if name is not None and not name.strip():
+                raise ValueError(f"{role} is empty: name a column, or leave it out")
+        for name, count in Counter(name for name in roles.values() if name is not None).items():
+            if count > 1:
+                first, second = [role for role in roles if roles[role] == name][:2]
+                optional = [role for role in (second, first) if role in ("class_name", "domain", "split")]
+                way = f", or read no {optional[0]}, data.columns.{optional[0]}=null" if optional else ""
+                raise ValueError(f"{first} and {second} are both {name!r}: name two columns{way}")
+
+    @property
+    def renamed(self) -> dict[str, str | None]:
+        """Names by role, where they are not the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True)
@@ -19,7 +64,10 @@ class DataConfig:
     path: str | tuple[str, ...] = EMBEDDED
     """Parquet file, several parquet files with one class list, a folder of them or of pictures, or
     "embedded": the emoji in six drawing styles which come with the package. Where `model.name` is
-    precomputed, parquet files with features."""
+    precomputed, parquet files with features. Names of files may be patterns: shards/*.parquet."""
+
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    """What the columns of parquet files are called, where not as here: {image: img, label: fine_label}."""
 
     layout: Literal["auto", "domains", "classes"] = "auto"
     """What the outermost folders of pictures are, below those of splits: domain/class/picture, or
@@ -104,7 +152,7 @@ class DataConfig:
         if self.path == EMBEDDED:
             return "emoji"
         paths = [self.path] if isinstance(self.path, str) else self.path
-        return ", ".join(Path(path).stem for path in paths)
+        return ", ".join(stem if "*" not in (stem := Path(path).stem) else Path(path).parent.name for path in paths)
 
     @property
     def cache_root(self) -> Path:

@@ -1,8 +1,8 @@
 """Data sets of features that were computed elsewhere.
 
-A parquet file with a column `features`, lists of floats of one length, in the place of `image`; its other columns are
-those of pictures. A row's key is the sha256 of its values in float32, so that copies fall on one side of a split. Every
-row is checked when the files are scanned, and scaled to length 1 when it is read.
+A parquet file with a column `features`, lists of floats of one length, in the place of `image`, or as `data.columns`
+calls it; its other columns are those of pictures. A row's key is the sha256 of its values in float32, so that copies
+fall on one side of a split. Every row is checked when the files are scanned, and scaled to length 1 when it is read.
 """
 
 import hashlib
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from kngd_ray._vectors import Vectors, flaw, lengths, unit
-from kngd_ray.data._parquet import BATCH_BYTES, FEATURES, IMAGE, ParquetFiles, chunks, open_parquet, scan_parquet
+from kngd_ray.data._config import ColumnNames
+from kngd_ray.data._parquet import BATCH_BYTES, ParquetFiles, chunks, open_parquet, scan_parquet
+from kngd_ray.data._schema import lacks_content, vector_column
 from kngd_ray.data._source import Ints, Keys, Rows, listing
 from kngd_ray.errors import DataError
 
@@ -55,7 +56,7 @@ class FeatureFiles(ParquetFiles):
         def part(here: Ints, column: Any, path: Path) -> list[Vectors]:
             return [unit(matrix(column, path, int(here[0]), self.width)[np.isin(here, wanted)])]
 
-        found = self.stored(wanted, Features(self.width), part)
+        found = self.stored(wanted, Features(self.names, self.width), part)
         stacked = np.concatenate([np.empty((0, self.width), np.float32), *found])
         if len(stacked) != len(wanted):
             raise DataError(f"{listing(self.paths)} changed while in use: run again")
@@ -66,12 +67,12 @@ class Features:
     """Rows that are features, whose width and lengths are noted as they are hashed.
 
     Args:
+        names: of the columns.
         width: length that the lists must have; None is that of the first.
     """
 
-    column = FEATURES
-
-    def __init__(self, width: int | None = None) -> None:
+    def __init__(self, names: ColumnNames, width: int | None = None) -> None:
+        self.column, self._image = names.features, names.image
         self.width = width
         self.shortest, self.longest = np.inf, 0.0
 
@@ -82,23 +83,26 @@ class Features:
             DataError: it has no column of them, one of another type, or lists that no model computes.
         """
         schema = file.schema_arrow
-        if FEATURES not in schema.names and IMAGE in schema.names:
+        if self.column not in schema.names and self._image in schema.names:
             raise DataError(holds_pictures(str(path)))
-        if FEATURES not in schema.names:
-            has = f"it has {listing(schema.names) or 'no columns'}"
-            raise DataError(f"{path} has no features column ({has}): name the column of lists of floats `features`")
-        kind = schema.field(FEATURES).type
-        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not lists or not pa.types.is_floating(kind.value_type):
-            raise DataError(f"{path}: column `features` is {kind}: it must be lists of floats")
-        if _width(file) > MAX_WIDTH:
+        if self.column not in schema.names:
+            raise DataError(lacks_content("features", f"the column of lists of floats `{self.column}`", schema, path))
+        if not vector_column(kind := schema.field(self.column).type):
+            raise DataError(f"{path}: column `{self.column}` is {kind}: it must be lists of floats")
+        if self._width(file) > MAX_WIDTH:
             raise DataError(
-                f"{path}: column `features` holds lists of over {MAX_WIDTH:,} numbers, as no model computes"
+                f"{path}: column `{self.column}` holds lists of over {MAX_WIDTH:,} numbers, as no model computes"
             )
 
     def at_once(self, file: Any) -> int:
         """How many rows to unpack at once; their size is what the footer says."""
-        return int(max(1, min(_AT_ONCE, BATCH_BYTES // (8 * max(1, _width(file))))))
+        return int(max(1, min(_AT_ONCE, BATCH_BYTES // (8 * max(1, self._width(file))))))
+
+    def _width(self, file: Any) -> int:
+        """The mean length of the lists of a row group, the largest of them."""
+        rows = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+        values = [chunk.num_values for chunk in chunks(file, [self.column])]
+        return max((value // row for value, row in zip(values, rows, strict=True) if row), default=0)
 
     def keys(self, column: Any, path: Path, first: int) -> list[bytes]:
         """Return the hash of each row's float32 values."""
@@ -136,29 +140,31 @@ class GivenFeatures:
         return self._source.vectors(self._rows[np.searchsorted(self._keys, keys)])
 
 
-def scan_features(paths: Sequence[Path]) -> Rows:
+def scan_features(paths: Sequence[Path], names: ColumnNames) -> Rows:
     """Read labels, names, domains, splits and keys of parquet files with features.
 
     Args:
         paths: files with one class list, and features of one width.
+        names: what their columns are called.
 
     Returns:
         Everything but the features, row by row. A DataError tells of a row without a usable one.
     """
-    content = Features()
-    rows = scan_parquet(paths, content)
+    content = Features(names)
+    rows = scan_parquet(paths, names, content)
     assert isinstance(rows.source, ParquetFiles)
     shortest, longest = float(content.shortest), float(content.longest)
-    source = FeatureFiles(rows.source.paths, rows.source.starts, content.width or 0, shortest, longest)
+    source = FeatureFiles(rows.source.paths, rows.source.starts, names, content.width or 0, shortest, longest)
     return rows._replace(source=source)
 
 
-def read_features(path: Path, width: int) -> Iterator[tuple[int, Vectors]]:
+def read_features(path: Path, width: int, names: ColumnNames | None = None) -> Iterator[tuple[int, Vectors]]:
     """Read features alone; the file needs no other column.
 
     Args:
         path: the parquet file.
         width: length that the lists must have.
+        names: what its columns are called; None is the defaults.
 
     Yields:
         Number of a part's first row, and unit features (m, width).
@@ -168,10 +174,10 @@ def read_features(path: Path, width: int) -> Iterator[tuple[int, Vectors]]:
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}: name a parquet file with a column `features`")
-    content, done = Features(width), 0
+    content, done = Features(names or ColumnNames(), width), 0
     with open_parquet(path) as file:
         content.check(file, path)
-        for batch in file.iter_batches(content.at_once(file), columns=[FEATURES]):
+        for batch in file.iter_batches(content.at_once(file), columns=[content.column]):
             yield done, unit(matrix(batch.column(0), path, done, width))
             done += len(batch)
 
@@ -215,10 +221,3 @@ def matrix(column: Any, path: Path, first: int, width: int) -> Vectors:
     if wrong is not None:
         raise DataError(f"{path}, row {first + wrong[0]}: its feature {wrong[1]}: drop the row, or encode it again")
     return vectors
-
-
-def _width(file: Any) -> int:
-    """The mean length of the lists of a row group, the largest of them."""
-    rows = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
-    values = [chunk.num_values for chunk in chunks(file, [FEATURES])]
-    return max((value // row for value, row in zip(values, rows, strict=True) if row), default=0)

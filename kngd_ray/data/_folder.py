@@ -61,6 +61,8 @@ def scan_folder(root: Path, config: DataConfig) -> Rows:
     files = sorted(walk(root, is_picture, passed))
     if not files:
         hint = "name its files in data.path" if any(root.glob("*.parquet")) else f"lay it out as {LAYOUTS}"
+        if next(walk(root, lambda name: name in ("dataset_info.json", "dataset_dict.json")), None) is not None:
+            hint = "save_to_disk of Hugging Face's datasets wrote it: write each split as parquet, by its to_parquet"
         raise DataError(f"{root} holds no pictures in class folders: {hint}")
     read = read_folders([file.relative_to(root).parts[:-1] for file in files], root, config)
     unread = check_passed_over(root, files, read.classes)

@@ -1,7 +1,6 @@
 """The index of a data set: everything about its pictures, or its features, but these."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kngd_ray.data._classes import resolve_classes
-from kngd_ray.data._config import EMBEDDED, DataConfig
+from kngd_ray.data._config import EMBEDDED, ColumnNames, DataConfig
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
+from kngd_ray.data._files import data_files
 from kngd_ray.data._folder import is_picture, scan_folder
 from kngd_ray.data._parquet import parquet_below, scan_parquet
-from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing, missing_path
+from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing
 from kngd_ray.data._splits import count_copies, settle_splits
 from kngd_ray.data._walk import walk
 from kngd_ray.errors import DataError
@@ -184,12 +184,9 @@ def _scan(config: DataConfig, features: bool) -> Rows:
     if path == EMBEDDED and features:
         raise DataError(holds_pictures(EMBEDDED))
     if path == EMBEDDED:
-        return scan_parquet([Path(str(resources.files("kngd_ray"))) / "assets" / "emoji.parquet"])
-    # absolute: workers, which read the files too, run in folders of their own
-    paths = [Path(name).expanduser().absolute() for name in ([path] if isinstance(path, str) else path)]
-    for each in paths:
-        if not os.path.exists(each):  # Path.exists raises where it may not look
-            raise DataError(missing_path(each))
+        emoji = Path(str(resources.files("kngd_ray"))) / "assets" / "emoji.parquet"
+        return _unnamed(scan_parquet([emoji], ColumnNames()), config, EMBEDDED)
+    paths = data_files(path)
     if len(paths) == 1 and paths[0].is_dir():
         found = parquet_below(paths[0])
         if not found or not features:
@@ -199,14 +196,25 @@ def _scan(config: DataConfig, features: bool) -> Rows:
             if found and pictures:
                 raise DataError(f"{paths[0]} holds pictures and parquet files: name the files, or one folder of either")
             if not found:
-                return scan_folder(paths[0], config)
-        rows = scan_features(found) if features else scan_parquet(found)
+                return _unnamed(scan_folder(paths[0], config), config, str(paths[0]))
+        rows = _scan_files(found, config, features)
         names = listing([str(file.relative_to(paths[0])) for file in found], 6)
         return rows._replace(notes=(f"read {len(found)} parquet files: {names}", *rows.notes))
     for each in paths:
         if each.is_dir():
             raise DataError(f"{each} is a folder: data.path takes several parquet files or one folder")
-    return scan_features(paths) if features else scan_parquet(paths)
+    return _scan_files(paths, config, features)
+
+
+def _scan_files(paths: Sequence[Path], config: DataConfig, features: bool) -> Rows:
+    return scan_features(paths, config.columns) if features else scan_parquet(paths, config.columns)
+
+
+def _unnamed(rows: Rows, config: DataConfig, path: str) -> Rows:
+    """The rows of a data set in which `data.columns` names nothing, and a sentence where it names something."""
+    if not config.columns.renamed:
+        return rows
+    return rows._replace(notes=(*rows.notes, f"data.columns is for parquet files of yours, and not for {path}"))
 
 
 def _shown(path: str | tuple[str, ...]) -> str:

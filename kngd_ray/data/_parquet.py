@@ -1,13 +1,13 @@
 """Data sets in parquet files.
 
 Columns: `image` (bytes, or a struct {bytes, path} as Hugging Face `datasets` writes it), `label`
-(integer, or a class name), and optionally `class_name`, `domain` and `split`. Without `split`, the
-names of several files say it if they tell splits apart. A struct entry with a path alone is read
-from disk, relative to its parquet file and never outside that file's folder.
+(integer, or a class name), and optionally `class_name`, `domain` and `split`, or as `data.columns`
+calls them. Without `split`, the names of several files say it if they tell splits apart. A struct
+entry with a path alone is read from disk, relative to its parquet file and never outside that file's
+folder.
 Pictures are streamed: one batch of a row group is in memory at a time.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kngd_ray.data._config import ColumnNames
 from kngd_ray.data._layout import file_splits, split_named
+from kngd_ray.data._schema import (
+    ROLES,
+    check_named,
+    check_texts,
+    columns_of,
+    hugging_face_names,
+    lacks_content,
+    picture_column,
+)
 from kngd_ray.data._source import DEFAULT_DOMAIN, Ints, Rows, content_key, listing, read_picture
 from kngd_ray.data._walk import walk
 from kngd_ray.errors import DataError
@@ -28,9 +38,7 @@ BATCH_ROWS = 256
 BATCH_BYTES = 256 << 20  # of a batch, if every row of it held all that its row group has
 MAX_RATIO, RATIO_FROM = 1000, 64 << 20  # to one is how far pictures never shrink; smaller columns may
 MAX_NAME = 1000  # characters of a class, domain or split
-COLUMNS = ("label", "class_name", "domain", "split")
 Item = TypeVar("Item")
-IMAGE, FEATURES = "image", "features"
 
 
 class Content(Protocol):
@@ -57,10 +65,12 @@ class ParquetFiles:
     Attributes:
         paths: the files.
         starts: per file, the number of the first row of each row group, and of the row after its last.
+        names: what their columns are called.
     """
 
     paths: tuple[str, ...]
     starts: tuple[tuple[int, ...], ...]
+    names: ColumnNames
 
     @property
     def kind(self) -> Literal["parquet"]:
@@ -81,7 +91,7 @@ class ParquetFiles:
             for offset in np.flatnonzero(np.isin(here, rows)).tolist():
                 yield int(here[offset]), _picture(column[offset], path)
 
-        return self.stored(rows, Pictures(), pictures)
+        return self.stored(rows, Pictures(self.names), pictures)
 
     def stored(self, rows: Ints, content: Content, take: Callable[[Ints, Any, Path], Iterable[Item]]) -> Iterator[Item]:
         """Read the row groups that hold some of the ascending `rows` (M,).
@@ -108,9 +118,15 @@ class ParquetFiles:
 
 
 class Pictures:
-    """Rows that are pictures."""
+    """Rows that are pictures.
 
-    column = IMAGE
+    Args:
+        names: of the columns.
+    """
+
+    def __init__(self, names: ColumnNames) -> None:
+        self.column = names.image
+        self._read = [names.image, *(name for role in ROLES if (name := getattr(names, role)) is not None)]
 
     def check(self, file: Any, path: Path) -> None:
         """Refuse a file without pictures, or with such as no pictures are.
@@ -119,19 +135,18 @@ class Pictures:
             DataError: it has no column of them, one of another type, or one that unpacks to very much more than it is.
         """
         schema, size = file.schema_arrow, path.stat().st_size
-        if IMAGE not in schema.names and FEATURES in schema.names:
+        if self.column not in schema.names and "features" in schema.names:
             raise DataError(
                 f"{path} holds features and no pictures: set model.name=precomputed to learn from features, or name"
                 " a data set with pictures"
             )
-        if IMAGE not in schema.names:
-            has = f"it has {listing(schema.names) or 'no columns'}"
-            raise DataError(f"{path} has no image column ({has}): name the column of picture bytes `image`")
-        image = schema.field(IMAGE).type
-        parts = {field.name for field in image} if pa.types.is_struct(image) else set()
-        if not (_is_bytes(image) or {"bytes", "path"} <= parts):
-            raise DataError(f"{path}: column `image` is {image}: it must be bytes, or a struct of bytes and path")
-        for chunk in chunks(file, [IMAGE, *COLUMNS]):
+        if self.column not in schema.names:
+            raise DataError(lacks_content("image", f"the column of picture bytes `{self.column}`", schema, path))
+        if not picture_column(kind := schema.field(self.column).type):
+            raise DataError(
+                f"{path}: column `{self.column}` is {kind}: it must be bytes, or a struct of bytes and path"
+            )
+        for chunk in chunks(file, self._read):
             packed, unpacked = min(chunk.total_compressed_size, size), chunk.total_uncompressed_size
             if unpacked > max(RATIO_FROM, MAX_RATIO * packed):
                 raise DataError(
@@ -141,7 +156,7 @@ class Pictures:
 
     def at_once(self, file: Any) -> int:
         """How many rows to unpack at once: a value that is stored once may stand in each of them."""
-        largest = max((chunk.total_uncompressed_size for chunk in chunks(file, [IMAGE, *COLUMNS])), default=1)
+        largest = max((chunk.total_uncompressed_size for chunk in chunks(file, self._read)), default=1)
         return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
     def keys(self, column: Any, path: Path, first: int) -> list[bytes]:
@@ -149,33 +164,36 @@ class Pictures:
         return [content_key(_picture(value, path)) for value in column]
 
 
-def scan_parquet(paths: Sequence[Path], content: Content | None = None) -> Rows:
+def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | None = None) -> Rows:
     """Read labels, names, domains, splits and content keys of parquet files.
 
     Args:
         paths: files with one class list.
+        names: what their columns are called.
         content: what their rows are; None is pictures.
 
     Returns:
         Everything but the content, row by row.
     """
-    content = content or Pictures()
+    content = content or Pictures(names)
     starts: list[tuple[int, ...]] = []
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {role: [] for role in ROLES}
     keys: list[bytes] = []
     origins: list[str | None] = []
     base = os.path.commonpath([path.parent for path in paths])
     for path, named in zip(paths, file_splits(paths), strict=True):
-        sizes, found, hashes = _scan_file(path, content)
+        sizes, found, hashes = _scan_file(path, names, content)
         starts.append(tuple(np.cumsum([len(keys), *sizes]).tolist()))
         keys += hashes
         shown = os.path.relpath(path, base)
-        origins += [f"column split of {shown}" if "split" in found else shown] * len(hashes)
-        for name in COLUMNS:
-            columns[name] += found.get(name, [named if name == "split" else None] * len(hashes))
+        origins += [f"column {names.split} of {shown}" if "split" in found else shown] * len(hashes)
+        for role in ROLES:
+            columns[role] += found.get(role, [named if role == "split" else None] * len(hashes))
     domains = [DEFAULT_DOMAIN if value is None else str(value) for value in columns["domain"]]
-    source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts))
-    return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins)
+    source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts), names)
+    other = [f"{role} from {name}" if name else f"no {role}" for role, name in names.renamed.items()]
+    notes = (f"columns: {', '.join(other)}",) if other else ()
+    return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins, notes)
 
 
 def parquet_below(root: Path) -> list[Path]:
@@ -202,8 +220,8 @@ def parquet_below(root: Path) -> list[Path]:
     return files
 
 
-def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
-    """Return the sizes of a file's row groups, those columns that it has, and content keys.
+def _scan_file(path: Path, names: ColumnNames, content: Content) -> tuple[list[int], dict[str, list[Any]], list[bytes]]:
+    """Return the sizes of a file's row groups, those columns that it has by their roles, and content keys.
 
     Raises:
         DataError: when it does not hold the rows that it declares, or names that are none.
@@ -212,30 +230,47 @@ def _scan_file(path: Path, content: Content) -> tuple[list[int], dict[str, list[
     with open_parquet(path) as file:
         schema = file.schema_arrow
         _check_rows(file, path)
+        check_named(schema, names, content.column, path)
         content.check(file, path)
-        label = _label_column(schema, path)
-        _check_texts(schema, path)
+        stored = columns_of(schema, names, path)
+        check_texts(schema, stored, path)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        stored = {name: name for name in COLUMNS if name in schema.names} | {"label": label}
-        columns: dict[str, list[Any]] = {name: [] for name in stored}
+        columns: dict[str, list[Any]] = {role: [] for role in stored}
         wanted = [content.column, *dict.fromkeys(stored.values())]
         once: dict[str, str] = {}  # a name is held once, however many rows have it
         for batch in file.iter_batches(content.at_once(file), columns=wanted):
             keys += content.keys(batch.column(content.column), path, len(keys))
-            for name, column in stored.items():
+            for role, column in stored.items():
                 values = [_decoded(value, column, path) for value in batch.column(column).to_pylist()]
-                columns[name] += [once.setdefault(v, v) if isinstance(v, str) else v for v in values]
+                columns[role] += [once.setdefault(v, v) if isinstance(v, str) else v for v in values]
             for text in once:
                 if len(text) > MAX_NAME:
                     raise DataError(f"{path} has a name of {len(text):,} characters, {text[:40]!r}...: shorten it")
         if sum(sizes) != len(keys):
             raise DataError(f"{path} declares {sum(sizes):,} rows and holds {len(keys):,}: fetch or write it again")
     columns.setdefault("class_name", columns["label"])
-    for name in stored.keys() | {"class_name"}:
-        if name != "label":
-            known = _hugging_face_names(schema, stored.get(name, label))
-            columns[name] = [_name(value, known, bare=name in stored) for value in columns[name]]
+    for role in stored.keys() | {"class_name"}:
+        if role != "label":
+            column = stored.get(role, stored["label"])
+            known = hugging_face_names(schema, column)
+            if role == "class_name" and known:
+                _check_named_all(columns[role], known, column, path)
+            columns[role] = [_name(value, known, bare=role in stored) for value in columns[role]]
     return sizes, columns, keys
+
+
+def _check_named_all(values: Sequence[Any], known: Sequence[str], column: str, path: Path) -> None:
+    """Refuse numbers of classes beyond the names of a `ClassLabel`.
+
+    Raises:
+        DataError: for the first.
+    """
+    for row, value in enumerate(values):
+        if isinstance(value, int) and value >= len(known):
+            raise DataError(
+                f"{path}, row {row}: column `{column}` has {value}, and the ClassLabel in the file's schema names"
+                f" {len(known)} classes, 0 to {len(known) - 1}: write the file again with all names"
+            )
 
 
 def _check_rows(file: Any, path: Path) -> None:
@@ -280,51 +315,6 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read: {reason}") from error
 
 
-def _label_column(schema: Any, path: Path) -> str:
-    """Return the name of the column that tells the class.
-
-    Raises:
-        DataError: when the classes are missing or of a type that cannot hold them.
-    """
-    label = "label" if "label" in schema.names else "class_name"
-    if label not in schema.names:
-        raise DataError(
-            f"{path} has no label column (it has {listing(schema.names)}): add `label`, integers or class names"
-        )
-    kind = _kind(schema, label)
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise DataError(f"{path}: column `{label}` is {kind}: it must be integers or class names")
-    return label
-
-
-def _check_texts(schema: Any, path: Path) -> None:
-    """Refuse names that are none.
-
-    Raises:
-        DataError: a column of class names, domains or splits is neither text nor numbers of names.
-    """
-    for name in (name for name in COLUMNS[1:] if name in schema.names):
-        kind = _kind(schema, name)
-        if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-            raise DataError(f"{path}: column `{name}` is {kind}: it must be text")
-
-
-def _kind(schema: Any, name: str) -> Any:
-    """The type of a column's values."""
-    kind = schema.field(name).type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: Any) -> bool:
-    """Whether values are names; as bytes, which some writers make of them, they are taken for UTF-8."""
-    strings = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
-    return any(is_kind(kind) for is_kind in strings) or _is_bytes(kind)
-
-
-def _is_bytes(kind: Any) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
-
-
 def _decoded(value: Any, column: str, path: Path) -> Any:
     """Return a name as text, and a number as it is.
 
@@ -361,15 +351,6 @@ def _picture(value: Any, path: Path) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path} names a picture that cannot be read, {entry['path']!r}: {reason}") from error
-
-
-def _hugging_face_names(schema: Any, column: str) -> list[str]:
-    """Return the names which Hugging Face `datasets` keeps in the schema's metadata for numbers, if any."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[column]["names"]]
-    except (LookupError, TypeError, ValueError, RecursionError):
-        return []
 
 
 def _name(value: Any, known: Sequence[str], *, bare: bool) -> str | None:

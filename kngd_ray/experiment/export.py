@@ -1,20 +1,26 @@
 """``kngd-ray export``: a fit as files that other programs read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
+from kngd_ray.clip import peft as peft_layout
 from kngd_ray.clip.adapters import Linear
 from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
 from kngd_ray.config import parse
 from kngd_ray.console import Display
+from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
+from kngd_ray.experiment import model_card
+from kngd_ray.experiment.hub import CARD, check_push, write_card
+from kngd_ray.experiment.hub import push as to_hub
 from kngd_ray.experiment.run_folder import find_fit
 from kngd_ray.storage import storage_errors, write_text
+from kngd_ray.tracking import artifacts_of
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
@@ -22,10 +28,29 @@ from kngd_ray.training.resumable import SOURCE, check_same
 from kngd_ray.training.settled import read_settled
 
 CLASSES = "classes.json"
+_OPEN_CLIP = (WEIGHTS, CONFIG)
+_CLASSES_SAY = "class names in the order of the logits, prompts, preprocessing"
+_ARE = {
+    "open_clip": "both towers, for open_clip; its architecture is in " + CONFIG,
+    "onnx": "the image tower with the classes and all adapters",
+    "peft": "the towers' LoRA alone, for peft; its settings are in " + peft_layout.CONFIG,
+}
+_PEFT = (peft_layout.WEIGHTS, peft_layout.CONFIG)
 
 
-def export(target: str, out: Path, storage_path: str, display: Display, *, onnx: bool = False) -> dict[str, Any]:
-    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX.
+def export(
+    target: str,
+    out: Path,
+    storage_path: str,
+    display: Display,
+    *,
+    onnx: bool = False,
+    peft: bool = False,
+    push: str | None = None,
+) -> dict[str, Any]:
+    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX and its LoRA for peft.
+
+    A model card lies beside them.
 
     Weights are those that ``predict`` has its mean at: LoRA merged, averaged with the pretrained ones by the fit's
     alpha. The belief about them stays behind.
@@ -39,16 +64,20 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         storage_path: where runs live.
         display: where the files are listed.
         onnx: write the ONNX classifier too.
+        peft: write LoRA in peft's layout too.
+        push: repository of Hugging Face's hub, ``organisation/name``, to which the files go once they are written.
 
     Returns:
-        ``fit``, ``alpha``, and for ``open_clip`` and ``onnx``, None if not written, the file, the largest absolute
-        ``difference`` of its logits from the fit's, and ``notes``.
+        ``fit``, ``alpha``, and for ``open_clip``, ``onnx`` and ``peft``, None if not written, the file, the largest
+        absolute ``difference`` of its logits from the fit's, and ``notes``; ``pushed``, the address, or None.
 
     Raises:
         UsageError: `out` is a file or holds something, or the fit has nothing for an open_clip checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+    if push is not None:
+        check_push(push)
     checkpoint, fit_folder = open_fit(find_fit(target, storage_path))
     manifest = checkpoint.manifest
     options = parse(FitOptions, manifest["options"])
@@ -64,6 +93,11 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         raise UsageError(
             f"{fit_folder.name} trained no towers, and an open_clip checkpoint has no place for its adapters "
             f"({kinds}): add --onnx to export the classifier with them."
+        )
+    if peft and options.tune.parameters != "lora":
+        raise UsageError(
+            f"{fit_folder.name} trained no LoRA (tune.parameters={options.tune.parameters}), and peft's layout holds"
+            " nothing else: leave out --peft."
         )
     model = load_model(source)
     identity = identity_of(model, source, manifest["class_names"], manifest["templates"])
@@ -85,6 +119,7 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
         written = {
             "open_clip": export_open_clip(network, model, out) if towers else None,
             "onnx": export_onnx(network, out, size if isinstance(size, int) else tuple(size)) if onnx else None,
+            "peft": peft_layout.export_peft(network, model, out, _on_a_hub(source)) if peft else None,
         }
         classes = {
             "class_names": list(manifest["class_names"]),
@@ -93,18 +128,46 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
             "preprocess": model.preprocess_cfg,
         }
         write_text(out / CLASSES, json.dumps(classes, indent=1) + "\n")
+        _write_card(out, fit_folder, source, written)
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
     for exported in written.values():
         if exported is not None:
-            what = "its towers'" if exported.notes and exported.path.name == WEIGHTS else "the fit's"
+            what = "its towers'" if exported.notes and exported.path.name != ONNX else "the fit's"
             checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
                 display.say(f"  {note}")
     if towers:
         display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
-    display.say(f"{CLASSES} (class names in the order of the logits, prompts, preprocessing)")
-    return {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
+    display.say(f"{CLASSES} ({_CLASSES_SAY})")
+    display.say(f"{CARD} (model card)")
+    report = {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
+    if push is None:
+        return {**report, "pushed": None}
+    with display.working(f"pushing to {push}"):
+        address = to_hub(out, push)
+    display.say(f"pushed to {address}")
+    return {**report, "pushed": address}
+
+
+def _write_card(out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None]) -> None:
+    """The fit's model card, with what is in the folder, and what the hub sorts models by."""
+    kept = artifacts_of(fit_folder.parents[1], fit_folder.name) / model_card.FILE
+    text = kept.read_text(encoding="utf-8") if kept.is_file() else f"# {fit_folder.name}"
+    files = {e.path.name: (_ARE[kind], *e.notes) for kind, e in written.items() if e is not None}
+    facts = {
+        "library_name": "open_clip" if written["open_clip"] is not None else "onnx",
+        "pipeline_tag": "zero-shot-image-classification" if written["open_clip"] else "image-classification",
+        "tags": ["clip", "few-shot", "kngd_ray"],
+        "base_model": _on_a_hub(source),
+        "license": "apache-2.0" if source.name == EMBEDDED else None,
+    }
+    write_card(out, text, {**files, CLASSES: (_CLASSES_SAY,)}, facts)
+
+
+def _on_a_hub(source: ModelConfig) -> str | None:
+    """The hub's name of a pretrained model, if it was named by it."""
+    return source.name.removeprefix("hf-hub:") if source.name.startswith("hf-hub:") else None
 
 
 def _described(exported: Exported | None) -> dict[str, Any] | None:
@@ -121,7 +184,7 @@ def _new_files(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with storage_errors(folder):
-            for name in (WEIGHTS, CONFIG, ONNX, f"{ONNX}.data", CLASSES):
+            for name in (*_OPEN_CLIP, ONNX, f"{ONNX}.data", *_PEFT, CLASSES, CARD):
                 (folder / name).unlink(missing_ok=True)
             if made and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

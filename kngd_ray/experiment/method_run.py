@@ -12,13 +12,13 @@ from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
-from kngd_ray.experiment.environment import describe_data, describe_environment
+from kngd_ray.experiment.environment import describe_data, describe_environment, source_tags
 from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
-from kngd_ray.tracking import Record, Status, learning_curve, reliability_diagram, stream_curve
+from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import Calibration, below_zero_shot, calibrate
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
@@ -88,6 +88,10 @@ class MethodRun:
     def fit(self, seed: int) -> str:
         """What the fit of a seed is called."""
         return fit_name(self.name, seed)
+
+    def monitored(self) -> SystemMonitor:
+        """What notes in the method's own record, while it is entered, what is taken of the machine."""
+        return SystemMonitor((self._parent or self._records[self.top_record]).folder)
 
     def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
         """Log a step; of a refused one, that it was refused.
@@ -161,6 +165,7 @@ class MethodRun:
             "kngd_ray.kind": "fit" if parent is not None else "method",
             "kngd_ray.method": self.name,
             "kngd_ray.preset": str(config.preset),
+            **source_tags(),
         }
         name = f"{self._folder.name}/{record_id}"
         record = Record.open(self._folder, record_id, name=name, params=flatten(shown), tags=tags, parent=parent)
@@ -174,7 +179,7 @@ class MethodRun:
     ) -> None:
         """Write the model card of a fit, or of those of all seeds, after they were settled."""
         settled = {seed: read_settled(self._folder / "fits" / self.fit(seed)) for seed in config.seeds}
-        write_card(
+        note = write_card(
             record.artifacts,
             f"{self._folder.name}, {name}",
             config,
@@ -185,6 +190,7 @@ class MethodRun:
             calibrations={seed: found.calibration for seed, found in settled.items()},
             compared=all(found.novelty is not None for found in settled.values()),
         )
+        record.set_tag("mlflow.note.content", note)
 
     @property
     def _is_stream(self) -> bool:

@@ -34,7 +34,7 @@ def write_card(
     steps: int,
     calibrations: Mapping[int, Calibration],
     compared: bool,
-) -> None:
+) -> str:
     """Write the card.
 
     Args:
@@ -47,18 +47,23 @@ def write_card(
         steps: of each fit.
         calibrations: tau and temperature by seed.
         compared: whether predictions say how unlike the training pictures a picture is.
+
+    Returns:
+        What the model is and its figures, as a note to be read beside others.
     """
+    model, figures = _model(config, prepared, steps), _figures(config, report, zero_shot, calibrations)
     parts = [
         f"# {_plain(name)}",
-        _model(config, prepared, steps),
+        model,
         _data(config, prepared),
         _priors(config),
-        _figures(config, report, zero_shot, calibrations),
+        figures,
         _use(config, compared),
         _limits(config, report),
         _licences(config),
     ]
     write_text(folder / FILE, "\n\n".join(parts) + "\n")
+    return "\n\n".join([model, figures, f"The artifact `{FILE}` says the rest."])
 
 
 def _model(config: Config, prepared: TaskData, steps: int) -> str:

@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from kngd_ray._run_layout import CONFIG
 from kngd_ray.console import Display
 from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.gallery import MARK, Card, gallery
 from kngd_ray.experiment.output_path import check_place
-from kngd_ray.experiment.run_folder import find_fit
+from kngd_ray.experiment.run_folder import find_fit, read_config
 from kngd_ray.storage import address, write_text
 from kngd_ray.training.classifier import Classifier
 
@@ -64,7 +65,7 @@ def predict(
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
     if classifier.takes_features:
-        rows = _classify_features(classifier, images, folder.name, html)
+        rows = _classify_features(classifier, images, folder, html)
         if table:
             _show(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature", display)
         return rows
@@ -106,7 +107,7 @@ def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> lis
 
 
 def _classify_features(
-    classifier: Classifier, files: Sequence[str], fit: str, html: Path | None
+    classifier: Classifier, files: Sequence[str], fit: Path, html: Path | None
 ) -> list[dict[str, Any]]:
     """Classify the rows of parquet files.
 
@@ -115,16 +116,18 @@ def _classify_features(
         DataError: there is no row.
     """
     if html is not None:
-        raise UsageError(f"--html shows pictures, and {fit} learned from features: leave it out.")
+        raise UsageError(f"--html shows pictures, and {fit.name} learned from features: leave it out.")
     other = next((name for name in files if not name.endswith(_FEATURES)), None)
     if other is not None:
         raise UsageError(
-            f"{fit} learned from features, and {other} is no parquet file with a column `features`: kngd-ray encode "
-            "--out writes one of pictures."
+            f"{fit.name} learned from features, and {other} is no parquet file with a column `features`: kngd-ray "
+            "encode --out writes one of pictures."
         )
+    run = next((folder for folder in (fit, *fit.parents) if (folder / CONFIG).is_file()), None)
+    columns = None if run is None else read_config(run).data.columns
     rows: list[dict[str, Any]] = []
     for name in files:
-        for first, vectors in read_features(Path(name), classifier.model.embed_dim):
+        for first, vectors in read_features(Path(name), classifier.model.embed_dim, columns):
             for n, said in enumerate(_said(classifier, torch.from_numpy(vectors))):
                 rows.append({"file": name, "row": first + n, **said})
     if not rows:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ def _run(
     status: Status = "FAILED"
     reports: list[dict[str, Any]] = []
     run_ids: Mapping[str, str] | None = None
+    watched = config.tracking.enabled and config.tracking.system_metrics
     try:
-        _fit(config, methods, prepared, folder, display, backend)
+        with methods[0].monitored() if watched else nullcontext():
+            _fit(config, methods, prepared, folder, display, backend)
         zero_shot = {seed: _zero_shot(prepared, protocol, seed) for seed in config.seeds}
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:

@@ -18,8 +18,9 @@ from kngd_ray.tracking._plots import accuracy_plot, trial_plot
 from kngd_ray.tracking._publish import publish
 from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
-from kngd_ray.tracking._record import Record, Status, read_metrics
+from kngd_ray.tracking._record import Record, Status, artifacts_of, read_metrics
 from kngd_ray.tracking._runs import LoggedRun, read_runs
+from kngd_ray.tracking._system import SystemMonitor
 from kngd_ray.tracking._uri import resolve_uri
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Publisher",
     "Record",
     "Status",
+    "SystemMonitor",
     "accuracy_plot",
+    "artifacts_of",
     "check_store",
     "ensemble_curve",
     "learning_curve",

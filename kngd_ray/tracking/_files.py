@@ -11,6 +11,7 @@ from kngd_ray.storage import write_text
 
 RECORDS = "records"
 META, STEPS, METRICS, MODEL, ARTIFACTS = "meta.json", "steps.jsonl", "metrics.json", "model.json", "artifacts"
+SYSTEM = "system.jsonl"
 
 
 def read_steps(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@
         meta.json      id, uid, name, parent, params, tags, status, start and end
         steps.jsonl    {"step": 12, "time": 1700000000000, "metrics": {"train/nll": 0.31}}
         metrics.json   final metrics, name to value
+        system.jsonl   what the run took of its machine, as steps.jsonl
         model.json     the fit that is logged as a model, if any
         artifacts/     every file here is logged, subfolders kept
 
@@ -235,6 +236,19 @@ class Record:
         self.flush()
         self._meta |= {"status": status, "end": _now()}
         write_json(self.folder / META, self._meta)
+
+
+def artifacts_of(run_folder: Path, id: str) -> Path:
+    """The folder of a record's artifacts.
+
+    Args:
+        run_folder: the run's folder.
+        id: of the record.
+
+    Returns:
+        The folder, which is not there if the record is not.
+    """
+    return run_folder / RECORDS / id / ARTIFACTS
 
 
 def read_metrics(run_folder: Path, id: str) -> dict[str, float]:

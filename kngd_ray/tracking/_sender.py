@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray.errors import printable, redact
-from kngd_ray.tracking._files import ARTIFACTS, META, METRICS, MODEL, STEPS, read_json, read_steps
+from kngd_ray.tracking._files import ARTIFACTS, META, METRICS, MODEL, STEPS, SYSTEM, read_json, read_steps
 from kngd_ray.tracking._pyfunc import save_pyfunc
 from kngd_ray.tracking._server import Server
 
@@ -60,7 +60,8 @@ class Sender:
         if run is None:
             return None
         self._send_settings(run, meta)
-        self._send_steps(run)
+        self._send_steps(run, STEPS, "steps")
+        self._send_steps(run, SYSTEM, "system")
         self._send_metrics(run)
         self._send_artifacts(run)
         self._send_model(run)
@@ -100,19 +101,19 @@ class Sender:
             self._server.log_input(run, meta["input"])
         self._keep(params=list(meta["params"]), tags=meta["tags"], input=meta.get("input"))
 
-    def _send_steps(self, run: str) -> None:
-        done: int = self._sent["steps"]
+    def _send_steps(self, run: str, file: str, counted: str) -> None:
+        done: int = self._sent.get(counted, 0)
         waiting: list[Point] = []
-        for line in read_steps(self._folder / STEPS, done):
+        for line in read_steps(self._folder / file, done):
             points = _points(line["metrics"], line["time"], line["step"])
             if waiting and len(waiting) + len(points) > _MAX_METRICS:
                 self._send_points(run, waiting)
-                self._keep(steps=done)
+                self._keep(**{counted: done})
                 waiting = []
             waiting += points
             done += 1
         self._send_points(run, waiting)
-        self._keep(steps=done)
+        self._keep(**{counted: done})
 
     def _send_metrics(self, run: str) -> None:
         metrics = read_json(self._folder / METRICS)

@@ -9,7 +9,7 @@ from kngd_ray._run_layout import CONFIG, SEARCH
 from kngd_ray.config import flatten, to_yaml
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics
-from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.environment import describe_environment, source_tags
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Record, Status
 from kngd_ray.tuning import JOURNAL, Claimed, TrialResult, plain_space
@@ -135,6 +135,7 @@ class SearchRecords:
             "kngd_ray.kind": kind,
             "kngd_ray.method": self._search.config.method,
             "kngd_ray.preset": str(self._search.config.preset),
+            **source_tags(),
         }
         name = self._folder.name if parent is None else f"{self._folder.name}/{record_id}"
         return Record.open(self._folder, record_id, name=name, params=params, tags=tags, parent=parent)

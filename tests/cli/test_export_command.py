@@ -1,13 +1,19 @@
 """A fit written as files, and read by the programs that they are for."""
 
 import json
+import os
+import subprocess
+import sys
 
 import open_clip
 import pytest
 import torch
+from helpers.hub_server import Hub
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.nn.functional import normalize
 
+from kngd_ray.clip import ModelConfig, load_model
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
 from kngd_ray.errors import ModelError
@@ -89,7 +95,7 @@ def test_adapters_are_in_the_classifier_alone(command) -> None:
     assert not out.exists()
     report = command("export", command.run("a"), "--out", out, "--onnx", "--json").json
     assert report["open_clip"] is None
-    assert {path.name for path in out.iterdir()} == {"classifier.onnx", "classes.json"}
+    assert {path.name for path in out.iterdir()} == {"classifier.onnx", "classes.json", "README.md"}
     classifier = Classifier.load(command.run("a") / "fits" / "kalman-seed0")
     images = pixels(classifier)
     with torch.no_grad():
@@ -126,6 +132,40 @@ def test_only_an_empty_folder_is_written_to(command, full) -> None:
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
     assert command("export", "nothing", "--out", command.folder / "new").code == 1
     assert not (command.folder / "new").exists()
+
+
+def test_an_export_with_its_card_comes_back_from_a_hub(command, full) -> None:
+    hub = Hub("hf_" + "a" * 34)
+    out = command.folder / "out"
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HOME": str(command.folder / "hub")}
+    program = [sys.executable, "-m", "kngd_ray.cli"]
+    settings = ["export", str(full.parents[1]), "--out", str(out), "--push", "someone/pets", "--json"]
+    done = subprocess.run([*program, *settings], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"] == f"{hub.endpoint}/someone/pets"
+    assert hub.files["someone/pets"] == {path.name: path.read_bytes() for path in out.iterdir()}
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.library_name, card.data.license) == ("open_clip", "apache-2.0")
+    assert card.text.strip().startswith("# full, adamw-seed0")
+    assert "- `open_clip_model.safetensors`: both towers" in card.text
+    load = "import kngd_ray.clip as c; print(c.load_model(c.ModelConfig('hf-hub:someone/pets')).fingerprint)"
+    done = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == load_model(ModelConfig(f"local-dir:{out}")).fingerprint, done.stderr
+    hub.close()
+
+
+def test_lora_for_peft_and_its_refusal(command, full) -> None:
+    refused = command("export", full, "--out", command.folder / "no", "--peft")
+    assert refused.code == 2
+    assert "trained no LoRA (tune.parameters=full)" in refused.sentence
+    assert not (command.folder / "no").exists()
+    towers = [setting for setting in TOWERS if "parameters" not in setting]
+    command.train("trainer.name=lora", *towers, "tune.parameters=lora", "tune.include=[visual]")
+    report = command("export", command.run("lora"), "--out", command.folder / "out", "--peft", "--json").json
+    assert report["peft"]["difference"] < 1e-3
+    found = {path.name for path in (command.folder / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "open_clip_model.safetensors"} < found
 
 
 @pytest.mark.parametrize("exists", [False, True])

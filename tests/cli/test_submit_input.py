@@ -334,6 +334,7 @@ def test_the_line_that_the_job_prints(command, capfd, monkeypatch) -> None:
     [
         ("data.path=gone.parquet", ["data.path: gone.parquet cannot be read", "data is not sent"]),
         ("data.path=/gone.parquet", ["cannot be read on the node of the job (No such file or directory)", "all nodes"]),
+        ("data.path=/gone/*.parquet", ["/gone/*.parquet is a pattern, and there is no folder /gone"]),
         ("model.pretrained=/gone.safetensors", ["model.pretrained: /gone.safetensors cannot be read"]),
         ("model.class_embeddings=/gone.npy", ["model.class_embeddings: /gone.npy cannot be read"]),
         ("data.cache_dir=/proc/features", ["feature cache /proc/features cannot be written", "set data.cache_dir"]),
@@ -363,6 +364,14 @@ def test_tracking_is_checked(command, uri: str, words: list[str]) -> None:
     (found,) = faults("train", *command.settings("tracking.enabled=true", f"tracking.uri={uri}"))
     for word in words:
         assert word in found
+
+
+def test_the_files_of_a_pattern_are_what_nodes_are_asked_for(command) -> None:
+    pattern = command.data.with_name("*.parquet")
+    assert faults("train", *command.settings(f"data.path={pattern}")) == []
+    config, inputs = preflight._needs(parsed("train", *command.settings(f"data.path={pattern}")))
+    assert config is not None
+    assert inputs == {str(command.data): "data.path"}
 
 
 def test_other_commands_are_checked(command) -> None:

@@ -5,6 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions, export, load_model
@@ -66,6 +67,27 @@ def test_open_clip_loads_the_tuned_model(model, options, request, tmp_path):
     assert torch.equal(loaded.logit_scale, pretrained.network.logit_scale)
     wanted = {key: list(v) if isinstance(v, tuple) else v for key, v in pretrained.preprocess_cfg.items()}
     assert {key: list(v) if isinstance(v, tuple) else v for key, v in loaded.visual.preprocess_cfg.items()} == wanted
+
+
+@pytest.mark.parametrize("model", ["vit", "custom", "mini"])
+def test_what_was_exported_comes_back_by_local_dir(model, request, tmp_path):
+    """With its tokenizer and its preprocessing, and as the source of another run."""
+    pretrained = request.getfixturevalue(model)
+    network = tuned(pretrained, TuneOptions(parameters="full", include=("*",)), (Linear(),))
+    export_open_clip(network, pretrained, tmp_path / "mine")
+    ours = load_model(ModelConfig(f"local-dir:{tmp_path / 'mine'}"))
+    picture = Image.effect_noise((90, 70), 60).convert("RGB")
+    assert torch.equal(ours.transform(picture), pretrained.transform(picture))
+    assert ours.embed_dim == pretrained.embed_dim
+    assert ours.fingerprint != pretrained.fingerprint
+    x, prompts = pictures(pretrained), ["a photo of a cat.", "an old ship"]
+    assert torch.equal(ours.tokenize(prompts), pretrained.tokenize(prompts))
+    with torch.no_grad():
+        expected = normalize(network.head.adapters[0].image(network.encode(x)), dim=-1)
+        assert torch.allclose(normalize(ours.network.encode_image(x), dim=-1), expected, atol=1e-5)
+    again = CLIPNetwork(ours, NAMES, TEMPLATES, TuneOptions(parameters="lora"))
+    with torch.no_grad():
+        assert torch.allclose(again.encode(x), expected, atol=1e-5)
 
 
 def test_a_named_architecture_takes_the_file(vit, tmp_path):

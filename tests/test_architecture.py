@@ -77,8 +77,10 @@ ONLY_IN = {
 COME_WITH_MLFLOW = {"pandas", "sqlalchemy"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch", "sklearn": "scikit-learn"}
 
+API = ["compare", "doctor", "encode", "ensemble", "evaluate", "export", "load", "predict", "sync", "train", "tune"]
 PUBLIC = {
-    "kngd_ray": ["KalmanCLIP", "__version__", "compare", "evaluate", "load", "predict", "train", "tune"],
+    "kngd_ray": ["KalmanCLIP", "__version__", *API],
+    "kngd_ray.api": API,
     "kngd_ray.filters": [
         "Belief",
         "BlockDiagonal",
@@ -293,20 +295,8 @@ COMMANDS = {
     "encode": ["dataset", "settings", "--out", "--json"],
     "compare": ["experiment", "--parent", "--metric", "--baseline", "--uri", "--out", "--json"],
     "sync": ["run", "--uri", "--storage-path", "--json"],
-    "doctor": ["settings", "--address", "--storage-path", "--uri", "--no-ray", "--json"],
-    "submit": [
-        "command",
-        "--address",
-        "--working-dir",
-        "--include",
-        "--dry-run",
-        "--no-follow",
-        "--no-check",
-        "--status",
-        "--logs",
-        "--stop",
-        "--json",
-    ],
+    "doctor": ["settings", "--json"],
+    "submit": ["words", "--json"],
 }
 
 
@@ -353,6 +343,17 @@ def test_imports_point_down(subtests: pytest.Subtests) -> None:
                 if other in SHARED or name == "kngd_ray.__version__":
                     continue
                 assert own in SHARED or LAYERS.index(other) <= LAYERS.index(own), f"{path} imports {name}"
+
+
+def test_commands_call_the_api_and_nothing_below_it() -> None:
+    above = ("kngd_ray.api", "kngd_ray.cli", "kngd_ray.config", "kngd_ray.console", "kngd_ray.errors")
+    others = {"kngd_ray", "kngd_ray.__version__", "kngd_ray._streams", "kngd_ray.configs", "kngd_ray.tuning.file"}
+    for path in (PACKAGE / "cli").glob("*.py"):
+        # what `submit` sends is a command line, which Python programs do not have
+        own = {"kngd_ray.cluster"} if path.name == "submit.py" else set()
+        for name in imports(path):
+            if name.startswith("kngd_ray"):
+                assert name.startswith(above) or name in others | own, f"{path} imports {name}"
 
 
 def test_tracking_does_not_know_the_cluster() -> None:

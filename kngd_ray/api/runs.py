@@ -1,8 +1,4 @@
-"""What the package does, as functions; ``import kngd_ray`` shows them, and the command line calls them.
-
-Every keyword is a setting: ``shots=16`` is ``data.shots=16`` of the command line, see :func:`settings_of`. The same
-settings give the same result in both, and a wrong one the same sentence, raised as a ``kngd_ray.errors.KngdError``.
-"""
+"""Fit, search, evaluate, predict and compare."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,25 +6,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kngd_ray._keywords import names_setting, settings_of
+from kngd_ray._keywords import settings_of
 from kngd_ray._run_layout import SEARCH
-from kngd_ray.config import Config, load_config
-from kngd_ray.configs import names, read_yaml
+from kngd_ray.api.settings import (
+    Named,
+    configured,
+    configured_search,
+    console_of,
+    in_process,
+    split,
+    storage_of,
+    target_of,
+)
 from kngd_ray.console import Display
-from kngd_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from kngd_ray.results import ComparisonResult, EvaluationResult, RunResult, SearchResult
-    from kngd_ray.tuning.file import SearchConfig
-
-__all__ = ["compare", "evaluate", "load", "predict", "train", "tune"]
-
-Named = str | os.PathLike[str]
-
-_LOCAL = "trainer.num_workers=0"
-_STORAGE = "trainer.storage_path"
 
 
 def train(
@@ -68,13 +63,13 @@ def train(
         UsageError: a setting is unknown or has a wrong value.
     """
     given = [*overrides, *settings_of(settings)]
-    preset, given = _first(preset, given)
-    config = configured(preset, _placed(given, preset, ray=ray), resume)
+    preset, given = split(preset, given)
+    config = configured(preset, in_process(given, preset, ray=ray), resume)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.experiment.run import train as run
     from kngd_ray.results import RunResult
 
-    report = run(config, _shown(console, quiet), RayBackend(), resume=resume is not None)
+    report = run(config, console_of(console, quiet), RayBackend(), resume=resume is not None)
     return RunResult(Path(report.pop("folder")), report)
 
 
@@ -113,13 +108,13 @@ def tune(
     from kngd_ray.tuning.options import SearchOptions
 
     given = [*overrides, *settings_of(settings, [f.name for f in fields(SearchOptions)])]
-    asked, given = _first(search, given)
-    found = configured_search(asked, _placed(given, None, ray=ray), resume)
+    asked, given = split(search, given)
+    found = configured_search(asked, in_process(given, None, ray=ray), resume)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.results import SearchResult
     from kngd_ray.tuning.run import tune as run
 
-    report = run(found, _shown(console, quiet), RayBackend(), resume=resume is not None)
+    report = run(found, console_of(console, quiet), RayBackend(), resume=resume is not None)
     return SearchResult(Path(found.config.trainer.storage_path).expanduser().resolve() / report["name"], report)
 
 
@@ -152,15 +147,15 @@ def evaluate(
         The figures.
     """
     given = [*overrides, *settings_of(settings)]
-    file, given = _first(None, given)
+    file, given = split(None, given)
     assert not isinstance(file, Mapping)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.experiment.evaluate import evaluate as score
     from kngd_ray.results import EvaluationResult
 
-    target, place = _target(run), _storage(storage_path)
+    target, place = target_of(run), storage_of(storage_path)
     path = None if file is None else Path(file)
-    report = score(target, path, _placed(given, path, ray=ray), place, _shown(console, quiet), RayBackend())
+    report = score(target, path, in_process(given, path, ray=ray), place, console_of(console, quiet), RayBackend())
     return EvaluationResult(Path(report["checkpoint"]).parent.name, report)
 
 
@@ -197,13 +192,33 @@ def predict(
     """
     import pandas as pd
 
+    named = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    return pd.DataFrame(
+        predictions(run, named, storage_path=storage_path, html=html, table=table, console=console_of(console, quiet))
+    )
+
+
+def predictions(
+    run: "Named | RunResult | SearchResult",
+    images: Sequence[Named],
+    *,
+    storage_path: Named | None,
+    html: Named | None,
+    table: bool,
+    console: Display,
+) -> list[dict[str, Any]]:
+    """The rows of :func:`predict` as plain data, which ``kngd-ray predict --json`` prints."""
     from kngd_ray.experiment.predict import predict as classify
 
-    named = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    files = [os.fspath(name) for name in named]
-    page = None if html is None else Path(html)
-    display = _shown(console, quiet)
-    return pd.DataFrame(classify(_target(run), files, _storage(storage_path), display, html=page, table=table))
+    files, page = [os.fspath(name) for name in images], None if html is None else Path(html)
+    return classify(target_of(run), files, storage_of(storage_path), console, html=page, table=table)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of :func:`predictions` as CSV with a header."""
+    from kngd_ray.experiment.predict import as_csv as written
+
+    return written(rows)
 
 
 def compare(
@@ -240,7 +255,7 @@ def compare(
     from kngd_ray.comparison.compare import compare as run
     from kngd_ray.results import ComparisonResult
 
-    display, page = _shown(console, quiet), None if out is None else Path(out)
+    display, page = console_of(console, quiet), None if out is None else Path(out)
     return ComparisonResult(
         run(experiment, display, parent=parent, metrics=metrics, baseline=baseline, uri=uri, out=page)
     )
@@ -263,107 +278,5 @@ def load(run: Named, *, storage_path: Named | None = None) -> "RunResult | Searc
     from kngd_ray.experiment import run_folder
     from kngd_ray.results import RunResult, SearchResult
 
-    folder = run_folder.find(os.fspath(run), _storage(storage_path))
+    folder = run_folder.find(os.fspath(run), storage_of(storage_path))
     return SearchResult(folder) if (folder / SEARCH).is_file() else RunResult(folder)
-
-
-def configured(
-    preset: Named | Mapping[str, Any] | None, overrides: Sequence[str] = (), resume: Named | None = None
-) -> Config:
-    """The configuration of a run, new or continued, as :func:`train` takes it.
-
-    Args:
-        preset: name of a preset or a method, YAML file, or mapping of settings.
-        overrides: ``key=value`` settings over it.
-        resume: a run that is to be continued.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        UsageError: a setting is unknown or has a wrong value.
-    """
-    if resume is not None:
-        if preset is not None:
-            raise UsageError(f"a resumed run keeps its settings: leave out {preset}.")
-        from kngd_ray.experiment.run_folder import resumed_config
-
-        return resumed_config(os.fspath(resume), overrides)
-    return load_config(_source(preset), overrides)
-
-
-def configured_search(
-    search: Named | Mapping[str, Any] | None, overrides: Sequence[str] = (), resume: Named | None = None
-) -> "SearchConfig":
-    """The search, new or continued, as :func:`tune` takes it.
-
-    Args:
-        search: name of a shipped search, or YAML file.
-        overrides: ``key=value`` settings over it.
-        resume: a search that is to be continued.
-
-    Returns:
-        The search.
-
-    Raises:
-        UsageError: a setting is unknown or has a wrong value, or no search is named.
-    """
-    from kngd_ray.tuning.file import load_search, resumed_search
-
-    if resume is not None:
-        if search is not None:
-            raise UsageError(f"a continued search keeps its settings: leave out {search}.")
-        return resumed_search(os.fspath(resume), overrides)
-    if search is None or isinstance(search, Mapping):
-        raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
-    return load_search(os.fspath(search), overrides)
-
-
-def _first(
-    given: Named | Mapping[str, Any] | None, overrides: list[str]
-) -> tuple[Named | Mapping[str, Any] | None, list[str]]:
-    """Tell a file or a preset from the settings, of which it may be the first."""
-    if isinstance(given, str) and "=" in given:
-        return None, [given, *overrides]
-    if given is None and overrides and "=" not in overrides[0]:
-        return overrides[0], overrides[1:]
-    return given, overrides
-
-
-def _source(preset: Named | Mapping[str, Any] | None) -> Path | Mapping[str, Any] | None:
-    """What a configuration is built from: a file, a mapping, or the name of a preset."""
-    if preset is None or isinstance(preset, Mapping):
-        return preset
-    path = Path(preset)
-    shipped = preset in names("presets") and not path.is_file()
-    if not shipped and (isinstance(preset, os.PathLike) or path.suffix in {".yaml", ".yml"} or path.exists()):
-        return path
-    return {"preset": os.fspath(preset)}
-
-
-def _placed(settings: list[str], source: Any, *, ray: bool) -> list[str]:
-    """Settings that keep to this process, unless they or a file say otherwise."""
-    if ray or names_setting(settings, "trainer.num_workers"):
-        return settings
-    layer = _source(source)
-    if isinstance(layer, Path):
-        layer = read_yaml(layer)
-    trainer = (layer or {}).get("trainer")
-    if "trainer.num_workers" in (layer or {}) or (isinstance(trainer, Mapping) and "num_workers" in trainer):
-        return settings
-    return [_LOCAL, *settings]
-
-
-def _target(run: Any) -> str:
-    """The folder of a result, or what names one."""
-    return os.fspath(getattr(run, "folder", run))
-
-
-def _storage(given: Named | None) -> str:
-    return os.environ.get("KNGD_STORAGE_PATH") or "kngd_runs" if given is None else os.fspath(given)
-
-
-def _shown(console: Display | None, quiet: bool) -> Display:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    return Display(quiet=quiet) if console is None else console

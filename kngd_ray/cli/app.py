@@ -46,10 +46,11 @@ for _command in (
     encode.encode,
     compare.compare,
     sync.sync,
-    submit.submit,
-    doctor.doctor,
 ):
     app.command()(_command)
+for _lenient in (submit.submit, doctor.doctor):
+    # their former options are refused with the name of the setting, see cli.arguments.refuse_options
+    app.command(context_settings={"ignore_unknown_options": True})(_lenient)
 
 
 def main() -> None:

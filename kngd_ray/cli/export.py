@@ -11,13 +11,13 @@ from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_jso
 def export(
     target: Target,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.", show_default=False)],
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also the classifier of pictures, as ONNX.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write the image classifier as ONNX.")] = False,
     storage_path: Storage = "kngd_runs",
     as_json: Json = False,
 ) -> None:
-    """Write a run as an open_clip checkpoint, LoRA merged, and as an ONNX classifier."""
-    from kngd_ray.experiment.export import export as run
+    """Export a run as an open_clip checkpoint, with LoRA merged, and as an ONNX classifier."""
+    from kngd_ray import api
 
-    result = run(target, out, storage_path, display_for(as_json), onnx=onnx)
+    result = api.export(target, out, onnx=onnx, storage_path=storage_path, console=display_for(as_json))
     if as_json:
         print_json(result)

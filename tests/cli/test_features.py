@@ -334,7 +334,7 @@ def test_refused_features_and_class_embeddings(command, train, files) -> None:
 
 
 def test_doctor_looks_at_class_embeddings(command, files) -> None:
-    given = ["--no-ray", "--json", *command.settings("model.name=precomputed")]
+    given = ["--json", *command.settings("model.name=precomputed")]
     found = command("doctor", *given, f"model.class_embeddings={files[1]}").json
     assert "class embeddings of shape (3, 8)" in json.dumps(found)
     assert command("doctor", *given, "model.class_embeddings=gone.npy").code == FAILED

@@ -211,6 +211,52 @@ def storage(storage_path: str, ask: Ask) -> list[Finding]:
     return findings
 
 
+def inputs(paths: Mapping[str, str], ask: Ask) -> list[Finding]:
+    """Read a byte of every input on every node.
+
+    Args:
+        paths: the setting that names each path.
+        ask: puts a question to the nodes.
+
+    Returns:
+        A finding for each path that cannot be read and each node that cannot read it; else one for each node.
+    """
+    findings = []
+    for said in ask(node_checks.unreadable, list(paths), timeout_s=_NODE_SECONDS) if paths else ():
+        if said.error is not None:
+            findings.append(Finding("inputs", said.node, "failed", said.error, "see the node's logs"))
+            continue
+        for path, reason in said.answer.items():
+            advice = "put it on storage that all nodes share"
+            if not Path(path).expanduser().is_absolute():
+                advice += " and give its absolute path"
+            found = f"{paths[path]}={path} cannot be read ({reason})"
+            check = "model" if paths[path].startswith("model.") else "inputs"
+            findings.append(Finding(check, said.node, "failed", found, advice))
+        if not said.answer:
+            named = ", ".join(dict.fromkeys(paths.values()))
+            findings.append(Finding("inputs", said.node, "ok", f"{named}: can be read"))
+    return findings
+
+
+def cache(folder: Path, ask: Ask) -> list[Finding]:
+    """Write to the feature cache.
+
+    Args:
+        folder: of the cache.
+        ask: puts a question to this process.
+
+    Returns:
+        One finding.
+    """
+    (said,) = ask(node_checks.write, str(folder), f".kngd-doctor-{uuid4().hex[:12]}", "", timeout_s=_NODE_SECONDS)
+    if said.error is not None:
+        found = f"the feature cache {folder} cannot be written ({said.error})"
+        return [Finding("cache", HERE, "failed", found, "set data.cache_dir to a folder that can be written")]
+    ask(node_checks.remove, str(folder), [said.answer["name"]], said.answer["made"], timeout_s=_NODE_SECONDS)
+    return [Finding("cache", HERE, "ok", f"{folder}: written, deleted")]
+
+
 def tracking(config: TrackingConfig) -> list[Finding]:
     """Ask the tracking store for its experiments, if runs are logged at all."""
     if not config.enabled:

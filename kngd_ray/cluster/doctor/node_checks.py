@@ -117,6 +117,29 @@ def usable_gpus() -> list[str] | str:
     return names
 
 
+def unreadable(paths: Sequence[str]) -> dict[str, str]:
+    """Try to read files and folders.
+
+    Args:
+        paths: of the files and folders.
+
+    Returns:
+        Why each that cannot be read cannot.
+    """
+    reasons = {}
+    for name in paths:
+        path = Path(name).expanduser()
+        try:
+            if path.is_dir():
+                next(os.scandir(path), None)
+            else:
+                with path.open("rb") as file:
+                    file.read(1)
+        except OSError as error:
+            reasons[name] = error.strerror or type(error).__name__
+    return reasons
+
+
 def write(folder: str, name: str, text: str) -> dict[str, Any]:
     """Write a file, read it back, and leave it for the other nodes to see.
 

@@ -56,7 +56,7 @@ def test_fit_a_matrix(fitted, tests) -> None:
     assert (std >= 0).all()
     assert (std[p < 1 - 1e-5] > 0).all(), "but where it is sure to the last digit"
     assert fitted.score(*tests) > 0.75
-    scores = fitted.unlike(tests[0])
+    scores = fitted.novelty(tests[0])
     assert ((scores >= 0) & (scores <= 1)).all()
     assert fitted.predict_proba(np.empty((0, WIDTH))).shape == (0, 3)
 
@@ -153,7 +153,7 @@ def test_save_load_and_pickle(fitted, train, tests, tmp_path) -> None:
     moved = folder.rename(tmp_path / "moved")
     assert np.array_equal(KalmanCLIP.load(moved).predict_proba(tests[0]), p)
     (fit,) = (moved / "fits").iterdir()
-    judged = Classifier.load(fit).judge(torch.from_numpy(tests[0]))
+    judged = Classifier.load(fit).classify(torch.from_numpy(tests[0]))
     assert judged.probabilities.numpy() == pytest.approx(p, abs=1e-5)
     KalmanCLIP.load(moved).partial_fit(*train).save(tmp_path / "more")
     np.save(fit / CLASS_EMBEDDINGS, class_embeddings()[::-1])

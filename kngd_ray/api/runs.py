@@ -173,7 +173,7 @@ def predict(
 
     ::
 
-        kngd_ray.predict("runs/first", "holiday/")[["image", "class", "probability", "unlike"]]
+        kngd_ray.predict("runs/first", "holiday/")[["image", "class", "probability", "novelty"]]
 
     Pictures in memory go to ``run.classifier`` instead.
 
@@ -188,7 +188,7 @@ def predict(
 
     Returns:
         A pandas frame with a row for each picture: ``image``, ``class``, ``probability`` with ``probability_low`` and
-        ``probability_high``, ``unlike``, ``uncertainty`` (entropy, nats), ``logit_std`` and ``probabilities``.
+        ``probability_high``, ``novelty``, ``uncertainty`` (entropy, nats), ``logit_std`` and ``probabilities``.
     """
     import pandas as pd
 

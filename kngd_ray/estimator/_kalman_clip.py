@@ -192,14 +192,14 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         scale = interval_scale(classifier.novelty)
         return p, probability_std(_head(classifier), features, scale).double().cpu().numpy()
 
-    def unlike(self, X: Any) -> npt.NDArray[np.float64]:
-        """How unlike the training pictures others are.
+    def novelty(self, X: Any) -> npt.NDArray[np.float64]:
+        """Novelty percentiles: how unusual samples are by the standard of the training samples.
 
         Args:
             X: m pictures, or a matrix (m, d).
 
         Returns:
-            (m,) share of the training pictures, held out, that the fit is surer of; NaN where that is not known, as
+            (m,) share of the held-out training samples that the fit is surer of, 0 to 1; NaN if it is not known, as
             without folds.
         """
         classifier, features = self._features(X)

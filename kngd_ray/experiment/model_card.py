@@ -46,7 +46,7 @@ def write_card(
         zero_shot: those of the pretrained model.
         steps: of each fit.
         calibrations: tau and temperature by seed.
-        compared: whether predictions say how unlike the training pictures a picture is.
+        compared: whether predictions have a novelty percentile.
     """
     parts = [
         f"# {_plain(name)}",
@@ -196,7 +196,9 @@ def _use(config: Config, compared: bool) -> str:
             "shots would take it, for pictures like those trained on; of others it is wider than it need be"
         )
     if compared:
-        said.append("`unlike`: the share of the training pictures, held out, of which the fit is surer")
+        said.append(
+            "`novelty`: its percentile, 0 to 1, the share of held-out training pictures of which the fit is surer"
+        )
     said.append("`uncertainty`: entropy of the prediction, nats")
     return _lines("## What it says of a picture", "", *(f"- {line}" for line in said))
 
@@ -219,9 +221,7 @@ def _limits(config: Config, report: Mapping[str, Any]) -> str:
             "not speak for other domains."
         )
     if config.method != "kalman":
-        limits.append(
-            "It has no posterior: it gives no intervals, and cannot tell that a picture is unlike the training's."
-        )
+        limits.append("It has no posterior: it gives no intervals and no novelty percentiles.")
     return _lines("## Limits", "", *(f"- {line}" for line in limits))
 
 

@@ -158,7 +158,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
             "search.scheduler is asha, which needs Ray, and trainer.num_workers is 0: set it to 1 or more."
         )
     space.check(config)
-    _check_judged(config, options, space)
+    _check_dimensions(config, options, space)
     points = _points(config, options, space)
     if options.start is not None:  # the same presets from whatever folder the search is continued
         start = tuple(name if name in configs.names("presets") else str(Path(name).resolve()) for name in options.start)
@@ -166,7 +166,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
     return SearchConfig(config, options, space, points)
 
 
-def _check_judged(config: Config, options: SearchOptions, space: Space) -> None:
+def _check_dimensions(config: Config, options: SearchOptions, space: Space) -> None:
     """Refuse dimensions that the objectives cannot judge.
 
     Raises:

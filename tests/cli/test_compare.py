@@ -233,9 +233,9 @@ def test_other_metrics(comparison) -> None:
         (["--baseline", "adam"], 2, ["adam", "did you mean adamw?"]),
         (["--baseline", "main"], 2, ["several rows", "adamw"]),
         (["--out", "nowhere/page.html"], 1, ["nowhere", "no folder"]),
-        (["--out", "notes.txt"], 2, ["notes.txt", "no page of"]),
-        (["--out", "."], 2, ["no page of"]),
-        (["--out", "/dev/null"], 2, ["no page of"]),
+        (["--out", "notes.txt"], 2, ["notes.txt", "is not an HTML file"]),
+        (["--out", "."], 2, ["is not an HTML file"]),
+        (["--out", "/dev/null"], 2, ["is not an HTML file"]),
     ],
 )
 def test_wrong_usage(comparison, command, arguments: list[str], code: int, words: list[str]) -> None:
@@ -267,7 +267,7 @@ def test_the_page_needs_nothing_else_and_allows_no_other_script(comparison, comm
     assert f"script-src 'sha256-{digest}'" in text
     assert text.count("<svg") > 10
     assert "$" not in text
-    assert comparison("--out", "page.html").code == 0, "a page of ours is replaced"
+    assert comparison("--out", "page.html").code == 0, "a page is replaced"
 
 
 def test_names_from_outside_are_text(comparison, command, store) -> None:

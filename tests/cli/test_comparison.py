@@ -1,12 +1,14 @@
 """The statistics of a comparison against what is known of them."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from kngd_ray.comparison.page import page
 from kngd_ray.comparison.rows import Found, Row
 from kngd_ray.comparison.statistics import (
     TIE,
@@ -176,3 +178,20 @@ def test_front_is_what_no_other_point_dominates(seed: int) -> None:
     gains = points * directions
     expected = [not any((other >= gain).all() and (other > gain).any() for other in gains) for gain in gains]
     assert pareto_front(points.tolist(), directions.tolist()) == expected
+
+
+def test_plots_take_the_colours_of_the_page_and_show_names_as_text(painted: None) -> None:
+    nasty = '<script>alert(1)</script>&"$x^2$'
+    figures = [{"id/accuracy": a, "ood/mean/accuracy": b, "id/nll": 1.0} for a, b in ((0.5, 0.3), (0.6, 0.2))]
+    rows = [Row(str(n), nasty, f"{nasty}{n}", "None", {}, {0: values, 1: values}) for n, values in enumerate(figures)]
+    (table,) = build_tables(Found(rows, None, Counter()), [], [], None)
+    text = page(nasty, nasty, [table])
+    drawings = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    assert len(drawings) == 3
+    for svg in drawings:
+        assert svg.count("<title>") == 2
+        assert ": &lt;script&gt;alert(1)&lt;/script&gt;&amp;&#34;$x^2$0</title>" in svg
+        assert {f"var({name})" in svg for name in ("--ink", "--soft", "--line", "--page", "--mark")} == {True}
+        assert not re.search(r"#0000|<script|href=|url\(|https?:|id=\"|xmlns", svg)
+        assert "higher is better" in svg
+    assert len(re.findall("<script", text)) == 1

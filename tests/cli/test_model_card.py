@@ -33,7 +33,7 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     assert "Predictions: `linearised`, posterior temperature tau 0.3, 0.3, not chosen, but given." in card
     assert "Apache-2.0" in card
     assert "training pictures: unknown" in card
-    assert "`unlike`" in card
+    assert "`novelty`" in card
     single = card_of(command, "c", "kalman-seed1")
     assert "One seed: no interval can be given" in single
     assert "seed 1" in single
@@ -42,7 +42,7 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     assert "`optimizer.lr`" in adamw
     assert "It has no posterior" in adamw
     assert "Predictions: by the weights alone." in adamw
-    assert "`unlike`" not in adamw
+    assert "`novelty`" not in adamw
 
 
 def test_what_is_not_known_is_said() -> None:

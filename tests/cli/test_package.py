@@ -236,10 +236,10 @@ def test_too_much_is_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_folders_that_are_no_project_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         collect(tmp_path / "gone")
-    with pytest.raises(UsageError, match="no project's folder"):
+    with pytest.raises(UsageError, match="not a project folder"):
         collect(Path("/"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UsageError, match="no project's folder"):
+    with pytest.raises(UsageError, match="not a project folder"):
         collect(tmp_path)
     (tmp_path / "empty").mkdir()
     git(tmp_path / "empty", "init", "-q")

@@ -268,7 +268,7 @@ class ComparisonResult:
         """A pandas frame with a row for each group, row and metric.
 
         ``mean``, ``low`` and ``high`` are over seeds. ``difference``, ``difference_low`` and ``difference_high`` are
-        from the group's baseline on the same seeds; ``decided`` says whether it is beyond the noise of seeds, over all
+        from the group's baseline on the same seeds; ``decided`` says whether it is significant, over all
         rows (Holm).
         """
         import pandas as pd

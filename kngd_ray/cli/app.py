@@ -73,7 +73,7 @@ def _run() -> None:
         code = getattr(end, "code", _INTERRUPTED)
         if code == _INTERRUPTED:  # which typer makes of Ctrl-C
             _fail(
-                "interrupted; what was finished is kept, a training run or a search can be continued with --resume.",
+                "interrupted; finished work is kept, and --resume continues a training run or a search.",
                 code,
             )
         sys.exit(code)

@@ -22,7 +22,7 @@ from kngd_ray.errors import KEY_SHAPES, KngdError, UsageError
 from kngd_ray.storage import storage_errors
 
 RAYIGNORE = ".rayignore"
-NO_CODE = "its suffix, which is not of code or settings (include=PATH sends it)"
+NO_CODE = "suffix (include=PATH sends it)"
 
 _SUFFIXES = {
     *(".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh"),
@@ -293,12 +293,12 @@ def _git(root: Path, *which: str) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"git does not list the files of {root} ({error}): correct that.") from error
+        raise UsageError(f"git cannot list the files of {root} ({error}): correct that.") from error
     if asked.returncode:
         said = (asked.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[0]
         if "not a git repository" in said:
             return None
-        raise UsageError(f"git does not list the files of {root} ({said.rstrip('.')}): correct that.")
+        raise UsageError(f"git cannot list the files of {root} ({said.rstrip('.')}): correct that.")
     return [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name]
 
 

@@ -94,7 +94,7 @@ def explain(error: Exception, joined: str | None, address: str | None) -> str:
     text = str(error)
     if joined is None:
         return (
-            f"cannot start Ray on this machine ({_first_line(text)}): see what kngd-ray doctor finds, or set "
+            f"cannot start Ray on this machine ({_first_line(text)}): run kngd-ray doctor, or set "
             "trainer.num_workers=0 to run without Ray."
         )
     versions = re.findall(r"^\s*(?:Ray|Python): (\S+)", text, re.MULTILINE)

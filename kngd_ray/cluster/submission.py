@@ -291,10 +291,10 @@ class Cluster:
             raise
         except AuthenticationError as error:
             missing = str(error).startswith("Authentication required")
-            what = "asks for a token, and none was sent" if missing else "does not accept this token"
+            what = "requires a token, and none was sent" if missing else "does not accept this token"
             raise KngdError(f"the cluster at {self.address} {what}: {_HOW_TO_SHOW_IT}.") from error
         except (requests.JSONDecodeError, requests.HTTPError, KeyError) as error:
-            raise KngdError(f"what answers at {self.address} is no Ray dashboard: give http://HOST:8265.") from error
+            raise KngdError(f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265.") from error
         except (OSError, requests.RequestException) as error:  # a ConnectionError of Python's is an OSError
             raise KngdError(self._unreachable(error)) from error
         except (RuntimeError, ValueError) as error:
@@ -302,7 +302,7 @@ class Cluster:
                 raise UsageError(self._unknown(job_id)) from error
             if "404" in str(error):
                 raise KngdError(
-                    f"what answers at {self.address} is no Ray dashboard: give http://HOST:8265."
+                    f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265."
                 ) from error
             if _NO_AGENT in str(error):
                 raise KngdError(
@@ -320,13 +320,13 @@ class Cluster:
         except OSError as refused:
             reason = refused.strerror or str(refused) or type(refused).__name__
             return (
-                f"nobody answers at {self.address} ({reason}): start the cluster or the tunnel to it "
+                f"nothing responds at {self.address} ({reason}): start the cluster or the tunnel to it "
                 "(`ray dashboard cluster.yaml`), or give the dashboard's address, address=http://HOST:8265."
             )
         if isinstance(error, requests.exceptions.SSLError):
-            return f"{self.address} does not speak TLS as it should ({error}): check its certificate, or give http://."
+            return f"{self.address} does not speak TLS properly ({error}): check its certificate, or give http://."
         return (
-            f"what listens at {self.address} is no web server: give the dashboard's address, port 8265 by default, "
+            f"what listens at {self.address} is not a web server: give the dashboard's address, port 8265 by default, "
             "not Ray's own port (6379) or that of its client (10001)."
         )
 
@@ -334,7 +334,7 @@ class Cluster:
         jobs = sorted(self._client.list_jobs(), key=lambda job: job.start_time or 0)
         known = [job.submission_id for job in jobs if job.submission_id]
         if not known:
-            return f"there is no job {job_id} at {self.address}, which has had none."
+            return f"there is no job {job_id} at {self.address}, which has run none yet."
         return f"there is no job {job_id} at {self.address}{nearest(job_id, known[-_RECENT:])}."
 
 

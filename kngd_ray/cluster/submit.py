@@ -219,15 +219,15 @@ def _show(bundle: Bundle, display: Display) -> None:
     for rule, names in bundle.ignored.items():
         display.say(f"left out by {rule}: {_some(names)}")
     if bundle.secrets:
-        display.say(f"left out as credentials (rename what is none): {_some(bundle.secrets)}")
+        display.say(f"left out as possible credentials (rename false positives): {_some(bundle.secrets)}")
     if bundle.unfit:
         display.say(f"left out as links to elsewhere or special files: {_some(bundle.unfit)}")
     if bundle.shadowing:
-        display.say(f"goes before what is installed there under that name: {_some(bundle.shadowing)}")
+        display.say(f"shadows what is installed on the cluster: {_some(bundle.shadowing)}")
     if bundle.brings_kngd_ray:
-        display.say("kngd_ray is sent, and the cluster runs that, whatever is installed there")
+        display.say("kngd_ray is sent and takes precedence over the installed version")
     else:
-        display.say(f"kngd_ray itself is not sent: the cluster has to have version {__version__}")
+        display.say(f"kngd_ray itself is not sent: the cluster needs version {__version__}")
 
 
 def _some(names: Sequence[str]) -> str:

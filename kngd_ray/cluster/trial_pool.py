@@ -125,7 +125,7 @@ class _Pool:
                 self._starts += not trials
                 if self._starts > _MOST_STARTS:
                     raise KngdError(
-                        f"Ray starts no process for trials: {_reason(error)}; see kngd-ray doctor."
+                        f"Ray could not start a process for trials: {_reason(error)}; see kngd-ray doctor."
                     ) from error
                 self._start()
             else:

@@ -92,7 +92,7 @@ def _show(table: Table, found: Found, display: Display) -> None:
     if table.baseline is not None and len(table.lines) > 1:
         title = (
             f"difference from {table.baseline.name} on the same seeds: mean, seeds won-tied-lost, [95 % interval of it "
-            "alone]; ! is beyond the noise of seeds (Holm over the rows)"
+            "alone]; ! is significant (Holm over the rows)"
         )
         display.out.print(title, highlight=False, markup=False)
         for metrics in _blocks(table.metrics, display.out.width - _NAME, 19):

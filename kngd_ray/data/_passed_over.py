@@ -66,7 +66,7 @@ def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[st
             f"{root}: {count} of the {count + read[name]} files of the class {name!r} would be passed over for their"
             f" suffix, {by_suffix(lost[name])}{more}: save them as PNG or JPEG, or move them out of the folder"
         )
-    return (f"passed over for their suffix: {by_suffix(passed)}",) if passed else ()
+    return (f"skipped because of their suffix: {by_suffix(passed)}",) if passed else ()
 
 
 def unread(root: Path) -> Iterator[Path]:

@@ -62,7 +62,7 @@ def ensemble(
         UsageError: an alpha outside [0, 1], another setting than those, or weights that cannot be averaged.
     """
     if points < 2:
-        raise UsageError(f"--points is {points}; a curve over alpha needs 2 or more, 0 and 1 among them.")
+        raise UsageError(f"--points is {points}; a curve over alpha needs at least 2, for alpha 0 and 1.")
     alpha, settings = _alpha(overrides)
     place = run_folder.locate(target, storage_path)
     run = next(folder for folder in (place, *place.parents) if (folder / CONFIG).is_file())

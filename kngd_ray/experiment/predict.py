@@ -82,7 +82,7 @@ def predict(
             if html is not None:
                 cards.append(Card.of(rows[-1], picture))
     if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
-        display.say(f"passed over for their suffix: {by_suffix(passed)}")
+        display.say(f"skipped because of their suffix: {by_suffix(passed)}")
     if left_out:
         first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
@@ -119,7 +119,7 @@ def _classify_features(
     other = next((name for name in files if not name.endswith(_FEATURES)), None)
     if other is not None:
         raise UsageError(
-            f"{fit} learned from features, and {other} is no parquet file with a column `features`: kngd-ray encode "
+            f"{fit} learned from features, and {other} is not a parquet file with a column `features`: kngd-ray encode "
             "--out writes one of pictures."
         )
     rows: list[dict[str, Any]] = []
@@ -145,7 +145,7 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
     for name in images:
         path = Path(name)
         if not path.exists() and address(name) is not None:
-            raise DataError(f"{name} is an address, and nothing is fetched: download it, and name the file.")
+            raise DataError(f"{name} is an address, and nothing is downloaded: download it, and name the file.")
         if not path.is_dir():
             yield path, True
             continue
@@ -165,7 +165,7 @@ def _open(path: Path, named: bool) -> Image.Image | BadImage:
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
+            raise DataError(f"the picture {path} cannot be read (it is not a regular file): check the path.")
         return decode(path.read_bytes(), str(path), _REMEDY)
     except BadImage as error:
         if named:

@@ -118,7 +118,7 @@ def test_one_null_table_in_twenty_claims_a_difference(seeds: int) -> None:
         any(d.decided for line in table.lines if (d := line.figures["id/accuracy"].difference)) for table in tables
     )
     assert 0.03 < claimed / 2000 < 0.065
-    said = sum("beyond" in table.headlines[0] and "not beyond" not in table.headlines[0] for table in tables)
+    said = sum("significant" in table.headlines[0] and "not significant" not in table.headlines[0] for table in tables)
     assert said / 2000 < 0.065
 
 
@@ -127,9 +127,9 @@ def test_what_a_headline_says_of_one_row_and_of_several() -> None:
     (said,) = table_of(np.array([base, good])).headlines
     assert "10.0 points higher than adamw (95 % interval +8.8 to +11.2, which excludes 0)" in said
     (said,) = table_of(np.array([base, good, [0.4, 0.55, 0.5]])).headlines
-    assert "+11.2 of this comparison alone, and p = 0.0017 among 2 (Holm): beyond the noise of seeds)" in said
+    assert "+11.2 of this comparison alone, and p = 0.0017 among 2 (Holm): significant)" in said
     (said,) = table_of(np.array([base, [0.51, 0.54, 0.50], *np.random.default_rng(0).random((9, 3)) / 3])).headlines
-    assert "not beyond the noise of seeds" in said
+    assert "not significant" in said
 
 
 def test_holm() -> None:

@@ -70,7 +70,7 @@ def test_all_is_well_and_nothing_is_left(doctor: Doctor, command: Any) -> None:
         "model": "ok",
     }
     assert found["storage", "here"]["found"] == f"{command.runs}: written, read, deleted"
-    assert "is not there yet" in found["tracking", "here"]["found"]
+    assert "does not exist yet" in found["tracking", "here"]["found"]
     assert "embedded loads" in found["model", "here"]["found"]
     assert files(command.folder) == before
 
@@ -188,9 +188,9 @@ def test_little_room_is_a_warning_that_names_the_folder(
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("http://127.0.0.1:9", "does not answer (connection refused)"),
+        ("http://127.0.0.1:9", "does not respond (connection refused)"),
         ("sqlite:////dev/null/mlflow.db", "cannot be made"),
-        ("gopher://x", "which is no MLflow store"),
+        ("gopher://x", "which is not an MLflow store"),
         ("http://user:hunter2secret@127.0.0.1:9", "://***@127.0.0.1:9"),
     ],
 )
@@ -209,11 +209,11 @@ def test_a_database_that_is_none_of_mlflow_s_is_left_alone(doctor: Doctor, comma
     path = command.folder / "own.db"
     path.write_bytes(b"not a database" * 100)
     _, found = doctor(f"tracking.uri=sqlite:///{path}")
-    assert "is no SQLite database" in found["tracking", "here"]["found"]
+    assert "is not a SQLite database" in found["tracking", "here"]["found"]
     path.write_bytes(b"")
     _, found = doctor(f"tracking.uri=sqlite:///{path}")
     assert found["tracking", "here"]["state"] == "ok"
-    assert "is empty, the first run makes MLflow's tables" in found["tracking", "here"]["found"]
+    assert "is empty, the first run creates MLflow's tables" in found["tracking", "here"]["found"]
     assert path.read_bytes() == b""
 
 

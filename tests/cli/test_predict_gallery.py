@@ -58,7 +58,7 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert [row["image"] for row in rows] == [str(folder / name) for name in (bad, "a.png", "deep/b.png")]
     assert "undecodable pictures left out: 1" in outcome.err
     assert "the picture cannot be decoded (no known format)" in outcome.err
-    assert "passed over for their suffix: .txt (1)" in outcome.err
+    assert "skipped because of their suffix: .txt (1)" in outcome.err
     for row in rows:
         assert 0 <= row["probability_low"] <= row["probability"] <= row["probability_high"] <= 1
         assert row["probability_low"] < row["probability_high"]
@@ -149,7 +149,7 @@ def test_nothing_is_cut_off_where_there_is_no_terminal(command) -> None:
 def test_addresses_keep_their_slashes(command, given) -> None:
     outcome = command("predict", "p", given)
     assert outcome.code == 1
-    assert f"{given} is an address, and nothing is fetched" in outcome.sentence
+    assert f"{given} is an address, and nothing is downloaded" in outcome.sentence
     for setting in (f"data.path={given}", f"model.pretrained={given}"):
         outcome = command.train(*(["model.name=ViT-B-32"] if "pretrained" in setting else []), setting)
         assert outcome.code == 1

@@ -79,10 +79,8 @@ def test_a_dry_run_shows_what_would_be_sent_and_contacts_nobody(command, project
     unsent = {"job_id": None, "status": "NOT SENT", "exit_code": None, "files": 1, "bytes": 14}
     assert outcome.json == unsent | {"entrypoint": entrypoint, "sent": ["run.yaml"]}
     assert f"would run on http://nowhere.example.org:8265: {entrypoint}" in outcome.err
-    assert (
-        "left out by its suffix, which is not of code or settings (include=PATH sends it): shots.parquet" in outcome.err
-    )
-    assert "left out as credentials (rename what is none): .env" in outcome.err
+    assert "left out by suffix (include=PATH sends it): shots.parquet" in outcome.err
+    assert "left out as possible credentials (rename false positives): .env" in outcome.err
     assert "kngd_ray itself is not sent" in outcome.err
     assert SECRET not in outcome.out + outcome.err
 
@@ -156,7 +154,7 @@ def test_what_goes_before_what_is_installed_is_said(command, project) -> None:
     (project / "json" / "__init__.py").touch()
     (project / "mine.py").touch()
     outcome = command("submit", f"working_dir={project}", "dry_run=true", "--", "train")
-    assert "goes before what is installed there under that name: torch.py, json/\n" in outcome.err
+    assert "shadows what is installed on the cluster: torch.py, json/\n" in outcome.err
 
 
 def test_too_much_is_refused_by_the_limit_of_ray(command, project, monkeypatch) -> None:
@@ -229,7 +227,7 @@ def serve() -> Iterator[Serve]:
 def test_nobody_listens(command, project) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     outcome = command("submit", f"address={address}", f"working_dir={project}", "--", "train")
-    refused(outcome, FAILED, f"nobody answers at {address} (Connection refused)", "address=")
+    refused(outcome, FAILED, f"nothing responds at {address} (Connection refused)", "address=")
 
 
 def test_the_address_given_wins_over_the_environment(command, monkeypatch) -> None:
@@ -257,12 +255,12 @@ def test_a_port_that_does_not_speak_http(command) -> None:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         outcome = command("submit", f"address={address}", "status=a")
         server.shutdown(socket.SHUT_RDWR)
-    refused(outcome, FAILED, f"what listens at {address} is no web server", "not Ray's own port (6379)")
+    refused(outcome, FAILED, f"what listens at {address} is not a web server", "not Ray's own port (6379)")
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(401, ["asks for a token, and none was sent"]), (403, ["does not accept this token"])],
+    [(401, ["requires a token, and none was sent"]), (403, ["does not accept this token"])],
 )
 def test_tokens(command, serve: Serve, code: int, words: list[str]) -> None:
     address = serve(lambda _: (code, b"no"))
@@ -273,7 +271,7 @@ def test_tokens(command, serve: Serve, code: int, words: list[str]) -> None:
 @pytest.mark.parametrize(("code", "body"), [(404, b"?"), (200, b"<html>"), (200, b"{}"), (500, b"oops")])
 def test_another_web_server(command, serve: Serve, code: int, body: bytes) -> None:
     outcome = command("submit", f"address={serve(lambda _: (code, body))}", "status=a")
-    refused(outcome, FAILED, "is no Ray dashboard", "http://HOST:8265")
+    refused(outcome, FAILED, "is not a Ray dashboard", "http://HOST:8265")
 
 
 def test_another_version_of_ray(command, project, serve: Serve) -> None:
@@ -308,7 +306,7 @@ def test_an_unknown_job_names_the_recent_ones(command, serve: Serve) -> None:
         refused(outcome, USAGE, "there is no job train-2026-70", "did you mean train-2026-7?", "train-2026-3")
         assert "train-2026-2" not in outcome.sentence
     jobs.clear()
-    refused(command("submit", f"address={address}", "status=a"), USAGE, "which has had none")
+    refused(command("submit", f"address={address}", "status=a"), USAGE, "which has run none yet")
 
 
 # The check, as it runs on the cluster: doctor, without Ray where the command needs none
@@ -386,7 +384,7 @@ def test_what_the_check_finds(command, faults, setting: str, words: list[str]) -
     [
         ("sqlite:///mlflow.db", ["tracking.uri=sqlite:///mlflow.db", "MLFLOW_TRACKING_URI"]),
         ("http://127.0.0.1:9", ["the tracking store http://127.0.0.1:9"]),
-        ("ftp://a", ["no MLflow store"]),
+        ("ftp://a", ["not an MLflow store"]),
     ],
 )
 def test_tracking_is_checked(command, faults, uri: str, words: list[str]) -> None:

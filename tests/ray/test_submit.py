@@ -246,7 +246,7 @@ def test_nobody_without_the_token(head: Head) -> None:
     nothing = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
     code, _, err = head.submit("--", *head.train(), **nothing)
     assert code == 1
-    assert "asks for a token, and none was sent" in err
+    assert "requires a token, and none was sent" in err
     assert "RAY_AUTH_MODE=token" in err
 
 
@@ -283,7 +283,7 @@ def test_a_job_is_left_running_and_stopped_by_name(head: Head) -> None:
     assert json.loads(out) == {"job_id": job_id, "status": "STOPPED", "exit_code": 130}
     log = head.submit(f"logs={job_id}")
     assert log[0] == 130
-    assert "interrupted; what was finished is kept" in log[1], "as by Ctrl-C, not killed"
+    assert "interrupted; finished work is kept" in log[1], "as by Ctrl-C, not killed"
 
 
 def on_a_terminal(

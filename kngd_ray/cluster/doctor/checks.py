@@ -68,12 +68,12 @@ def token(where: str, seen: Mapping[str, str]) -> Finding:
         What to think of it.
     """
     if seen["mode"] == "disabled":
-        return Finding("token", where, "warning", "switched off by RAY_AUTH_MODE=disabled", "unset it, or say token")
+        return Finding("token", where, "warning", "disabled by RAY_AUTH_MODE=disabled", "unset it, or set it to token")
     if not seen["fault"]:
         return Finding("token", where, "ok", f"{seen['place']}, for its owner only")
     found, _, advice = seen["fault"].partition(": ")
     if found.startswith("there is no") and not seen["mode"]:
-        return Finding("token", where, "ok", "none yet; the first Ray instance that is started here makes one")
+        return Finding("token", where, "ok", "none yet; the first Ray instance that is started here creates it")
     return Finding("token", where, "failed", found, advice)
 
 
@@ -187,7 +187,7 @@ def storage(storage_path: str, ask: Ask) -> list[Finding]:
                 written[said.node] = said.answer["name"]
                 made |= set(said.answer["made"])
             else:
-                advice = "check that the folder is mounted there and may be written by the user of Ray"
+                advice = "check that the folder is mounted there and that Ray's user may write to it"
                 findings.append(Finding("storage", said.node, "failed", f"{folder}: {said.error}", advice))
         looked = ask(node_checks.unseen, folder, list(written.values()), text, _UNSEEN_SECONDS, timeout_s=_NODE_SECONDS)
         for said in looked:

@@ -196,11 +196,13 @@ def _access(dashboard: str, *, ours: bool) -> list[Finding]:
         with suppress(OSError, ValueError), urlopen(f"http://{dashboard}/api/authentication_mode", timeout=5) as answer:
             asks = json.load(answer)["authentication_mode"] == "token"
     if asks:
-        findings.append(Finding("access", HERE, "ok", "Ray asks for the token"))
+        findings.append(Finding("access", HERE, "ok", "Ray requires the token"))
     else:
         advice = "start head and nodes with RAY_AUTH_MODE=token and the same token file, see docs/cluster.md"
         state: State = "warning" if ours or host in _LOOPBACK else "failed"
-        findings.append(Finding("access", HERE, state, "Ray lets everybody in who reaches it", advice))
+        findings.append(
+            Finding("access", HERE, state, "Ray requires no token, so anyone who can reach it can run code", advice)
+        )
     return findings
 
 

@@ -77,7 +77,7 @@ def encode(
         rows = np.setdiff1d(everything, list(bad))
         report |= _write(images, rows, cache, model, texts, out)
         display.say(f"{report['features']}: {len(rows)} rows of {model.embed_dim} features")
-        display.say("train, tune and evaluate on them, here or anywhere, with the settings")
+        display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)
     return report
 

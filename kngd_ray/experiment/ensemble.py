@@ -95,8 +95,8 @@ def ensemble(
     else:
         now = " and ".join(f"{a:g}" for a in sorted(in_use))
         display.say(
-            f"predict, evaluate and export use alpha={now}; kngd-ray ensemble {target} alpha=0.5 keeps another. "
-            "The curve is over test sets: choose alpha without it"
+            f"predict, evaluate and export use alpha={now}; kngd-ray ensemble {target} alpha=0.5 sets another. "
+            "The curve is measured on test sets: do not choose alpha from it"
         )
     return {
         "fits": [str(folder) for _, folder in fits],

@@ -102,7 +102,7 @@ def export(target: str, out: Path, storage_path: str, display: Display, *, onnx:
             for note in exported.notes:
                 display.say(f"  {note}")
     if towers:
-        display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
+        display.say(f"to train, tune and evaluate with these towers, use model.name=local-dir:{out}")
     display.say(f"{CLASSES} (class names in the order of the logits, prompts, preprocessing)")
     return {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
 

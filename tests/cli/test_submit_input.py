@@ -365,7 +365,7 @@ def test_the_line_that_the_job_prints(command, monkeypatch) -> None:
         ("model.pretrained=/gone.safetensors", ["model.pretrained=/gone.safetensors cannot be read"]),
         ("model.class_embeddings=/gone.npy", ["model.class_embeddings=/gone.npy cannot be read"]),
         ("data.cache_dir=/proc/features", ["feature cache /proc/features cannot be written", "set data.cache_dir"]),
-        ("trainer.storage_path=/proc/runs", ["/proc/runs", "may be written"]),
+        ("trainer.storage_path=/proc/runs", ["/proc/runs", "user may write to it"]),
         ("trainer.storage_path=kngd_runs", ["trainer.storage_path=kngd_runs", "KNGD_STORAGE_PATH"]),
         ("prior=monday", ["there is no run monday"]),
         ("data.shot=4", ["did you mean data.shots?"]),

@@ -50,11 +50,11 @@ def train(
         *overrides: settings as the command line takes them, ``"data.shots=16"``.
         resume: name or folder of a run that was cut short, to continue it. Only settings of trainer and tracking may
             be given with it.
-        ray: run on Ray with as many workers as the settings say, two by default. Otherwise everything happens in this
-            process, unless ``num_workers`` is given.
+        ray: run on Ray with ``trainer.num_workers`` workers, two by default. Otherwise everything runs in this process,
+            unless ``num_workers`` is given.
         quiet: show nothing.
         console: where progress and results are shown; None is a new one.
-        **settings: settings. A whole number of ``seeds`` is how many: 5 are the seeds 0 to 4.
+        **settings: settings. An integer ``seeds`` is a count: 5 means seeds 0 to 4.
 
     Returns:
         The run.
@@ -82,7 +82,7 @@ def tune(
     console: Display | None = None,
     **settings: Any,
 ) -> "SearchResult":
-    """Search for the settings of a fit on its training pictures alone, then fit and test the best once.
+    """Search for settings on the training pictures alone, then fit the best trial and test it once.
 
     ::
 
@@ -93,11 +93,11 @@ def tune(
     Args:
         search: name of a shipped search, or a YAML file.
         *overrides: settings as the command line takes them, ``"search.num_samples=60"``.
-        resume: name or folder of a search, to continue it or to help the process that runs it.
+        resume: name or folder of a search, to continue it or to join the process that runs it.
         ray: run trials on Ray, as :func:`train` says of its fits.
         quiet: show nothing.
         console: where progress and results are shown; None is a new one.
-        **settings: settings; names of options of the search, such as ``num_samples``, stand for themselves.
+        **settings: settings; options of the search, such as ``num_samples``, need no prefix.
 
     Returns:
         The search.
@@ -127,7 +127,7 @@ def evaluate(
     console: Display | None = None,
     **settings: Any,
 ) -> "EvaluationResult":
-    """Score a trained fit in and out of distribution, on its own data or on other data of the same classes.
+    """Evaluate a fit in and out of distribution, on its own data or on other data with the same classes.
 
     ::
 
@@ -137,7 +137,7 @@ def evaluate(
     Args:
         run: a result; or name or folder of a run, or the folder of a fit or a checkpoint.
         *overrides: settings as the command line takes them; a YAML file may be the first.
-        storage_path: where runs live; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
+        storage_path: where runs are stored; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
         ray: encode on Ray with the run's workers.
         quiet: show nothing.
         console: where figures are shown; None is a new one.
@@ -175,13 +175,13 @@ def predict(
 
         kngd_ray.predict("runs/first", "holiday/")[["image", "class", "probability", "novelty"]]
 
-    Pictures in memory go to ``run.classifier`` instead.
+    For pictures in memory, use ``run.classifier``.
 
     Args:
         run: a result; or name or folder of a run, or the folder of a fit or a checkpoint.
         images: a picture file, a folder of them, or several; parquet files for a run on features.
-        storage_path: where runs live; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
-        html: a gallery to write, the least certain first.
+        storage_path: where runs are stored; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
+        html: a gallery to write, the most novel first.
         table: also show a table.
         quiet: show nothing.
         console: where it is shown; None is a new one.
@@ -232,7 +232,7 @@ def compare(
     quiet: bool = False,
     console: Display | None = None,
 ) -> "ComparisonResult":
-    """Lay the runs of an MLflow experiment side by side, paired by seed, with intervals.
+    """Compare the runs of an MLflow experiment, paired by seed, with intervals.
 
     ::
 
@@ -241,9 +241,9 @@ def compare(
 
     Args:
         experiment: its name.
-        parent: only the runs below this one; of a search, its trials.
+        parent: only the runs below this one; for a search, its trials.
         metrics: names of metrics; none are accuracy, NLL and ECE.
-        baseline: run, row or method that differences are from; None is AdamW, else CLIP as it is.
+        baseline: run, row or method that others are compared with; None is AdamW, else zero-shot CLIP.
         uri: tracking store; None is the default of :func:`train`.
         out: the HTML page; None is ``compare-EXPERIMENT.html`` in the current folder.
         quiet: show nothing.
@@ -262,7 +262,7 @@ def compare(
 
 
 def load(run: Named, *, storage_path: Named | None = None) -> "RunResult | SearchResult":
-    """Take up a run or a search from its folder, or what ``KalmanCLIP.save`` wrote.
+    """Load a run, a search, or a classifier saved by ``KalmanCLIP.save``.
 
     ::
 
@@ -270,7 +270,7 @@ def load(run: Named, *, storage_path: Named | None = None) -> "RunResult | Searc
 
     Args:
         run: name or folder.
-        storage_path: where runs live; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
+        storage_path: where runs are stored; None is ``$KNGD_STORAGE_PATH``, else ``kngd_runs``.
 
     Returns:
         The run, or the search.

@@ -76,7 +76,7 @@ def submit(
     if given is not None:
         result = jobs.submit(command, given[1].get("settings") or [], request, display)
     else:
-        result = jobs.look(request, display)
+        result = jobs.show_job(request, display)
     if as_json:
         print_json(result)
     if request.status is None and request.stop is None and result["exit_code"]:

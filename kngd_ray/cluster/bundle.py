@@ -208,7 +208,7 @@ def show_bytes(count: int) -> str:
 
 
 class _Sorter:
-    """Judges files one by one; each is judged once."""
+    """Decides file by file what is sent."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -221,7 +221,7 @@ class _Sorter:
         self._links: list[str] = []
 
     def take(self, name: str, *, asked_for: bool) -> None:
-        """Judge a file.
+        """Decide on a file.
 
         Args:
             name: its path in the folder.

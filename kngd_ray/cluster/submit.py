@@ -143,7 +143,7 @@ def submit(command: Sequence[str], settings: Sequence[str], options: SubmitOptio
     return {**_report(_follow(cluster, job_id, display)), **sent}
 
 
-def look(options: SubmitOptions, display: Display) -> dict[str, Any]:
+def show_job(options: SubmitOptions, display: Display) -> dict[str, Any]:
     """Show the state or the log of a job, or stop it.
 
     Args:

@@ -17,8 +17,7 @@ import kngd_ray
 from kngd_ray.cluster.doctor import checks as doctor_checks
 from kngd_ray.cluster.doctor import node_checks
 from kngd_ray.cluster.doctor import run as orchestra
-from kngd_ray.cluster.doctor.checks import Said
-from kngd_ray.cluster.doctor.node_checks import token_file, unseen, write
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer, token_file, unseen, write
 
 Doctor = Callable[..., tuple[int, dict[tuple[str, str], dict[str, str]]]]
 
@@ -238,12 +237,12 @@ def test_a_check_that_hangs_or_breaks_ends_no_other(doctor: Doctor, monkeypatch:
     assert found["disk", "here"]["state"] in {"ok", "warning"}
 
 
-def nodes_at(*folders: Path) -> Callable[..., Sequence[Said]]:
+def nodes_at(*folders: Path) -> Callable[..., Sequence[NodeAnswer]]:
     """Nodes that each see another folder at the path that they are asked about."""
 
-    def ask(question: Callable[..., Any], _: str, *arguments: Any, timeout_s: float) -> list[Said]:
+    def ask(question: Callable[..., Any], _: str, *arguments: Any, timeout_s: float) -> list[NodeAnswer]:
         names = [f"node{number}" for number in range(len(folders))]
-        return [Said(name, question(str(at), *arguments)) for name, at in zip(names, folders, strict=True)]
+        return [NodeAnswer(name, question(str(at), *arguments)) for name, at in zip(names, folders, strict=True)]
 
     return ask
 

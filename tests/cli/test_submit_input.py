@@ -20,8 +20,7 @@ from kngd_ray import __version__
 from kngd_ray.cluster import preflight, submission
 from kngd_ray.cluster.bundle import Bundle
 from kngd_ray.cluster.doctor import checks as doctor_checks
-from kngd_ray.cluster.doctor.checks import Said
-from kngd_ray.cluster.doctor.node_checks import unreadable
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer, unreadable
 from kngd_ray.cluster.doctor.node_checks import versions as node_versions
 from kngd_ray.cluster.submission import DEFAULT_ADDRESS, JobState, dashboard_address, package_limit
 from kngd_ray.config import TrackingConfig, TrainerConfig, load_config
@@ -433,10 +432,15 @@ def test_nodes_with_another_version_or_without_the_file_are_named(tmp_path: Path
     (tmp_path / "a.parquet").touch()
     paths = {str(tmp_path / "a.parquet"): "data.path", "/data/b.parquet": "targets"}
 
-    def ask(question: Callable[..., object], *arguments: object, timeout_s: float) -> list[Said]:
+    def ask(question: Callable[..., object], *arguments: object, timeout_s: float) -> list[NodeAnswer]:
         assert question is unreadable
         lacking = unreadable(*arguments)  # type: ignore[arg-type]
-        return [Said("n1", {}), Said("n2", lacking), Said("n3", lacking), Said("n4", error="it hangs")]
+        return [
+            NodeAnswer("n1", {}),
+            NodeAnswer("n2", lacking),
+            NodeAnswer("n3", lacking),
+            NodeAnswer("n4", error="it hangs"),
+        ]
 
     findings = doctor_checks.inputs(paths, ask)
     assert [(finding.where, finding.state) for finding in findings] == [

@@ -4,9 +4,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 from kngd_ray.clip import ModelConfig, load_model, read_class_embeddings
@@ -16,7 +16,7 @@ from kngd_ray.errors import ModelError
 from kngd_ray.tracking import check_store
 
 State = Literal["ok", "warning", "failed", "skipped"]
-Ask = Callable[..., Sequence[Any]]  # :func:`kngd_ray.cluster.ask_nodes`, or this process in its place
+Ask = Callable[..., Sequence[node_checks.NodeAnswer]]  # kngd_ray.cluster.nodes.ask_nodes, or for this process alone
 
 HERE = "here"
 
@@ -45,16 +45,6 @@ class Finding:
     state: State
     found: str
     advice: str = ""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What this process says where there is no cluster to ask; as a :class:`kngd_ray.cluster.nodes.NodeAnswer`."""
-
-    node: str
-    answer: Any = None
-    error: str | None = None
-    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def token(where: str, seen: Mapping[str, str]) -> Finding:

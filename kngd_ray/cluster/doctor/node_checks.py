@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,23 @@ for n in range(len(names)):
     torch.cuda.get_device_properties(n), torch.empty(1, device=f"cuda:{n}")
 print(json.dumps(names))
 """
+
+
+@dataclass(frozen=True)
+class NodeAnswer:
+    """What one node answered.
+
+    Attributes:
+        node: its address, with a number if several nodes share one; ``here`` for this process.
+        answer: what the question returned there; None if it failed.
+        error: why it failed, in one line; None if it did not.
+        resources: what the node offers Ray, such as CPU and GPU.
+    """
+
+    node: str
+    answer: Any = None
+    error: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def describe(folders: Mapping[str, str], gpus: bool) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from kngd_ray.cluster.doctor import checks as doctor_checks
 from kngd_ray.cluster.doctor import node_checks
-from kngd_ray.cluster.doctor.checks import HERE, Ask, Finding, Said, State
+from kngd_ray.cluster.doctor.checks import HERE, Ask, Finding, State
 from kngd_ray.cluster.doctor.needs import Needs
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer
 from kngd_ray.config import TrainerConfig
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError
@@ -135,14 +136,14 @@ def _within(seconds: float, look: Callable[..., Any], *arguments: Any) -> Any:
     return outcome[0]
 
 
-def _ask_here(question: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[Said]:
+def _ask_here(question: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[NodeAnswer]:
     """Put a question to this process, where there is no cluster."""
     try:
-        return [Said(HERE, _within(timeout_s, question, *arguments))]
+        return [NodeAnswer(HERE, _within(timeout_s, question, *arguments))]
     except TimeoutError:
-        return [Said(HERE, error=f"no answer within {timeout_s:g} s")]
+        return [NodeAnswer(HERE, error=f"no answer within {timeout_s:g} s")]
     except OSError as error:
-        return [Said(HERE, error=str(error))]
+        return [NodeAnswer(HERE, error=str(error))]
 
 
 def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:

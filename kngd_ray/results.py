@@ -54,7 +54,7 @@ class RunResult(_Kept):
 
     Attributes:
         folder: of the run; :func:`kngd_ray.load`, ``kngd-ray predict`` and the other commands take it.
-        report: the metrics, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` over several seeds.
+        report: the metrics, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` over seeds.
     """
 
     @cached_property

@@ -53,8 +53,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
     Follows scikit-learn's conventions: parameters are stored as given, ``fit`` returns ``self``, learned attributes end
     in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. It is a ``ClassifierMixin`` and a
-    ``BaseEstimator`` if scikit-learn is installed, and works without it. ``score`` takes ``sample_weight``, ``fit`` does
-    not.
+    ``BaseEstimator`` if scikit-learn is installed, and works without it. ``score`` takes ``sample_weight``; ``fit``
+    does not.
 
     ``model="precomputed"`` takes a matrix (N, d) of features instead of pictures, and passes ``check_estimator``. Only
     the direction of a row counts, as in CLIP: rows are scaled to length 1. If lengths or an offset matter, add a scaler
@@ -64,15 +64,17 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
     Args:
         model: ``embedded`` for the mini CLIP of this package, a model name of open_clip, or ``precomputed``.
         pretrained: for an open_clip model, a tag or the path of a checkpoint.
-        class_embeddings: for ``precomputed``, an array (C, d), or (C, T, d) for T prompts, in the order of ``classes_``,
-            or the path of a ``.npy`` file with one. None learns a linear classifier from the samples alone.
+        class_embeddings: for ``precomputed``, an array (C, d), or (C, T, d) for T prompts, in the order of
+            ``classes_``, or the path of a ``.npy`` file with one. None learns a linear classifier from the samples
+            alone.
         logit_scale: for ``precomputed``, the factor from cosines to logits; None is 100.
         templates: prompts, each with one ``{}`` for the class name, or the name of a set of prompts. Labels that look
             like code are spelled out, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` keeps them.
         class_names: name of each label in prompts; None uses the label itself.
         preset: settings of the fit: a shipped preset or a YAML file.
         settings: settings that override the preset, by dotted key: ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
-        random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for a random one.
+        random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for a
+            random one.
         device: where to compute; None is this machine's GPU if there is one.
 
     Attributes:

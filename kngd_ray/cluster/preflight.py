@@ -56,12 +56,13 @@ def preflight(cluster: "Cluster", command: Sequence[str], bundle: Bundle, archiv
     finally:
         if state is None or not state.ended:
             cluster.stop(job_id)
-    if not state.ended:
-        raise KngdError(
-            f"the check {job_id} did not end within {_SECONDS:.0f} s and was stopped: see its log with "
-            f"kngd-ray submit logs={job_id}, or submit without it, check=false."
-        )
     lines = cluster.log(job_id)
+    if not state.ended:
+        failed = [f" ({' '.join(line.split())})" for line in lines if line.startswith("failed ")]
+        raise KngdError(
+            f"the check {job_id} did not end within {_SECONDS:.0f} s and was stopped{''.join(failed[:1])}: see its log "
+            f"with kngd-ray submit logs={job_id}, or submit without it, check=false."
+        )
     report = _report(lines)
     if report is None:
         raise _failure(job_id, state, lines)

@@ -470,15 +470,19 @@ class Answered:
 
     lines: list[str]
     exit_code: int = 1
+    status: str = "FAILED"
 
     def submit(self, *_: object) -> None:
         pass
 
     def wait(self, job_id: str, _: float) -> JobState:
-        return JobState(job_id, "FAILED", "python", self.exit_code, "runtime environment failed\nmore", 1.0)
+        return JobState(job_id, self.status, "python", self.exit_code, "runtime environment failed\nmore", 1.0)
 
     def log(self, _: str) -> list[str]:
         return self.lines
+
+    def stop(self, job_id: str) -> None:
+        self.lines.append(f"stopped {job_id}")
 
 
 def check(lines: list[str], tmp_path: Path, *, brings: bool = False, exit_code: int = 1) -> str | None:
@@ -513,6 +517,17 @@ def answer_of(version: str = __version__, *found: str, checks: list[dict[str, st
 )
 def test_a_check_without_an_answer_says_why(tmp_path: Path, lines: list[str], exit_code: int, words: str) -> None:
     assert words in (check(lines, tmp_path, exit_code=exit_code) or "")
+
+
+def test_a_check_that_hangs_is_stopped_and_names_what_had_failed(tmp_path: Path) -> None:
+    cluster = Answered(
+        ["ok       ray        here  joined", "failed   node       n3  no answer within 120 s"], 1, "RUNNING"
+    )
+    with pytest.raises(
+        KngdError, match=r"did not end within 300 s and was stopped \(failed node n3 no answer within 120 s"
+    ):
+        preflight.preflight(cluster, ["train"], Bundle(tmp_path, {}), tmp_path, Display(quiet_stdout=True))  # type: ignore[arg-type]
+    assert cluster.lines[-1].startswith("stopped check-")
 
 
 def test_another_version_is_refused_unless_it_is_sent(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ r"""Seconds of a whole fit of the default beside AdamW's, and of all that comes 
 
 **Costs** are those of made features in CLIP's geometry (scale 100, a cone), N shots of C classes, width d. *fit* runs
 to its end, and takes the choice of the prior's variance with it; *all* is what ``train`` does after the features: the
-fit, tau, the scaling temperature and the score of novelty. Both methods run in turns, medians are shown.
+fit, tau, the scaling temperature and the novelty percentiles. Both methods run in turns, medians are shown.
 
 The floor of a fit is counted in products of the Hessian with a direction, of which each is two matrix products ::
 

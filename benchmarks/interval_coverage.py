@@ -66,7 +66,7 @@ def judged(options: argparse.Namespace, shots: int) -> tuple[list[Mapping[str, A
             classifier = Classifier.load(fit_of(Path(folder) / "run", config.method, seed))
             tests = prepared.tests(seed)
             labels = {name: test.labels for name, test in tests.items()}
-            found.append({name: classifier.judge(test.features) for name, test in tests.items()})
+            found.append({name: classifier.classify(test.features) for name, test in tests.items()})
     return found, labels
 
 

@@ -8,20 +8,36 @@
     run.frame
     run.classifier.predict_proba(["cat.jpg"])
 
-:func:`train` and :func:`tune` fit, :func:`evaluate` and :func:`compare` judge, :func:`predict` and :func:`load` use
-what was fitted. :class:`KalmanCLIP` is a classifier with scikit-learn's methods, without runs and files.
+:func:`train` fits and :func:`tune` searches; :func:`evaluate` and :func:`compare` measure the results.
+:func:`predict`, :func:`load` and :func:`export` use a fitted run, :func:`ensemble` averages its weights with the
+pretrained ones, and :func:`sync` sends it to MLflow. :func:`encode` computes features ahead of time;
+:func:`doctor` checks the machine and the cluster. :class:`KalmanCLIP` is a scikit-learn classifier without run folders.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kngd_ray.api import compare, evaluate, load, predict, train, tune
+    from kngd_ray.api import compare, doctor, encode, ensemble, evaluate, export, load, predict, sync, train, tune
     from kngd_ray.estimator import KalmanCLIP
 
 __version__ = "0.1.0"
 
-__all__ = ["KalmanCLIP", "__version__", "compare", "evaluate", "load", "predict", "train", "tune"]
+__all__ = [
+    "KalmanCLIP",
+    "__version__",
+    "compare",
+    "doctor",
+    "encode",
+    "ensemble",
+    "evaluate",
+    "export",
+    "load",
+    "predict",
+    "sync",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

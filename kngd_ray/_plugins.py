@@ -54,7 +54,7 @@ def _loaded(point: EntryPoint, known: dict[str, type]) -> type:
     except Exception as error:  # whatever the code of another package raises
         raise UsageError(f"{where}, cannot be imported ({error}): update that package, or uninstall it.") from error
     if not (isinstance(found, type) and is_dataclass(found) and _kind(found)):
-        raise UsageError(f"{where}, is no dataclass with a kind: see docs/extending.md.")
+        raise UsageError(f"{where}, is not a dataclass with a kind: see docs/extending.md.")
     if known.get(_kind(found), found) is not found:
         raise UsageError(f"{where}, has the kind {_kind(found)!r}, which is taken: give it another.")
     return found

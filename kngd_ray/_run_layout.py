@@ -19,3 +19,6 @@ IN_MEMORY = "in-memory"  # data.path of what learned from no file
 def fit_name(method: str, seed: int) -> str:
     """What a fit is called in its run."""
     return f"{method}-seed{seed}"
+
+
+SUBMITTED = "KNGD_SUBMITTED"  # variable of the jobs of `kngd-ray submit`, whose working folder goes when they end

@@ -39,15 +39,15 @@ class TrainerConfig:
 
     Attributes:
         num_workers: ranks of the Ray Train job; 0 runs in this process, without Ray. A pair ``[least, most]`` starts
-            with as many as there is room for, and goes on with fewer when a node is lost, with more when one comes.
-        use_gpu: give each rank a GPU; ``auto`` does where there are any, on no more ranks than there are GPUs.
+            as many as fit, and adapts when a node is lost or joins.
+        use_gpu: give each rank a GPU. ``auto`` does if there are any, with no more ranks than GPUs.
         cpus_per_worker: CPU cores that each rank reserves.
-        address: Ray cluster to join; None joins $RAY_ADDRESS or the cluster that you run on this machine, or starts
-            one; ``local`` always starts one.
-        storage_path: folder of the runs, shared by all nodes; $KNGD_STORAGE_PATH by default, else ``kngd_runs``.
-        name: folder of this run inside it; None makes one up. Also what ``--resume`` takes.
+        address: Ray cluster to join. None joins $RAY_ADDRESS or a cluster of yours on this machine, else starts one;
+            ``local`` always starts one.
+        storage_path: folder of all runs, shared by all nodes; by default $KNGD_STORAGE_PATH, else ``kngd_runs``.
+        name: name of this run and of its folder; None generates one. ``--resume`` takes it.
         checkpoint_every: steps between checkpoints; the end of a fit always writes one.
-        max_failures: how often a job whose worker died is started again.
+        max_failures: how often a job is restarted after a worker has died.
     """
 
     num_workers: int | tuple[int, ...] = 2
@@ -79,28 +79,28 @@ class TrainerConfig:
 
     @property
     def least_workers(self) -> int:
-        """Ranks without which a job does not run; 0 is without Ray."""
+        """The smallest number of ranks; 0 runs without Ray."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:
-        """Ranks that a job takes where there is room."""
+        """The largest number of ranks."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where MLflow keeps the runs.
+    """MLflow tracking.
 
     Attributes:
-        enabled: log to MLflow at all.
-        uri: tracking store; $MLFLOW_TRACKING_URI by default, else a database file in this folder.
+        enabled: log to MLflow.
+        uri: tracking store; by default $MLFLOW_TRACKING_URI, else a database file in this folder.
         experiment: MLflow experiment.
         log_model: log a pyfunc model that predicts from picture bytes.
-        system_metrics: log what a run takes of the machine that it was started on: processor, memory, disk, network,
-            and GPUs where ``nvidia-ml-py`` is installed.
-        registered_model: name in the model registry under which the model of the first seed becomes a new version,
-            with the alias ``champion``; None registers nothing, but for the winner of a search.
+        system_metrics: log the use of processor, memory, disk and network of the machine that started the run, and of
+            its GPUs if ``nvidia-ml-py`` is installed.
+        registered_model: registered model that gets the model of the first seed as a new version, with the alias
+            ``champion``. None registers nothing, except for the winner of a search.
     """
 
     enabled: bool = True
@@ -122,26 +122,26 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FitOptions):
-    """Everything that ``kngd-ray train`` can be told; the options of the fit and these.
+    """All settings of ``kngd-ray train``: the options of the fit, and these.
 
     Attributes:
-        preset: shipped preset or YAML file under the other settings; None is the one named as the method.
-        seeds: one fit per seed, each on a support set of its own.
-        baselines: methods fitted beside, from their own presets on the same data, seeds and adapter.
-        prior: run, fit or checkpoint whose posterior is the prior of this run; None starts at CLIP's own weights. Each
-            seed continues from the same seed of a run, or all from the only one. ``kalman`` starts at its mean and
-            covariance, and ``filter.p0`` only says how wide ``ornstein_uhlenbeck`` lets it relax; a gradient method
-            starts at the weights of its own fit in that run, or at those of the run's method where it has none.
+        preset: shipped preset or YAML file that the other settings override; None is the preset named like the method.
+        seeds: one fit per seed, each on its own support set.
+        baselines: methods that are fitted as well, with their own presets, on the same data, seeds and adapter.
+        prior: run, fit or checkpoint whose posterior is the prior of this run; None starts from CLIP. Each seed
+            continues from the same seed of that run, or all from the only one. ``kalman`` starts from its mean and
+            covariance, and ``filter.p0`` only sets how far ``ornstein_uhlenbeck`` relaxes. A gradient method starts
+            from the weights of its own fit in that run, or else from those of the run's method.
         data: data set and few-shot task.
         model: CLIP model.
         posterior: how the posterior enters predictions.
-        protocol: what is tested beside the run's own classes in and out of distribution. ``fsl``, few-shot learning:
-            nothing. ``dg``, domain generalisation: nothing, but there must be a domain out of distribution. ``bng``,
-            base to new: the first half of the classes is trained on, the second is told apart by its texts alone.
-            ``cdg``, cross-data-set: so are the classes of the data sets in `targets`. ``stream``: the shots come in
-            batches, in the order of ``data.order`` or ``data.time``, and each is predicted before it is learned from.
-        targets: data sets of ``cdg``, each a parquet file or a folder with its own class names; pictures that state no
-            split are all tested on.
+        protocol: what is tested besides the run's classes, in and out of distribution. ``fsl`` (few-shot learning):
+            nothing else. ``dg`` (domain generalisation): nothing else, but an OOD domain is required. ``bng`` (base to
+            new): trains on the first half of the classes and classifies the second by its texts alone. ``cdg``
+            (cross-data-set): classifies the data sets in `targets` by their texts. ``stream``: the shots arrive in
+            batches, ordered by ``data.order`` or ``data.time``, and each batch is predicted before it is learned.
+        targets: data sets of ``cdg``, each a parquet file or a folder with its own class names. Without a split, all
+            pictures are tested on.
         trainer: where the run executes.
         tracking: where it is logged.
     """

@@ -1,6 +1,6 @@
-"""What :mod:`kngd_ray.api` gives back: runs, searches, evaluations and comparisons, as frames, figures and classifiers.
+"""Results of :mod:`kngd_ray.api`: runs, searches, evaluations and comparisons, as frames, figures and classifiers.
 
-Each is a view of files, and reads them when it is asked: a result can be had again from its folder at any time.
+Runs and searches are views of their folders: :func:`kngd_ray.load` opens them again at any time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ class _Kept:
 
     @property
     def name(self) -> str:
-        """Its name, which is that of its folder."""
+        """Its name, and the name of its folder."""
         return self.folder.name
 
 
@@ -54,7 +54,7 @@ class RunResult(_Kept):
 
     Attributes:
         folder: of the run; :func:`kngd_ray.load`, ``kngd-ray predict`` and the other commands take it.
-        report: the figures, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` of several seeds.
+        report: the metrics, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` over seeds.
     """
 
     @cached_property
@@ -268,7 +268,7 @@ class ComparisonResult:
         """A pandas frame with a row for each group, row and metric.
 
         ``mean``, ``low`` and ``high`` are over seeds. ``difference``, ``difference_low`` and ``difference_high`` are
-        from the group's baseline on the same seeds; ``decided`` says whether it is beyond the noise of seeds, over all
+        from the group's baseline on the same seeds; ``decided`` says whether it is significant, over all
         rows (Holm).
         """
         import pandas as pd

@@ -65,10 +65,10 @@ def test_a_gpu_that_is_not_there_is_refused(train, monkeypatch) -> None:
         KalmanCLIP(device="cuda:1", settings=QUICK).fit(*train)
 
 
-def test_unlike(fitted, train, tests) -> None:
-    scores = fitted.unlike(tests[0])
+def test_novelty(fitted, train, tests) -> None:
+    scores = fitted.novelty(tests[0])
     assert ((scores >= 0) & (scores <= 1)).all()
-    assert np.isnan(KalmanCLIP(settings=QUICK).fit(*train).unlike(tests[0][:2])).all()
+    assert np.isnan(KalmanCLIP(settings=QUICK).fit(*train).novelty(tests[0][:2])).all()
 
 
 def test_pictures_of_every_kind_are_the_same_picture(fitted, tests, tmp_path) -> None:
@@ -349,9 +349,9 @@ def test_save_and_load(fitted, tests, tmp_path) -> None:
     folder = fitted.save(tmp_path / "kept")
     loaded = KalmanCLIP.load(folder)
     assert np.array_equal(loaded.predict_proba(tests[0]), fitted.predict_proba(tests[0]))
-    assert np.array_equal(loaded.unlike(tests[0]), fitted.unlike(tests[0]))
+    assert np.array_equal(loaded.novelty(tests[0]), fitted.novelty(tests[0]))
     (fit,) = (folder / "fits").iterdir()
-    judged = Classifier.load(fit).judge([Image.open(io.BytesIO(data)).convert("RGB") for data in tests[0][:2]])
+    judged = Classifier.load(fit).classify([Image.open(io.BytesIO(data)).convert("RGB") for data in tests[0][:2]])
     assert judged.interval is not None
     loaded.partial_fit(*tests).save(tmp_path / "more")
     with pytest.raises(UsageError, match="not an empty folder"):
@@ -394,7 +394,7 @@ def test_mistakes_are_one_sentence(make, X, y, error, says) -> None:
 
 
 def test_unfitted() -> None:
-    for ask in ("predict", "predict_proba", "unlike"):
+    for ask in ("predict", "predict_proba", "novelty"):
         with pytest.raises(NotFittedError, match="not fitted"):
             getattr(KalmanCLIP(), ask)([b""])
     with pytest.raises(ValueError, match="no parameter 'p0'"):

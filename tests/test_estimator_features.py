@@ -56,7 +56,7 @@ def test_fit_a_matrix(fitted, tests) -> None:
     assert (std >= 0).all()
     assert (std[p < 1 - 1e-5] > 0).all(), "but where it is sure to the last digit"
     assert fitted.score(*tests) > 0.75
-    scores = fitted.unlike(tests[0])
+    scores = fitted.novelty(tests[0])
     assert ((scores >= 0) & (scores <= 1)).all()
     assert fitted.predict_proba(np.empty((0, WIDTH))).shape == (0, 3)
 
@@ -153,7 +153,7 @@ def test_save_load_and_pickle(fitted, train, tests, tmp_path) -> None:
     moved = folder.rename(tmp_path / "moved")
     assert np.array_equal(KalmanCLIP.load(moved).predict_proba(tests[0]), p)
     (fit,) = (moved / "fits").iterdir()
-    judged = Classifier.load(fit).judge(torch.from_numpy(tests[0]))
+    judged = Classifier.load(fit).classify(torch.from_numpy(tests[0]))
     assert judged.probabilities.numpy() == pytest.approx(p, abs=1e-5)
     KalmanCLIP.load(moved).partial_fit(*train).save(tmp_path / "more")
     np.save(fit / CLASS_EMBEDDINGS, class_embeddings()[::-1])
@@ -182,7 +182,7 @@ X, Y = part("train")
         ({}, np.full_like(X, np.nan), Y, InputError, "row 0 of X holds NaN"),
         ({}, X * np.inf, Y, InputError, "row 0 of X holds infinity"),
         ({}, X * 1j, Y, InputError, "Complex"),
-        ({}, [[1.0, 2.0], [1.0]], ["a", "b"], InputError, "no table of numbers"),
+        ({}, [[1.0, 2.0], [1.0]], ["a", "b"], InputError, "not a table of numbers"),
         ({}, np.zeros_like(X), Y, InputError, "row 0 of X has length zero"),
         ({}, X[:, :5], Y, ModelError, "embeddings of length 8, and the features of the data have length 5"),
         ({}, X, ["one"] * len(X), InputError, "one class"),
@@ -190,7 +190,7 @@ X, Y = part("train")
         ({}, X, None, InputError, "the target y is None"),
         ({}, X, np.zeros((len(X), 2)), InputError, "y has shape"),
         ({}, X, ["ant", "bee"] * 18, ModelError, "embeddings of 3 classes, and the data has 2"),
-        ({"class_embeddings": [[1.0], [1.0, 2.0]]}, X, Y, InputError, "class_embeddings is no table of numbers"),
+        ({"class_embeddings": [[1.0], [1.0, 2.0]]}, X, Y, InputError, "class_embeddings is not a table of numbers"),
         ({"class_embeddings": class_embeddings()[[0, 0, 1]]}, X, Y, ModelError, "'ant' and 'bee' the same embedding"),
         ({"class_embeddings": "gone.npy"}, X, Y, ModelError, "gone.npy does not exist"),
         ({"logit_scale": -1}, X, Y, InputError, "logit_scale is -1"),

@@ -215,7 +215,7 @@ def commands_page() -> str:
         lines += [
             f"## kngd-ray {name}",
             "",
-            inspect.cleandoc(command.help or ""),
+            preformatted(inspect.cleandoc(command.help or "")),
             "",
             "```text",
             f"kngd-ray {name} [OPTIONS] {usage}".rstrip(),
@@ -228,6 +228,11 @@ def commands_page() -> str:
             lines += [f"| {', '.join(f'`{o}`' for o in p.opts)} | {escaped(p.help or '')} |" for p in options]
             lines.append("")
     return "\n".join(lines)
+
+
+def preformatted(text: str) -> str:
+    """A help text whose paragraphs after a backspace, which keep their lines, are blocks of Markdown."""
+    return re.sub(r"^\x08\n(.+?)(?=\n\n|\Z)", r"```text\n\1\n```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def arguments(command: Any) -> list[Any]:

@@ -46,10 +46,11 @@ for _command in (
     encode.encode,
     compare.compare,
     sync.sync,
-    submit.submit,
-    doctor.doctor,
 ):
     app.command()(_command)
+for _lenient in (submit.submit, doctor.doctor):
+    # their former options are refused with the name of the setting, see cli.arguments.refuse_options
+    app.command(context_settings={"ignore_unknown_options": True})(_lenient)
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def _run() -> None:
         code = getattr(end, "code", _INTERRUPTED)
         if code == _INTERRUPTED:  # which typer makes of Ctrl-C
             _fail(
-                "interrupted; what was finished is kept, a training run or a search can be continued with --resume.",
+                "interrupted; finished work is kept, and --resume continues a training run or a search.",
                 code,
             )
         sys.exit(code)

@@ -10,22 +10,25 @@ from kngd_ray.cli.arguments import Json, display_for, print_json
 
 def compare(
     experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an MLflow experiment.")],
-    parent: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Only what belongs to this run; of a search, its trials.")
-    ] = None,
+    parent: Annotated[str | None, typer.Option(metavar="RUN", help="Only this run; for a search, its trials.")] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Column, repeatable: ood/mean/brier.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Metric to show, repeatable: ood/mean/brier.", show_default=False),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="RUN|METHOD", help="What differences are from: adamw, else zero-shot.")
+        str | None,
+        typer.Option(metavar="RUN|METHOD", help="Baseline of the differences; by default adamw, else zero-shot."),
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking store: that of train's default.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking store; by default that of train.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="The page: compare-EXPERIMENT.html.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="The HTML page; by default compare-EXPERIMENT.html.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """MLflow runs side by side: paired by seed, with intervals, a Pareto front, and one HTML page."""
+    """Compare the runs of an MLflow experiment: paired by seed, with intervals, a Pareto front and an HTML page."""
     from kngd_ray import api
 
     display = display_for(as_json)

@@ -1,36 +1,54 @@
 """``kngd-ray doctor``."""
 
-import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kngd_ray.cli.arguments import Json, Settings, display_for, print_json, split
+from kngd_ray.cli.arguments import Json, display_for, offered, print_json, refuse_options
+
+_RENAMED = {
+    "--address": "trainer.address=HOST:PORT",
+    "--storage-path": "trainer.storage_path=FOLDER",
+    "--uri": "tracking.uri=URI",
+    "--no-ray": "trainer.num_workers=0",
+}
+
+
+def _completions(incomplete: str) -> list[str]:
+    return offered("presets", incomplete)
 
 
 def doctor(
-    settings: Settings = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster: that of trainer.address.")] = None,
-    storage_path: Annotated[str | None, typer.Option(help="Where runs would live: trainer.storage_path.")] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking store: that of tracking.uri.")] = None,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="Neither join nor start Ray.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG | KEY=VALUE | -- COMMAND ARGUMENTS",
+            help="Settings of a run, as train takes them; or a whole command: -- evaluate first data.path=new/",
+            show_default=False,
+            autocompletion=_completions,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what a run needs, here and on every node: versions, Ray and who it lets in, GPUs, storage, tracking, model.
+    """Check versions, Ray and its access control, GPUs, storage, inputs, tracking and model, on every node.
 
-    Joins the cluster that train would join, or starts Ray as train would, and leaves nothing behind; exit code 1 if a
-    check failed.
+    Joins or starts Ray as train would, and leaves nothing behind.
+    trainer.num_workers=0 checks this machine without Ray.
+    Exits with 1 if a check fails.
     """
-    from kngd_ray import api
+    from kngd_ray.api.machines import checks
+    from kngd_ray.cli.command_line import parsed
 
-    given = {"trainer.address": address, "trainer.storage_path": storage_path, "tracking.uri": uri}
-    file, overrides = split(settings)
-    config = api.configured(
-        file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
-    )
-    from kngd_ray.cluster.doctor.run import doctor as run
+    words = settings or []
+    command = parsed(words)
+    if command is None:
+        refuse_options(words, _RENAMED)
+        name, given = "train", dict[str, Any](settings=words)
+    else:
+        name, given = command
+    from kngd_ray.api.needs import needs_of
 
-    result = run(config, display_for(as_json), with_ray=not no_ray)
+    result = checks(needs_of(name, given), display_for(as_json))
     if as_json:
         print_json(result)
     if not result["ok"]:

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json, split
-from kngd_ray.errors import UsageError
+from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json
 
 
 def ensemble(
@@ -14,24 +13,23 @@ def ensemble(
         list[str] | None,
         typer.Argument(
             metavar="alpha=A | KEY=VALUE",
-            help="The alpha to keep for evaluate, predict and export, chosen before looking at the test; none shows.",
+            help="The alpha that evaluate, predict and export use from now on; without it the curve is only shown.",
             show_default=False,
         ),
     ] = None,
-    points: Annotated[int, typer.Option(metavar="N", help="Values of alpha to score, from 0 to 1.")] = 11,
+    points: Annotated[int, typer.Option(metavar="N", help="Number of alphas between 0 and 1 to score.")] = 11,
     storage_path: Storage = "kngd_runs",
     as_json: Json = False,
 ) -> None:
-    """Test accuracy over alpha of a run's weights averaged with the pretrained ones; alpha=0.5 keeps that average.
+    """Average a run's weights with the pretrained ones and plot test accuracy over alpha; alpha=0.5 keeps the average.
 
-    The curve is over the test sets: it is for looking. Choose alpha without it.
+    The curve is measured on the test sets, so do not choose alpha from it.
     """
-    from kngd_ray.cluster.backend import RayBackend
-    from kngd_ray.experiment.ensemble import ensemble as run
+    from kngd_ray import api
 
-    file, overrides = split(settings)
-    if file is not None:
-        raise UsageError(f"ensemble takes its settings from the run: leave out {file}, or write alpha={file}.")
-    result = run(target, overrides, points, storage_path, display_for(as_json), RayBackend())
+    console = display_for(as_json)
+    result = api.ensemble(
+        target, *(settings or []), points=points, storage_path=storage_path, ray=True, console=console
+    )
     if as_json:
         print_json(result)

@@ -6,7 +6,7 @@ from kngd_ray.cli.arguments import Json, Settings, Storage, Target, display_for,
 def evaluate(
     target: Target, settings: Settings = None, storage_path: Storage = "kngd_runs", as_json: Json = False
 ) -> None:
-    """Score a trained run in and out of distribution, on its own data or on other data."""
+    """Evaluate a run in and out of distribution, on its own data or on other data with the same classes."""
     from kngd_ray import api
 
     found = api.evaluate(target, *(settings or []), storage_path=storage_path, ray=True, console=display_for(as_json))

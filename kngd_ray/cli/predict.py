@@ -14,23 +14,27 @@ def predict(
     target: Target,
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE", help="Picture files, or folders of them; parquet files of a run on features."),
+        typer.Argument(
+            metavar="IMAGE", help="Image files or folders; parquet files if the run was trained on features."
+        ),
     ],
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Also a gallery, the least certain first.", show_default=False),
+        typer.Option(metavar="FILE.html", help="Also write a gallery, the most novel first.", show_default=False),
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values in place of the table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
     storage_path: Storage = "kngd_runs",
     as_json: Json = False,
 ) -> None:
-    """Class of pictures, its probability with an interval, and how unlike the training pictures they are."""
-    from kngd_ray.experiment import predict as command
+    """Classify images: the class, its probability with an interval, and a novelty percentile."""
+    from kngd_ray.api.runs import as_csv as written
+    from kngd_ray.api.runs import predictions
 
     if as_csv and as_json:
         raise UsageError("--csv and --json both print on standard output: leave one of them out.")
-    result = command.predict(target, images, storage_path, display_for(as_json or as_csv), html=html, table=not as_csv)
+    console = display_for(as_json or as_csv)
+    result = predictions(target, images, storage_path=storage_path, html=html, table=not as_csv, console=console)
     if as_csv:
-        sys.stdout.write(command.as_csv(result))
+        sys.stdout.write(written(result))
     if as_json:
         print_json(result)

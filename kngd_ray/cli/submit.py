@@ -1,105 +1,83 @@
 """``kngd-ray submit``."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from kngd_ray.cli.arguments import Json, display_for, print_json
+from kngd_ray.cli.arguments import Json, display_for, offered, print_json, refuse_options
 from kngd_ray.errors import UsageError, nearest
 
-if TYPE_CHECKING:
-    from kngd_ray.cluster.preflight import Arguments
+_RENAMED = {
+    "--address": "address=http://HOST:8265",
+    "--working-dir": "working_dir=FOLDER",
+    "--include": "include=[PATH, ...]",
+    "--dry-run": "dry_run=true",
+    "--no-follow": "follow=false",
+    "--no-check": "check=false",
+    "--status": "status=JOB",
+    "--logs": "logs=JOB",
+    "--stop": "stop=JOB",
+}
+
+
+def _completions(context: typer.Context, incomplete: str) -> list[str]:
+    """Settings of submit and names of commands; after a name, what that command takes."""
+    from kngd_ray.cli.command_line import command_names
+
+    given = [word for word in context.params.get("words") or [] if "=" not in word]
+    if given:
+        return offered("searches" if given[0] == "tune" else "presets", incomplete)
+    keys = ("address", "working_dir", "include", "dry_run", "follow", "check", "status", "logs", "stop")
+    return [word for word in (*(f"{key}=" for key in keys), *command_names()) if word.startswith(incomplete)]
 
 
 def submit(
-    command: Annotated[
+    words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- COMMAND ARGUMENTS", help="What to run there: -- train data.shots=16", show_default=False
+            metavar="KEY=VALUE ... -- COMMAND ARGUMENTS",
+            help="Settings of the submission, then the command: check=false -- train data.shots=16",
+            show_default=False,
+            autocompletion=_completions,
         ),
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="URL", help="Ray's dashboard: $RAY_API_SERVER_ADDRESS, else port 8265 here.")
-    ] = None,
-    working_dir: Annotated[
-        Path,
-        typer.Option("--working-dir", metavar="FOLDER", help="What is sent: its code and settings, as git lists them."),
-    ] = Path(),
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATH", help="Send this file, folder or pattern, too.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and contact nobody.")] = False,
-    no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for the job.")] = False,
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not ask the cluster first whether it has what the command needs.")
-    ] = False,
-    status: Annotated[str | None, typer.Option(metavar="JOB", help="How a job stands.")] = None,
-    logs: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job from its beginning.")] = None,
-    stop: Annotated[str | None, typer.Option(metavar="JOB", help="End a job.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a command on a Ray cluster; ends with the job's own exit code."""
-    asked = {"--status": status, "--logs": logs, "--stop": stop}
-    chosen = [name for name, job in asked.items() if job is not None] + (["a command"] if command else [])
-    if len(chosen) != 1:
-        found = f"there are {' and '.join(chosen)}" if chosen else "there is none"
-        raise UsageError(f"submit takes one of -- COMMAND, --status, --logs and --stop, and {found}.")
+    """Run a command as a job on a Ray cluster, and exit with its exit code.
+
+    Runs doctor on the cluster first, to check what the command needs.
+
+    \b
+    Settings:
+      address=URL          Ray's dashboard; by default http://127.0.0.1:8265
+      working_dir=FOLDER   folder whose code and settings are sent; default .
+      include=[PATH, ...]  files, folders or patterns to send as well
+      dry_run=true         show what would be sent, without contacting the cluster
+      follow=false         do not wait for the job
+      check=false          do not run doctor first
+      status=JOB           show the state of a job
+      logs=JOB             follow the log of a job from its start
+      stop=JOB             stop a job
+    """  # noqa: D301
+    from kngd_ray.cli.command_line import command_names, parsed
     from kngd_ray.cluster import submit as jobs
 
+    words = words or []
+    start = next((place for place, word in enumerate(words) if "=" not in word), len(words))
+    options, command = words[:start], words[start:]
+    refuse_options([*options, *command[:1]], _RENAMED)
     display = display_for(as_json)
-    if status is not None:
-        result = jobs.status(status, address, display)
-    elif logs is not None:
-        result = jobs.logs(logs, address, display)
-    elif stop is not None:
-        result = jobs.stop(stop, address, display)
-    else:
-        options = jobs.SubmitOptions(
-            address=address,
-            working_dir=working_dir,
-            include=include or (),
-            dry_run=dry_run,
-            follow=not no_follow,
-            check=not no_check,
+    request = jobs.read_options(options, command)
+    given = parsed(command)
+    if command and given is None:
+        raise UsageError(
+            f"kngd-ray has no command {command[0]!r} that runs on a cluster{nearest(command[0], command_names())}."
         )
-        result = jobs.submit(command or [], parsed(*(command or [])), options, display)
+    if given is not None:
+        result = jobs.submit(command, given[1].get("settings") or [], request, display)
+    else:
+        result = jobs.show_job(request, display)
     if as_json:
         print_json(result)
-    if (command or logs) and result["exit_code"]:
+    if request.status is None and request.stop is None and result["exit_code"]:
         raise typer.Exit(result["exit_code"])
-
-
-def parsed(name: str, *words: str) -> "Arguments":
-    """Parse a command line that is for a cluster, as it will be parsed there; wrong options end it here.
-
-    Args:
-        name: of the command.
-        *words: what follows it.
-
-    Returns:
-        What was given.
-
-    Raises:
-        UsageError: there is no such command for a cluster.
-    """
-    from kngd_ray.cli.app import app
-    from kngd_ray.cluster.preflight import Arguments
-
-    group = typer.main.get_command(app)
-    commands = {key: found for key, found in group.commands.items() if key != "submit"}  # type: ignore[attr-defined]
-    if name not in commands:
-        raise UsageError(f"kngd-ray has no command {name!r} for a cluster{nearest(name, list(commands))}.")
-    plain: list[str] = []
-    options: dict[str, str] = {}
-    context = commands[name].make_context(name, list(words))
-    for parameter in commands[name].params:
-        value = context.params.get(parameter.name)
-        source = context.get_parameter_source(parameter.name)
-        if value is None or source is None or source.name != "COMMANDLINE":
-            continue
-        if parameter.param_type_name == "argument":
-            plain += [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
-        elif not parameter.is_flag:
-            options[parameter.opts[-1]] = str(value)
-    return Arguments(name, plain, options)

@@ -220,7 +220,7 @@ def _check_path(path: Path) -> Path:
     """
     if not path.is_file() and address(path) is not None:
         raise ModelError(
-            f"model.pretrained: {address(path)} is an address, and nothing is fetched: download it, and name the file"
+            f"model.pretrained: {address(path)} is an address, and nothing is downloaded: fetch it, and name the file"
         )
     if not path.is_file():
         folder = path if path.is_dir() else path.parent

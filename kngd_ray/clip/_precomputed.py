@@ -191,7 +191,7 @@ def read_class_embeddings(path: Path) -> npt.NDArray[Any]:
     setting = f"model.class_embeddings: {path}"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ModelError(f"{setting} is no regular file: name a .npy file with an array (C, d)")
+            raise ModelError(f"{setting} is not a regular file: name a .npy file with an array (C, d)")
         # mapped: never unpickled, and a header that promises more than there is takes no memory
         return np.array(open_memmap(path, mode="r"))
     except FileNotFoundError as error:

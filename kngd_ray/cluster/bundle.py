@@ -1,6 +1,6 @@
 """What of a working folder goes to a cluster: code and settings; no data, runs, caches or credentials.
 
-What git knows or would add, as far as its suffix is that of code or settings, and what ``--include`` names. Nothing
+What git knows or would add, as far as its suffix is that of code or settings, and what ``include=`` names. Nothing
 sends what looks like a credential.
 """
 
@@ -22,7 +22,7 @@ from kngd_ray.errors import KEY_SHAPES, KngdError, UsageError
 from kngd_ray.storage import storage_errors
 
 RAYIGNORE = ".rayignore"
-NO_CODE = "its suffix, which is of no code or settings (--include sends it)"
+NO_CODE = "suffix (include=PATH sends it)"
 
 _SUFFIXES = {
     *(".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".sh"),
@@ -119,9 +119,9 @@ class Bundle:
             return
         name, size = self.largest(1)[0]
         raise UsageError(
-            f"{self.root} has {show_bytes(self.bytes)} to send and Ray takes less than {show_bytes(limit)}: put what "
-            f"the run does not need into {self.root / RAYIGNORE}, first /{name} ({show_bytes(size)}), name less by "
-            "--include, and put data on storage that the cluster reads."
+            f"{self.root} has {show_bytes(self.bytes)} to send and Ray takes less than {show_bytes(limit)}: add what "
+            f"the run does not need to {self.root / RAYIGNORE}, starting with /{name} ({show_bytes(size)}), include "
+            "less, and put data on storage that the cluster reads."
         )
 
 
@@ -140,10 +140,10 @@ def collect(root: Path, include: Sequence[str] = ()) -> Bundle:
             nothing in it is to be sent.
     """
     if not root.is_dir():
-        raise UsageError(f"--working-dir {root}: there is no such folder; name the one to run the command in.")
+        raise UsageError(f"working_dir={root}: there is no such folder.")
     root = root.resolve()
     if root in (Path.home().resolve(), Path(root.anchor)):
-        raise UsageError(f"{root} is no project's folder: change into that, or name it with --working-dir.")
+        raise UsageError(f"{root} is not a project folder: change into one, or name it with working_dir=FOLDER.")
     sorter = _Sorter(root)
     for pattern in include:
         for name in _asked_for(root, pattern):
@@ -151,8 +151,8 @@ def collect(root: Path, include: Sequence[str] = ()) -> Bundle:
     listed = _listed(root)
     if listed is None and not include:
         raise UsageError(
-            f"{root} is in no git repository (or git is not installed), which would say what may be sent: run "
-            "`git init` there, or name what the command needs, as in --include run.yaml --include src."
+            f"{root} is not in a git repository (or git is not installed), which decides what is sent: run "
+            "`git init` there, or name what the command needs, as in include=[run.yaml, src]."
         )
     kept, left_out = listed or ([], [])
     for name in kept:
@@ -162,7 +162,7 @@ def collect(root: Path, include: Sequence[str] = ()) -> Bundle:
         sorter.ignored[RAYIGNORE] = left_out
     if not sorter.sizes:
         raise UsageError(
-            f"nothing in {root} is to be sent: name another folder with --working-dir, or files with --include."
+            f"there is nothing to send in {root}: name another folder with working_dir=, or files with include=."
         )
     return Bundle(root, dict(sorted(sorter.sizes.items())), sorter.ignored, tuple(sorter.secrets), tuple(sorter.unfit))
 
@@ -208,7 +208,7 @@ def show_bytes(count: int) -> str:
 
 
 class _Sorter:
-    """Judges files one by one; each is judged once."""
+    """Decides file by file what is sent."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -221,7 +221,7 @@ class _Sorter:
         self._links: list[str] = []
 
     def take(self, name: str, *, asked_for: bool) -> None:
-        """Judge a file.
+        """Decide on a file.
 
         Args:
             name: its path in the folder.
@@ -293,24 +293,24 @@ def _git(root: Path, *which: str) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"git does not list the files of {root} ({error}): correct that.") from error
+        raise UsageError(f"git cannot list the files of {root} ({error}): correct that.") from error
     if asked.returncode:
         said = (asked.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[0]
         if "not a git repository" in said:
             return None
-        raise UsageError(f"git does not list the files of {root} ({said.rstrip('.')}): correct that.")
+        raise UsageError(f"git cannot list the files of {root} ({said.rstrip('.')}): correct that.")
     return [os.fsdecode(name) for name in asked.stdout.split(b"\0") if name]
 
 
 def _asked_for(root: Path, pattern: str) -> list[str]:
-    """Files that an --include names: a file, all in a folder, or what a pattern such as ``conf/*.json`` matches.
+    """Files that an entry of ``include`` names: a file, all in a folder, or matches of a pattern, ``conf/*.json``.
 
     Raises:
         UsageError: it leads out of the folder, is the folder itself, or matches nothing.
     """
     parts = PurePosixPath(pattern)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise UsageError(f"--include {pattern}: name a file or folder below {root}, as in --include conf/labels.json.")
+        raise UsageError(f"include={pattern}: name a file or folder below {root}, as in include=conf/labels.json.")
     place = root / pattern
     if place.is_dir() and not place.is_symlink():
         found = list(_below(place))
@@ -320,9 +320,11 @@ def _asked_for(root: Path, pattern: str) -> list[str]:
         try:
             found = [path for path in sorted(root.glob(pattern)) if path.is_symlink() or not path.is_dir()]
         except (ValueError, NotImplementedError) as error:
-            raise UsageError(f"--include {pattern}: that is no pattern ({error}); take one as conf/*.json.") from error
+            raise UsageError(
+                f"include={pattern}: this is not a pattern ({error}); write one such as conf/*.json."
+            ) from error
     if not found:
-        raise UsageError(f"--include {pattern}: there is no such file in {root}.")
+        raise UsageError(f"include={pattern}: there is no such file in {root}.")
     return [path.relative_to(root).as_posix() for path in found]
 
 
@@ -335,7 +337,7 @@ def _below(folder: Path) -> Iterator[Path]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise KngdError(f"cannot read {folder} ({error.strerror}): leave it out of what --include names.") from error
+        raise KngdError(f"cannot read {folder} ({error.strerror}): leave it out of include.") from error
     for entry in entries:
         path = folder / entry.name
         if not entry.is_dir(follow_symlinks=False):

@@ -1,7 +1,7 @@
 """A question put to every node of the cluster, since a path that exists on one need not exist on another."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -9,23 +9,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kngd_ray.cluster import _ray_private
-
-
-@dataclass(frozen=True)
-class NodeAnswer:
-    """What one node said.
-
-    Attributes:
-        node: its address, with a number where several nodes share one.
-        answer: what the question returned there; None if it failed.
-        error: why it failed, in one line; None if it did not.
-        resources: what the node offers Ray, such as CPU and GPU.
-    """
-
-    node: str
-    answer: Any = None
-    error: str | None = None
-    resources: Mapping[str, float] = field(default_factory=dict)
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer
 
 
 def ask_nodes(question: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[NodeAnswer]:

@@ -20,6 +20,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from kngd_ray._run_layout import SUBMITTED
 from kngd_ray.cluster import _ray_private
 from kngd_ray.errors import KngdError, UsageError, nearest
 
@@ -34,7 +35,7 @@ _STOP_SECONDS = 60.0
 _AGENT_SECONDS = 60.0
 _RECENT = 5
 # A job that is stopped ends as by Ctrl-C, so that its run is closed in MLflow; Ray's default is SIGTERM, then 3 s.
-_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30", SUBMITTED: "1"}
 _NOISE = re.compile(r"^(\d{4}-\d\d-\d\d [\d:,]+\s+INFO \S+\.py:\d+ -- |Running entrypoint for job )")
 _EPILOGUE = "Job supervisor actor died: "  # for every job that has ended, in many lines
 _NO_AGENT = "No available agent"
@@ -138,7 +139,7 @@ class Cluster:
         if self.ray_version != ray.__version__:
             raise KngdError(
                 f"the cluster at {self.address} runs Ray {self.ray_version} and this machine has {ray.__version__}: "
-                "install the same version here, or send the job all the same with --no-check."
+                "install the same version here, or submit anyway with check=false."
             )
 
     def submit(self, job_id: str, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
@@ -160,7 +161,7 @@ class Cluster:
                     self._client.submit_job(
                         entrypoint=entrypoint,
                         submission_id=job_id,
-                        runtime_env={"working_dir": str(package), "env_vars": _STOPPING},
+                        runtime_env={"working_dir": str(package), "env_vars": _ENVIRONMENT},
                         metadata=dict(metadata),
                     )
                 except RuntimeError as error:  # of a head that has just been started, or is busy
@@ -223,7 +224,7 @@ class Cluster:
             self._client.stop_job(job_id)
         state = self.wait(job_id)
         if not state.ended:
-            raise KngdError(f"job {job_id} was told to stop and is still {state.status}: look at it with --status.")
+            raise KngdError(f"job {job_id} was told to stop and is still {state.status}: see status={job_id}.")
         return state
 
     def log(self, job_id: str) -> list[str]:
@@ -269,7 +270,7 @@ class Cluster:
                     if time.monotonic() - lost_since > _RECONNECT_SECONDS:
                         raise KngdError(
                             f"the connection to {self.address} is lost and the job may go on: "
-                            f"kngd-ray submit --logs {job_id} follows it again."
+                            f"kngd-ray submit logs={job_id} follows it again."
                         ) from error
                     ended = False
                     time.sleep(2 * _POLL_SECONDS)
@@ -290,10 +291,10 @@ class Cluster:
             raise
         except AuthenticationError as error:
             missing = str(error).startswith("Authentication required")
-            what = "asks for a token, and none was sent" if missing else "does not accept this token"
+            what = "requires a token, and none was sent" if missing else "does not accept this token"
             raise KngdError(f"the cluster at {self.address} {what}: {_HOW_TO_SHOW_IT}.") from error
         except (requests.JSONDecodeError, requests.HTTPError, KeyError) as error:
-            raise KngdError(f"what answers at {self.address} is no Ray dashboard: give http://HOST:8265.") from error
+            raise KngdError(f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265.") from error
         except (OSError, requests.RequestException) as error:  # a ConnectionError of Python's is an OSError
             raise KngdError(self._unreachable(error)) from error
         except (RuntimeError, ValueError) as error:
@@ -301,7 +302,7 @@ class Cluster:
                 raise UsageError(self._unknown(job_id)) from error
             if "404" in str(error):
                 raise KngdError(
-                    f"what answers at {self.address} is no Ray dashboard: give http://HOST:8265."
+                    f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265."
                 ) from error
             if _NO_AGENT in str(error):
                 raise KngdError(
@@ -319,13 +320,13 @@ class Cluster:
         except OSError as refused:
             reason = refused.strerror or str(refused) or type(refused).__name__
             return (
-                f"nobody answers at {self.address} ({reason}): start the cluster or the tunnel to it "
-                "(`ray dashboard cluster.yaml`), or give the dashboard's address with --address."
+                f"nothing responds at {self.address} ({reason}): start the cluster or the tunnel to it "
+                "(`ray dashboard cluster.yaml`), or give the dashboard's address, address=http://HOST:8265."
             )
         if isinstance(error, requests.exceptions.SSLError):
-            return f"{self.address} does not speak TLS as it should ({error}): check its certificate, or give http://."
+            return f"{self.address} does not speak TLS properly ({error}): check its certificate, or give http://."
         return (
-            f"what listens at {self.address} is no web server: give the dashboard's address, port 8265 by default, "
+            f"what listens at {self.address} is not a web server: give the dashboard's address, port 8265 by default, "
             "not Ray's own port (6379) or that of its client (10001)."
         )
 
@@ -333,7 +334,7 @@ class Cluster:
         jobs = sorted(self._client.list_jobs(), key=lambda job: job.start_time or 0)
         known = [job.submission_id for job in jobs if job.submission_id]
         if not known:
-            return f"there is no job {job_id} at {self.address}, which has had none."
+            return f"there is no job {job_id} at {self.address}, which has run none yet."
         return f"there is no job {job_id} at {self.address}{nearest(job_id, known[-_RECENT:])}."
 
 

@@ -1,21 +1,18 @@
 """``kngd-ray submit``: a command on a Ray cluster, checked before it is sent, followed to its end."""
 
-import json
-import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from rich.prompt import Confirm
 
 from kngd_ray import __version__, configs
 from kngd_ray.cluster.bundle import RAYIGNORE, Bundle, collect, show_bytes, write_zip
-from kngd_ray.cluster.preflight import MARK, Arguments
+from kngd_ray.cluster.preflight import new_id, preflight, shell_line
+from kngd_ray.config import parse, parse_override
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError, UsageError, nearest
 from kngd_ray.tracking import redact
@@ -23,7 +20,6 @@ from kngd_ray.tracking import redact
 if TYPE_CHECKING:
     from kngd_ray.cluster.submission import Cluster, JobState
 
-_CHECK_SECONDS = 300.0
 _LARGEST, _NAMED = 5, 8
 _INTERRUPTED = 130
 
@@ -36,33 +32,74 @@ class LeftRunningError(KngdError):
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitOptions:
-    """How a command is sent.
+    """How a command is submitted, or which job is looked at.
 
     Attributes:
-        address: of the cluster's dashboard; None looks in the environment.
-        working_dir: what is sent.
-        include: files, folders or patterns in it that are sent whatever they are.
+        address: URL of the cluster's dashboard; None looks in the environment.
+        working_dir: folder whose code and settings are sent.
+        include: files, folders or patterns below it that are sent regardless of suffix and git.
         dry_run: show what would be sent, and contact nobody.
         follow: show the job's log until it ends.
-        check: look first whether the cluster has what the command needs.
+        check: run ``doctor`` on the cluster first.
+        status: job whose state is shown.
+        logs: job whose log is followed.
+        stop: job that is stopped.
     """
 
     address: str | None = None
-    working_dir: Path = Path()
-    include: Sequence[str] = ()
+    working_dir: str = "."
+    include: tuple[str, ...] = ()
     dry_run: bool = False
     follow: bool = True
     check: bool = True
+    status: str | None = None
+    logs: str | None = None
+    stop: str | None = None
 
 
-def submit(command: Sequence[str], given: Arguments, options: SubmitOptions, display: Display) -> dict[str, Any]:
+def read_options(words: Sequence[str], command: Sequence[str]) -> SubmitOptions:
+    """Read the settings of a submission.
+
+    Args:
+        words: ``key=value`` settings.
+        command: that is submitted; empty if a job is looked at.
+
+    Returns:
+        The options.
+
+    Raises:
+        UsageError: a setting is wrong, or there is not exactly one of a command, ``status``, ``logs`` and ``stop``.
+    """
+    given: dict[str, Any] = {}
+    include: list[Any] = []
+    for word in words:
+        key, value = parse_override(word)
+        if "." in key:
+            raise UsageError(f"{word} is a setting of a run: write it after the command, as in submit -- train {word}.")
+        if key == "include":
+            include += value if isinstance(value, list) else [] if value is None else [value]
+        else:
+            given[key] = value
+    try:
+        options = parse(SubmitOptions, {**given, "include": include})
+    except UsageError as error:
+        raise UsageError(f"submit: {error}") from error
+    chosen = [f"{name}=" for name in ("status", "logs", "stop") if getattr(options, name) is not None]
+    chosen += ["a command"] if command else []
+    if len(chosen) != 1:
+        found = f"there are {' and '.join(chosen)}" if chosen else "there is none"
+        raise UsageError(f"submit takes one of -- COMMAND, status=JOB, logs=JOB and stop=JOB, and {found}.")
+    return options
+
+
+def submit(command: Sequence[str], settings: Sequence[str], options: SubmitOptions, display: Display) -> dict[str, Any]:
     """Run a command on a cluster.
 
     Args:
         command: its name and arguments.
-        given: the same, parsed.
-        options: how it is sent.
-        display: where what is sent and what the job says is shown.
+        settings: those of its arguments that are settings, which may begin with a file.
+        options: how it is submitted.
+        display: where what is sent and the job's log are shown.
 
     Returns:
         The object that ``--json`` prints.
@@ -73,15 +110,15 @@ def submit(command: Sequence[str], given: Arguments, options: SubmitOptions, dis
     for argument in command:
         if redact(argument) != argument:
             raise UsageError(
-                f"{redact(argument)!r} holds a user name or a secret, and everybody who may see the dashboard sees a "
-                "job's command: leave it out and set MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and "
+                f"{redact(argument)!r} contains a user name or a secret, and the dashboard shows a job's command to "
+                "everybody: leave it out and set MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD on the cluster."
             )
-    bundle = collect(options.working_dir, options.include)
-    _check_file(given, bundle)
+    bundle = collect(Path(options.working_dir), options.include)
+    _check_file(command[0], settings, bundle)
     from kngd_ray.cluster.submission import Cluster, dashboard_address, package_limit
 
-    entrypoint = shlex.join(["python", "-m", "kngd_ray.cli", *command])
+    entrypoint = shell_line(*command)
     _show(bundle, display)
     bundle.refuse_above(package_limit())
     address = dashboard_address(options.address)
@@ -96,28 +133,35 @@ def submit(command: Sequence[str], given: Arguments, options: SubmitOptions, dis
         write_zip(bundle, archive)
         if options.check:
             cluster.check_version()
-            _check(cluster, given, bundle, archive, display)
-        job_id = _new_id(given.command)
+            preflight(cluster, command, bundle, archive, display)
+        job_id = new_id(command[0])
         cluster.submit(job_id, entrypoint, archive, {"kngd_ray": __version__})
     display.say(f"job {job_id} on {address}")
     if not options.follow:
-        display.say(f"follow it with kngd-ray submit --logs {job_id}")
+        display.say(f"follow it with kngd-ray submit logs={job_id}")
         return {**_report(cluster.job(job_id)), **sent}
     return {**_report(_follow(cluster, job_id, display)), **sent}
 
 
-def status(job_id: str, address: str | None, display: Display) -> dict[str, Any]:
-    """How a job stands.
+def show_job(options: SubmitOptions, display: Display) -> dict[str, Any]:
+    """Show the state or the log of a job, or stop it.
 
     Args:
-        job_id: of the job.
-        address: of the cluster's dashboard; None looks in the environment.
+        options: name the job.
         display: where it is shown.
 
     Returns:
         The object that ``--json`` prints.
     """
-    state = _cluster(address).job(job_id)
+    from kngd_ray.cluster.submission import Cluster, dashboard_address
+
+    cluster = Cluster(dashboard_address(options.address))
+    if options.logs is not None:
+        return _report(_follow(cluster, options.logs, display))
+    if options.stop is not None:
+        return _stop(cluster, options.stop, display)
+    assert options.status is not None
+    state = cluster.job(options.status)
     ran = "" if state.seconds is None else f", {state.seconds:.0f} s"
     code = "" if state.exit_code is None else f", exit code {state.exit_code}"
     display.out.print(f"{state.id}: {state.status}{code}{ran}\n{state.entrypoint}", markup=False, highlight=False)
@@ -126,49 +170,14 @@ def status(job_id: str, address: str | None, display: Display) -> dict[str, Any]
     return {**_report(state), "entrypoint": state.entrypoint, "seconds": state.seconds}
 
 
-def logs(job_id: str, address: str | None, display: Display) -> dict[str, Any]:
-    """Show what a job says, from its beginning to its end.
-
-    Args:
-        job_id: of the job.
-        address: of the cluster's dashboard; None looks in the environment.
-        display: where it is shown.
-
-    Returns:
-        The object that ``--json`` prints.
-    """
-    return _report(_follow(_cluster(address), job_id, display))
-
-
-def stop(job_id: str, address: str | None, display: Display) -> dict[str, Any]:
-    """End a job, and wait until it has.
-
-    Args:
-        job_id: of the job.
-        address: of the cluster's dashboard; None looks in the environment.
-        display: where it is shown.
-
-    Returns:
-        The object that ``--json`` prints.
-    """
-    cluster = _cluster(address)
+def _stop(cluster: "Cluster", job_id: str, display: Display) -> dict[str, Any]:
     before = cluster.job(job_id)
     if before.ended:
-        display.say(f"job {job_id} had ended: {before.status}")
+        display.say(f"job {job_id} had already ended: {before.status}")
         return _report(before)
     state = cluster.stop(job_id)
     display.say(f"job {job_id}: {state.status}")
     return _report(state)
-
-
-def _cluster(address: str | None) -> "Cluster":
-    from kngd_ray.cluster.submission import Cluster, dashboard_address
-
-    return Cluster(dashboard_address(address))
-
-
-def _new_id(command: str) -> str:
-    return f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:4]}"
 
 
 def _report(state: "JobState") -> dict[str, Any]:
@@ -180,26 +189,26 @@ def _report(state: "JobState") -> dict[str, Any]:
     }
 
 
-def _check_file(given: Arguments, bundle: Bundle) -> None:
-    """Refuse a settings file that would not be there.
+def _check_file(command: str, settings: Sequence[str], bundle: Bundle) -> None:
+    """Refuse a settings file that would not be on the cluster.
 
     Raises:
         UsageError: it is not sent.
     """
-    if given.command not in ("train", "tune"):
+    if command not in ("train", "tune"):
         return
-    first = next(iter(given.plain), "=")
-    shipped = configs.names("presets" if given.command == "train" else "searches")  # which come with the package
+    first = next(iter(settings), "=")
+    shipped = configs.names("presets" if command == "train" else "searches")
     if "=" in first or (first in shipped and not (bundle.root / first).is_file()):
         return
     if Path(first).is_absolute() or Path(first).as_posix() in bundle.sizes:
         return
     files = [sent for sent in bundle.sizes if sent.endswith((".yaml", ".yml"))]
     if not (bundle.root / first).is_file():
-        raise UsageError(f"{first} is not among what {bundle.root} sends{nearest(first, files)}.")
+        raise UsageError(f"{first} is not among the files sent from {bundle.root}{nearest(first, files)}.")
     if first in bundle.secrets:
-        raise UsageError(f"{first} is left out of what is sent, as it looks like a credential: take that out of it.")
-    raise UsageError(f"{first} is left out of what is sent, by git's rules or {RAYIGNORE}: add --include {first}.")
+        raise UsageError(f"{first} is not sent because it seems to hold a credential: remove that from it.")
+    raise UsageError(f"{first} is not sent because git or {RAYIGNORE} ignores it: add include={first}.")
 
 
 def _show(bundle: Bundle, display: Display) -> None:
@@ -210,93 +219,20 @@ def _show(bundle: Bundle, display: Display) -> None:
     for rule, names in bundle.ignored.items():
         display.say(f"left out by {rule}: {_some(names)}")
     if bundle.secrets:
-        display.say(f"left out as credentials (rename what is none): {_some(bundle.secrets)}")
+        display.say(f"left out as possible credentials (rename false positives): {_some(bundle.secrets)}")
     if bundle.unfit:
         display.say(f"left out as links to elsewhere or special files: {_some(bundle.unfit)}")
     if bundle.shadowing:
-        display.say(f"goes before what is installed there under that name: {_some(bundle.shadowing)}")
+        display.say(f"shadows what is installed on the cluster: {_some(bundle.shadowing)}")
     if bundle.brings_kngd_ray:
-        display.say("kngd_ray is sent, and the cluster runs that, whatever is installed there")
+        display.say("kngd_ray is sent and takes precedence over the installed version")
     else:
-        display.say(f"kngd_ray itself is not sent: the cluster has to have version {__version__}")
+        display.say(f"kngd_ray itself is not sent: the cluster needs version {__version__}")
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
-
-
-def _check(cluster: "Cluster", given: Arguments, bundle: Bundle, archive: Path, display: Display) -> None:
-    """Ask the cluster for what the command needs.
-
-    Raises:
-        KngdError: it lacks something.
-        UsageError: the settings are wrong.
-    """
-    display.say("checking what the cluster reaches")
-    job_id = _new_id("check")
-    entrypoint = shlex.join(["python", "-m", "kngd_ray.cluster.preflight", json.dumps(asdict(given))])
-    cluster.submit(job_id, entrypoint, archive, {"kngd_ray": __version__})
-    state = None
-    try:
-        state = cluster.wait(job_id, _CHECK_SECONDS)
-    finally:
-        if state is None or not state.ended:
-            cluster.stop(job_id)
-    if not state.ended:
-        raise KngdError(
-            f"the check {job_id} did not end within {_CHECK_SECONDS:.0f} s and was stopped: look at it with "
-            f"--logs {job_id}, or send the job without it by --no-check."
-        )
-    lines = cluster.log(job_id)
-    found = next((json.loads(line)[MARK] for line in reversed(lines) if line.startswith(f'{{"{MARK}"')), None)
-    if found is None:
-        raise KngdError(_why_silent(job_id, state, lines))
-    if found["kngd_ray"] != __version__ and not bundle.brings_kngd_ray:
-        raise KngdError(
-            f"the cluster has kngd_ray {found['kngd_ray']} and this machine {__version__}: install the same version "
-            "there, or send it along from its checkout with --working-dir."
-        )
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if found["python"] != python:
-        display.say(f"the cluster runs Python {found['python']}, this machine {python}")
-    _refuse(found["faults"], display)
-
-
-def _refuse(faults: Sequence[dict[str, Any]], display: Display) -> None:
-    """One sentence per fault.
-
-    Raises:
-        KngdError: there are faults.
-        UsageError: the settings are among them.
-    """
-    if not faults:
-        return
-    kind = UsageError if any(fault["usage"] for fault in faults) else KngdError
-    if len(faults) == 1:
-        raise kind(faults[0]["sentence"])
-    for fault in faults:
-        display.say(f"- {fault['sentence']}")
-    raise kind(f"the job was not sent: {len(faults)} things are wrong, as said above.")
-
-
-def _why_silent(job_id: str, state: "JobState", lines: Sequence[str]) -> str:
-    """Why a check has not come to its answer."""
-    text = "\n".join(lines)
-    if "No module named kngd_ray.cluster" in text:  # as `python -m` says it
-        return f"the cluster has an older kngd_ray than this machine's {__version__}: install that there."
-    if "No module named 'kngd_ray" in text or "No module named kngd_ray" in text:
-        return (
-            f"the cluster has no kngd_ray: install version {__version__} there, as cluster.yaml does, or send it along "
-            "from its checkout with --working-dir."
-        )
-    if "No module named" in text:
-        missing = text.rpartition("No module named")[2].splitlines()[0].strip(" '\"")
-        return f"the cluster's Python has no {missing}: install kngd_ray with what it depends on there."
-    if "not found" in text and state.exit_code == 127:
-        return "the cluster's head finds no `python` on its PATH: start Ray there within its environment."
-    said = (lines or state.message.splitlines()[:1] or ["nothing"])[-1].strip().rstrip(".")
-    return f"the check {job_id} on the cluster failed and said last: {said}; see kngd-ray submit --logs {job_id}."
 
 
 def _follow(cluster: "Cluster", job_id: str, display: Display) -> "JobState":
@@ -305,7 +241,7 @@ def _follow(cluster: "Cluster", job_id: str, display: Display) -> "JobState":
     Raises:
         LeftRunningError: it was interrupted, and the job is to go on.
     """
-    again = f"kngd-ray submit --logs {job_id} shows it again, --stop {job_id} ends it"
+    again = f"kngd-ray submit logs={job_id} shows its log again, stop={job_id} stops it"
     try:
         for line in cluster.follow(job_id):
             display.out.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -313,7 +249,7 @@ def _follow(cluster: "Cluster", job_id: str, display: Display) -> "JobState":
     except KeyboardInterrupt:
         try:
             if not _asked_to_stop(display):
-                raise LeftRunningError(f"job {job_id} goes on: {again}.") from None
+                raise LeftRunningError(f"job {job_id} is still running: {again}.") from None
             state = cluster.stop(job_id)
         except KeyboardInterrupt:
             raise LeftRunningError(f"job {job_id} is left as it is: {again}.") from None

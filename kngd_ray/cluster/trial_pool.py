@@ -13,7 +13,17 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from kngd_ray.cluster.same_code import compared
 from kngd_ray.errors import KngdError
-from kngd_ray.tuning import Claimed, Driver, Report, Workload, fit_alone, fit_together, judge, reason_of, report_of
+from kngd_ray.tuning import (
+    Claimed,
+    Driver,
+    Report,
+    Workload,
+    fit_alone,
+    fit_together,
+    reason_of,
+    report_of,
+    score_trials,
+)
 
 DIED = "its process died (killed, out of memory, or its node is gone)"
 OUT_OF_MEMORY = "it ran out of memory: lower search.concurrency, or raise search.cpus_per_trial"
@@ -49,8 +59,8 @@ def _turn(config: dict[str, Any], *, work: Workload, mode: str, device: str) -> 
     """Run the trials of a turn in the process of an actor."""
     trials: list[Claimed] = config["trials"]
     fitter = partial(fit_together if mode == "batched" else fit_alone, device=device)
-    *_, judged = judge([trial.settings for trial in trials], work, fitter, at_once=mode == "batched")
-    return [report_of(one) for one in judged]
+    *_, scored = score_trials([trial.settings for trial in trials], work, fitter, at_once=mode == "batched")
+    return [report_of(one) for one in scored]
 
 
 class _Pool:
@@ -115,7 +125,7 @@ class _Pool:
                 self._starts += not trials
                 if self._starts > _MOST_STARTS:
                     raise KngdError(
-                        f"Ray starts no process for trials: {_reason(error)}; see kngd-ray doctor."
+                        f"Ray could not start a process for trials: {_reason(error)}; see kngd-ray doctor."
                     ) from error
                 self._start()
             else:

@@ -28,7 +28,7 @@ from kngd_ray.cluster.train_job import job_fitter
 from kngd_ray.cluster.trial_pool import DIED, OUT_OF_MEMORY, run_pool
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
-from kngd_ray.tuning import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, judge, report_of
+from kngd_ray.tuning import Claimed, Driver, Fitter, Workload, fit_alone, fit_together, report_of, score_trials
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -152,11 +152,11 @@ def _turn(config: dict[str, Any], *, work: Workload, trainer: TrainerConfig, mod
         if mode == "train":
             fitter = job_fitter(trainer, Path(scratch))
         at_once = mode != "local" and work.search.scheduler == "none"  # else it wants to look in between
-        for judged in judge([trial.settings for trial in trials], work, fitter, at_once=at_once):
+        for scored in score_trials([trial.settings for trial in trials], work, fitter, at_once=at_once):
             first = work.search.objective[0]
-            seeds = len(judged[0].scores.get(first, ()))
-            objective = judged[0].objective.get(first, float("nan"))
-            tune.report({_OBJECTIVE: objective, _SEEDS: seeds, "reports": [report_of(one) for one in judged]})
+            seeds = len(scored[0].scores.get(first, ()))
+            objective = scored[0].objective.get(first, float("nan"))
+            tune.report({_OBJECTIVE: objective, _SEEDS: seeds, "reports": [report_of(one) for one in scored]})
 
 
 class _StudySearcher(Searcher):  # type: ignore[misc]

@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from kngd_ray.comparison.metrics import Metric
-from kngd_ray.comparison.page import MARK, page
+from kngd_ray.comparison.page import page
 from kngd_ray.comparison.rows import Found, find_rows
 from kngd_ray.comparison.tables import Figure, Line, Table, build_tables
 from kngd_ray.config import TrackingConfig
 from kngd_ray.console import Display
 from kngd_ray.errors import TrackingError
-from kngd_ray.experiment.output_path import check_place
+from kngd_ray.experiment.html import check_path
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import read_runs, redact
 
@@ -54,7 +54,7 @@ def compare(
         TrackingError: nothing in the experiment can be compared.
     """
     path = out or Path(f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '_', experiment)}.html")
-    check_place(path, MARK, "compare", "--out")
+    check_path(path, "--out")
     uri = uri or TrackingConfig().uri
     runs = read_runs(uri, experiment)
     if not runs:
@@ -92,7 +92,7 @@ def _show(table: Table, found: Found, display: Display) -> None:
     if table.baseline is not None and len(table.lines) > 1:
         title = (
             f"difference from {table.baseline.name} on the same seeds: mean, seeds won-tied-lost, [95 % interval of it "
-            "alone]; ! is beyond the noise of seeds (Holm over the rows)"
+            "alone]; ! is significant (Holm over the rows)"
         )
         display.out.print(title, highlight=False, markup=False)
         for metrics in _blocks(table.metrics, display.out.width - _NAME, 19):

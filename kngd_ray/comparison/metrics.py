@@ -42,6 +42,11 @@ class Metric:
         return f"{said} %" if self.factor == 100 else said
 
     @property
+    def better(self) -> str:
+        """Which way it is better, in words; empty where it is not known."""
+        return {1: "higher is better", -1: "lower is better"}.get(self.direction, "")
+
+    @property
     def factor(self) -> float:
         """From the figure to what is shown."""
         return 100.0 if self.name.endswith("accuracy") or STREAM_LABELS.get(self.name, "").endswith("%") else 1.0

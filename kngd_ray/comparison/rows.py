@@ -219,7 +219,7 @@ def name_rows(rows: Sequence[Row]) -> list[str]:
         everywhere = [key for key in usual if all(key in row.params for row in members)]
         said = [f"{key}={_short(key, str(usual[key]))}" for key in everywhere]
         if said:
-            unsaid.append(f"{family}: {', '.join(said)}, where the name says nothing else")
+            unsaid.append(f"{family}: {', '.join(said)}, unless the name says otherwise")
     for attribute in ("run", "id"):
         often = Counter(row.name for row in rows)
         for row in rows:

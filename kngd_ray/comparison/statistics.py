@@ -2,7 +2,7 @@
 
 Differences are taken seed by seed, since a seed is a support set that both methods saw. Their interval is Student's t
 (:mod:`~kngd_ray.experiment.aggregate`), each for one comparison alone. Of several comparisons one looks good by chance
-more often than one in twenty times: whether a difference is beyond the noise of seeds is decided with Holm's
+more often than one in twenty times: whether a difference is significant is decided with Holm's
 correction over the rows of a table, so that one table in twenty at most claims what is not there.
 """
 
@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether it is beyond the noise of seeds, also among all differences that it is one of."""
+        """Whether it is significant, also among all differences that it is one of."""
         return self.p_holm is not None and self.p_holm < 1 - LEVEL
 
 

@@ -137,7 +137,7 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
             raise UsageError(f"no finished run has a metric {name!r}{_like(name, known)}")
     if found.search is not None:
         if baseline is not None:
-            raise UsageError("trials of a search have no seed to be paired by: leave out --baseline.")
+            raise UsageError("trials of a search cannot be paired by seed: leave out --baseline.")
         columns = [Metric(name, objectives.get(name, better(name))) for name in metrics or objectives]
         title = f"search {found.search.name}, {len(found.rows)} finished trials"
         return [_table(title, found.rows, columns, [m for m in columns if m.name in objectives], None, [])]
@@ -237,7 +237,7 @@ def _table(
     lines.sort(key=lambda line: line.row.method != ZERO_SHOT)
     unknown = [metric.name for metric in columns if not metric.direction]
     if unknown:
-        notes = [f"which way is better is not known of {', '.join(unknown)}: no wins or losses", *notes]
+        notes = [f"the better direction is unknown for {', '.join(unknown)}: no wins or losses", *notes]
     notes = [*_explain(lines, baseline, seeds), *notes]
     return Table(
         title, tuple(columns), tuple(front) if many else (), baseline, tuple(seeds), tuple(lines), tuple(notes)
@@ -301,10 +301,10 @@ def _explain(lines: Sequence[Line], baseline: Row | None, seeds: Sequence[int]) 
     if 1 in common:
         notes.append("one common seed gives a difference without an interval")
     if any(_same_everywhere(figure.difference) for line in lines for figure in line.figures.values()):
-        notes.append("a difference that is the same on all seeds has no interval: by how much it varies is not known")
+        notes.append("a difference that is the same on all seeds has no interval, because its variation is unknown")
     if len({frozenset(line.row.seeds) for line in lines if line.row.method != ZERO_SHOT}) > 1:
         few_seeds = [line.row.name for line in lines if not line.row.seeds.keys() >= set(seeds)]
-        left = f"; not ranked, for want of some: {', '.join(few_seeds)}" if few_seeds else ""
+        left = f"; not ranked, as some seeds are missing: {', '.join(few_seeds)}" if few_seeds else ""
         notes.append(
             "not all rows have the same seeds: means are over each row's own, differences over common ones, best rows "
             f"and front over seeds {', '.join(map(str, seeds))}{left}"
@@ -346,7 +346,7 @@ def _against(metric: Metric, difference: Difference | None, other: str, compared
     if compared == 1 or not alone:
         return f"{said} ({interval}, which {'excludes' if alone else 'includes'} 0)"
     among = f"of this comparison alone, and p = {difference.p_holm:.2g} among {compared} (Holm)"
-    verdict = "beyond the noise of seeds" if difference.decided else "not beyond the noise of seeds"
+    verdict = "significant" if difference.decided else "not significant"
     return f"{said} ({interval} {among}: {verdict})"
 
 

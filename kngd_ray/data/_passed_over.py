@@ -63,10 +63,10 @@ def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[st
         name = max(over, key=lambda name: lost[name].total() / (lost[name].total() + read[name]))
         count, more = lost[name].total(), "" if len(over) == 1 else f", and more of {len(over) - 1} other classes"
         raise DataError(
-            f"{root}: {count} of the {count + read[name]} files of the class {name!r} would be passed over for their"
+            f"{root}: {count} of the {count + read[name]} files of the class {name!r} would be skipped because of their"
             f" suffix, {by_suffix(lost[name])}{more}: save them as PNG or JPEG, or move them out of the folder"
         )
-    return (f"passed over for their suffix: {by_suffix(passed)}",) if passed else ()
+    return (f"skipped because of their suffix: {by_suffix(passed)}",) if passed else ()
 
 
 def unread(root: Path) -> Iterator[Path]:

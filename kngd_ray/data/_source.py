@@ -71,7 +71,7 @@ def read_picture(path: str | os.PathLike[str]) -> bytes:
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(0, "it is no regular file")
+        raise OSError(0, "it is not a regular file")
     if found.st_size > MAX_FILE:
         raise OSError(0, f"it has {found.st_size:,} bytes, more than a picture")
     with open(path, "rb") as file:
@@ -92,7 +92,7 @@ def listing(names: Sequence[str], limit: int = 20) -> str:
 def missing_path(path: Path) -> str:
     """Return the sentence for a path that does not exist, with the nearest name that does."""
     if address(path) is not None:
-        return f"{address(path)} is an address, and nothing is fetched: download it, and name the file in data.path"
+        return f"{address(path)} is an address, and nothing is downloaded: download it, and name the file in data.path"
     path = path.absolute()
     while not os.path.exists(path.parent):  # Path.exists raises where it may not look
         path = path.parent

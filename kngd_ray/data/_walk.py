@@ -60,7 +60,7 @@ def passed_over(passed: Counter[str]) -> tuple[str, ...]:
     """Return the sentence that counts what :func:`walk` passed over, if it passed over anything."""
     if not passed:
         return ()
-    return (f"passed over: {sum(passed.values())} files in folders called {listing(sorted(passed))}",)
+    return (f"skipped: {sum(passed.values())} files in folders called {listing(sorted(passed))}",)
 
 
 def _blobs(root: Path) -> list[str]:

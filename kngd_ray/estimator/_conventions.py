@@ -144,7 +144,7 @@ def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(detached)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} is no table of numbers ({error}): give rows of one length.") from error
+        raise InputError(f"{what} is not a table of numbers ({error}): give rows of one length.") from error
 
 
 def columns_of(X: Any) -> np.ndarray[Any, Any] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kngd_ray.errors import UsageError
 from kngd_ray.estimator._conventions import weighted_accuracy
 from kngd_ray.estimator.given import check_lengths, features_of, label_array, labels_of, listed, picture
-from kngd_ray.training.classifier import Classifier, Judgement
+from kngd_ray.training.classifier import Classification, Classifier
 
 _BATCH = 64  # decoded pictures held at once
 
@@ -40,17 +40,17 @@ class FittedClassifier:
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Posterior predictive probabilities (m, C)."""
-        return self.judge(X).probabilities.double().numpy()
+        return self.classify(X).probabilities.double().numpy()
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable classes (m,)."""
         best: npt.NDArray[Any] = self.classes_[self.predict_proba(X).argmax(1)]
         return best
 
-    def unlike(self, X: Any) -> npt.NDArray[np.float64]:
-        """Share (m,) of the training shots, held out, that the fit is surer of; NaN where that is not known."""
-        found = self.judge(X)
-        return np.full(len(found.probabilities), np.nan) if found.unlike is None else found.unlike.double().numpy()
+    def novelty(self, X: Any) -> npt.NDArray[np.float64]:
+        """Novelty percentiles (m,): share of the held-out training shots that the fit is surer of; NaN if unknown."""
+        found = self.classify(X)
+        return np.full(len(found.probabilities), np.nan) if found.novelty is None else found.novelty.double().numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy.
@@ -67,7 +67,7 @@ class FittedClassifier:
         check_lengths(samples, labels)
         return weighted_accuracy(self.predict(samples).tolist(), labels, sample_weight)
 
-    def judge(self, X: Any) -> Judgement:
+    def classify(self, X: Any) -> Classification:
         """Predict with all that is known of the uncertainty.
 
         Args:
@@ -79,14 +79,14 @@ class FittedClassifier:
         Raises:
             UsageError: X is empty.
         """
-        parts = [self._classifier.judge(batch) for batch in self._batches(X)]
+        parts = [self._classifier.classify(batch) for batch in self._batches(X)]
         if not parts:
             raise UsageError("X is empty: give one sample at least.")
-        return Judgement(
+        return Classification(
             torch.cat([part.probabilities for part in parts]),
             torch.cat([part.logit_std for part in parts]),
             _joined([part.interval for part in parts]),
-            _joined([part.unlike for part in parts]),
+            _joined([part.novelty for part in parts]),
         )
 
     def _batches(self, X: Any) -> Iterator[list[Image.Image] | Tensor]:

@@ -49,42 +49,42 @@ _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol"
 
 
 class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """CLIP adapted to a few labelled pictures, or to features of them, by an extended Kalman filter.
+    """CLIP adapted to a few labelled pictures, or to their features, by an extended Kalman filter.
 
-    Follows scikit-learn's conventions: parameters are kept as they are given, ``fit`` returns ``self``, what is learned
-    ends in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. Where scikit-learn is installed
-    it is a ``ClassifierMixin`` and a ``BaseEstimator``; it works without. ``fit`` takes no ``sample_weight``, ``score``
-    does.
+    Follows scikit-learn's conventions: parameters are stored as given, ``fit`` returns ``self``, learned attributes end
+    in an underscore, and ``clone``, ``cross_val_score`` and ``GridSearchCV`` work. It is a ``ClassifierMixin`` and a
+    ``BaseEstimator`` if scikit-learn is installed, and works without it. ``score`` takes ``sample_weight``; ``fit``
+    does not.
 
-    ``model="precomputed"`` takes a matrix (N, d) of features for the pictures, and passes ``check_estimator``. Only the
-    direction of a row counts, as in CLIP: rows are scaled to length 1. Where lengths or an offset matter, a scaler or a
-    column of ones comes before. A row of zeros says nothing: without class embeddings its classes are equally probable,
-    with them it is refused, as no model computes it. Of the other models, whose samples are pictures, only the
-    checks of parameters, cloning, reprs and unfitted use apply.
+    ``model="precomputed"`` takes a matrix (N, d) of features instead of pictures, and passes ``check_estimator``. Only
+    the direction of a row counts, as in CLIP: rows are scaled to length 1. If lengths or an offset matter, add a scaler
+    or a column of ones. A row of zeros gets equal probabilities without class embeddings, and is refused with them. For
+    other models, whose samples are pictures, only the checks of parameters, cloning, reprs and unfitted use apply.
 
     Args:
         model: ``embedded`` for the mini CLIP of this package, a model name of open_clip, or ``precomputed``.
-        pretrained: of an open_clip model, a tag or the path of a checkpoint.
-        class_embeddings: of ``precomputed``, an array (C, d) or (C, T, d) of T prompts in the order of ``classes_``, or
-            the path of a ``.npy`` file with one; None learns a linear classifier from the samples alone.
-        logit_scale: of ``precomputed``, the factor from cosines to logits; None is 100.
-        templates: prompts, each with one ``{}`` for the class name, or the name of a set of them. Labels that look like
-            code are said in words, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` for ``{}`` keeps them.
-        class_names: what labels are called in prompts, by label; None is the text or the digits that they are.
-        preset: the settings of the fit: a shipped preset or a YAML file.
-        settings: settings over the preset by dotted key, as ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
-        random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for
-            another one each time.
+        pretrained: for an open_clip model, a tag or the path of a checkpoint.
+        class_embeddings: for ``precomputed``, an array (C, d), or (C, T, d) for T prompts, in the order of
+            ``classes_``, or the path of a ``.npy`` file with one. None learns a linear classifier from the samples
+            alone.
+        logit_scale: for ``precomputed``, the factor from cosines to logits; None is 100.
+        templates: prompts, each with one ``{}`` for the class name, or the name of a set of prompts. Labels that look
+            like code are spelled out, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` keeps them.
+        class_names: name of each label in prompts; None uses the label itself.
+        preset: settings of the fit: a shipped preset or a YAML file.
+        settings: settings that override the preset, by dotted key: ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
+        random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for a
+            random one.
         device: where to compute; None is this machine's GPU if there is one.
 
     Attributes:
         classes_: labels in the order of the columns of :meth:`predict_proba`.
-        class_names_: what they are called in prompts.
-        n_features_in_: of ``precomputed``, the number of features.
-        feature_names_in_: of ``precomputed``, names of the columns, where a table with such was given.
-        calibration_: posterior temperature tau, chosen on the training pictures alone unless the settings give it, and
-            scaling temperature, likewise.
-        checkpoint_: weights and covariance, as a checkpoint holds them.
+        class_names_: their names in prompts.
+        n_features_in_: for ``precomputed``, the number of features.
+        feature_names_in_: for ``precomputed``, names of the columns, if a table with names was given.
+        calibration_: the posterior temperature tau and the scaling temperature, chosen on the training pictures alone
+            unless the settings give them.
+        checkpoint_: weights and covariance, as in a checkpoint.
     """
 
     _estimator_type = "classifier"
@@ -192,14 +192,14 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         scale = interval_scale(classifier.novelty)
         return p, probability_std(_head(classifier), features, scale).double().cpu().numpy()
 
-    def unlike(self, X: Any) -> npt.NDArray[np.float64]:
-        """How unlike the training pictures others are.
+    def novelty(self, X: Any) -> npt.NDArray[np.float64]:
+        """Novelty percentiles: how unusual samples are by the standard of the training samples.
 
         Args:
             X: m pictures, or a matrix (m, d).
 
         Returns:
-            (m,) share of the training pictures, held out, that the fit is surer of; NaN where that is not known, as
+            (m,) share of the held-out training samples that the fit is surer of, 0 to 1; NaN if it is not known, as
             without folds.
         """
         classifier, features = self._features(X)

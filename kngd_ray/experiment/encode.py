@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from kngd_ray.clip import PRECOMPUTED, ClipModel, load_model, worded
-from kngd_ray.config import load_config
+from kngd_ray.config import Config
 from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, ImageSet, open_images, write_features
 from kngd_ray.errors import UsageError
@@ -28,9 +28,7 @@ CLASS_EMBEDDINGS = "class_embeddings.npy"
 
 
 def encode(
-    dataset: str,
-    file: Path | None,
-    overrides: Sequence[str],
+    config: Config,
     display: Display,
     backend: Backend = HERE,
     *,
@@ -39,9 +37,7 @@ def encode(
     """Compute the features of every picture of a data set.
 
     Args:
-        dataset: parquet file, folder of pictures or ``embedded``.
-        file: configuration file, or None.
-        overrides: ``key=value`` settings.
+        config: its data and its model.
         display: where progress is shown.
         backend: encodes.
         out: a new or empty folder for features and class embeddings; None only fills the cache.
@@ -53,7 +49,6 @@ def encode(
     Raises:
         UsageError: there is no model that encodes, or `out` is a file or holds something.
     """
-    config = load_config(file, overrides, forced={"data": {"path": dataset}})
     if config.model.precomputed:
         raise UsageError(f"encode needs a model with towers, and model.name is {PRECOMPUTED}: name a CLIP model.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -82,7 +77,7 @@ def encode(
         rows = np.setdiff1d(everything, list(bad))
         report |= _write(images, rows, cache, model, texts, out)
         display.say(f"{report['features']}: {len(rows)} rows of {model.embed_dim} features")
-        display.say("train, tune and evaluate on them, here or anywhere, with the settings")
+        display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)
     return report
 

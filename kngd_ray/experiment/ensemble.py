@@ -62,7 +62,7 @@ def ensemble(
         UsageError: an alpha outside [0, 1], another setting than those, or weights that cannot be averaged.
     """
     if points < 2:
-        raise UsageError(f"--points is {points}; a curve over alpha needs 2 or more, 0 and 1 among them.")
+        raise UsageError(f"--points is {points}; a curve over alpha needs at least 2, for alpha 0 and 1.")
     alpha, settings = _alpha(overrides)
     place = run_folder.locate(target, storage_path)
     run = next(folder for folder in (place, *place.parents) if (folder / CONFIG).is_file())
@@ -95,8 +95,8 @@ def ensemble(
     else:
         now = " and ".join(f"{a:g}" for a in sorted(in_use))
         display.say(
-            f"predict, evaluate and export use alpha={now}; kngd-ray ensemble {target} alpha=0.5 keeps another. "
-            "The curve is over test sets: choose alpha without it"
+            f"predict, evaluate and export use alpha={now}; kngd-ray ensemble {target} alpha=0.5 sets another. "
+            "The curve is measured on test sets: do not choose alpha from it"
         )
     return {
         "fits": [str(folder) for _, folder in fits],

@@ -138,7 +138,7 @@ def export(
             for note in exported.notes:
                 display.say(f"  {note}")
     if towers:
-        display.say(f"train, tune and evaluate on these towers by model.name=local-dir:{out}")
+        display.say(f"to train, tune and evaluate with these towers, use model.name=local-dir:{out}")
     display.say(f"{CLASSES} ({_CLASSES_SAY})")
     display.say(f"{CARD} (model card)")
     report = {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}

@@ -4,20 +4,16 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
 from PIL import Image
 
-MARK = '<meta name="generator" content="kngd-ray predict">'
-"""What tells a page of ours from another file."""
+from kngd_ray.experiment.html import render
 
 _SIDE = 224  # pixels of a thumbnail
 _QUALITY = 82
 _NEXT = 2  # classes shown below the first
-_STRANGE = 0.95  # of the shots that are surer: such a picture is marked
+_NOVEL = 0.95  # novelty percentile above which a picture is marked
 
 
 @dataclass(frozen=True)
@@ -51,49 +47,40 @@ class Card:
 
     @property
     def doubt(self) -> tuple[float, float]:
-        """What the cards are sorted by: how unlike the shots, if that is known, then the uncertainty."""
-        unlike = self.row["unlike"]
-        return (-1.0 if unlike is None else unlike, self.row["uncertainty"])
+        """What the cards are sorted by: their novelty, if it is known, then the uncertainty."""
+        novelty = self.row["novelty"]
+        return (-1.0 if novelty is None else novelty, self.row["uncertainty"])
 
 
 def gallery(title: str, cards: Sequence[Card], *, compared: bool) -> str:
-    """Write the page, the least certain pictures first; every text from outside is escaped.
+    """Write the page, the most novel pictures first; every text from outside is escaped.
 
     Args:
         title: of the page.
         cards: the pictures.
-        compared: whether it is known how unlike the shots they are.
+        compared: whether their novelty is known.
 
     Returns:
         HTML.
     """
-    template = (resources.files("kngd_ray") / "assets" / "gallery.html").read_text(encoding="utf-8")
     ordered = sorted(cards, key=lambda card: card.doubt, reverse=True)
-    strange = sum(1 for card in cards if (card.row["unlike"] or 0) > _STRANGE)
-    order = "the most unlike the training pictures first" if compared else "the largest uncertainty first"
+    order = "most novel first" if compared else "most uncertain first"
     about = f"{len(cards)} picture{'s' if len(cards) != 1 else ''}, {order}"
     if compared:
-        about += f"; {strange} of them more unlike the training pictures than {_STRANGE:.0%} of these are, marked"
-    body = "\n".join(_card(card) for card in ordered)
-    return Template(template).substitute(title=escape(title), about=escape(about), body=body)
+        novel = sum(_is_novel(card) for card in cards)
+        about += f"; {novel} above the novelty percentile {_NOVEL:.2f} of the training pictures, marked"
+    return render("gallery.html", title=title, about=about, cards=[_shown(card) for card in ordered])
 
 
-def _card(card: Card) -> str:
-    row = card.row
-    source = f"data:image/jpeg;base64,{base64.b64encode(card.thumbnail).decode()}"
-    p, low, high, unlike = (row[key] for key in ("probability", "probability_low", "probability_high", "unlike"))
-    whisker = spread = ""
-    if low is not None:
-        whisker = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
-        spread = f" <small>90 %: {low:.3f} to {high:.3f}</small>"
-    others = sorted(row["probabilities"].items(), key=lambda item: -item[1])[1 : 1 + _NEXT]
-    rest = ", ".join(f"{escape(name)} {share:.3f}" for name, share in others)
-    far = unlike is not None and unlike > _STRANGE
-    likeness = "" if unlike is None else f'<p class="unlike">unlike the training pictures: <b>{unlike:.2f}</b></p>'
-    name = escape(row["image"])
-    return (
-        f'<figure{" class=far" if far else ""}><img src="{source}" alt="{name}"><figcaption>'
-        f"<h2>{escape(row['class'])}</h2>"
-        f'<div class="bar"><b style="width:{100 * p:.2f}%"></b>{whisker}</div><p>{p:.3f}{spread}</p>'
-        f'{likeness}<p class="soft">then {rest}</p><p class="soft name">{name}</p></figcaption></figure>'
-    )
+def _is_novel(card: Card) -> bool:
+    return (card.row["novelty"] or 0) > _NOVEL
+
+
+def _shown(card: Card) -> dict[str, Any]:
+    """What the template shows of a card."""
+    return {
+        "row": card.row,
+        "thumbnail": base64.b64encode(card.thumbnail).decode(),
+        "others": sorted(card.row["probabilities"].items(), key=lambda item: -item[1])[1 : 1 + _NEXT],
+        "novel": _is_novel(card),
+    }

@@ -233,9 +233,7 @@ class MethodRun:
         fit_folder = self._folder / "fits" / name
         checkpoint = latest(fit_folder)
         if checkpoint is None or checkpoint.manifest["step"] < task.sampler.steps:
-            raise CheckpointError(
-                f"the fit {name} did not come to its end: continue with --resume {self._folder.name}."
-            )
+            raise CheckpointError(f"the fit {name} did not finish: continue with --resume {self._folder.name}.")
         kept = read_settled(fit_folder).alpha  # of an ensemble that was settled on after the run had ended
         device = self._prepared.device
         predictor = restore_predictor(

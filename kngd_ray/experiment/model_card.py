@@ -46,7 +46,7 @@ def write_card(
         zero_shot: those of the pretrained model.
         steps: of each fit.
         calibrations: tau and temperature by seed.
-        compared: whether predictions say how unlike the training pictures a picture is.
+        compared: whether predictions have a novelty percentile.
 
     Returns:
         What the model is and its figures, as a note to be read beside others.
@@ -161,7 +161,7 @@ def _figures(
     spread = (
         "Mean and 95 % interval over seeds (Student's t)."
         if several
-        else "One seed: no interval can be given. Another support set would give other figures."
+        else "One seed: no interval can be given. Another support set would give different figures."
     )
     probe = config.model.precomputed and config.model.class_embeddings is None
     before = "chance" if probe else "zero-shot"
@@ -174,7 +174,7 @@ def _figures(
     taus = ", ".join(f"{c.tau:g}" for c in calibrations.values())
     posterior = config.posterior
     asked = posterior.folds and posterior.temperature is None
-    chosen = "chosen on the training pictures" if asked else "not chosen, but given"
+    chosen = "chosen on the training pictures" if asked else "given, not chosen"
     used = config.method == "kalman" and posterior.predict != "mean"
     by = f"`{posterior.predict}`, posterior temperature tau {taus}, {chosen}" if used else "by the weights alone"
     held = [c.held_out_accuracy for c in calibrations.values() if c.held_out_accuracy is not None]
@@ -194,39 +194,40 @@ def _figures(
 
 def _use(config: Config, compared: bool) -> str:
     posterior = config.method == "kalman"
-    said = ["the class, and probabilities of all classes"]
+    said = ["the class, and the probabilities of all classes"]
     if posterior:
         said.append(
-            "a 90 % interval of the class's probability, where shots could be held out: about where four times the "
-            "shots would take it, for pictures like those trained on; of others it is wider than it need be"
+            "a 90 % interval of the class's probability, if shots could be held out: about where four times the shots "
+            "would take it, for pictures like the training pictures; for others it is wider than necessary"
         )
     if compared:
-        said.append("`unlike`: the share of the training pictures, held out, of which the fit is surer")
+        said.append(
+            "`novelty`: its percentile, 0 to 1, the share of held-out training pictures of which the fit is surer"
+        )
     said.append("`uncertainty`: entropy of the prediction, nats")
-    return _lines("## What it says of a picture", "", *(f"- {line}" for line in said))
+    return _lines("## Output", "", *(f"- {line}" for line in said))
 
 
 def _limits(config: Config, report: Mapping[str, Any]) -> str:
     limits = [
-        "It knows its classes and nothing else: a picture of anything else gets one of them, too.",
-        "Nobody has examined it for bias against persons or groups, nor what the CLIP model was trained on.",
+        "It knows its classes only: a picture of anything else also gets one of them.",
+        "Neither it nor the training data of the CLIP model was examined for bias against persons or groups.",
     ]
     if config.data.shots < _FEW and config.data.time is None:
-        limits.append(f"It has seen {config.data.shots} pictures per class: which ones matters for all figures above.")
+        limits.append(
+            f"It has seen {config.data.shots} pictures per class: other pictures would change all figures above."
+        )
     ood = report["ood"].get("mean")
     if ood is None:
-        limits.append("It was not tested out of distribution: how it does on other kinds of pictures is not known.")
+        limits.append("It was not tested out of distribution: its accuracy on other kinds of pictures is unknown.")
     else:
         a, b = (100 * _mean(figures["accuracy"]) for figures in (report["id"], ood))
         limits.append(
-            f"On domains that it has not seen its accuracy is {b:.1f} %, against {a:.1f} % on its own, and its "
-            f"calibration error {_mean(ood['ece']):.3f} against {_mean(report['id']['ece']):.3f}: training pictures do "
-            "not speak for other domains."
+            f"On unseen domains its accuracy is {b:.1f} %, against {a:.1f} % on its own, and its "
+            f"calibration error {_mean(ood['ece']):.3f} against {_mean(report['id']['ece']):.3f}."
         )
     if config.method != "kalman":
-        limits.append(
-            "It has no posterior: it gives no intervals, and cannot tell that a picture is unlike the training's."
-        )
+        limits.append("It has no posterior: it gives no intervals and no novelty percentiles.")
     return _lines("## Limits", "", *(f"- {line}" for line in limits))
 
 

@@ -18,8 +18,8 @@ from kngd_ray._run_layout import CONFIG
 from kngd_ray.console import Display
 from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
 from kngd_ray.errors import DataError, UsageError
-from kngd_ray.experiment.gallery import MARK, Card, gallery
-from kngd_ray.experiment.output_path import check_place
+from kngd_ray.experiment.gallery import Card, gallery
+from kngd_ray.experiment.html import check_path
 from kngd_ray.experiment.run_folder import find_fit, read_config
 from kngd_ray.storage import address, write_text
 from kngd_ray.training.classifier import Classifier
@@ -50,16 +50,16 @@ def predict(
         table: whether one is shown.
 
     Returns:
-        Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (its
-        90 % interval, should shots be added), ``unlike`` (share of the training shots, held out, that the fit is surer
-        of), ``uncertainty`` (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` by class. None for
-        what is not known. Of features ``file`` and ``row``, counted from 0, stand for ``image``.
+        Per picture: ``image``, ``class``, ``probability``, ``probability_low`` and ``probability_high`` (its 90 %
+        interval, should shots be added), ``novelty`` (percentile, 0 to 1: share of the held-out shots that the fit is
+        surer of), ``uncertainty`` (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` by class. None
+        for what is not known. Of features ``file`` and ``row``, counted from 0, stand for ``image``.
 
     Raises:
         DataError: a file is missing or unreadable, or there is no picture or no row.
     """
     if html is not None:
-        check_place(html, MARK, "predict", "--html")
+        check_path(html, "--html")
     if not (files := list(_files(images))) and not any(name.endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
@@ -83,7 +83,7 @@ def predict(
             if html is not None:
                 cards.append(Card.of(rows[-1], picture))
     if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
-        display.say(f"passed over for their suffix: {by_suffix(passed)}")
+        display.say(f"skipped because of their suffix: {by_suffix(passed)}")
     if left_out:
         first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
@@ -102,7 +102,7 @@ def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> lis
     names = classifier.class_names
     return [
         {**row, "probabilities": dict(zip(names, row["probabilities"], strict=True))}
-        for row in classifier.judge(inputs).rows(names)
+        for row in classifier.classify(inputs).rows(names)
     ]
 
 
@@ -120,7 +120,7 @@ def _classify_features(
     other = next((name for name in files if not name.endswith(_FEATURES)), None)
     if other is not None:
         raise UsageError(
-            f"{fit.name} learned from features, and {other} is no parquet file with a column `features`: kngd-ray "
+            f"{fit.name} learned from features, and {other} is not a parquet file with a column `features`: kngd-ray "
             "encode --out writes one of pictures."
         )
     run = next((folder for folder in (fit, *fit.parents) if (folder / CONFIG).is_file()), None)
@@ -148,7 +148,7 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
     for name in images:
         path = Path(name)
         if not path.exists() and address(name) is not None:
-            raise DataError(f"{name} is an address, and nothing is fetched: download it, and name the file.")
+            raise DataError(f"{name} is an address, and nothing is downloaded: download it, and name the file.")
         if not path.is_dir():
             yield path, True
             continue
@@ -168,7 +168,7 @@ def _open(path: Path, named: bool) -> Image.Image | BadImage:
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise DataError(f"the picture {path} cannot be read (it is no regular file): check the path.")
+            raise DataError(f"the picture {path} cannot be read (it is not a regular file): check the path.")
         return decode(path.read_bytes(), str(path), _REMEDY)
     except BadImage as error:
         if named:
@@ -206,15 +206,15 @@ def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, displ
 
 
 def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
-    table = Table(kind, "class", "probability", "90 % interval", "unlike the shots", "logit std", "uncertainty (nats)")
+    table = Table(kind, "class", "probability", "90 % interval", "novelty", "logit std", "uncertainty (nats)")
     for name, row in zip(names, rows, strict=True):
-        low, high, unlike = row["probability_low"], row["probability_high"], row["unlike"]
+        low, high, novelty = row["probability_low"], row["probability_high"], row["novelty"]
         table.add_row(
             escape(name),
             escape(row["class"]),
             f"{row['probability']:.3f}",
             "–" if low is None else f"{low:.3f} to {high:.3f}",
-            "–" if unlike is None else f"{unlike:.2f}",
+            "–" if novelty is None else f"{novelty:.2f}",
             f"{row['logit_std']:.3f}",
             f"{row['uncertainty']:.3f}",
         )

@@ -59,7 +59,7 @@ def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
     shots = np.unique(np.concatenate([task.images.keys[split.support] for split in task.splits.values()]))
     if config.protocol == "dg" and not any(split.ood for split in task.splits.values()):
         raise UsageError(
-            "protocol=dg is tested on domains that are not trained on, and there is none: set data.train_domain to one "
+            "protocol=dg needs a test domain that is not trained on, and there is none: set data.train_domain to one "
             "of several, or data.ood_domains."
         )
     if config.protocol == "bng":

@@ -55,7 +55,7 @@ class _Visitor(_Reader):
             folder = next(place for place in path.parents if place.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise TrackingError(f"the tracking store {self.shown} cannot be made: check tracking.uri and {folder}.")
-            return f"{self.shown} is not there yet, the first run makes it"
+            return f"{self.shown} does not exist yet, the first run creates it"
         if path is None:
             Server._probe(self)
         else:
@@ -66,6 +66,6 @@ class _Visitor(_Reader):
             finally:
                 connection.close()
         if not self._tables():
-            return f"{self.shown} is empty, the first run makes MLflow's tables"
+            return f"{self.shown} is empty, the first run creates MLflow's tables"
         self._probe()
         return None

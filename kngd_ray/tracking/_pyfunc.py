@@ -52,7 +52,7 @@ def save_pyfunc(
             ColSpec(DataType.double, "probability"),
             ColSpec(DataType.double, "probability_low", required=False),
             ColSpec(DataType.double, "probability_high", required=False),
-            ColSpec(DataType.double, "unlike", required=False),
+            ColSpec(DataType.double, "novelty", required=False),
             ColSpec(DataType.double, "uncertainty"),
             ColSpec(DataType.double, "logit_std"),
             ColSpec(Array(DataType.double), "probabilities"),

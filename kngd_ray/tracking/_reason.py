@@ -11,12 +11,12 @@ _ANSWERS = (  # (what the message holds, what to say); the first that fits
     (("database is locked",), "is locked by another process: end it or wait"),
     (("disk is full", "No space left"), "has no space left: free some"),
     (("readonly database", "unable to open database"), "cannot be written: check the file and its permissions"),
-    (("file is not a database",), "is no SQLite database: check tracking.uri"),
+    (("file is not a database",), "is not a SQLite database: check tracking.uri"),
     (
         ("out-of-date database schema",),
         "was made by another version of MLflow: back it up, then run `mlflow db upgrade` with its address",
     ),
-    (("error code 404", "not in a valid JSON format"), "does not answer as MLflow does: check tracking.uri"),
+    (("error code 404", "not in a valid JSON format"), "does not respond like MLflow: check tracking.uri"),
     (("too many 5", "error code 5"), "fails with an internal error: see the server's log"),
 )
 _SILENCE = (  # how the clients of servers and databases say that there is nobody
@@ -47,7 +47,7 @@ def reason(error: Exception) -> str:
             return f"{answer}; {_LATER}."
     for mark, cause in _SILENCE:
         if mark in text:
-            return f"does not answer ({cause}): check tracking.uri and that the server runs; {_LATER}."
+            return f"does not respond ({cause}): check tracking.uri and that the server runs; {_LATER}."
     if isinstance(error, ImportError):
         return f"needs a package that is not installed ({first}): install it; {_LATER}."
     if isinstance(error, OSError) and error.filename is not None:

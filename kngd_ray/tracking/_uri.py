@@ -44,7 +44,7 @@ def resolve_uri(uri: str, folder: Path | None = None) -> str:
         raise TrackingError(f"tracking.uri is {redact(uri)!r}, which names no host; give http://HOST:PORT.")
     if not (scheme in {"http", "https", "databricks"} or uri == "databricks" or is_database(uri)):
         raise TrackingError(
-            f"tracking.uri is {redact(uri)!r}, which is no MLflow store; "
+            f"tracking.uri is {redact(uri)!r}, which is not an MLflow store; "
             "give sqlite:///mlflow.db, http://HOST:PORT or a database address."
         )
     path = sqlite_file(uri)

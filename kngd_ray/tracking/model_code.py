@@ -7,13 +7,13 @@ lists of floats, becomes a table with
 - ``class``: name of the most probable class;
 - ``probability``: its posterior predictive probability;
 - ``probability_low``, ``probability_high``: its 90 % interval: where four times the shots would take it;
-- ``unlike``: share of the training shots, held out, that the fit is surer of: 0.99 is more unlike than 99 % of them;
+- ``novelty``: its percentile, 0 to 1: the share of the held-out training shots that the fit is surer of;
 - ``uncertainty``: entropy of the posterior predictive distribution, nats;
 - ``logit_std``: posterior standard deviation of that class's logit;
 - ``probabilities``: of all classes, in the order of ``class_names`` in the model's metadata;
 - ``error``: why a row could not be read, of which nothing else is said then. Where none could, that is an error.
 
-What is not known (without a posterior there is no interval, of older fits no ``unlike``) is missing.
+What is not known (without a posterior there is no interval, of older fits no ``novelty``) is missing.
 """
 
 import os
@@ -36,7 +36,7 @@ _COLUMNS = [
     "probability",
     "probability_low",
     "probability_high",
-    "unlike",
+    "novelty",
     "uncertainty",
     "logit_std",
     "probabilities",
@@ -44,7 +44,7 @@ _COLUMNS = [
 ]
 
 
-_NUMBERS = ["probability", "probability_low", "probability_high", "unlike", "uncertainty", "logit_std"]
+_NUMBERS = ["probability", "probability_low", "probability_high", "novelty", "uncertainty", "logit_std"]
 _NOTHING: dict[str, Any] = dict.fromkeys(_COLUMNS)
 
 
@@ -128,7 +128,7 @@ class ClassifierModel(PythonModel):  # type: ignore[misc] # mlflow is untyped
         said: Iterator[dict[str, Any]] = iter(())
         if usable:
             inputs = torch.cat(usable) if isinstance(usable[0], torch.Tensor) else usable
-            said = iter(self.classifier.judge(inputs).rows(self.classifier.class_names))
+            said = iter(self.classifier.classify(inputs).rows(self.classifier.class_names))
         return [
             {**_NOTHING, "error": str(found)} if isinstance(found, Exception) else {**next(said), "error": None}
             for found in read

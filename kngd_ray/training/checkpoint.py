@@ -168,7 +168,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}.") from error
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); use an earlier checkpoint.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -216,7 +216,7 @@ class _Manifest(dict[str, Any]):
 
     def _refuse(self, key: str) -> NoReturn:
         raise CheckpointError(
-            f"{self._path} is no manifest of a fit: its {key} is missing or not as the format has it; "
+            f"{self._path} is not the manifest of a fit: its {key} is missing or not as the format has it; "
             "use another checkpoint."
         )
 

@@ -30,31 +30,32 @@ CLASS_EMBEDDINGS = "class_embeddings.npy"
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What is said of m pictures.
+class Classification:
+    """Predictions of m pictures with their uncertainty.
 
     Attributes:
         probabilities: (m, C) posterior predictive probabilities.
         logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
         interval: (m, 2) 90 % interval of the most probable class's probability, should shots be added; None where no
             shots were held out, or the posterior has no part in the prediction.
-        unlike: (m,) share of the training shots, held out, that the fit is surer of; None where that is not known.
+        novelty: (m,) novelty percentile, 0 to 1: share of the held-out training shots that the fit is surer of; None if
+            it is not known.
     """
 
     probabilities: Tensor
     logit_std: Tensor
     interval: Tensor | None = None
-    unlike: Tensor | None = None
+    novelty: Tensor | None = None
 
     def rows(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
-        """Per picture, in plain numbers, what is said of it.
+        """The predictions as plain numbers, one mapping per picture.
 
         Args:
             class_names: the classes, in label order.
 
         Returns:
-            ``class``, ``probability``, ``probability_low``, ``probability_high``, ``unlike``, ``uncertainty`` (entropy,
-            nats), ``logit_std`` (of that class) and ``probabilities`` (a list); None for what is not known.
+            ``class``, ``probability``, ``probability_low``, ``probability_high``, ``novelty``, ``uncertainty``
+            (entropy, nats), ``logit_std`` (of that class) and ``probabilities`` (a list); None for what is not known.
         """
         p = self.probabilities.double()
         entropies = entropy(p)
@@ -66,7 +67,7 @@ class Judgement:
                 "probability": float(p[n, c]),
                 "probability_low": low,
                 "probability_high": high,
-                "unlike": None if self.unlike is None else float(self.unlike[n]),
+                "novelty": None if self.novelty is None else float(self.novelty[n]),
                 "uncertainty": float(entropies[n]),
                 "logit_std": float(self.logit_std[n, c]),
                 "probabilities": p[n].tolist(),
@@ -151,23 +152,23 @@ class Classifier:
         found = self.predictor.predict(self._inputs(images), self.calibration.tau)
         return Prediction(found.probabilities.cpu(), found.logit_std.cpu())
 
-    def judge(self, images: Sequence[Image.Image] | Tensor) -> Judgement:
+    def classify(self, images: Sequence[Image.Image] | Tensor) -> Classification:
         """Predictions of pictures with all that is known of their uncertainty.
 
         Args:
             images: m RGB pictures, or (m, d) unit features.
 
         Returns:
-            Probabilities, spread of the logits, interval and likeness.
+            Probabilities, spread of the logits, interval and novelty.
         """
         inputs = self._inputs(images)
         found = self.predictor.predict(inputs, self.calibration.tau)
         interval = probability_interval(self.predictor, inputs, found, interval_scale(self.novelty))
-        unlike = None
+        novelty = None
         if self.novelty is not None and isinstance(self.predictor, Predictor):
-            unlike = self.novelty.score(total_variance(self.predictor, inputs))
+            novelty = self.novelty.score(total_variance(self.predictor, inputs))
         interval = None if interval is None else interval.cpu()
-        return Judgement(found.probabilities.cpu(), found.logit_std.cpu(), interval, unlike)
+        return Classification(found.probabilities.cpu(), found.logit_std.cpu(), interval, novelty)
 
     def _inputs(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """What the predictor takes of pictures: features of the pretrained tower, or pixels for a trained one."""

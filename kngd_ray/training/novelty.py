@@ -1,4 +1,4 @@
-"""How unlike the shots a picture is: the rank of its logits' variance among those of the shots.
+"""The novelty percentile of a picture: the rank of its logits' variance among those of the training shots.
 
 The variance is that of the belief N(mu, P) of the weights, through the linearised H P H^T of the logits; it needs no
 tau. Each shot's own must be that of a belief which has not seen it. A posterior at the mode of a class residual gives
@@ -77,13 +77,13 @@ class Novelty:
         return self.quantiles[len(self.quantiles) // 2]
 
     def score(self, variance: Tensor) -> Tensor:
-        """How unlike the shots pictures are.
+        """Novelty percentiles of pictures.
 
         Args:
             variance: (m,) of the pictures.
 
         Returns:
-            (m,) share of the shots that the fit is surer of, 0 to 1.
+            (m,) share of the held-out shots with a smaller variance, 0 to 1.
         """
         below = torch.searchsorted(torch.tensor(self.quantiles, dtype=torch.float64), variance.double().cpu())
         return below.double() / len(self.quantiles)

@@ -22,7 +22,7 @@ class Settled:
         calibration: tau and the scaling temperature.
         posterior: how the posterior enters.
         alpha: weight ensembling with the pretrained model; None is as the fit was told.
-        novelty: what pictures are compared with to say how unlike the shots they are; None where that is not known.
+        novelty: the variances that novelty percentiles are ranks among; None if there are none.
     """
 
     calibration: Calibration = field(default_factory=lambda: Calibration(1.0, 1.0))

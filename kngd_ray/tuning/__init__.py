@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kngd_ray.tuning.driver import Driver, Report, reason_of, report_of, run_here
     from kngd_ray.tuning.fitting import Fitted, fit_alone, fit_together, fitted_from
     from kngd_ray.tuning.mode import mode_of
-    from kngd_ray.tuning.objective import Fitter, Workload, judge
+    from kngd_ray.tuning.objective import Fitter, Workload, score_trials
     from kngd_ray.tuning.study import JOURNAL, Claimed, SearchStudy, TrialResult, load_study
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "fit_alone",
     "fit_together",
     "fitted_from",
-    "judge",
     "load_study",
     "mode_of",
     "parse_space",
@@ -41,6 +40,7 @@ __all__ = [
     "reason_of",
     "report_of",
     "run_here",
+    "score_trials",
 ]
 
 # Imported when they are asked for: they need torch and Optuna, and whoever reads a search file does not.
@@ -57,7 +57,7 @@ _HOMES = {
     "fit_alone": "fitting",
     "fit_together": "fitting",
     "fitted_from": "fitting",
-    "judge": "objective",
+    "score_trials": "objective",
     "load_study": "study",
     "mode_of": "mode",
     "reason_of": "driver",

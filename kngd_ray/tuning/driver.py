@@ -6,7 +6,7 @@ from threading import Event
 from typing import TypedDict
 
 from kngd_ray.errors import KngdError
-from kngd_ray.tuning.objective import Fitter, Judged, Workload, judge
+from kngd_ray.tuning.objective import Fitter, TrialScores, Workload, score_trials
 from kngd_ray.tuning.study import Claimed, SearchStudy, TrialResult
 
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
@@ -20,9 +20,9 @@ class Report(TypedDict):
     reason: str | None
 
 
-def report_of(judged: Judged) -> Report:
+def report_of(scored: TrialScores) -> Report:
     """The plain form of what is known of a trial."""
-    return Report(scores=judged.scores, figures=judged.figures, reason=judged.reason)
+    return Report(scores=scored.scores, figures=scored.figures, reason=scored.reason)
 
 
 def reason_of(error: BaseException) -> str:
@@ -113,16 +113,16 @@ class Driver:
                 self._ended(self.study.fail(trial.number, reason))
 
     def _take_in(self, number: int, report: Report) -> None:
-        judged = Judged(report["scores"], report["figures"], report["reason"])
-        if judged.reason is not None:
-            self._ended(self.study.fail(number, judged.reason))
+        scored = TrialScores(report["scores"], report["figures"], report["reason"])
+        if scored.reason is not None:
+            self._ended(self.study.fail(number, scored.reason))
             return
         first = self.options.objective[0]
-        seeds = len(judged.scores.get(first, ()))
+        seeds = len(scored.scores.get(first, ()))
         if seeds == len(self.options.seeds):
-            self._ended(self.study.finish(number, judged.objective, {"by_seed": judged.scores, **judged.figures}))
+            self._ended(self.study.finish(number, scored.objective, {"by_seed": scored.scores, **scored.figures}))
         elif seeds and len(self.options.objective) == 1:
-            self.study.report(number, seeds, judged.objective[first])
+            self.study.report(number, seeds, scored.objective[first])
 
     def _ended(self, result: TrialResult) -> None:
         first = self.options.objective[0]
@@ -161,8 +161,8 @@ def run_here(driver: Driver, work: Workload, fitter: Fitter, size: int) -> None:
             driver.stopping.wait(0.5)
             continue
         try:
-            *_, judged = judge([trial.settings for trial in trials], work, fitter, at_once=True)
+            *_, scored = score_trials([trial.settings for trial in trials], work, fitter, at_once=True)
         except Exception as error:  # a trial's own, whatever it is: the search goes on, as it does on Ray
             driver.died(trials, reason_of(error))
         else:
-            driver.heard(trials, [report_of(one) for one in judged])
+            driver.heard(trials, [report_of(one) for one in scored])

@@ -92,11 +92,11 @@ def _first(trial: Any) -> float:
 
 
 def _draw(plot: str, study: optuna.Study, arguments: dict[str, Any], path: Path) -> None:
-    import matplotlib
     from optuna.visualization import matplotlib as as_picture
 
+    plt = as_picture._matplotlib_imports.plt
     # Optuna sets a style of its own for the whole process, where it would change the figures of a notebook
-    with warnings.catch_warnings(), matplotlib.rc_context():
+    with warnings.catch_warnings(), plt.rc_context():
         warnings.simplefilter("ignore")  # that matplotlib support is experimental, and what it finds in our data
         axes = getattr(as_picture, plot)(study, **arguments)
         axes = axes.flat[0] if hasattr(axes, "flat") else axes
@@ -104,7 +104,7 @@ def _draw(plot: str, study: optuna.Study, arguments: dict[str, Any], path: Path)
         figure.set_size_inches(8, 5)
         with storage_errors(path):
             figure.savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight")
-        as_picture._matplotlib_imports.plt.close(figure)
+        plt.close(figure)
         page = getattr(optuna.visualization, plot)(study, **arguments)
     figure = page.to_html(full_html=False, include_plotlyjs=False, default_height="95vh")
     lacks = _LACKS.format(script=_SCRIPT, name=path.name)

@@ -141,16 +141,16 @@ def _read(name: str) -> dict[str, Any]:
 def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConfig:
     if config.protocol == "stream" and options.cross_validated:
         raise UsageError(
-            "search.objective names held-out shots, and protocol=stream is judged as it comes: take evidence."
+            "search.objective names held-out shots, and protocol=stream is scored as it arrives: use evidence."
         )
     if config.method != "kalman" and "evidence" in options.objective and config.protocol != "stream":
         raise UsageError(
-            f"search.objective is evidence, which {config.method} has none of: take held_out_nll or held_out_accuracy."
+            f"search.objective is evidence, which {config.method} does not have: use held_out_nll or held_out_accuracy."
         )
     if options.cross_validated and config.posterior.folds < 2:
         raise UsageError("search.objective needs held-out shots, and posterior.folds is 0: set posterior.folds=4.")
     if config.prior is not None:
-        raise UsageError("prior is set, and a search starts every trial at CLIP's own weights: leave it out.")
+        raise UsageError("prior is set, and every trial of a search starts from CLIP's own weights: leave it out.")
     if options.trial == "train" and not config.trainer.num_workers:
         raise UsageError("search.trial is train, and trainer.num_workers is 0: give its jobs at least one worker.")
     if options.scheduler == "asha" and not config.trainer.num_workers:
@@ -158,7 +158,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
             "search.scheduler is asha, which needs Ray, and trainer.num_workers is 0: set it to 1 or more."
         )
     space.check(config)
-    _check_judged(config, options, space)
+    _check_dimensions(config, options, space)
     points = _points(config, options, space)
     if options.start is not None:  # the same presets from whatever folder the search is continued
         start = tuple(name if name in configs.names("presets") else str(Path(name).resolve()) for name in options.start)
@@ -166,7 +166,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
     return SearchConfig(config, options, space, points)
 
 
-def _check_judged(config: Config, options: SearchOptions, space: Space) -> None:
+def _check_dimensions(config: Config, options: SearchOptions, space: Space) -> None:
     """Refuse dimensions that the objectives cannot judge.
 
     Raises:
@@ -185,7 +185,7 @@ def _check_judged(config: Config, options: SearchOptions, space: Space) -> None:
             )
         if key == "batch_size" and "evidence" in options.objective and not streams:
             raise UsageError(
-                "space.batch_size would have trials judged by different shots, as evidence counts the later half of "
+                "space.batch_size would score trials on different shots, as evidence counts the later half of "
                 "the batches: take search.objective=held_out_nll, or leave it out."
             )
 

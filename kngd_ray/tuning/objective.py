@@ -68,7 +68,7 @@ class Workload:
 
 
 @dataclass
-class Judged:
+class TrialScores:
     """What is known of a trial.
 
     Attributes:
@@ -92,9 +92,9 @@ class Judged:
             (self.scores if name in objectives else self.figures).setdefault(name, []).append(value)
 
 
-def judge(
+def score_trials(
     trials: Sequence[Settings], work: Workload, fitter: Fitter, *, at_once: bool = False
-) -> Iterator[list[Judged]]:
+) -> Iterator[list[TrialScores]]:
     """Judge trials on one support set after another, or on all at once.
 
     Args:
@@ -107,20 +107,20 @@ def judge(
         What is known of each trial after each support set, or after all. A trial that fails is not fitted again; when
         all have, there is no more to say.
     """
-    judged = [Judged() for _ in trials]
+    scored = [TrialScores() for _ in trials]
     configs: list[Config | None] = [None] * len(trials)
     for n, settings in enumerate(trials):
         try:
             configs[n] = override(work.config, settings)
         except UsageError as error:  # values that are good one by one, and not together
-            judged[n].reason = str(error)
+            scored[n].reason = str(error)
     seeds = work.search.seeds
     for some in [seeds] if at_once else [(seed,) for seed in seeds]:
         alive = [
             (n, config, seed)
             for seed in some
             for n, config in enumerate(configs)
-            if config is not None and judged[n].reason is None
+            if config is not None and scored[n].reason is None
         ]
         plans = [_plan(work.task(config, seed), config, work.search) for _, config, seed in alive]
         outcomes = iter(fitter([task for plan in plans for task, _ in plan]) if plans else [])
@@ -128,11 +128,11 @@ def judge(
             fits = [(next(outcomes), held) for _, held in plan]
             try:
                 values = _values(fits, config, work.space.log_prior(trials[n]))
-                judged[n].note(values, work.search.objective)
+                scored[n].note(values, work.search.objective)
             except FilterError as error:
-                judged[n].reason = judged[n].reason or f"on the support set of seed {seed}: {error}"
-        yield judged
-        if all(one.reason is not None for one in judged):
+                scored[n].reason = scored[n].reason or f"on the support set of seed {seed}: {error}"
+        yield scored
+        if all(one.reason is not None for one in scored):
             return
 
 

@@ -1,4 +1,4 @@
-"""Options of a search: what is optimised, how many trials, by whom. Plain data, validated when it is read."""
+"""Options of a search: objective, number of trials, sampler. Plain data, validated when it is read."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,29 +16,29 @@ DIRECTIONS: dict[Objective, Literal["maximize", "minimize"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How a search goes about it. None of it, nor any trial, sees the test split.
+    """Options of a search. Neither the search nor any trial sees the test split.
 
     Attributes:
-        objective: what a trial is judged by, each a mean over the support sets of `seeds`; several make a search for
-            their Pareto front, whose best by the first is the winner. ``evidence`` is the log-probability per shot
-            that the filter gives to labels before it learns from them, in one pass over the shots; ``held_out_nll`` and
-            ``held_out_accuracy`` are of shots held out from the fit, in ``posterior.folds`` folds. ``log_posterior`` is
-            the log-density of the settings given such shots, per shot: what they say of the held-out labels, and the
-            priors of the space's dimensions, which a handful of shots moves less than many do.
-        num_samples: trials.
-        batch: trials suggested at once. A suggestion knows the results of all earlier batches and none of its own, so
-            that a search is a function of its seed, however many processes run it and whenever they are killed.
-        seeds: support sets that each trial is judged on.
+        objective: one or more objectives, each a mean over the support sets of `seeds`. Several search for their Pareto
+            front; its best point by the first objective wins. ``evidence`` is the log-probability per shot that the
+            filter assigns to labels before it learns them, in one pass over the shots. ``held_out_nll`` and
+            ``held_out_accuracy`` are measured on shots held out in ``posterior.folds`` folds. ``log_posterior`` is the
+            log-density of the settings given held-out shots, per shot. It combines the held-out labels with the priors
+            of the space, which matter more if there are few shots.
+        num_samples: number of trials.
+        batch: trials suggested at once. A suggestion uses the results of earlier batches only, so a search depends only
+            on its seed, not on the number of processes or on interruptions.
+        seeds: support sets of each trial.
         sampler: Optuna's sampler; ``nsga2`` takes `batch` as its population.
         seed: of the sampler.
-        start: presets, or YAML files, tried first, as far as the space reaches; None is that of the configuration.
-        scheduler: ``asha`` stops a trial that is behind after its first support sets.
+        start: presets or YAML files to try first, as far as the space contains them; None is the configuration's.
+        scheduler: ``asha`` stops a trial that is worse than others after its first support sets.
         trial: ``local`` runs a trial in one process, ``batched`` several of one shape at once in one, ``train``
             each as a Ray Train job of ``trainer.num_workers`` ranks. ``auto`` takes ``train`` where a covariance is
             too large for one process, ``local`` with a scheduler, ``batched`` otherwise.
-        concurrency: processes that run trials at once; None is as many as the CPUs allow.
+        concurrency: processes that run trials at the same time; None is as many as the CPUs allow.
         cpus_per_trial: CPU cores that each of them reserves.
-        max_failures: failed trials after which the search gives up.
+        max_failures: number of failed trials after which the search stops.
         refit: fit and test the winner at the end, on the support sets of the configuration's ``seeds``.
     """
 

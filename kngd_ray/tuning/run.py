@@ -199,9 +199,9 @@ class _Search:
             if leader != self._search.options.num_samples:
                 raise UsageError(
                     f"the search {self._folder.name} is being driven to {leader} trials by another process: help it "
-                    "without search.num_samples, or wait for it and prolong it then."
+                    "without search.num_samples, or wait for it and extend it then."
                 ) from error
-            self._display.say("another process leads this search, and fits its winner: this one helps with the trials")
+            self._display.say("another process leads this search and fits its winner; this one runs trials")
             return
         self._leads = True
         save_search(self._folder, self._search)  # with what a search that is continued was told anew

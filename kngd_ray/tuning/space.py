@@ -202,7 +202,7 @@ class Space:
             base: the configuration that trials start from.
 
         Raises:
-            UsageError: a key that is no setting of a fit, or that the method does not look at, or a bad value.
+            UsageError: a key that is not a setting of a fit, or that the method does not look at, or a bad value.
         """
         for dimension in self.dimensions:
             _check_key(dimension.key, base.method)
@@ -263,7 +263,7 @@ def parse_space(raw: Mapping[str, Any]) -> Space:
             domain = found[parent].domain
             for value in allowed:
                 if not isinstance(domain, Choice) or value not in domain.choices:
-                    raise UsageError(f"space.{key}.when asks for {parent}={value}, which is none of its choices.")
+                    raise UsageError(f"space.{key}.when asks for {parent}={value}, which is not one of its choices.")
             place(parent, (*below, key))
         ordered.setdefault(key, dimension)
 
@@ -319,11 +319,11 @@ def _check_key(key: str, method: str) -> None:
     known = [f.name for f in fields(FitOptions) if f.name != "method"] + ["posterior"]
     if head not in known:
         raise UsageError(
-            f"space.{key} is no setting of a fit{nearest(head, known)}: what a trial may vary is how it learns, "
+            f"space.{key} is not a setting of a fit{nearest(head, known)}: a trial can vary how it learns, but "
             "not its data, its model or where it runs."
         )
     if key == "posterior.folds":
-        raise UsageError(f"space.{key} would have trials judged by different folds: set it outside of the space.")
+        raise UsageError(f"space.{key} would score trials on different folds: set it outside of the space.")
     ignored = _OF_GRADIENTS if method == "kalman" else _OF_FILTERS
     if head in ignored:
         raise UsageError(f"space.{key} has no effect with method={method}: leave it out.")

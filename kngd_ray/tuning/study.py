@@ -282,7 +282,7 @@ def load_study(folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = folder / JOURNAL
     if not journal.is_file():
-        raise CheckpointError(f"{folder} has no {JOURNAL}: it is no search, or was not begun.")
+        raise CheckpointError(f"{folder} has no {JOURNAL}: it is not a search, or was not started.")
     try:
         with storage_errors(journal):
             storage = JournalStorage(JournalFileBackend(str(journal), _Lock(folder / ".journal")))  # type: ignore[arg-type]

@@ -204,7 +204,7 @@ def test_predict_as_table_and_json(command) -> None:
     rows = outcome.json
     assert [row["image"] for row in rows] == [str(f) for f in files]
     for row in rows:
-        about = {"probability_low", "probability_high", "unlike", "logit_std", "uncertainty"}
+        about = {"probability_low", "probability_high", "novelty", "logit_std", "uncertainty"}
         assert set(row) == {"image", "class", "probability", "probabilities"} | about
         assert set(row["probabilities"]) == {"bird", "flower", "building"}
         assert sum(row["probabilities"].values()) == pytest.approx(1)

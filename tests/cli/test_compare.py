@@ -133,7 +133,7 @@ def test_groups_and_names(comparison) -> None:
         "kalman (again/kalman)",
         "kalman kf_clip",
     }, "3000 is what most runs of the method have"
-    assert "kalman: filter.logit_variance=3000.0, where the name says nothing else" in many["notes"]
+    assert "kalman: filter.logit_variance=3000.0, unless the name says otherwise" in many["notes"]
     assert set(rows_of(few)) == {"zero-shot", "kalman"}
     assert outcome.json["left_out"] == {}
 
@@ -178,7 +178,7 @@ def test_one_seed_gives_no_interval_and_no_rank(comparison) -> None:
     assert figure["difference"]["low"] is None
     assert group["ranked_on_seeds"] == [0, 1, 2]
     assert not rows_of(group)["kalman kf_clip"]["front"]
-    assert any("not ranked, for want of some: kalman kf_clip" in note for note in group["notes"])
+    assert any("not ranked, as some seeds are missing: kalman kf_clip" in note for note in group["notes"])
     assert any(row["front"] for row in group["rows"])
 
 
@@ -219,7 +219,7 @@ def test_other_metrics(comparison) -> None:
     outcome = comparison("--json", "--metric", "ood/twemoji/brier", "--metric", "calibration/tau")
     group = outcome.json["groups"][0]
     assert group["metrics"] == {"ood/twemoji/brier": "less", "calibration/tau": None}
-    assert any("which way is better is not known of calibration/tau" in note for note in group["notes"])
+    assert any("the better direction is unknown for calibration/tau" in note for note in group["notes"])
     assert [h.split(":")[0] for h in group["headlines"]] == ["Best twemoji Brier"]
     assert group["front"] == ["id/accuracy", "ood/mean/accuracy", "id/nll"]
 
@@ -233,9 +233,9 @@ def test_other_metrics(comparison) -> None:
         (["--baseline", "adam"], 2, ["adam", "did you mean adamw?"]),
         (["--baseline", "main"], 2, ["several rows", "adamw"]),
         (["--out", "nowhere/page.html"], 1, ["nowhere", "no folder"]),
-        (["--out", "notes.txt"], 2, ["notes.txt", "no page of"]),
-        (["--out", "."], 2, ["no page of"]),
-        (["--out", "/dev/null"], 2, ["no page of"]),
+        (["--out", "notes.txt"], 2, ["notes.txt", "is not an HTML file"]),
+        (["--out", "."], 2, ["is not an HTML file"]),
+        (["--out", "/dev/null"], 2, ["is not an HTML file"]),
     ],
 )
 def test_wrong_usage(comparison, command, arguments: list[str], code: int, words: list[str]) -> None:
@@ -267,7 +267,7 @@ def test_the_page_needs_nothing_else_and_allows_no_other_script(comparison, comm
     assert f"script-src 'sha256-{digest}'" in text
     assert text.count("<svg") > 10
     assert "$" not in text
-    assert comparison("--out", "page.html").code == 0, "a page of ours is replaced"
+    assert comparison("--out", "page.html").code == 0, "a page is replaced"
 
 
 def test_names_from_outside_are_text(comparison, command, store) -> None:

@@ -1,12 +1,14 @@
 """The statistics of a comparison against what is known of them."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from kngd_ray.comparison.page import page
 from kngd_ray.comparison.rows import Found, Row
 from kngd_ray.comparison.statistics import (
     TIE,
@@ -116,7 +118,7 @@ def test_one_null_table_in_twenty_claims_a_difference(seeds: int) -> None:
         any(d.decided for line in table.lines if (d := line.figures["id/accuracy"].difference)) for table in tables
     )
     assert 0.03 < claimed / 2000 < 0.065
-    said = sum("beyond" in table.headlines[0] and "not beyond" not in table.headlines[0] for table in tables)
+    said = sum("significant" in table.headlines[0] and "not significant" not in table.headlines[0] for table in tables)
     assert said / 2000 < 0.065
 
 
@@ -125,9 +127,9 @@ def test_what_a_headline_says_of_one_row_and_of_several() -> None:
     (said,) = table_of(np.array([base, good])).headlines
     assert "10.0 points higher than adamw (95 % interval +8.8 to +11.2, which excludes 0)" in said
     (said,) = table_of(np.array([base, good, [0.4, 0.55, 0.5]])).headlines
-    assert "+11.2 of this comparison alone, and p = 0.0017 among 2 (Holm): beyond the noise of seeds)" in said
+    assert "+11.2 of this comparison alone, and p = 0.0017 among 2 (Holm): significant)" in said
     (said,) = table_of(np.array([base, [0.51, 0.54, 0.50], *np.random.default_rng(0).random((9, 3)) / 3])).headlines
-    assert "not beyond the noise of seeds" in said
+    assert "not significant" in said
 
 
 def test_holm() -> None:
@@ -176,3 +178,20 @@ def test_front_is_what_no_other_point_dominates(seed: int) -> None:
     gains = points * directions
     expected = [not any((other >= gain).all() and (other > gain).any() for other in gains) for gain in gains]
     assert pareto_front(points.tolist(), directions.tolist()) == expected
+
+
+def test_plots_take_the_colours_of_the_page_and_show_names_as_text(painted: None) -> None:
+    nasty = '<script>alert(1)</script>&"$x^2$'
+    figures = [{"id/accuracy": a, "ood/mean/accuracy": b, "id/nll": 1.0} for a, b in ((0.5, 0.3), (0.6, 0.2))]
+    rows = [Row(str(n), nasty, f"{nasty}{n}", "None", {}, {0: values, 1: values}) for n, values in enumerate(figures)]
+    (table,) = build_tables(Found(rows, None, Counter()), [], [], None)
+    text = page(nasty, nasty, [table])
+    drawings = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    assert len(drawings) == 3
+    for svg in drawings:
+        assert svg.count("<title>") == 2
+        assert ": &lt;script&gt;alert(1)&lt;/script&gt;&amp;&#34;$x^2$0</title>" in svg
+        assert {f"var({name})" in svg for name in ("--ink", "--soft", "--line", "--page", "--mark")} == {True}
+        assert not re.search(r"#0000|<script|href=|url\(|https?:|id=\"|xmlns", svg)
+        assert "higher is better" in svg
+    assert len(re.findall("<script", text)) == 1

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from helpers.heads import ray_head
 
+import kngd_ray
 from kngd_ray.cluster.doctor import checks as doctor_checks
 from kngd_ray.cluster.doctor import node_checks
 from kngd_ray.cluster.doctor import run as orchestra
-from kngd_ray.cluster.doctor.checks import Said
-from kngd_ray.cluster.doctor.node_checks import token_file, unseen, write
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer, token_file, unseen, write
 
 Doctor = Callable[..., tuple[int, dict[tuple[str, str], dict[str, str]]]]
 
@@ -40,7 +40,7 @@ def doctor(command: Any, token: Path) -> Doctor:
     """Its exit code, and its findings by check and place, without Ray."""
 
     def examine(*arguments: str) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
-        outcome = command("doctor", "--no-ray", "--json", *arguments, *command.settings("tracking.enabled=true"))
+        outcome = command("doctor", "--json", *command.settings("tracking.enabled=true", *arguments))
         assert "Traceback" not in outcome.err
         report = outcome.json
         assert report["ok"] == (outcome.code == 0)
@@ -63,18 +63,20 @@ def test_all_is_well_and_nothing_is_left(doctor: Doctor, command: Any) -> None:
         "token": "ok",
         "disk": found["disk", "here"]["state"],
         "storage": "ok",
+        "inputs": "ok",
+        "cache": "ok",
         "tracking": "ok",
         "model": "ok",
     }
     assert found["storage", "here"]["found"] == f"{command.runs}: written, read, deleted"
-    assert "is not there yet" in found["tracking", "here"]["found"]
+    assert "does not exist yet" in found["tracking", "here"]["found"]
     assert "embedded loads" in found["model", "here"]["found"]
     assert files(command.folder) == before
 
 
 def test_plain_lines_say_the_same(command: Any, token: Path) -> None:
     token.chmod(0o644)
-    outcome = command("doctor", "--no-ray", *command.settings())
+    outcome = command("doctor", *command.settings())
     assert outcome.code == 1
     lines = outcome.out.splitlines()
     assert [line.split()[0] for line in lines if line.split()[1] == "token"] == ["failed"]
@@ -91,8 +93,34 @@ def test_a_storage_path_that_cannot_be_written(doctor: Doctor, command: Any) -> 
     assert found["model", "here"]["state"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        (["--address", "head:6379"], "trainer.address=HOST:PORT"),
+        (["--storage-path=/shared"], "trainer.storage_path=FOLDER"),
+        (["--uri", "sqlite:///a.db"], "tracking.uri=URI"),
+        (["--no-ray"], "trainer.num_workers=0"),
+    ],
+)
+def test_a_former_option_names_the_setting(command: Any, option: list[str], setting: str) -> None:
+    said = command("doctor", *option, *command.settings())
+    assert said.code == 2
+    assert said.sentence == f"{option[0].partition('=')[0]} is a setting now: write {setting}."
+    assert "no option --adress" in command("doctor", "data.shots=4", "--adress", "x").sentence
+
+
+def test_doctor_from_python(command: Any, token: Path) -> None:
+    found = kngd_ray.doctor(
+        data="/gone.parquet", tracking=False, storage_path=command.runs, cache_dir=command.cache, quiet=True
+    )
+    assert list(found.columns) == ["check", "where", "state", "found", "advice"]
+    (failed,) = found.query("state == 'failed'")["found"]
+    assert failed == "data.path=/gone.parquet cannot be read (No such file or directory)"
+    assert set(found.query("check == 'ray'")["state"]) == {"skipped"}
+
+
 def test_an_address_is_no_folder(command: Any, token: Path) -> None:
-    outcome = command("doctor", "--no-ray", "--json", *command.settings(), "--storage-path", "s3://bucket/runs")
+    outcome = command("doctor", "--json", *command.settings("trainer.storage_path=s3://bucket/runs"))
     (storage,) = (finding for finding in outcome.json["checks"] if finding["check"] == "storage")
     assert storage["state"] == "failed"
     assert storage["found"] == "s3://bucket/runs is an address, and runs need a folder"
@@ -159,15 +187,15 @@ def test_little_room_is_a_warning_that_names_the_folder(
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("http://127.0.0.1:9", "does not answer (connection refused)"),
+        ("http://127.0.0.1:9", "does not respond (connection refused)"),
         ("sqlite:////dev/null/mlflow.db", "cannot be made"),
-        ("gopher://x", "which is no MLflow store"),
+        ("gopher://x", "which is not an MLflow store"),
         ("http://user:hunter2secret@127.0.0.1:9", "://***@127.0.0.1:9"),
     ],
 )
 def test_a_tracking_store_that_does_not_answer(doctor: Doctor, uri: str, says: str) -> None:
     began = time.monotonic()
-    code, found = doctor("--uri", uri)
+    code, found = doctor(f"tracking.uri={uri}")
     assert code == 1
     assert found["tracking", "here"]["state"] == "failed"
     assert says in found["tracking", "here"]["found"]
@@ -179,12 +207,12 @@ def test_a_tracking_store_that_does_not_answer(doctor: Doctor, uri: str, says: s
 def test_a_database_that_is_none_of_mlflow_s_is_left_alone(doctor: Doctor, command: Any) -> None:
     path = command.folder / "own.db"
     path.write_bytes(b"not a database" * 100)
-    _, found = doctor("--uri", f"sqlite:///{path}")
-    assert "is no SQLite database" in found["tracking", "here"]["found"]
+    _, found = doctor(f"tracking.uri=sqlite:///{path}")
+    assert "is not a SQLite database" in found["tracking", "here"]["found"]
     path.write_bytes(b"")
-    _, found = doctor("--uri", f"sqlite:///{path}")
+    _, found = doctor(f"tracking.uri=sqlite:///{path}")
     assert found["tracking", "here"]["state"] == "ok"
-    assert "is empty, the first run makes MLflow's tables" in found["tracking", "here"]["found"]
+    assert "is empty, the first run creates MLflow's tables" in found["tracking", "here"]["found"]
     assert path.read_bytes() == b""
 
 
@@ -209,12 +237,12 @@ def test_a_check_that_hangs_or_breaks_ends_no_other(doctor: Doctor, monkeypatch:
     assert found["disk", "here"]["state"] in {"ok", "warning"}
 
 
-def nodes_at(*folders: Path) -> Callable[..., Sequence[Said]]:
+def nodes_at(*folders: Path) -> Callable[..., Sequence[NodeAnswer]]:
     """Nodes that each see another folder at the path that they are asked about."""
 
-    def ask(question: Callable[..., Any], _: str, *arguments: Any, timeout_s: float) -> list[Said]:
+    def ask(question: Callable[..., Any], _: str, *arguments: Any, timeout_s: float) -> list[NodeAnswer]:
         names = [f"node{number}" for number in range(len(folders))]
-        return [Said(name, question(str(at), *arguments)) for name, at in zip(names, folders, strict=True)]
+        return [NodeAnswer(name, question(str(at), *arguments)) for name, at in zip(names, folders, strict=True)]
 
     return ask
 
@@ -302,11 +330,12 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def test_two_nodes_are_examined(two_nodes: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     address, environment = two_nodes
     runs, store = tmp_path / "runs", f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-m", "kngd_ray.cli", "doctor", "--json", "--storage-path", str(runs), "--uri", store]
+    settings = [f"trainer.storage_path={runs}", f"tracking.uri={store}"]
+    command = [sys.executable, "-m", "kngd_ray.cli", "doctor", "--json", *settings]
     deadline = time.monotonic() + 200
     while True:
         done = subprocess.run(
-            [*command, "--address", address], env=environment, capture_output=True, text=True, timeout=300
+            [*command, f"trainer.address={address}"], env=environment, capture_output=True, text=True, timeout=300
         )
         assert "Traceback" not in done.stderr, done.stderr
         report = json.loads(done.stdout)
@@ -326,7 +355,9 @@ def test_two_nodes_are_examined(two_nodes: tuple[str, dict[str, str]], tmp_path:
     assert not (tmp_path / "mlflow.db").exists()
 
     wrong = {**environment, "RAY_AUTH_TOKEN": "f" * 64}
-    done = subprocess.run([*command, "--address", address], env=wrong, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, f"trainer.address={address}"], env=wrong, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1
     states = {finding["check"]: finding["state"] for finding in json.loads(done.stdout)["checks"]}
     assert states["ray"] == "failed"

@@ -56,7 +56,7 @@ def test_a_run_of_adapters_from_end_to_end(command) -> None:
     assert [path.read_bytes() for path in sorted(run.glob("fits/*/calibration.json"))] == kept
     assert report["figure"] == str(run / "ensemble.png")
     Image.open(report["figure"]).verify()
-    assert "choose alpha without it" in outcome.err
+    assert "do not choose alpha from it" in outcome.err
 
 
 def test_a_kept_alpha_is_used_from_then_on(command) -> None:

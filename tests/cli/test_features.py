@@ -136,7 +136,7 @@ def test_predict_rows_of_features(command, train, files, tmp_path) -> None:
     outcome = command("predict", command.run("p"), file, "--json")
     rows = outcome.json
     assert [(row["file"], row["row"]) for row in rows] == [(str(file), n) for n in range(5)]
-    about = {"class", "probability", "probability_low", "probability_high", "unlike", "logit_std", "uncertainty"}
+    about = {"class", "probability", "probability_low", "probability_high", "novelty", "logit_std", "uncertainty"}
     assert set(rows[0]) == about | {"file", "row", "probabilities"}
     assert {row["class"] for row in rows} <= set(CLASSES)
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
@@ -211,7 +211,7 @@ def test_compare_and_the_logged_model(command, settings, files, request) -> None
     mlflow.set_tracking_uri(uri)
     fit = command.run("m") / "fits" / "kalman-seed0"
     vectors = feature_table()["features"].to_pylist()[:4]
-    expected = Classifier.load(fit).judge(torch.tensor(vectors)).rows(CLASSES)
+    expected = Classifier.load(fit).classify(torch.tensor(vectors)).rows(CLASSES)
     files[1].unlink()
     model = mlflow.pyfunc.load_model(f"runs:/{report['run_id']}/model")
     assert [(c.name, str(c.type)) for c in model.metadata.signature.inputs] == [("features", "Array(double)")]
@@ -221,7 +221,7 @@ def test_compare_and_the_logged_model(command, settings, files, request) -> None
         for row, wanted in zip(rows, expected, strict=True):
             assert row["class"] == wanted["class"]
             assert row["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)
-            assert row["unlike"] == pytest.approx(wanted["unlike"])
+            assert row["novelty"] == pytest.approx(wanted["novelty"])
     found = model.predict(pd.DataFrame({"features": [vectors[0], [1.0, 2.0, 3.0]]}))
     assert found["error"].tolist() == [None, "row 1: its features have shape (3,): give 8 floats."]
     assert found["class"].tolist() == [expected[0]["class"], None]
@@ -334,7 +334,7 @@ def test_refused_features_and_class_embeddings(command, train, files) -> None:
 
 
 def test_doctor_looks_at_class_embeddings(command, files) -> None:
-    given = ["--no-ray", "--json", *command.settings("model.name=precomputed")]
+    given = ["--json", *command.settings("model.name=precomputed")]
     found = command("doctor", *given, f"model.class_embeddings={files[1]}").json
     assert "class embeddings of shape (3, 8)" in json.dumps(found)
     assert command("doctor", *given, "model.class_embeddings=gone.npy").code == FAILED

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from kngd_ray.cli.app import app
+
 HEAVY = {"torch", "ray", "mlflow", "open_clip", "pyarrow", "numpy", "matplotlib", "yaml"}
 LIBRARY_OF_TYPER = {"pydantic"}  # typer's own choice once it builds a command's options
 
@@ -61,3 +63,24 @@ def test_wrong_usage_is_exit_code_2_and_a_sentence() -> None:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["submit", "wor"], ["working_dir="]),
+        (["submit", "check=false", "tr"], ["train"]),
+        (["submit", "check=false", "train", "data.sh"], ["data.shots="]),
+        (["submit", "tune", "noise_p"], ["noise_priors"]),
+        (["doctor", "trainer.addr"], ["trainer.address="]),
+        (["train", "kf_"], ["kf_clip"]),
+    ],
+    ids=" ".join,
+)
+def test_shells_complete_settings(typed: list[str], offered: list[str], monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.setenv("COMP_WORDS", " ".join(["kngd-ray", *typed]))
+    monkeypatch.setenv("COMP_CWORD", str(len(typed)))
+    monkeypatch.setenv("_KNGD_RAY_COMPLETE", "complete_bash")
+    with pytest.raises(SystemExit):
+        app(prog_name="kngd-ray")
+    assert capfd.readouterr().out.split() == offered

@@ -22,7 +22,7 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     report = outcome.json
     card = card_of(command, "c", "kalman")
     assert card.startswith("# c, kalman\n")
-    for heading in ("Data", "Priors", "Figures", "What it says of a picture", "Limits", "Licences"):
+    for heading in ("Data", "Priors", "Figures", "Output", "Limits", "Licences"):
         assert f"\n## {heading}\n" in card
     accuracy = report["id"]["accuracy"]
     half = (accuracy["high"] - accuracy["low"]) / 2
@@ -30,10 +30,10 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     assert all(name in card for name in CLASSES)
     assert "4 pictures per class, 12 in all, of domain noto; support sets drawn with seeds 0, 1" in card
     assert "| `filter.p0` |" in card
-    assert "Predictions: `linearised`, posterior temperature tau 0.3, 0.3, not chosen, but given." in card
+    assert "Predictions: `linearised`, posterior temperature tau 0.3, 0.3, given, not chosen." in card
     assert "Apache-2.0" in card
     assert "training pictures: unknown" in card
-    assert "`unlike`" in card
+    assert "`novelty`" in card
     single = card_of(command, "c", "kalman-seed1")
     assert "One seed: no interval can be given" in single
     assert "seed 1" in single
@@ -42,7 +42,7 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     assert "`optimizer.lr`" in adamw
     assert "It has no posterior" in adamw
     assert "Predictions: by the weights alone." in adamw
-    assert "`unlike`" not in adamw
+    assert "`novelty`" not in adamw
 
 
 def test_what_is_not_known_is_said() -> None:

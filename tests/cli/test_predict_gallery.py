@@ -58,14 +58,14 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert [row["image"] for row in rows] == [str(folder / name) for name in (bad, "a.png", "deep/b.png")]
     assert "undecodable pictures left out: 1" in outcome.err
     assert "the picture cannot be decoded (no known format)" in outcome.err
-    assert "passed over for their suffix: .txt (1)" in outcome.err
+    assert "skipped because of their suffix: .txt (1)" in outcome.err
     for row in rows:
         assert 0 <= row["probability_low"] <= row["probability"] <= row["probability_high"] <= 1
         assert row["probability_low"] < row["probability_high"]
-        assert 0 <= row["unlike"] <= 1
+        assert 0 <= row["novelty"] <= 1
     read = Page(page.read_text())
     assert not read.tags & {"script", "link", "iframe", "object"}
-    ordered = sorted(rows, key=lambda row: (row["unlike"], row["uncertainty"]), reverse=True)
+    ordered = sorted(rows, key=lambda row: (row["novelty"], row["uncertainty"]), reverse=True)
     assert read.names == [row["image"] for row in ordered]
     for source in read.sources:
         kind, data = source.split(",", 1)
@@ -74,8 +74,8 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert not re.search(r"https?://", page.read_text())
     assert f"{ordered[0]['probability']:.3f}" in read.said
     again = command("predict", command.run("p"), folder / "a.png", "--html", page)
-    assert again.code == 0, "a gallery of ours is written over"
-    assert "unlike the shots" in " ".join(again.out.split())
+    assert again.code == 0, "a page is replaced"
+    assert "novelty" in " ".join(again.out.split())
 
 
 def test_a_run_of_an_earlier_version_still_predicts(command) -> None:
@@ -87,7 +87,7 @@ def test_a_run_of_an_earlier_version_still_predicts(command) -> None:
     folder = folder_of(command, {"a.png": 0, "b.png": 20})
     page = command.folder / "out.html"
     outcome = command("predict", command.run("p"), folder, "--html", page, "--json")
-    assert [row["unlike"] for row in outcome.json] == [None, None]
+    assert [row["novelty"] for row in outcome.json] == [None, None]
     uncertain = {row["image"]: row["uncertainty"] for row in outcome.json}
     assert Page(page.read_text()).names == sorted(uncertain, key=uncertain.get, reverse=True)
 
@@ -96,20 +96,20 @@ def test_without_a_posterior_nothing_is_made_up(command) -> None:
     command.train("method=adamw", "trainer.name=p")
     folder = folder_of(command, {"a.png": 0})
     (row,) = command("predict", command.run("p"), folder / "a.png", "--json").json
-    assert (row["probability_low"], row["probability_high"], row["unlike"]) == (None, None, None)
+    assert (row["probability_low"], row["probability_high"], row["novelty"]) == (None, None, None)
     assert "–" in command("predict", command.run("p"), folder / "a.png").out
 
 
 @pytest.mark.parametrize(
     ("name", "code", "says"),
-    [("taken.html", 2, "is no page of `kngd-ray predict`"), ("no/where.html", 1, "there is no folder")],
+    [("taken.txt", 2, "is not an HTML file"), ("no/where.html", 1, "there is no folder")],
 )
 def test_a_page_that_cannot_be_written_is_refused_first(command, name, code, says) -> None:
-    (command.folder / "taken.html").write_text("mine")
+    (command.folder / "taken.txt").write_text("mine")
     outcome = command("predict", "nothing", "nothing.png", "--html", command.folder / name)
     assert outcome.code == code
     assert says in outcome.sentence
-    assert (command.folder / "taken.html").read_text() == "mine"
+    assert (command.folder / "taken.txt").read_text() == "mine"
 
 
 def test_a_folder_of_nothing_but_broken_pictures(command) -> None:
@@ -149,7 +149,7 @@ def test_nothing_is_cut_off_where_there_is_no_terminal(command) -> None:
 def test_addresses_keep_their_slashes(command, given) -> None:
     outcome = command("predict", "p", given)
     assert outcome.code == 1
-    assert f"{given} is an address, and nothing is fetched" in outcome.sentence
+    assert f"{given} is an address, and nothing is downloaded" in outcome.sentence
     for setting in (f"data.path={given}", f"model.pretrained={given}"):
         outcome = command.train(*(["model.name=ViT-B-32"] if "pretrained" in setting else []), setting)
         assert outcome.code == 1

@@ -204,7 +204,7 @@ def test_domain_generalisation(command) -> None:
         (["protocol=cdg", "targets=[text.parquet]"], 1, "the target text.parquet cannot be tested on"),
         (["protocol=cdg", "targets=[one.parquet]"], 1, "it lacks a second class"),
         (["protocol=cdg", "targets=[embedded,embedded]"], 2, "names a data set twice"),
-        (["protocol=dg", "data.ood_domains=[]"], 2, "protocol=dg is tested on domains that are not trained on"),
+        (["protocol=dg", "data.ood_domains=[]"], 2, "protocol=dg needs a test domain that is not trained on"),
         (["protocol=bgn"], 2, "did you mean bng?"),
     ],
 )

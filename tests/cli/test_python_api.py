@@ -14,10 +14,11 @@ from PIL import Image
 import kngd_ray
 from kngd_ray import KalmanCLIP
 from kngd_ray._keywords import settings_of
-from kngd_ray.api import _placed, configured
+from kngd_ray.api.settings import configured, in_process
 from kngd_ray.errors import CheckpointError, UsageError
 
-PUBLIC = ["KalmanCLIP", "__version__", "compare", "evaluate", "load", "predict", "train", "tune"]
+FUNCTIONS = "compare doctor encode ensemble evaluate export load predict sync train tune"
+PUBLIC = ["KalmanCLIP", "__version__", *FUNCTIONS.split()]
 
 
 @pytest.fixture
@@ -149,8 +150,8 @@ def test_a_preset_is_known_by_its_name_on_the_command_line_too(command) -> None:
     assert named.out == command("train", "preset=kf_clip", "data.shots=3", "--print-config").out
     (command.folder / "mine.yaml").write_text("trainer: {num_workers: 3}\nseeds: [1]\n")
     for preset, workers in (("mine.yaml", 3), ("kalman", 0), ({"trainer.num_workers": 3}, 3), (None, 0)):
-        assert configured(preset, _placed([], preset, ray=False)).trainer.num_workers == workers
-    assert "trainer.num_workers=0" not in _placed(["trainer.num_workers=2"], None, ray=False)
+        assert configured(preset, in_process([], preset, ray=False)).trainer.num_workers == workers
+    assert "trainer.num_workers=0" not in in_process(["trainer.num_workers=2"], None, ray=False)
 
 
 def test_a_search_from_python(command, settings, monkeypatch) -> None:
@@ -182,6 +183,27 @@ def test_a_comparison_from_python(command, settings) -> None:
     assert {"kalman", "adamw"} <= set(frame.index)
     assert frame.loc["kalman", "mean"] - frame.loc["adamw", "mean"] == pytest.approx(frame.loc["kalman", "difference"])
     assert len(found.plot().axes) == 1
+
+
+def test_features_averages_and_exports_from_python(command, settings) -> None:
+    shared = {key: settings[key] for key in ("train_domain", "cache_dir")}
+    encoded = kngd_ray.encode(command.data, out=command.folder / "encoded", quiet=True, **shared)
+    assert encoded["undecodable"] == 0
+    own = {key: value for key, value in settings.items() if key not in ("data", "cache_dir")}
+    run = kngd_ray.train("kalman", *encoded["settings"], name="first", **own)
+    assert run.metrics["id/accuracy"] >= 0
+    linear = {"adapter": "linear", "epochs": 1}
+    run = kngd_ray.train(name="towers", **{**settings, **linear})
+    exported = kngd_ray.export(run, command.folder / "exported", quiet=True)
+    assert Path(exported["open_clip"]["path"]).is_file()
+    with pytest.raises(UsageError, match="is not an empty folder"):
+        kngd_ray.export(run, command.folder / "exported", quiet=True)
+    with pytest.raises(UsageError, match="leave out kalman, or write alpha=kalman"):
+        kngd_ray.ensemble(run, "kalman", quiet=True)
+    curve = kngd_ray.ensemble(run, alpha=0.5, points=3, quiet=True)
+    assert (curve["kept"], curve["alpha"]) == (True, 0.5)
+    assert [point["alpha"] for point in curve["curve"]] == [0.0, 0.5, 1.0]
+    assert command.read() == ("", "")
 
 
 def test_what_kalman_clip_saves_is_a_run(command) -> None:

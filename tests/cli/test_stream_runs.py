@@ -239,7 +239,7 @@ def test_gradient_methods_are_searched_on_a_stream_too(command) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.json["best"]["objective"]["evidence"] < 0
     held_out = command("tune", search_file(command), *command.settings(*SETTINGS), "search.objective=held_out_nll")
-    assert "protocol=stream is judged as it comes: take evidence" in held_out.sentence
+    assert "protocol=stream is scored as it arrives: use evidence" in held_out.sentence
 
 
 def test_the_shipped_search_is_one(command, request) -> None:

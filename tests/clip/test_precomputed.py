@@ -143,10 +143,10 @@ def test_files_that_are_refused(tmp_path, monkeypatch, file, content):
 def test_files_that_are_none(tmp_path, file):
     with pytest.raises(ModelError, match="does not exist"):
         loaded(file)
-    with pytest.raises(ModelError, match="no regular file"):
+    with pytest.raises(ModelError, match="not a regular file"):
         loaded(tmp_path)
     os.mkfifo(file)
-    with pytest.raises(ModelError, match="no regular file"):
+    with pytest.raises(ModelError, match="not a regular file"):
         loaded(file)
 
 

@@ -51,7 +51,7 @@ def test_what_the_documentation_shows_works_from_a_package_of_its_own(tmp_path: 
     ("source", "words"),
     [
         ("1 / 0", "mine:Gain, which mine adds to kngd_ray.adapters, cannot be imported (division by zero)"),
-        ("class Gain: pass", "is no dataclass with a kind: see docs/extending.md"),
+        ("class Gain: pass", "is not a dataclass with a kind: see docs/extending.md"),
         (
             "from dataclasses import dataclass\n@dataclass\nclass Gain:\n    kind: str = 'linear'",
             "has the kind 'linear', which is taken",

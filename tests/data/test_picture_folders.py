@@ -152,7 +152,7 @@ def test_folders_of_systems_are_passed_over(write_folder):
     )
     images = opened(root)
     assert (images.class_names, len(images)) == (("cat", "dog"), 2)
-    assert images.notes[0] == "passed over: 4 files in folders called .ipynb_checkpoints, @eaDir, __MACOSX"
+    assert images.notes[0] == "skipped: 4 files in folders called .ipynb_checkpoints, @eaDir, __MACOSX"
 
 
 def test_domains(write_folder):
@@ -219,14 +219,15 @@ def test_a_class_of_which_much_is_not_read(write_folder, suffix):
     paths = [f"{name}/{n}.png" for name in ("cat", "dog") for n in range(5)]
     root = write_folder(*paths, *(f"dog/{n}{suffix}" for n in range(5, 10)))
     assert refusal(root) == (
-        f"{root}: 5 of the 10 files of the class 'dog' would be passed over for their suffix, {suffix or 'none'} (5): "
+        f"{root}: 5 of the 10 files of the class 'dog' would be skipped because of their suffix, {suffix or 'none'} "
+        "(5): "
         "save them as PNG or JPEG, or move them out of the folder"
     )
 
 
 def test_a_class_of_which_nothing_is_read(write_folder):
     root = write_folder("cat/0.png", "dog/1.png", "emu/2.psd", "emu/3.psd", "masks/4.npy")
-    assert "2 of the 2 files of the class 'emu' would be passed over for their suffix, .psd (2)" in refusal(root)
+    assert "2 of the 2 files of the class 'emu' would be skipped because of their suffix, .psd (2)" in refusal(root)
 
 
 def test_a_class_is_counted_over_its_folders(write_folder):
@@ -246,7 +247,7 @@ def test_what_lies_beside_pictures_is_counted_alone(write_folder):
     )
     found = opened(root)
     assert len(found) == 3
-    (said,) = [note for note in found.notes if note.startswith("passed over for their suffix: ")]
+    (said,) = [note for note in found.notes if note.startswith("skipped because of their suffix: ")]
     for part in (".xml (1)", ".cr2 (1)", ".db (1)", ".csv (1)", ".md (1)", ".m (1)"):
         assert part in said
     assert ".tga" not in said
@@ -255,4 +256,4 @@ def test_what_lies_beside_pictures_is_counted_alone(write_folder):
 def test_a_few_files_of_a_class_are_counted(write_folder):
     found = opened(write_folder(*(f"cat/{n}.png" for n in range(19)), "cat/x.tga"))
     assert len(found) == 19
-    assert "passed over for their suffix: .tga (1)" in found.notes
+    assert "skipped because of their suffix: .tga (1)" in found.notes

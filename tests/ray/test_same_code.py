@@ -115,7 +115,7 @@ def test_another_copy_is_told_from_this_one(monkeypatch: pytest.MonkeyPatch, sub
     monkeypatch.setattr(same_code, "ask_nodes", lambda *_, **__: [same, NodeAnswer("m", error="busy")])
     same_code.refuse_other_code()
     monkeypatch.setattr(same_code, "ask_nodes", lambda *_, **__: [NodeAnswer("m", error="no answer within 60 s")])
-    with pytest.raises(KngdError, match=r"Ray starts no worker \(no answer within 60 s\)"):
+    with pytest.raises(KngdError, match=r"Ray could not start a worker \(no answer within 60 s\)"):
         same_code.refuse_other_code()
 
 

@@ -18,7 +18,8 @@ import pytest
 import ray
 from helpers.heads import Head, ray_head
 
-from kngd_ray.cluster import _ray_private, session
+from kngd_ray.cluster import _ray_private, connection, session
+from kngd_ray.cluster.auth_token import ensure_token, restore_token
 from kngd_ray.cluster.doctor import node_checks
 from kngd_ray.cluster.nodes import ask_nodes, cluster_facts
 from kngd_ray.cluster.session import ray_session
@@ -70,9 +71,9 @@ def test_our_instance_listens_on_loopback_only(ours: str) -> None:
     ask_nodes(node_checks.versions)  # a worker, which listens too
     listening = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                listening[connection.laddr] = process.name()
+        for opened in process.net_connections(kind="inet"):
+            if opened.status == psutil.CONN_LISTEN:
+                listening[opened.laddr] = process.name()
     assert len(listening) >= 8  # gcs, raylet, agents, dashboard, driver, worker
     outside = {place: name for place, name in listening.items() if place.ip not in LOOPBACK}
     assert not outside
@@ -177,22 +178,22 @@ def word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_word_of_a_dead_cluster_or_of_another_user_is_not_taken(word: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert session._to_join(None) is None
+    assert connection.find_cluster(None) is None
     with socket.create_server(("127.0.0.1", 0)) as server:
         alive = f"127.0.0.1:{server.getsockname()[1]}"
         word.write_text(alive)
-        assert session._to_join(None) == session._to_join("auto") == alive
-        assert session._to_join("local") is None
-        assert session._to_join("elsewhere:6379") == "elsewhere:6379"
+        assert connection.find_cluster(None) == connection.find_cluster("auto") == alive
+        assert connection.find_cluster("local") is None
+        assert connection.find_cluster("elsewhere:6379") == "elsewhere:6379"
         if os.getuid() == 0:
             os.chown(word, 12345, 12345)
-            assert session._to_join(None) is None
+            assert connection.find_cluster(None) is None
             os.chown(word, 0, 0)
-    assert session._to_join(None) is None
+    assert connection.find_cluster(None) is None
     word.write_bytes(b"\xff\x00")
-    assert session._to_join(None) is None
+    assert connection.find_cluster(None) is None
     monkeypatch.setenv("RAY_ADDRESS", "there:1")
-    assert session._to_join(None) == "there:1"
+    assert connection.find_cluster(None) == "there:1"
 
 
 def test_nobody_at_the_address_is_one_sentence() -> None:
@@ -254,7 +255,7 @@ def test_the_token_is_for_its_owner_only(home: Path) -> None:
     before = os.umask(0o022)
     try:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: session._ensure_token(), range(8)))
+            list(pool.map(lambda _: ensure_token(), range(8)))
     finally:
         os.umask(before)
     token = path.read_text()
@@ -263,7 +264,7 @@ def test_the_token_is_for_its_owner_only(home: Path) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert [p.name for p in path.parent.iterdir()] == ["auth_token"]
     path.chmod(0o644)  # as Ray makes it
-    session._ensure_token()
+    ensure_token()
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text() == token
 
@@ -273,34 +274,34 @@ def test_a_token_of_the_user_s_is_left_alone(home: Path, monkeypatch: pytest.Mon
     own.write_text("x" * 64)
     own.chmod(0o640)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(own))
-    session._ensure_token()
+    ensure_token()
     assert own.stat().st_mode & 0o777 == 0o640
     own.unlink()
     with pytest.raises(KngdError, match=r"RAY_AUTH_TOKEN_PATH names .*, which is not there"):
-        session._ensure_token()
+        ensure_token()
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    session._ensure_token()
+    ensure_token()
     assert not (home / ".ray").exists()
 
 
 def test_without_a_home_the_token_is_the_instance_s_own(home: Path) -> None:
     shutil.rmtree(home)
     home.write_text("no folder")
-    session._ensure_token()
+    ensure_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
 def test_a_token_that_is_not_to_stay_is_the_instance_s_own(home: Path) -> None:
-    session._ensure_token(leave=False)
+    ensure_token(leave=False)
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-    session._restore_token(None)
+    restore_token(None)
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert list(home.iterdir()) == []
-    session._ensure_token()
+    ensure_token()
     path = home / ".ray" / "auth_token"
     path.chmod(0o644)
-    session._ensure_token(leave=False)  # used as it is
+    ensure_token(leave=False)  # used as it is
     assert path.stat().st_mode & 0o777 == 0o644
     assert "RAY_AUTH_TOKEN" not in os.environ
 

@@ -49,7 +49,7 @@ class Head:
 
     def start(self, *arguments: str, folder: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kngd_ray.cli", "submit", "--address", self.address, *arguments],
+            [sys.executable, "-m", "kngd_ray.cli", "submit", f"address={self.address}", *arguments],
             cwd=folder or self.folder / "project",
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
@@ -160,7 +160,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator
     up = Head(folder, f"http://127.0.0.1:{dashboard}", environment, small_data)
     try:
         deadline = time.monotonic() + PATIENCE
-        while "no job a at" not in up.submit("--status", "a")[2]:
+        while "no job a at" not in up.submit("status=a")[2]:
             assert process.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline, (folder / "head.log").read_text()
         yield up
@@ -185,15 +185,15 @@ def test_a_run_on_the_cluster(head: Head) -> None:
     assert job["submission_id"] == report["job_id"]
     assert job["job_id"] is not None, "the run joined the cluster instead of starting Ray of its own"
 
-    code, out, err = head.submit("--logs", report["job_id"])
+    code, out, err = head.submit(f"logs={report['job_id']}")
     assert code == 0
     assert "kalman-seed0: step 1 of 1, innovation RMS" in out
     assert "supervisor" not in out
-    code, out, _ = head.submit("--json", "--status", report["job_id"])
+    code, out, _ = head.submit("--json", f"status={report['job_id']}")
     assert code == 0
     assert json.loads(out)["status"] == "SUCCEEDED"
-    assert "had ended: SUCCEEDED" in head.submit("--stop", report["job_id"])[2]
-    code, _, err = head.submit("--status", report["job_id"][:-1])
+    assert "had already ended: SUCCEEDED" in head.submit(f"stop={report['job_id']}")[2]
+    code, _, err = head.submit(f"status={report['job_id'][:-1]}")
     assert code == 2
     assert f"did you mean {report['job_id']}?" in err
 
@@ -211,7 +211,7 @@ def test_a_run_on_the_cluster(head: Head) -> None:
 def test_the_exit_code_is_that_of_the_job(head: Head) -> None:
     (head.folder / "runs" / "taken").mkdir(parents=True, exist_ok=True)
     (head.folder / "runs" / "taken" / "config.yaml").touch()
-    code, out, err = head.submit("--no-check", "--", *head.train("trainer.num_workers=0", "trainer.name=taken"))
+    code, out, err = head.submit("check=false", "--", *head.train("trainer.num_workers=0", "trainer.name=taken"))
     assert code == 2, err
     assert "the run taken exists" in out
     assert "FAILED, exit code 2" in err
@@ -220,8 +220,12 @@ def test_the_exit_code_is_that_of_the_job(head: Head) -> None:
 @pytest.mark.parametrize(
     ("setting", "code", "words"),
     [
-        ("data.path=/gone.parquet", 1, "data.path: /gone.parquet cannot be read on"),
-        ("trainer.storage_path=runs", 2, "trainer.storage_path=runs lies in the job's own folder"),
+        ("data.path=/gone.parquet", 1, "data.path=/gone.parquet cannot be read (No such file or directory)"),
+        (
+            "trainer.storage_path=runs",
+            2,
+            "trainer.storage_path=runs (or $KNGD_STORAGE_PATH on the cluster) would be written to the job's working",
+        ),
         ("data.shot=4", 2, "did you mean data.shots?"),
     ],
 )
@@ -242,7 +246,7 @@ def test_nobody_without_the_token(head: Head) -> None:
     nothing = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
     code, _, err = head.submit("--", *head.train(), **nothing)
     assert code == 1
-    assert "asks for a token, and none was sent" in err
+    assert "requires a token, and none was sent" in err
     assert "RAY_AUTH_MODE=token" in err
 
 
@@ -257,13 +261,13 @@ def job_of(err: str) -> str:
 
 
 def test_a_job_is_left_running_and_stopped_by_name(head: Head) -> None:
-    code, _, err = head.submit("--no-follow", "--no-check", "--", *long_run(head, "stopped"))
+    code, _, err = head.submit("follow=false", "check=false", "--", *long_run(head, "stopped"))
     assert code == 0, err
     job_id = job_of(err)
     head.until_running(job_id, "step 1 of")
-    assert "RUNNING" in head.submit("--status", job_id)[1]
+    assert "RUNNING" in head.submit(f"status={job_id}")[1]
 
-    following = head.start("--logs", job_id)
+    following = head.start(f"logs={job_id}")
     assert following.stdout is not None
     assert select.select([following.stdout], [], [], PATIENCE)[0], "it shows nothing"
     first = list(islice(following.stdout, 6))  # what the data was read as, and its encoding, come before
@@ -271,15 +275,15 @@ def test_a_job_is_left_running_and_stopped_by_name(head: Head) -> None:
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=PATIENCE)
     assert following.returncode == 130
-    assert f"job {job_id} goes on: kngd-ray submit --logs {job_id}" in err
-    assert "RUNNING" in head.submit("--status", job_id)[1], "without a terminal nobody can be asked"
+    assert f"job {job_id} is still running: kngd-ray submit logs={job_id}" in err
+    assert "RUNNING" in head.submit(f"status={job_id}")[1], "without a terminal nobody can be asked"
 
-    code, out, err = head.submit("--json", "--stop", job_id)
+    code, out, err = head.submit("--json", f"stop={job_id}")
     assert code == 0, err
     assert json.loads(out) == {"job_id": job_id, "status": "STOPPED", "exit_code": 130}
-    log = head.submit("--logs", job_id)
+    log = head.submit(f"logs={job_id}")
     assert log[0] == 130
-    assert "interrupted; what was finished is kept" in log[1], "as by Ctrl-C, not killed"
+    assert "interrupted; finished work is kept" in log[1], "as by Ctrl-C, not killed"
 
 
 def on_a_terminal(
@@ -288,7 +292,7 @@ def on_a_terminal(
     """Run submit on a terminal; `act` is told what it has shown so far, until it has done its part."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "kngd_ray.cli", "submit", "--address", head.address, *arguments],
+        [sys.executable, "-m", "kngd_ray.cli", "submit", f"address={head.address}", *arguments],
         cwd=head.folder / "project",
         env=head.environment,
         stdin=theirs,
@@ -323,7 +327,7 @@ def test_ctrl_c_on_a_terminal_asks(head: Head) -> None:
             done.append("answered")
             os.write(terminal, b"y\n")
 
-    code, shown = on_a_terminal(head, ["--no-check", "--", *long_run(head, "asked")], act)
+    code, shown = on_a_terminal(head, ["check=false", "--", *long_run(head, "asked")], act)
     assert done == ["interrupted", "answered"], shown
     assert code == 130
     assert "STOPPED" in shown
@@ -339,12 +343,12 @@ def test_a_second_ctrl_c_leaves_at_once(head: Head) -> None:
             sent.append("Ctrl-C")
             process.send_signal(signal.SIGINT)
 
-    code, shown = on_a_terminal(head, ["--no-check", "--", *long_run(head, "left")], act)
+    code, shown = on_a_terminal(head, ["check=false", "--", *long_run(head, "left")], act)
     assert code == 130, shown
-    assert "--stop" in shown
+    assert "stop=" in shown
     (job,) = [job for job in head.jobs() if "trainer.name=left" in str(job["entrypoint"])]
     assert "RUNNING" in str(job["status"])
-    assert head.submit("--stop", str(job["submission_id"]))[0] == 0
+    assert head.submit(f"stop={job['submission_id']}")[0] == 0
 
 
 def test_code_that_is_sent_wins_over_what_is_installed(head: Head, tmp_path: Path) -> None:
@@ -352,9 +356,7 @@ def test_code_that_is_sent_wins_over_what_is_installed(head: Head, tmp_path: Pat
     shutil.copytree(package, tmp_path / "kngd_ray", ignore=shutil.ignore_patterns("__pycache__"))
     config = tmp_path / "kngd_ray" / "config.py"
     config.write_text(config.read_text().replace('experiment: str = "kngd_ray"', 'experiment: str = "own_experiment"'))
-    code, out, err = head.submit(
-        "--no-check", "--include", "kngd_ray", "--", "train", "--print-config", folder=tmp_path
-    )
+    code, out, err = head.submit("check=false", "include=kngd_ray", "--", "train", "--print-config", folder=tmp_path)
     assert code == 0, err
     assert "experiment: own_experiment" in out
     assert "is not sent" not in err
@@ -365,7 +367,7 @@ def test_the_cluster_sets_where_results_go(head: Head, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").touch()
     here = {"KNGD_STORAGE_PATH": "/here", "MLFLOW_TRACKING_URI": "http://here:5000", "SOME_PASSWORD": SECRET}
     code, out, err = head.submit(
-        "--no-check", "--include", "run.yaml", "--", "train", "--print-config", folder=tmp_path, **here
+        "check=false", "include=run.yaml", "--", "train", "--print-config", folder=tmp_path, **here
     )
     assert code == 0, err
     assert "storage_path: kngd_runs" in out

@@ -253,14 +253,14 @@ def picture_out_of_the_folder(_: Path) -> bytes:
     return parquet(table([{"bytes": None, "path": "../../../etc/passwd"}]))
 
 
-@case("data", "no regular file")
+@case("data", "not a regular file")
 def picture_that_is_a_pipe(folder: Path) -> Path:
     os.mkfifo(folder / "pipe")
     (folder / "pipes.parquet").write_bytes(parquet(table([{"bytes": None, "path": "pipe"}])))
     return folder / "pipes.parquet"
 
 
-@case("data", "no regular file", "folder with a pipe")
+@case("data", "not a regular file", "folder with a pipe")
 def folder_with_a_pipe(folder: Path) -> Path:
     (folder / "set" / "cat").mkdir(parents=True)
     os.mkfifo(folder / "set" / "cat" / "x.png")

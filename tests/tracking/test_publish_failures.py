@@ -77,7 +77,7 @@ def answering(code: int, body: bytes = b"no") -> Iterator[str]:
 
 def test_nobody_listens(finished):
     message = refusal(finished, f"http://user:{SECRET}@127.0.0.1:{free_port()}")
-    assert "does not answer (connection refused)" in message
+    assert "does not respond (connection refused)" in message
     assert "kngd-ray sync" in message
 
 
@@ -94,8 +94,8 @@ def test_server_that_accepts_and_says_nothing(finished, monkeypatch):
     [
         (401, b"no", "refuses access: set MLFLOW_TRACKING_USERNAME"),
         (403, b"no", "refuses access"),
-        (404, b"no", "does not answer as MLflow does"),
-        (200, b"<html>hello</html>", "does not answer as MLflow does"),
+        (404, b"no", "does not respond like MLflow"),
+        (200, b"<html>hello</html>", "does not respond like MLflow"),
         (500, b"no", "internal error"),
     ],
 )
@@ -106,7 +106,7 @@ def test_server_that_refuses(finished, code, body, expected):
 
 def test_database_server_that_is_down(finished):
     message = refusal(finished, f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/mlflow")
-    assert "does not answer (connection refused)" in message
+    assert "does not respond (connection refused)" in message
 
 
 def test_locked_database(finished, own_store, monkeypatch):
@@ -127,7 +127,7 @@ def test_read_only_database(finished, own_store, tmp_path, monkeypatch):
 
 def test_file_that_is_no_database(finished, tmp_path):
     (tmp_path / "notes.db").write_text("notes " * 500)
-    assert "no SQLite database" in refusal(finished, f"sqlite:///{tmp_path}/notes.db")
+    assert "not a SQLite database" in refusal(finished, f"sqlite:///{tmp_path}/notes.db")
 
 
 def test_database_below_a_file(finished, tmp_path):
@@ -253,7 +253,7 @@ def test_server_killed_in_the_middle_and_restarted(open_record, run_folder, own_
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_batch", fatal)
             message = refusal(run_folder, server.uri)
-        assert "does not answer" in message
+        assert "does not respond" in message
         assert sent == [1000, 1000]
         server.start()
         sent.clear()

@@ -24,10 +24,10 @@ from PIL import Image
 from kngd_ray.errors import DataError
 from kngd_ray.tracking import publish, save_pyfunc
 from kngd_ray.tracking._pyfunc import _EXAMPLE
-from kngd_ray.training.classifier import Judgement
+from kngd_ray.training.classifier import Classification
 
 NAMES = ("cat", "dog", "newt")
-COLUMNS = ["class", "probability", "probability_low", "probability_high", "unlike", "uncertainty", "logit_std"]
+COLUMNS = ["class", "probability", "probability_low", "probability_high", "novelty", "uncertainty", "logit_std"]
 COLUMNS += ["probabilities", "error"]
 
 
@@ -46,12 +46,12 @@ class Stub:
     def __init__(self):
         self.batches = []
 
-    def judge(self, images):
+    def classify(self, images):
         self.batches.append(len(images))
         wanted = torch.tensor([image.width % 3 for image in images])
         p = torch.full((len(images), 3), 0.25)
         p[torch.arange(len(images)), wanted] = 0.5
-        return Judgement(p, p * 2, unlike=p[:, 0])
+        return Classification(p, p * 2, novelty=p[:, 0])
 
 
 @pytest.fixture
@@ -80,14 +80,14 @@ def test_columns_and_their_values(model):
     assert out["uncertainty"].to_numpy() == pytest.approx(1.5 * math.log(2))
     assert out["probabilities"][101] == [0.25, 0.5, 0.25]
     assert out["probability_low"].isna().all()
-    assert list(out["unlike"][:3]) == [0.5, 0.25, 0.25]
+    assert list(out["novelty"][:3]) == [0.5, 0.25, 0.25]
     assert model.classifier.batches == [32, 8]
 
 
 def test_certainty_has_no_entropy_and_no_rows_no_predictions(model):
     model.classifier = SimpleNamespace(
         class_names=NAMES,
-        judge=lambda images: Judgement(torch.eye(3)[: len(images)], torch.zeros(3, 3)),
+        classify=lambda images: Classification(torch.eye(3)[: len(images)], torch.zeros(3, 3)),
     )
     assert model.predict(None, pd.DataFrame({"image": [picture(3)]}))["uncertainty"].item() == 0
     assert list(model.predict(None, pd.DataFrame({"image": []})).columns) == COLUMNS
@@ -359,7 +359,7 @@ def test_served_model_answers_bytes_with_what_the_fit_says(fitted, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-    expected = Classifier.load(fit).judge([Image.open(io.BytesIO(data)) for data in pictures[:3]]).rows(NAMES)
+    expected = Classifier.load(fit).classify([Image.open(io.BytesIO(data)) for data in pictures[:3]]).rows(NAMES)
     assert [set(row) for row in rows] == [set(COLUMNS)] * 3
     for row, wanted in zip(rows, expected, strict=True):
         assert (row["class"], row["error"]) == (wanted["class"], None)

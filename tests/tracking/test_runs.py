@@ -91,7 +91,7 @@ def test_empty_file_stays_empty(tmp_path) -> None:
 def test_file_that_is_no_database(tmp_path) -> None:
     path = tmp_path / "notes.db"
     path.write_text("not a database " * 100)
-    with pytest.raises(TrackingError, match="is no SQLite database"):
+    with pytest.raises(TrackingError, match="is not a SQLite database"):
         read_runs(f"sqlite:///{path}", "x")
 
 
@@ -120,12 +120,12 @@ def test_nobody_listens() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(TrackingError, match="does not answer") as caught:
+    with pytest.raises(TrackingError, match="does not respond") as caught:
         read_runs(f"http://user:{SECRET}@127.0.0.1:{port}", "x")
     assert SECRET not in str(caught.value)
     assert "sync" not in str(caught.value), "there is nothing to send"
 
 
 def test_unknown_kind_of_store() -> None:
-    with pytest.raises(TrackingError, match="no MLflow store"):
+    with pytest.raises(TrackingError, match="not an MLflow store"):
         read_runs("gopher://x", "x")

@@ -109,7 +109,7 @@ def test_a_missing_file_is_named(copy, name):
 
 
 def test_no_folder(tmp_path):
-    assert "is no checkpoint" in one_sentence(tmp_path / "nowhere")
+    assert "is not a checkpoint" in one_sentence(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": "somebody.else"}', "null", '"x"'])
@@ -149,7 +149,7 @@ def test_a_torn_write_leaves_no_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_text", die)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, finished().state(), {}, ALONE)
-    assert "is no checkpoint" in one_sentence(tmp_path)
+    assert "is not a checkpoint" in one_sentence(tmp_path)
 
 
 @pytest.mark.parametrize(

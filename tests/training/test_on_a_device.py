@@ -187,8 +187,8 @@ def test_predictions_of_a_checkpoint(tmp_path, adapter, predict, machine):
     assert max_error(other.probabilities["id"], one.probabilities["id"]) < 1e-4
     names = [str(c) for c in range(len(task.class_embeddings))]
     classifiers = [Classifier(model, p, names, Calibration(0.1, 1.0), Novelty((0.1, 1.0))) for p in (here, there)]
-    one, other = (c.judge(task.support.features) for c in classifiers)
-    for attribute in ("probabilities", "logit_std", "interval", "unlike"):
+    one, other = (c.classify(task.support.features) for c in classifiers)
+    for attribute in ("probabilities", "logit_std", "interval", "novelty"):
         if getattr(one, attribute) is not None:
             assert max_error(getattr(other, attribute), getattr(one, attribute)) < 1e-3, attribute
 

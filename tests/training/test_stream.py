@@ -21,7 +21,7 @@ from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
 from kngd_ray.training.resumable import latest, run_fit
 from kngd_ray.training.stream import Foresight, Look, Met, Stage, Stream, prequential, retention
-from kngd_ray.tuning import SearchOptions, Workload, fit_alone, fit_together, judge
+from kngd_ray.tuning import SearchOptions, Workload, fit_alone, fit_together, score_trials
 
 
 def records(task: FitTask, **how):
@@ -197,11 +197,11 @@ def test_a_search_finds_a_drift_where_there_is_one(turn, drifts) -> None:
     work = Workload(config, search, shots, moving(turn, 0)[1], 10.0)
     shares = (0.0, 0.01, 0.3)
     trials = [{"noise.process.drift": share} for share in shares]
-    *_, judged = judge(trials, work, fit_alone)
+    *_, judged = score_trials(trials, work, fit_alone)
     assert [one.reason for one in judged] == [None] * 3
     found = [one.objective["evidence"] for one in judged]
     assert max(found) == found[2 if drifts else 0], found
-    *_, again = judge(trials[:2], work, fit_together)
+    *_, again = score_trials(trials[:2], work, fit_together)
     assert [one.objective for one in again] == [one.objective for one in judged[:2]]
 
 
@@ -209,7 +209,7 @@ def test_evidence_is_the_prequential_likelihood_of_a_stream() -> None:
     config = override(load_config(), {"protocol": "stream", "data.order": ["a"], "batch_size": BATCH, **DRIFT})
     support, texts = shuffled(5)
     work = Workload(config, SearchOptions(seeds=(0,)), {0: support}, texts, SCALE)
-    *_, (judged,) = judge([{}], work, fit_alone)
+    *_, (judged,) = score_trials([{}], work, fit_alone)
     expected = prequential(met(replace(work.task(config, 0), support=support)))["nll"]
     assert judged.objective["evidence"] == pytest.approx(-expected)
 

@@ -61,13 +61,19 @@ def base() -> Config:
         ({"filter.gate": {"choices": ["none", "skip"], "low": 1}}, "unknown key 'low'"),
         ({"filter.gate": {"choices": ["none", "skp"]}}, "space.filter.gate cannot be skp: filter.gate is 'skp'; did"),
         ({"filter.p00": P0}, "unknown key 'filter.p00'; did you mean filter.p0?"),
-        ({"fliter.p0": P0}, "space.fliter.p0 is no setting of a fit; did you mean filter?"),
+        ({"fliter.p0": P0}, "space.fliter.p0 is not a setting of a fit; did you mean filter?"),
         ({"filter.p0": {"low": -1, "high": 1}}, "space.filter.p0 cannot be -1.0: filter: p0 is -1.0; a prior variance"),
         ({"filter.gate.quantile": {"low": 0.9, "high": 0.99}}, "is an option of filter.gate=inflate or skip"),
         ({"observation.5.r0": P0}, "that list has 2 elements"),
-        ({"posterior.folds": {"low": 0, "high": 4, "integer": True}}, "judged by different folds"),
-        *(({key: P0}, f"space.{key} is no setting of a fit") for key in ("data.shots", "model.name", "trainer.name")),
-        *(({key: {"choices": ["a", "b"]}}, "is no setting of a fit") for key in ("method", "preset", "prior", "seeds")),
+        ({"posterior.folds": {"low": 0, "high": 4, "integer": True}}, "score trials on different folds"),
+        *(
+            ({key: P0}, f"space.{key} is not a setting of a fit")
+            for key in ("data.shots", "model.name", "trainer.name")
+        ),
+        *(
+            ({key: {"choices": ["a", "b"]}}, "is not a setting of a fit")
+            for key in ("method", "preset", "prior", "seeds")
+        ),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(raw: dict, says: str) -> None:
@@ -84,9 +90,15 @@ def test_a_space_that_makes_no_sense_is_refused(raw: dict, says: str) -> None:
             {"filter.p0": {**P0, "when": {"filter.gat": "skip"}}, "filter.gate": GATE},
             "lacks; did you mean filter.gate?",
         ),
-        ({"filter.p0": {**P0, "when": {"filter.gate": "inflat"}}, "filter.gate": GATE}, "which is none of its choices"),
-        ({"filter.p0": {**P0, "when": {"filter.gate": {"a": 1}}}, "filter.gate": GATE}, "which is none of its choices"),
-        ({"filter.gate": {**GATE, "when": {"filter.p0": 0.1}}, "filter.p0": P0}, "which is none of its choices"),
+        (
+            {"filter.p0": {**P0, "when": {"filter.gate": "inflat"}}, "filter.gate": GATE},
+            "which is not one of its choices",
+        ),
+        (
+            {"filter.p0": {**P0, "when": {"filter.gate": {"a": 1}}}, "filter.gate": GATE},
+            "which is not one of its choices",
+        ),
+        ({"filter.gate": {**GATE, "when": {"filter.p0": 0.1}}, "filter.p0": P0}, "which is not one of its choices"),
         ({"filter.p0": {**P0, "when": {"filter.gate": []}}, "filter.gate": GATE}, "allows no value of filter.gate"),
         *(
             ({"filter.p0": {**P0, "when": nothing}}, f"space.filter.p0.when is {nothing!r}; give the settings")

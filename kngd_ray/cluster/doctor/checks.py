@@ -4,9 +4,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 from kngd_ray.clip import ModelConfig, load_model, read_class_embeddings
@@ -16,7 +16,7 @@ from kngd_ray.errors import ModelError
 from kngd_ray.tracking import check_store
 
 State = Literal["ok", "warning", "failed", "skipped"]
-Ask = Callable[..., Sequence[Any]]  # :func:`kngd_ray.cluster.ask_nodes`, or this process in its place
+Ask = Callable[..., Sequence[node_checks.NodeAnswer]]  # kngd_ray.cluster.nodes.ask_nodes, or for this process alone
 
 HERE = "here"
 
@@ -47,16 +47,6 @@ class Finding:
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class Said:
-    """What this process says where there is no cluster to ask; as a :class:`kngd_ray.cluster.nodes.NodeAnswer`."""
-
-    node: str
-    answer: Any = None
-    error: str | None = None
-    resources: Mapping[str, float] = field(default_factory=dict)
-
-
 def token(where: str, seen: Mapping[str, str]) -> Finding:
     """Ray's token on one machine.
 
@@ -68,12 +58,12 @@ def token(where: str, seen: Mapping[str, str]) -> Finding:
         What to think of it.
     """
     if seen["mode"] == "disabled":
-        return Finding("token", where, "warning", "switched off by RAY_AUTH_MODE=disabled", "unset it, or say token")
+        return Finding("token", where, "warning", "disabled by RAY_AUTH_MODE=disabled", "unset it, or set it to token")
     if not seen["fault"]:
         return Finding("token", where, "ok", f"{seen['place']}, for its owner only")
     found, _, advice = seen["fault"].partition(": ")
     if found.startswith("there is no") and not seen["mode"]:
-        return Finding("token", where, "ok", "none yet; the first Ray instance that is started here makes one")
+        return Finding("token", where, "ok", "none yet; the first Ray instance that is started here creates it")
     return Finding("token", where, "failed", found, advice)
 
 
@@ -187,7 +177,7 @@ def storage(storage_path: str, ask: Ask) -> list[Finding]:
                 written[said.node] = said.answer["name"]
                 made |= set(said.answer["made"])
             else:
-                advice = "check that the folder is mounted there and may be written by the user of Ray"
+                advice = "check that the folder is mounted there and that Ray's user may write to it"
                 findings.append(Finding("storage", said.node, "failed", f"{folder}: {said.error}", advice))
         looked = ask(node_checks.unseen, folder, list(written.values()), text, _UNSEEN_SECONDS, timeout_s=_NODE_SECONDS)
         for said in looked:
@@ -209,6 +199,52 @@ def storage(storage_path: str, ask: Ask) -> list[Finding]:
             for folders in ([], deepest_first):  # folders once every node has taken its file away
                 ask(node_checks.remove, folder, list(written.values()), folders, timeout_s=_NODE_SECONDS)
     return findings
+
+
+def inputs(paths: Mapping[str, str], ask: Ask) -> list[Finding]:
+    """Read a byte of every input on every node.
+
+    Args:
+        paths: the setting that names each path.
+        ask: puts a question to the nodes.
+
+    Returns:
+        A finding for each path that cannot be read and each node that cannot read it; else one for each node.
+    """
+    findings = []
+    for said in ask(node_checks.unreadable, list(paths), timeout_s=_NODE_SECONDS) if paths else ():
+        if said.error is not None:
+            findings.append(Finding("inputs", said.node, "failed", said.error, "see the node's logs"))
+            continue
+        for path, reason in said.answer.items():
+            advice = "put it on storage that all nodes share"
+            if not Path(path).expanduser().is_absolute():
+                advice += " and give its absolute path"
+            found = f"{paths[path]}={path} cannot be read ({reason})"
+            check = "model" if paths[path].startswith("model.") else "inputs"
+            findings.append(Finding(check, said.node, "failed", found, advice))
+        if not said.answer:
+            named = ", ".join(dict.fromkeys(paths.values()))
+            findings.append(Finding("inputs", said.node, "ok", f"{named}: can be read"))
+    return findings
+
+
+def cache(folder: Path, ask: Ask) -> list[Finding]:
+    """Write to the feature cache.
+
+    Args:
+        folder: of the cache.
+        ask: puts a question to this process.
+
+    Returns:
+        One finding.
+    """
+    (said,) = ask(node_checks.write, str(folder), f".kngd-doctor-{uuid4().hex[:12]}", "", timeout_s=_NODE_SECONDS)
+    if said.error is not None:
+        found = f"the feature cache {folder} cannot be written ({said.error})"
+        return [Finding("cache", HERE, "failed", found, "set data.cache_dir to a folder that can be written")]
+    ask(node_checks.remove, str(folder), [said.answer["name"]], said.answer["made"], timeout_s=_NODE_SECONDS)
+    return [Finding("cache", HERE, "ok", f"{folder}: written, deleted")]
 
 
 def tracking(config: TrackingConfig) -> list[Finding]:

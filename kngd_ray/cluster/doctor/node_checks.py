@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,23 @@ for n in range(len(names)):
     torch.cuda.get_device_properties(n), torch.empty(1, device=f"cuda:{n}")
 print(json.dumps(names))
 """
+
+
+@dataclass(frozen=True)
+class NodeAnswer:
+    """What one node answered.
+
+    Attributes:
+        node: its address, with a number if several nodes share one; ``here`` for this process.
+        answer: what the question returned there; None if it failed.
+        error: why it failed, in one line; None if it did not.
+        resources: what the node offers Ray, such as CPU and GPU.
+    """
+
+    node: str
+    answer: Any = None
+    error: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def describe(folders: Mapping[str, str], gpus: bool) -> dict[str, Any]:
@@ -115,6 +133,29 @@ def usable_gpus() -> list[str] | str:
         return (asked.stderr.strip().splitlines() or ["torch fails without a word"])[-1]
     names: list[str] = json.loads(asked.stdout.splitlines()[-1])
     return names
+
+
+def unreadable(paths: Sequence[str]) -> dict[str, str]:
+    """Try to read files and folders.
+
+    Args:
+        paths: of the files and folders.
+
+    Returns:
+        Why each that cannot be read cannot.
+    """
+    reasons = {}
+    for name in paths:
+        path = Path(name).expanduser()
+        try:
+            if path.is_dir():
+                next(os.scandir(path), None)
+            else:
+                with path.open("rb") as file:
+                    file.read(1)
+        except OSError as error:
+            reasons[name] = error.strerror or type(error).__name__
+    return reasons
 
 
 def write(folder: str, name: str, text: str) -> dict[str, Any]:

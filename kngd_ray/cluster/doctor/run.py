@@ -22,8 +22,10 @@ from rich.table import Table
 
 from kngd_ray.cluster.doctor import checks as doctor_checks
 from kngd_ray.cluster.doctor import node_checks
-from kngd_ray.cluster.doctor.checks import HERE, Ask, Finding, Said, State
-from kngd_ray.config import Config, TrainerConfig
+from kngd_ray.cluster.doctor.checks import HERE, Ask, Finding, State
+from kngd_ray.cluster.doctor.needs import Needs
+from kngd_ray.cluster.doctor.node_checks import NodeAnswer
+from kngd_ray.config import TrainerConfig
 from kngd_ray.console import Display
 from kngd_ray.errors import KngdError
 
@@ -33,19 +35,19 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
-def doctor(config: Config, display: Display, *, with_ray: bool = True) -> dict[str, Any]:
+def doctor(needs: Needs, display: Display) -> dict[str, Any]:
     """Make all checks and show them.
 
     Args:
-        config: what a run would be given.
+        needs: what a command needs.
         display: where the table is shown.
-        with_ray: join or start Ray, as a run with workers would.
 
     Returns:
-        ``ok``, false if a check failed, and the ``checks``.
+        ``ok``, false if a check failed; the ``versions`` of this process, and the ``checks``.
     """
+    needs.check_kept()
     findings = []
-    for finding in _checks(config, with_ray=with_ray and config.trainer.least_workers > 0):
+    for finding in _checks(needs):
         findings.append(finding)
         if not display.out.is_terminal:  # a log: each line as soon as it is known
             display.out.print(_line(finding), markup=False, highlight=False, soft_wrap=True)
@@ -53,23 +55,29 @@ def doctor(config: Config, display: Display, *, with_ray: bool = True) -> dict[s
         display.out.print(_table(findings))
     counts = {state: sum(finding.state == state for finding in findings) for state in ("ok", "warning", "failed")}
     display.say("doctor: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-    return {"ok": not counts["failed"], "checks": [asdict(finding) for finding in findings]}
+    return {
+        "ok": not counts["failed"],
+        "versions": node_checks.versions(),
+        "checks": [asdict(finding) for finding in findings],
+    }
 
 
-def _checks(config: Config, *, with_ray: bool) -> Iterator[Finding]:
-    trainer = config.trainer
+def _checks(needs: Needs) -> Iterator[Finding]:
     shown = ", ".join(f"{name} {version}" for name, version in node_checks.versions().items())
     yield Finding("versions", HERE, "ok", shown)
+    if needs.config is None:
+        return
+    config, trainer = needs.config, needs.config.trainer
     token, own = node_checks.token_file(), os.environ.get("RAY_AUTH_TOKEN")  # before Ray is up
     with ExitStack() as stack:
         ask: Ask = _ask_here
         up, gpus = False, trainer.use_gpu is True
-        if with_ray:
+        if trainer.least_workers > 0:
             for finding in _isolated("ray", lambda: _ray(trainer, stack)):
                 yield finding
                 up = up or (finding.check == "ray" and finding.state == "ok")
         else:
-            yield Finding("ray", HERE, "skipped", "--no-ray, or trainer.num_workers=0: runs go without it")
+            yield Finding("ray", HERE, "skipped", "trainer.num_workers=0: the run does not use it")
         if os.environ.get("RAY_AUTH_TOKEN") != own:  # the instance has one of its own, as there was none
             token["mode"] = ""
         yield from _isolated("token", lambda: [doctor_checks.token(HERE, token)])
@@ -78,9 +86,16 @@ def _checks(config: Config, *, with_ray: bool) -> Iterator[Finding]:
 
             ask, gpus = ask_nodes, gpus or cluster_facts().resources.get("GPU", 0) > 0
         yield from _isolated("nodes", lambda: doctor_checks.nodes(config, ask, cluster=up, gpus=gpus))
-        yield from _isolated("storage", lambda: doctor_checks.storage(trainer.storage_path, ask))
-    yield from _isolated("tracking", lambda: doctor_checks.tracking(config.tracking), _STORE_SECONDS)
-    yield from _isolated("model", lambda: doctor_checks.model(config.model), _MODEL_SECONDS)
+        if needs.writes_runs:
+            yield from _isolated("storage", lambda: doctor_checks.storage(trainer.storage_path, ask))
+        read = _isolated("inputs", lambda: doctor_checks.inputs(needs.inputs, ask))
+        yield from read
+    if not config.model.precomputed:
+        yield from _isolated("cache", lambda: doctor_checks.cache(config.data.cache_root, _ask_here))
+    if needs.logs:
+        yield from _isolated("tracking", lambda: doctor_checks.tracking(config.tracking), _STORE_SECONDS)
+    if not any(finding.check == "model" for finding in read):  # else a file that it needs cannot be read
+        yield from _isolated("model", lambda: doctor_checks.model(config.model), _MODEL_SECONDS)
 
 
 def _isolated(check: str, look: Callable[[], list[Finding]], seconds: float | None = None) -> list[Finding]:
@@ -121,14 +136,14 @@ def _within(seconds: float, look: Callable[..., Any], *arguments: Any) -> Any:
     return outcome[0]
 
 
-def _ask_here(question: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[Said]:
+def _ask_here(question: Callable[..., Any], *arguments: Any, timeout_s: float) -> list[NodeAnswer]:
     """Put a question to this process, where there is no cluster."""
     try:
-        return [Said(HERE, _within(timeout_s, question, *arguments))]
+        return [NodeAnswer(HERE, _within(timeout_s, question, *arguments))]
     except TimeoutError:
-        return [Said(HERE, error=f"no answer within {timeout_s:g} s")]
+        return [NodeAnswer(HERE, error=f"no answer within {timeout_s:g} s")]
     except OSError as error:
-        return [Said(HERE, error=str(error))]
+        return [NodeAnswer(HERE, error=str(error))]
 
 
 def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:
@@ -159,7 +174,7 @@ def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:
         if needed <= most:
             findings.append(Finding("size", HERE, "ok", f"{found} and can bring up {most:g}"))
         else:
-            advice = "lower trainer.num_workers, or join a larger cluster with --address"
+            advice = "lower trainer.num_workers, or join a larger cluster with trainer.address"
             findings.append(Finding("size", HERE, "failed", found, advice))
     return findings
 
@@ -182,11 +197,13 @@ def _access(dashboard: str, *, ours: bool) -> list[Finding]:
         with suppress(OSError, ValueError), urlopen(f"http://{dashboard}/api/authentication_mode", timeout=5) as answer:
             asks = json.load(answer)["authentication_mode"] == "token"
     if asks:
-        findings.append(Finding("access", HERE, "ok", "Ray asks for the token"))
+        findings.append(Finding("access", HERE, "ok", "Ray requires the token"))
     else:
         advice = "start head and nodes with RAY_AUTH_MODE=token and the same token file, see docs/cluster.md"
         state: State = "warning" if ours or host in _LOOPBACK else "failed"
-        findings.append(Finding("access", HERE, state, "Ray lets everybody in who reaches it", advice))
+        findings.append(
+            Finding("access", HERE, state, "Ray requires no token, so anyone who can reach it can run code", advice)
+        )
     return findings
 
 

@@ -26,26 +26,26 @@ from kngd_ray.tuning import (
     Workload,
     fit_alone,
     fit_together,
-    judge,
     parse_space,
     run_here,
+    score_trials,
 )
 from kngd_ray.tuning.driver import Report
-from kngd_ray.tuning.objective import Judged
+from kngd_ray.tuning.objective import TrialScores
 
 BOTH = ("evidence", "held_out_nll", "held_out_accuracy")
 PRIORS = [{"filter.p0": 0.01 * 3**n, "noise.process.q": 1e-4 * n, "observation.0.r0": 0.5 + n} for n in range(5)]
 
 
-def judged(trials: Sequence[dict], work: Workload, fitter: Fitter = fit_alone) -> list[Judged]:
-    *_, last = judge(trials, work, fitter)
+def judged(trials: Sequence[dict], work: Workload, fitter: Fitter = fit_alone) -> list[TrialScores]:
+    *_, last = score_trials(trials, work, fitter)
     return last
 
 
 def test_objectives_come_one_support_set_at_a_time() -> None:
     work = workload(objective=BOTH, seeds=(3, 1, 2))
     counts = []
-    for found in judge(PRIORS[:2], work, fit_alone):
+    for found in score_trials(PRIORS[:2], work, fit_alone):
         counts.append([len(one.scores[name]) for one in found for name in BOTH])
         assert all(isfinite(value) for one in found for value in one.objective.values())
     assert counts == [[n] * 6 for n in (1, 2, 3)]
@@ -58,7 +58,7 @@ def test_objectives_come_one_support_set_at_a_time() -> None:
 @pytest.mark.parametrize("fitter", [fit_alone, fit_together])
 def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
-    (at_once,) = judge(PRIORS[:3], work, fitter, at_once=True)
+    (at_once,) = score_trials(PRIORS[:3], work, fitter, at_once=True)
     for one, other in zip(at_once, judged(PRIORS[:3], work), strict=True):
         for name in BOTH:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)

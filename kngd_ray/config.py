@@ -365,6 +365,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UsageError(f"{text!r} is neither a command's option nor of the form key=value.")
+    if value.startswith("*"):  # a pattern of files: of YAML's aliases none could have been defined
+        return key.strip(), value
     try:
         return key.strip(), plain_data(value)
     except yaml.YAMLError as error:

@@ -274,6 +274,7 @@ def test_overrides_are_yaml() -> None:
     assert parse_override("a.b=[1, x]") == ("a.b", [1, "x"])
     assert parse_override("a=") == ("a", None)
     assert parse_override("a=b=c") == ("a", "b=c")
+    assert parse_override("data.path=*.parquet") == ("data.path", "*.parquet")
 
 
 # Presets and baselines

@@ -26,6 +26,7 @@ from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covaria
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 from kngd_ray.training.streamed import StreamedPosterior
 from kngd_ray.training.tower_prior import widen_towers
+from kngd_ray.training.views import crops_of, with_views
 
 _FOLDS = 4  # of the head that towers start from
 
@@ -228,12 +229,22 @@ def head_task(task: FitTask) -> FitTask:
     return FitTask(task.head.options, task.seed, task.head.support, task.class_embeddings, task.logit_scale)
 
 
-def _held_out(task: FitTask, fitted: KalmanNGD, device: torch.device | str) -> Tensor | None:
+def _with_views(task: FitTask, crops: Tensor | None) -> FitTask:
+    """A head's fit, its prior decided, on its pictures and crops (V, N, d) of them."""
+    if crops is None:
+        return task
+    assert isinstance(task.support, Support)
+    options, support = with_views(task.options, task.support, crops)
+    return replace(task, options=options, support=support)
+
+
+def _held_out(task: FitTask, fitted: Method, crops: Tensor | None, device: torch.device | str) -> Tensor | None:
     """What heads that have not seen a shot say of it less what the head does: by folds.
 
     Args:
-        task: the head's fit.
+        task: the head's fit on pictures as they are, its prior decided.
         fitted: what came of it.
+        crops: (V, N, d) of its pictures; None without.
         device: where to compute.
 
     Returns:
@@ -243,20 +254,31 @@ def _held_out(task: FitTask, fitted: KalmanNGD, device: torch.device | str) -> T
     assert isinstance(shots, Support)
     if single(shots.labels) or len(shots) < _FOLDS:
         return None
-    prior = task.options.filter
-    if fitted.logit_variance is not None:
-        prior = replace(prior, logit_variance=fitted.logit_variance, logit_spread=0.0)
-    task, fold = replace(task, options=replace(task.options, filter=prior)), fold_of(shots.labels, _FOLDS)
+    fold = fold_of(shots.labels, _FOLDS)
     with torch.no_grad():
         found: Tensor = -fitted.head(shots.features)
     for f in range(_FOLDS):
         held = fold == f
         if not bool(held.any()):
             continue
-        head = fit(task.part((~held).to(task.support.labels.device)), device=device).head
+        kept = (~held).to(task.support.labels.device)
+        part = _with_views(task.part(kept), None if crops is None else crops[:, (~held).to(crops.device)])
+        head = fit(part, device=device).head
         with torch.no_grad():
             found[held] += head(shots.features[held])
     return found
+
+
+def _fitted_head(task: FitTask, crops: Tensor | None, device: torch.device | str) -> tuple[MethodState, Tensor | None]:
+    """The head that towers start from, and what heads without a shot say of it, for the filter."""
+    first = head_task(task)
+    alone = fit(first, device=device)
+    assert isinstance(alone, KalmanNGD)
+    if alone.logit_variance is not None:
+        prior = replace(first.options.filter, logit_variance=alone.logit_variance, logit_spread=0.0)
+        first = replace(first, options=replace(first.options, filter=prior))
+    method = alone if crops is None else fit(_with_views(first, crops), device=device)
+    return method.state(), _held_out(first, method, crops, device) if task.options.method == "kalman" else None
 
 
 def _begin_towers(
@@ -274,11 +296,8 @@ def _begin_towers(
         put_start(network)
     elif task.head is not None:
         try:
-            alone = fit(head_task(task), device=device)
-            assert isinstance(alone, KalmanNGD)
-            if task.options.method == "kalman":
-                held_out = _held_out(head_task(task), alone, device)
-            fitted = alone.state()
+            crops = crops_of(network, task.support, task.seed, group)
+            fitted, held_out = _fitted_head(task, crops, device)
         except FilterError as error:
             raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
         begin_at(network, fitted, group)

@@ -6,7 +6,7 @@ ranks; nothing is run. With W ranks of m samples each, M = W m, and ``all`` stan
     forward, backward    2 u of the own m samples                                  the same for any W
     rows of H            twice u: of all M samples, but the own n / W weights       the same for any W
     S = H P H^T          2 M (M + 1) all o i / W, as torch does it                  grows with W, as M does
-    exchange             all_to_all of H, for each layer in both passes             bytes grow to 2 m all T (o + i) and more
+    exchange             all_to_all of H, for each layer in both passes             bytes grow to 2 m all T (o + i)
     S                    all_reduce of M^2 numbers; its Cholesky, M^3 / 3, on every rank
     theta                a broadcast from each rank, n numbers in all
     AdamW                3 u, and an all_reduce of n gradients
@@ -160,7 +160,16 @@ def steps_of(case: Case, worlds: Sequence[int], link: Link, *, each: bool = True
 
 def table(case: Case, worlds: Sequence[int], link: Link) -> str:
     """What :func:`steps_of` finds, batches of a rank and of all, as Markdown."""
-    head = ["ranks", "M", "P of a rank, MB", "H received, MB", "moved in all, MB", "rows and solve, GFLOP", "s", "x AdamW"]
+    head = [
+        "ranks",
+        "M",
+        "P of a rank, MB",
+        "H received, MB",
+        "moved in all, MB",
+        "rows and solve, GFLOP",
+        "s",
+        "x AdamW",
+    ]
     blocks = [
         f"**{case.model}**, vdekf, simulated: {link.flops / 1e12:g} TFLOP/s, {link.bytes / 1e9:g} GB/s, "
         f"{link.latency * 1e6:g} us a message; float32"

@@ -75,6 +75,9 @@ def jacobian_rows(
 
     Returns:
         (m * k, size) rows by parameter, the k rows of a sample together.
+
+    Raises:
+        RuntimeError: a row alone does not fit into memory, or `theta` goes through what torch.func cannot transform.
     """
     weights = theta or {name: p.detach() for name, p in trainable(head).items()}
     parameters = {name: p for name, p in weights.items() if names is None or name in names}
@@ -95,10 +98,9 @@ def jacobian_rows(
     try:
         with torch.no_grad():  # of the parameters that are not wanted
             rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if theta is not None:  # under a transformation of the caller's, where there is no graph
+    except RuntimeError as error:
+        # under a transformation of the caller's there is no graph
+        if theta is not None or isinstance(error, torch.OutOfMemoryError):
             raise
         rows = _one_by_one(head, inputs, cotangent, list(parameters))
     return {name: rows[name].reshape(m * k, -1) for name in parameters}

@@ -48,7 +48,8 @@ def crops_of(network: CLIPNetwork, shots: Shots, seed: int, group: Group) -> Ten
             augmentation(seed, _TURN + view, i) for view, i in zip((some // n).tolist(), which.tolist(), strict=True)
         ]
         pixels = shots.load(which, network.pictures.decoded, augment=crop.crop, seeds=seeds)
-        found.append(network.encode(network.received(pixels)))
+        inputs = network.inputs(shots.labels[which.to(shots.labels.device)], image=network.received(pixels))
+        found.append(network.encode(inputs["image"]))
     return group.gather_rows(torch.cat(found), sizes).view(views, n, -1)
 
 

@@ -202,10 +202,19 @@ class MethodRun:
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
         if task.head is not None and self.config.method == "kalman" and not self.config.posterior.folds:
             return self._of_head(task, state), None
+        if task.towers is not None and self._unasked:
+            return Calibration(0.0, 1.0), None
         try:
             return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
         except FilterError:  # a fold has fewer shots than the fit that went well
             return Calibration(self.config.posterior.unasked, 1.0), None
+
+    @property
+    def _unasked(self) -> bool:
+        """Whether nothing says by how much a belief over towers is too wide: then the mean predicts."""
+        posterior = self.config.posterior
+        given = posterior.temperature is not None or posterior.tau_median is not None
+        return posterior.predict == "linearised" and not posterior.folds and not given
 
     def _of_head(self, task: FitTask, state: MethodState) -> Calibration:
         """Tau and T of the head that the towers started from, by its folds: one of towers is a fit of minutes."""

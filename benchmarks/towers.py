@@ -100,7 +100,11 @@ def main() -> None:
             if str(seed) in found:
                 continue
             job = {"method": method, "seed": seed, "data": args.data, "domain": args.domain, "shots": args.shots}
-            job |= {"epochs": args.epochs, "best": found.get("best", tuned.get(method, {}).get("best"))}
+            job |= {
+                "epochs": args.epochs,
+                "together": args.together,
+                "best": found.get("best", tuned.get(method, {}).get("best")),
+            }
             began = time.monotonic()
             result = _one(job) if args.together else _in_a_process(job, args.threads)
             found["best"], found["knob"] = result.pop("best"), METHODS[method][1]
@@ -149,7 +153,8 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
         began = time.monotonic()
         method = fit(task(config))
         seconds = time.monotonic() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        alone = not job.get("together")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if alone else None
         predictor = predictor_of(method, replace(config.posterior, predict="mean"), config.tune.alpha)
         report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), Calibration(0.0, 1.0)).report()
     figures = {"id": _figures(report["id"]), "seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
@@ -198,7 +203,8 @@ def _table(done: dict[str, Any]) -> str:
             for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
             for part in ("id", "ood")
         ]
-        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(run['peak_mb'] for run in runs):.0f}"]
+        peaks = [run["peak_mb"] for run in runs if run["peak_mb"] is not None]
+        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(peaks):.0f}" if peaks else ""]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])
 

@@ -1,15 +1,15 @@
 """Adapter, LoRA and full fine-tuning, each by tuned AdamW, CLIP-CITE and Kalman, on the same few photographs.
 
     python -m benchmarks.towers --data pacs.parquet --domain photo --epochs 5
-    python -m benchmarks.towers --data eurosat.parquet --epochs 5
-    python -m benchmarks.towers --data caltech101.parquet --epochs 1 --seeds 0 --tuned results/towers_pacs.json
+    python -m benchmarks.towers --data eurosat.parquet --epochs 3 --tuned benchmarks/results/towers_chosen.json
     python -m benchmarks.towers --markdown
 
-Whatever trains towers starts where the head of the default preset ended. Every method is tuned by the same number of
-trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior variance for Kalman, by the NLL of held-out
-training shots (two folds, the support set of seed 0). The test pictures are seen once, by the winner. Each fit is a
-process of its own, so that its peak memory is its own; what is finished is kept and not computed again. What was tried
-for the presets is in TOWERS_LOG.md beside this.
+Whatever trains towers starts where the head of the default preset ended, fitted on crops of the pictures too
+(``tune.views``). Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, the
+towers' prior variance for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0), or
+takes what was chosen elsewhere. The test pictures are seen once, by the winner; figures are of the mean of the weights,
+without tau. Each fit is a process of its own, so that its peak memory is its own, unless they are to run together; what
+is finished is kept and not computed again. What was tried for the presets is in TOWERS_LOG.md beside this.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from kngd_ray.errors import FilterError
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.task import open_task, prepare
-from kngd_ray.training.calibration import Calibration, calibrate, held_out_tasks, predictor_of
+from kngd_ray.training.calibration import Calibration, held_out_tasks, predictor_of
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.metrics import Scores
@@ -42,17 +42,19 @@ from kngd_ray.training.start import HeadStart
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = 2
-WIDTH, WIDTHS = "filter.tower_logit_variance", (0.03, 0.1, 0.3)
+WIDTH, WIDTHS = "filter.tower_logit_variance", (0.1, 0.3, 1.0)
 # what is run: settings, and what is tuned over which values
 METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
     "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
-    "head": (["method=kalman"], "filter.logit_variance", (1000.0,)),  # what those that train towers start from
-    "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
+    "head": (["method=kalman"], "filter.logit_variance", (1000.0,)),
+    # what those that train towers start from
+    "head, views": (["method=kalman", "tune.parameters=lora", "epochs=0"], WIDTH, (0.0,)),
+    "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (1e-4, 3e-4, 1e-3)),
     "lora kalman": (["method=kalman", "tune.parameters=lora"], WIDTH, WIDTHS),
-    "norm adamw": (["method=adamw", "tune.parameters=norm"], "optimizer.lr", (3e-4, 1e-3, 3e-3)),
+    "norm adamw": (["method=adamw", "tune.parameters=norm"], "optimizer.lr", (1e-4, 3e-4, 1e-3)),
     "norm kalman": (["method=kalman", "tune.parameters=norm"], WIDTH, WIDTHS),
     "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (1e-5, 3e-5, 1e-4)),
-    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (5e-6, 1.5e-5, 5e-5)),
+    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (1.5e-5, 5e-5, 1.5e-4)),
     "full kalman": (["method=kalman", "tune.parameters=full"], WIDTH, WIDTHS),
 }
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tuned", help="results of another data set, whose tuned values are taken")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="all fits in this process: their memory is not told")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,27 +79,34 @@ def main() -> None:
         print(json.dumps(_one(json.loads(args.one))))
         return
     if args.markdown:
-        for path in sorted(RESULTS.glob("towers_*.json")):
+        for path in sorted(RESULTS.glob("towers_from_head_*.json")):
             print(_table(json.loads(path.read_text())))
         return
     tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
-    path = RESULTS / f"towers_from_head_{Path(args.data).stem}.json"  # the others are of towers from zero-shot CLIP
+    if args.together:
+        torch.set_num_threads(args.threads)
+    where = f"_{args.domain}" if args.domain else ""
+    path = RESULTS / f"towers_from_head_{Path(args.data).stem}{where}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done |= {
-        "data": Path(args.data).stem,
+        "data": f"{Path(args.data).stem} {args.domain}" if args.domain else Path(args.data).stem,
         "shots": args.shots,
         "epochs": args.epochs,
         "environment": describe_environment(),
     }
-    for method in args.methods:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for method in args.methods:
             found = done.setdefault("methods", {}).setdefault(method, {})
             if str(seed) in found:
                 continue
             job = {"method": method, "seed": seed, "data": args.data, "domain": args.domain, "shots": args.shots}
-            job |= {"epochs": args.epochs, "best": found.get("best", tuned.get(method, {}).get("best"))}
+            job |= {
+                "epochs": args.epochs,
+                "together": args.together,
+                "best": found.get("best", tuned.get(method, {}).get("best")),
+            }
             began = time.monotonic()
-            result = _in_a_process(job, args.threads)
+            result = _one(job) if args.together else _in_a_process(job, args.threads)
             found["best"], found["knob"] = result.pop("best"), METHODS[method][1]
             found["trials"] = result.pop("trials") or found.get("trials")
             found[str(seed)] = result
@@ -123,7 +133,7 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
     data += [f"data.train_domain={job['domain']}"] if job["domain"] else []
     data.append("data.draw=first")  # as in the results that are kept
     config = load_config(overrides=[*settings, *data])
-    if job["epochs"] and config.tune.images:
+    if job["epochs"] and config.tune.images and config.epochs:
         config = replace(config, epochs=job["epochs"])
     prepared = prepare(open_task(config))
     with tempfile.TemporaryDirectory() as folder:
@@ -143,10 +153,10 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
         began = time.monotonic()
         method = fit(task(config))
         seconds = time.monotonic() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        calibration = Calibration(1.0, 1.0) if config.tune.images else calibrate(task(config), config.posterior)
-        predictor = predictor_of(method, config.posterior, config.tune.alpha)
-        report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), calibration).report()
+        alone = not job.get("together")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if alone else None
+        predictor = predictor_of(method, replace(config.posterior, predict="mean"), config.tune.alpha)
+        report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), Calibration(0.0, 1.0)).report()
     figures = {"id": _figures(report["id"]), "seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
     if report["ood"]:
         figures["ood"] = _figures(report["ood"]["mean"])
@@ -193,7 +203,8 @@ def _table(done: dict[str, Any]) -> str:
             for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
             for part in ("id", "ood")
         ]
-        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(run['peak_mb'] for run in runs):.0f}"]
+        peaks = [run["peak_mb"] for run in runs if run["peak_mb"] is not None]
+        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(peaks):.0f}" if peaks else ""]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])
 

@@ -14,12 +14,14 @@ from benchmarks.step_cost.report import environment, fill
 from benchmarks.tower_cost.cases import FAMILIES, REFERENCE, Case
 from benchmarks.tower_cost.floors import Sizes, work_of
 from benchmarks.tower_cost.memory import peak_of
+from benchmarks.tower_cost.network import Link, table
 from benchmarks.tower_cost.ranks import on_ranks
 from benchmarks.tower_cost.timing import in_turns, stages
 from kngd_ray.sharding import SingleProcess
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _FILE = "tower_cost.json"
+_WORLDS = (1, 8, 32, 128, 512, 1024)
 Line = dict[str, Any]
 
 
@@ -41,12 +43,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each method that count")
     parser.add_argument("--ranks", type=int, default=1, help="also one step on so many gloo ranks")
+    parser.add_argument("--simulate", action="store_true", help="measure nothing: 1 to 1024 ranks on paper")
     parser.add_argument("--json", action="store_true", help="one JSON line per method on stdout")
     parser.add_argument("--out", type=Path, help=f"folder of {_FILE}, whose lines of the same case are replaced")
     parser.add_argument("--markdown", action="store_true", help="measure nothing, fill benchmarks/README.md")
     options = parser.parse_args()
     if options.markdown:
         fill("tower_cost", markdown(json.loads((_RESULTS / _FILE).read_text())))
+        return
+    if options.simulate:
+        print(table(Case(options.model, options.batch, "float32", "cpu"), _WORLDS, Link()))
         return
     methods = list(dict.fromkeys([REFERENCE, *options.method.split(",")]))
     if unknown := sorted({*methods} - {*names}):

@@ -119,7 +119,7 @@ class CLIPNetwork(nn.Module):
         Returns:
             (m, 3, H, W) or (m, d).
         """
-        return self.pictures.normalised(sent(pixels, self.class_embeddings.device))
+        return _channels_last(self.pictures.normalised(sent(pixels, self.class_embeddings.device)))
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class CLIPNetwork(nn.Module):
         size = self.preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.randn(m, 3, height, width, generator=torch.Generator().manual_seed(0))
-        return self.inputs(labels, image=images.to(next(self.clip.parameters())))
+        return self.inputs(labels, image=_channels_last(images.to(next(self.clip.parameters()))))
 
     def classify(self, images: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """Logits of pictures alone, with or without pairs.
@@ -328,3 +328,8 @@ class CLIPNetwork(nn.Module):
 
 # What a fit trains: adapters on features, or towers and adapters on pictures.
 Head = CLIPHead | CLIPNetwork
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same numbers with a place's channels side by side: convolutions by depth are twice as fast, both ways."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images

@@ -30,6 +30,8 @@ class TuneOptions:
             (2SFS, arXiv 2503.11609, trains these before a classifier); ``full`` also all selected weights.
         start: where a fit of towers begins. ``head`` fits the adapters first, by the default preset, on the features of
             the pictures as they are, and goes on from there with adapters and towers together; ``zero_shot`` is CLIP.
+        views: random crops of each picture, as `augment` draws them, that this first fit of the adapters learns from
+            beside the picture as it is; all of them together count as one picture.
         include: patterns of what is trained by ``lora``, ``norm`` and ``full``.
         exclude: patterns of what is not, though included.
         rank: r of a low-rank update ``scaling * B A``, A (r, i), B (o, r); at most a layer's own width.
@@ -46,6 +48,7 @@ class TuneOptions:
 
     parameters: Parameters = "adapter"
     start: Start = "head"
+    views: int = 8
     include: tuple[str, ...] = ("visual.*",)
     exclude: tuple[str, ...] = ("*token_embedding*", "logit_scale", "logit_bias")
     rank: int = 2
@@ -69,6 +72,8 @@ class TuneOptions:
         for name in ("include", "exclude", "targets"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name} is {value!r}; it must be a list, such as [{value!r}]")
+        if self.views < 0:
+            raise ValueError(f"views is {self.views}; give 0 or more crops of each picture")
         if not self.include:
             raise ValueError("include is empty; name at least one pattern, such as 'visual.*'")
         if not self.targets:

@@ -64,6 +64,8 @@ def jacobian_rows(
 ) -> dict[str, Tensor]:
     """Rows ``V_ij J_i`` of H for every sample i and observation j, a chunk of samples at a time.
 
+    What ``torch.func`` cannot transform, such as a LayerNorm of 16 bits, is differentiated a row at a time.
+
     Args:
         head: maps (m, ...) inputs, a tensor or several by name, to (m, C) outputs, samples independent of one another.
         inputs: (m, ...) one batch.
@@ -73,6 +75,9 @@ def jacobian_rows(
 
     Returns:
         (m * k, size) rows by parameter, the k rows of a sample together.
+
+    Raises:
+        RuntimeError: a row alone does not fit into memory, or `theta` goes through what torch.func cannot transform.
     """
     weights = theta or {name: p.detach() for name, p in trainable(head).items()}
     parameters = {name: p for name, p in weights.items() if names is None or name in names}
@@ -90,6 +95,29 @@ def jacobian_rows(
         return rows
 
     chunk = max(1, _NUMBERS // (k * sum(p.numel() for p in parameters.values())))
-    with torch.no_grad():  # of the parameters that are not wanted
-        rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
+    try:
+        with torch.no_grad():  # of the parameters that are not wanted
+            rows = vmap(rows_of, chunk_size=chunk)(inputs, cotangent)
+    except RuntimeError as error:
+        # under a transformation of the caller's there is no graph
+        if theta is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        rows = _one_by_one(head, inputs, cotangent, list(parameters))
     return {name: rows[name].reshape(m * k, -1) for name in parameters}
+
+
+def _one_by_one(head: nn.Module, inputs: Inputs, cotangent: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The same of the head's own weights, by a forward pass of each sample and a backward pass of each row."""
+    parameters = trainable(head)
+    own = [parameters[name] for name in names]
+    m, k, _ = cotangent.shape
+    found = {name: p.new_zeros(m, k, p.numel()) for name, p in zip(names, own, strict=True)}
+    for i in range(m):
+        with torch.enable_grad():
+            output = head(tree_map(lambda x, i=i: x[i : i + 1].detach(), inputs)).squeeze(0)
+        for j in range(k):
+            gradients = torch.autograd.grad(output, own, cotangent[i, j], retain_graph=j < k - 1, allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    found[name][i, j] = gradient.flatten()
+    return found

@@ -14,7 +14,6 @@ from kngd_ray.observations import trainable
 from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
-from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
@@ -26,8 +25,7 @@ from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covaria
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 from kngd_ray.training.streamed import StreamedPosterior
 from kngd_ray.training.tower_prior import widen_towers
-
-_FOLDS = 4  # of the head that towers start from
+from kngd_ray.training.views import crops_of
 
 
 @dataclass(frozen=True)
@@ -228,37 +226,6 @@ def head_task(task: FitTask) -> FitTask:
     return FitTask(task.head.options, task.seed, task.head.support, task.class_embeddings, task.logit_scale)
 
 
-def _held_out(task: FitTask, fitted: KalmanNGD, device: torch.device | str) -> Tensor | None:
-    """What heads that have not seen a shot say of it less what the head does: by folds.
-
-    Args:
-        task: the head's fit.
-        fitted: what came of it.
-        device: where to compute.
-
-    Returns:
-        (N, C) differences of logits; None of shots whose classes a fold would lack.
-    """
-    shots = task.to(device).support
-    assert isinstance(shots, Support)
-    if single(shots.labels) or len(shots) < _FOLDS:
-        return None
-    prior = task.options.filter
-    if fitted.logit_variance is not None:
-        prior = replace(prior, logit_variance=fitted.logit_variance, logit_spread=0.0)
-    task, fold = replace(task, options=replace(task.options, filter=prior)), fold_of(shots.labels, _FOLDS)
-    with torch.no_grad():
-        found: Tensor = -fitted.head(shots.features)
-    for f in range(_FOLDS):
-        held = fold == f
-        if not bool(held.any()):
-            continue
-        head = fit(task.part((~held).to(task.support.labels.device)), device=device).head
-        with torch.no_grad():
-            found[held] += head(shots.features[held])
-    return found
-
-
 def _begin_towers(
     task: FitTask, network: CLIPNetwork, group: Group, device: torch.device | str, resumed: MethodState | None
 ) -> Method:
@@ -268,17 +235,16 @@ def _begin_towers(
         ValueError: the task is to start at a head, and has no features to fit one on.
         FilterError: the head's fit could not go on.
     """
+    from kngd_ray.training.first_head import fitted_head  # which itself fits
+
     fitted, held_out = None, None
     if resumed is not None:
         load_head(network, resumed)
         put_start(network)
     elif task.head is not None:
         try:
-            alone = fit(head_task(task), device=device)
-            assert isinstance(alone, KalmanNGD)
-            if task.options.method == "kalman":
-                held_out = _held_out(head_task(task), alone, device)
-            fitted = alone.state()
+            crops = crops_of(network, task.support, task.seed, group)
+            fitted, held_out = fitted_head(task, crops, device)
         except FilterError as error:
             raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
         begin_at(network, fitted, group)

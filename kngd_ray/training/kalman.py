@@ -26,6 +26,8 @@ FORESEEN = "stream/foreseen"
 NOISE = "noise"
 TOWERS_BY = "prior/towers"
 HELD_OUT = "start/held_out"
+CALIBRATED = "start/calibrated"
+_OF_START = {HELD_OUT, CALIBRATED}
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -190,8 +192,10 @@ class KalmanNGD:
     @property
     def _of_start(self) -> dict[str, Tensor]:
         """What heads that were fitted before the towers say of shots that they have not seen."""
-        known = self.posterior.held_out if isinstance(self.posterior, StreamedPosterior) else None
-        return {} if known is None else {HELD_OUT: known}
+        if not isinstance(self.posterior, StreamedPosterior):
+            return {}
+        known = {HELD_OUT: self.posterior.held_out, CALIBRATED: self.posterior.calibrated}
+        return {key: value for key, value in known.items() if value is not None}
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
@@ -202,8 +206,9 @@ class KalmanNGD:
         if TOWERS_BY in state.replicated and isinstance(self.posterior, StreamedPosterior):
             self.towers_by = float(state.replicated[TOWERS_BY])
             self.posterior.widen_towers(self.towers_by)
-        if HELD_OUT in state.replicated and isinstance(self.posterior, StreamedPosterior):
-            self.posterior.held_out = state.replicated[HELD_OUT].to(self.belief.mu.device)
+        if isinstance(self.posterior, StreamedPosterior):
+            known = {key: state.replicated[key].to(self.belief.mu.device) for key in _OF_START & {*state.replicated}}
+            self.posterior.held_out, self.posterior.calibrated = known.get(HELD_OUT), known.get(CALIBRATED)
         self.foreseen = state.replicated.get(FORESEEN)
         if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
             self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)

@@ -42,7 +42,7 @@ def batches(sampler: BatchSampler, head: Head, group: Group, start: int) -> Iter
         chosen = sampler.chosen(step, rank, world_size)
         return [(i, augmentation(sampler.seed, chosen.turn, i)) for i in chosen.local.tolist()]
 
-    crop = _augment(head)
+    crop = augment_of(head)
     with Prefetcher(
         shots,
         plan,
@@ -72,7 +72,15 @@ def cores() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def _augment(network: CLIPNetwork) -> RandomResizedCrop | None:
+def augment_of(network: CLIPNetwork) -> RandomResizedCrop | None:
+    """How training pictures of a network are varied.
+
+    Args:
+        network: with its options.
+
+    Returns:
+        The augmentation; None leaves pictures as they are.
+    """
     options = network.options
     if options.augment == "none":
         return None

@@ -32,7 +32,7 @@ from kngd_ray.training.start import HeadStart
 SHOTS, BATCH, EPOCHS = 7, 3, 2  # batches of 3, 3 and 1: at the end of an epoch ranks without any
 STEPS = 6
 _START = {
-    "tune": TuneOptions(parameters="lora", targets=("q", "v", "mlp")),
+    "tune": TuneOptions(parameters="lora", targets=("q", "v", "mlp"), views=2),
     "adapter": (ClassResidual(bias=True),),
     "observation": (LogLikelihood(),),
 }

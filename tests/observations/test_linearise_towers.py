@@ -399,11 +399,18 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch):
         linearizer.run(tokens(9)).jacobian(cotangent)["clip.token_embedding.weight"]
 
 
-def test_passes_of_a_large_network_are_refused(monkeypatch):
-    class Unseen(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.flatten(0, 1)).unflatten(0, (-1, 4)).mean(1)
+class Unseen(nn.Linear):
+    """A layer that mixes samples and tokens on its way, so that its weight has no factors."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, (-1, 4)).mean(1)
+
+
+def refused(*_: object, **__: object) -> None:
+    raise RuntimeError("not this one")
+
+
+def test_passes_of_a_large_network_are_refused(monkeypatch):
     monkeypatch.setattr(linearise, "_LARGE", 0)
     network, x = Unseen(3, 2), torch.randn(65, 4, 3)
     linearizer = Linearizer(network, x[:1])
@@ -428,6 +435,47 @@ def test_under_autocast():
         rows, expected = piece.rows().float(), plain[name].rows()
         assert isinstance(piece, Rows) or piece.g.dtype == piece.x.dtype == torch.bfloat16
         assert float((rows - expected).norm()) < 0.1 * float(expected.norm()) + 1e-3, name
+
+
+class Norm16(nn.Module):
+    """A tower in 16 bits whose first layer has no factors, under a normalisation that torch.func cannot transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen, self.norm, self.last = Unseen(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)
+        self.half = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            y = self.last(self.norm(self.unseen(x)))
+        return y.float()
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_rows_of_a_layer_in_16_bits(large, monkeypatch):
+    """About those in 32, of a network that is linearised as towers are and of a small one."""
+    monkeypatch.setattr(linearise, "_LARGE", large)
+    torch.manual_seed(0)
+    network, x = Norm16(), torch.randn(6, 4, 3)
+    cotangent = torch.randn(6, 2, 2, generator=rng(7))
+    found = {}
+    for network.half in (True, False):
+        linearizer = Linearizer(network, x[:2])
+        H = linearizer.run(x).jacobian(cotangent)
+        assert not [layer for layer in linearizer.layers if layer.factored and layer.name.startswith("unseen")]
+        found[network.half] = {name: piece.rows() for name, piece in H.items()}
+    assert all(rows.dtype == torch.float32 for name, rows in found[True].items() if name.startswith("unseen"))
+    for name, expected in found[False].items():
+        assert float((found[True][name] - expected).norm()) < 0.1 * float(expected.norm()) + 1e-3, name
+
+
+def test_rows_one_at_a_time_are_those_of_all_at_once(monkeypatch):
+    network, x, cotangent = build(Images), pictures(3), torch.randn(3, 2, D, generator=rng(7), dtype=torch.float64)
+    names = {"visual.conv1.weight", "visual.ln_post.bias"}
+    together = jacobian_rows(network, x, cotangent, names)
+    monkeypatch.setattr("kngd_ray.observations.jacobian.vmap", refused)
+    apart = jacobian_rows(network, x, cotangent, names)
+    assert all(max_error(apart[name], rows) < EXACT for name, rows in together.items())
 
 
 def test_a_batch_of_several_tensors_by_passes():

@@ -209,8 +209,8 @@ def test_linearised_is_the_variance_along_what_decides(shots) -> None:
 def test_linearised_without_towers_is_the_heads(shots) -> None:
     """At a prior variance of 0: probabilities and standard deviations of the head's own run."""
     task = make_task("start-lora", shots.subset(torch.arange(7)))
-    narrow = replace(task.options.filter, tower_logit_variance=0.0)
-    task = started(replace(task, options=replace(task.options, filter=narrow), head=None))
+    narrow, tune = replace(task.options.filter, tower_logit_variance=0.0), replace(task.options.tune, views=0)
+    task = started(replace(task, options=replace(task.options, filter=narrow, tune=tune), head=None))
     assert task.head is not None
     options = PosteriorOptions(predict="linearised")
     own = predictor_of(fit(head_task(task)), options).predict(task.head.support.features, TAU)

@@ -37,7 +37,7 @@ from kngd_ray.training.calibration import calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.folds import single
 from kngd_ray.training.metrics import Scores
-from kngd_ray.tuning import Fitted, Workload, fit_together, judge
+from kngd_ray.tuning import Fitted, Workload, fit_together, score_trials
 from kngd_ray.tuning.file import SearchConfig, load_search
 from kngd_ray.tuning.options import DIRECTIONS, Objective
 
@@ -100,7 +100,7 @@ def judged(search: SearchConfig, problem: Problem, priors: Sequence[Row]) -> lis
     rows: list[Row] = [{"settings": "preset", **_tested(fit_together(tasks), problem, taus, preset.posterior)}]
     for start in range(0, len(priors), TOGETHER):
         some = priors[start : start + TOGETHER]
-        *_, found = judge(some, work, fit_together, at_once=True)
+        *_, found = score_trials(some, work, fit_together, at_once=True)
         for settings, one in zip(some, found, strict=True):
             row: Row = {"settings": settings, "failed": one.reason, **one.objective}
             if one.reason is None:

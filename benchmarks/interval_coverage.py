@@ -26,7 +26,7 @@ from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.run import train
 from kngd_ray.experiment.run_folder import fit_of
 from kngd_ray.experiment.task import open_task, prepare
-from kngd_ray.training.classifier import Classifier, Judgement
+from kngd_ray.training.classifier import Classification, Classifier
 
 GROUPS = 10
 
@@ -70,14 +70,14 @@ def judged(options: argparse.Namespace, shots: int) -> tuple[list[Mapping[str, A
     return found, labels
 
 
-def covered(few: Judgement, more: Judgement) -> float:
+def covered(few: Classification, more: Classification) -> float:
     """Share of pictures whose probability by a fit on more shots is inside."""
     assert few.interval is not None
     p = more.probabilities.gather(1, few.probabilities.argmax(1, keepdim=True)).squeeze(1)
     return float(((few.interval[:, 0] <= p) & (p <= few.interval[:, 1])).double().mean())
 
 
-def groups_right(few: Judgement, labels: Tensor) -> float:
+def groups_right(few: Classification, labels: Tensor) -> float:
     """Share of groups of pictures in which as many are right as the interval says."""
     assert few.interval is not None
     best = few.probabilities.max(1).values

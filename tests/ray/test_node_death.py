@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from kngd_ray.cluster import ray_session, run_job
 from kngd_ray.cluster._ray_private import use_token_if_there
-from kngd_ray.cluster.session import _ensure_token
+from kngd_ray.cluster.auth_token import ensure_token
 from kngd_ray.config import TrainerConfig
 from kngd_ray.training.job import FitEvent, Job, run_fits
 from kngd_ray.training.resumable import latest
@@ -31,7 +31,7 @@ SILENCE = 2.0  # seconds without a step, by which a job that starts again is tol
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without cores, joined as by trainer.address; the nodes come in the test."""
-    _ensure_token()
+    ensure_token()
     use_token_if_there()  # as `ray start` does it
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:

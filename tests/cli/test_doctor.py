@@ -114,8 +114,9 @@ def test_doctor_from_python(command: Any, token: Path) -> None:
         data="/gone.parquet", tracking=False, storage_path=command.runs, cache_dir=command.cache, quiet=True
     )
     assert list(found.columns) == ["check", "where", "state", "found", "advice"]
-    (failed,) = found.query("state == 'failed'")["found"]
-    assert failed == "data.path=/gone.parquet cannot be read (No such file or directory)"
+    ((_, failed),) = found.query("state == 'failed'")[["found", "advice"]].iterrows()
+    assert failed["found"] == "data.path=/gone.parquet cannot be read (No such file or directory)"
+    assert failed["advice"] == "correct the path"  # on a cluster it is to be on storage that all nodes share
     assert set(found.query("check == 'ray'")["state"]) == {"skipped"}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from kngd_ray._run_layout import SUBMITTED
 from kngd_ray.clip import ModelConfig, load_model, read_class_embeddings
 from kngd_ray.cluster.doctor import node_checks
 from kngd_ray.config import Config, TrackingConfig
@@ -218,7 +219,9 @@ def inputs(paths: Mapping[str, str], ask: Ask) -> list[Finding]:
             continue
         for path, reason in said.answer.items():
             advice = "put it on storage that all nodes share"
-            if not Path(path).expanduser().is_absolute():
+            if said.node == HERE and not os.environ.get(SUBMITTED):
+                advice = "correct the path"
+            elif not Path(path).expanduser().is_absolute():
                 advice += " and give its absolute path"
             found = f"{paths[path]}={path} cannot be read ({reason})"
             check = "model" if paths[path].startswith("model.") else "inputs"

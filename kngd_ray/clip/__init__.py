@@ -11,7 +11,7 @@ from kngd_ray.clip._prompts import expand, resolve_templates, same_sentences, wo
 from kngd_ray.clip._tuning import TuneOptions
 
 if TYPE_CHECKING:
-    from kngd_ray.clip._augment import RandomResizedCrop
+    from kngd_ray.clip._augment import RandomResizedCrop, augmentation_of
     from kngd_ray.clip._head import CLIPHead
     from kngd_ray.clip._model import AnyModel, ClipModel, load_model
     from kngd_ray.clip._network import CLIPNetwork, Head
@@ -30,6 +30,7 @@ __all__ = [
     "PrecomputedModel",
     "RandomResizedCrop",
     "TuneOptions",
+    "augmentation_of",
     "best_device",
     "check_without_towers",
     "expand",
@@ -51,6 +52,7 @@ _HOMES = {
     "Head": "_network",
     "PrecomputedModel": "_precomputed",
     "RandomResizedCrop": "_augment",
+    "augmentation_of": "_augment",
     "best_device": "_transfer",
     "given_precomputed": "_precomputed",
     "load_model": "_model",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kngd_ray._rgb import to_rgb
 from kngd_ray.clip._transfer import normalised, pixels_of
+from kngd_ray.clip._tuning import TuneOptions
 
 _TRIES = 10
 _MODES = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}  # the last as open_clip reads it
@@ -100,13 +101,28 @@ class RandomResizedCrop:
         Returns:
             Pixels (3, H, W), uint8.
         """
+        return pixels_of(self._cropped(picture, generator))
+
+    def drawn(self, picture: Image.Image, seed: int) -> Image.Image:
+        """A crop of one picture as a picture, of which the model's own transform leaves nothing to do but normalise it.
+
+        Args:
+            picture: a picture of any size and mode.
+            seed: of the generator.
+
+        Returns:
+            The crop, RGB, of the size that the model takes.
+        """
+        return self._cropped(picture, torch.Generator().manual_seed(seed))
+
+    def _cropped(self, picture: Image.Image, generator: torch.Generator) -> Image.Image:
         # a second of import, which only training on pictures is to wait for
         import torchvision.transforms.functional as pixels  # type: ignore[import-untyped]
 
         mode = pixels.InterpolationMode(_MODES[self.interpolation])
         top, left, height, width = self.box(picture.width, picture.height, generator)
-        cropped = pixels.resized_crop(to_rgb(picture), top, left, height, width, list(self.size), mode)
-        return pixels_of(cropped)
+        cropped: Image.Image = pixels.resized_crop(to_rgb(picture), top, left, height, width, list(self.size), mode)
+        return cropped
 
     def box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """Draw a crop; torchvision's steps, so that equal seeds draw equal crops.
@@ -141,3 +157,16 @@ class RandomResizedCrop:
         elif width / height > self.ratio[1]:
             w = max(1, round(h * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+def augmentation_of(preprocess_cfg: Mapping[str, Any], options: TuneOptions) -> RandomResizedCrop | None:
+    """How training pictures of a model are varied.
+
+    Args:
+        preprocess_cfg: open_clip's, of the model.
+        options: ``augment`` and ``crop_scale``.
+
+    Returns:
+        The augmentation; None leaves pictures as they are.
+    """
+    return None if options.augment == "none" else RandomResizedCrop.of(preprocess_cfg, options.crop_scale)

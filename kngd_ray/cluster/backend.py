@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kngd_ray.clip import ModelConfig
 from kngd_ray.config import TrainerConfig
-from kngd_ray.data import EncodedStream, ImageSet
+from kngd_ray.data import Crops, EncodedStream, ImageSet
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.tuning import Driver, Workload
 from kngd_ray.tuning.run import SearchBackend
@@ -54,7 +54,9 @@ class RayBackend(SearchBackend):
 
         run_job(job, trainer, on_event)
 
-    def stream(self, images: ImageSet, model: ModelConfig, trainer: TrainerConfig) -> EncodedStream | None:
+    def stream(
+        self, images: ImageSet, model: ModelConfig, trainer: TrainerConfig, crops: Crops | None = None
+    ) -> EncodedStream | None:
         """Encode with Ray Data; see :meth:`Backend.stream`."""
         if not trainer.most_workers:
             return None
@@ -62,7 +64,7 @@ class RayBackend(SearchBackend):
 
         trainer = self.with_gpus(trainer)
         encoders = max(trainer.least_workers, 1)
-        return ray_stream(images, model, encoders=encoders, use_gpu=trainer.use_gpu is True)
+        return ray_stream(images, model, encoders=encoders, use_gpu=trainer.use_gpu is True, crops=crops)
 
     def run_search(self, driver: Driver, work: Workload, trainer: TrainerConfig, mode: str, folder: Path) -> None:
         """Run the trials with Ray Tune; see :meth:`SearchBackend.run_search`."""

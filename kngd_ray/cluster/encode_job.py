@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayError
 
 from kngd_ray.clip import ClipModel, ModelConfig, load_model
-from kngd_ray.data import BadImage, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
+from kngd_ray.data import BadImage, Crops, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
 from kngd_ray.errors import KngdError
 
 _BATCH = 64
@@ -54,8 +55,8 @@ def _blocks(images: ImageSet, indices: npt.NDArray[np.int64]) -> Iterable[pa.Tab
 class _Encode:
     """An actor of the pool: decodes and encodes batches; errors travel as text beside empty features."""
 
-    def __init__(self, model: ModelConfig, gpu: bool) -> None:
-        self._source = model, "cuda" if gpu else "cpu"
+    def __init__(self, model: ModelConfig, gpu: bool, crops: Crops | None) -> None:
+        self._source, self._crops = (model, "cuda" if gpu else "cpu"), crops
 
     @cached_property
     def _model(self) -> ClipModel:
@@ -64,24 +65,28 @@ class _Encode:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         blobs = batch["image"].to_pylist()
-        encoded = encode_batch(blobs, [""] * len(blobs), lambda p: self._model.encode_images(p).numpy())
+        encode = lambda pictures: self._model.encode_images(pictures).numpy()  # noqa: E731
+        encoded = encode_batch(blobs, [""] * len(blobs), encode, self._crops)
+        each = 1 if self._crops is None else self._crops.count
         features = iter(zip(encoded.keys.tolist(), encoded.features.tolist(), strict=True))
         keys, vectors, errors = [], [], []
         for position in range(len(blobs)):
             error = encoded.bad.get(position)
-            key, vector = (None, None) if error is not None else next(features)
-            keys.append(key)
-            vectors.append(vector)
+            own = [] if error is not None else list(islice(features, each))
+            keys.append([key for key, _ in own])
+            vectors.append([vector for _, vector in own])
             errors.append(None if error is None else str(error))
         return pa.table({
             "index": batch["index"],
-            "key": pa.array(keys, pa.binary()),
-            "feature": pa.array(vectors, pa.list_(pa.float32())),
+            "keys": pa.array(keys, pa.list_(pa.binary())),
+            "features": pa.array(vectors, pa.list_(pa.list_(pa.float32()))),
             "error": pa.array(errors, pa.string()),
         })
 
 
-def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: bool = False) -> EncodedStream:
+def ray_stream(
+    images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: bool = False, crops: Crops | None = None
+) -> EncodedStream:
     """A stream for :func:`kngd_ray.data.fill_cache` that encodes on the Ray cluster.
 
     Args:
@@ -89,6 +94,7 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
         model: each actor of the pool loads it.
         encoders: size of the pool.
         use_gpu: give each actor a GPU.
+        crops: encode these of the pictures; None encodes the pictures.
 
     Returns:
         The stream; batches arrive in any order. Ray must be up when it is used.
@@ -110,7 +116,7 @@ def ray_stream(images: ImageSet, model: ModelConfig, *, encoders: int, use_gpu: 
             num_cpus=_READER_CPUS,
         ).map_batches(
             _Encode,
-            fn_constructor_args=(model, use_gpu),
+            fn_constructor_args=(model, use_gpu, crops),
             batch_size=_BATCH,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -151,8 +157,9 @@ def _unpacked(table: pa.Table, images: ImageSet) -> tuple[npt.NDArray[np.int64],
     rows = table["index"].to_numpy()
     errors = table["error"].to_pylist()
     good = [n for n, error in enumerate(errors) if error is None]
-    keys = np.array([table["key"][n].as_py() for n in good], "S64")
-    features = np.array([table["feature"][n].as_py() for n in good], np.float32).reshape(len(good), -1 if good else 0)
+    keys = np.array([key for n in good for key in table["keys"][n].as_py()], "S64")
+    vectors = [vector for n in good for vector in table["features"][n].as_py()]
+    features = np.array(vectors, np.float32).reshape(len(keys), -1 if good else 0)
     bad = {n: BadImage(f"{images.place(rows[n])}{error}") for n, error in enumerate(errors) if error is not None}
     return rows, EncodedBatch(keys, features, bad)
 

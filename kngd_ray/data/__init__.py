@@ -17,6 +17,7 @@ from kngd_ray.errors import BadImage
 
 if TYPE_CHECKING:
     from kngd_ray.data._cache import FeatureCache
+    from kngd_ray.data._crops import Crops
     from kngd_ray.data._decode import SUFFIXES, decode, picture_of
     from kngd_ray.data._encode import (
         EncodedBatch,
@@ -41,6 +42,7 @@ __all__ = [
     "SUFFIXES",
     "BadImage",
     "ColumnNames",
+    "Crops",
     "DataConfig",
     "EncodedBatch",
     "EncodedStream",
@@ -74,6 +76,7 @@ __all__ = [
 
 # Imported when they are asked for: they need pyarrow and Pillow, and whoever reads the settings does not.
 _HOMES = {
+    "Crops": "_crops",
     "EncodedBatch": "_encode",
     "EncodedStream": "_encode",
     "Encoder": "_encode",

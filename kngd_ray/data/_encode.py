@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from kngd_ray.data._cache import FeatureCache, Features
+from kngd_ray.data._crops import Crops
 from kngd_ray.data._decode import decode
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, content_key
@@ -21,10 +22,10 @@ PART_ROWS = 512  # pictures between two writes: what a killed run computes again
 
 
 class EncodedBatch(NamedTuple):
-    """Features of the pictures of a batch that could be decoded, and the errors of the others.
+    """Features of the pictures of a batch that could be decoded, or of their crops, and the errors of the others.
 
     Attributes:
-        keys (m,): hashes of the decoded pictures, in order.
+        keys (m,): hashes of the decoded pictures, in order; of crops, those of a picture one after another.
         features (m, d): their features; (0, 0) when m is 0.
         bad: for each undecodable picture its position in the batch and its error.
     """
@@ -38,25 +39,32 @@ EncodedStream = Callable[[Ints], Iterator[tuple[Ints, EncodedBatch]]]
 """Pictures to encode, by index, to (indices of a batch in ascending order, what became of them)."""
 
 
-def encode_batch(blobs: Sequence[bytes], places: Sequence[str], encoder: Encoder) -> EncodedBatch:
+def encode_batch(
+    blobs: Sequence[bytes], places: Sequence[str], encoder: Encoder, crops: Crops | None = None
+) -> EncodedBatch:
     """Decode and encode a batch, in this process or in an actor.
 
     Args:
         blobs: the pictures' bytes.
         places: where each is, for messages.
         encoder: called once with all that can be decoded, never with none.
+        crops: encode these of the pictures; None encodes the pictures.
 
     Returns:
         Keys, features and errors.
     """
-    pictures, keys, bad = [], [], {}
+    pictures: list[Image.Image] = []
+    keys: list[bytes] = []
+    bad = {}
     for position, (blob, place) in enumerate(zip(blobs, places, strict=True)):
         try:
-            pictures.append(decode(blob, place))
+            picture = decode(blob, place)
         except BadImage as error:
             bad[position] = error
-        else:
-            keys.append(content_key(blob))
+            continue
+        key = content_key(blob)
+        pictures += [picture] if crops is None else crops.of(picture, key)
+        keys += [key] if crops is None else crops.keys(np.array([key], "S64"))[0].tolist()
     if not pictures:
         return EncodedBatch(np.empty(0, "S64"), np.empty((0, 0), np.float32), bad)
     features = np.asarray(encoder(pictures), np.float32)
@@ -92,6 +100,7 @@ def encode_missing(
     cache: FeatureCache,
     encoder: Encoder,
     *,
+    crops: Crops | None = None,
     batch_size: int = 64,
     on_bad_image: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
@@ -103,6 +112,7 @@ def encode_missing(
         indices (M,): pictures that need a feature.
         cache: where features are.
         encoder: computes them.
+        crops: of which features are needed instead; None is the pictures themselves.
         batch_size: pictures per call of the encoder.
         on_bad_image: "error" raises the first `BadImage`, "skip" returns the indices of all.
         progress: called after each batch with pictures done and pictures to do.
@@ -113,9 +123,9 @@ def encode_missing(
 
     def stream(todo: Ints) -> Iterator[tuple[Ints, EncodedBatch]]:
         for rows, blobs in read_batches(images, todo, batch_size):
-            yield rows, encode_batch(blobs, [images.place(row) for row in rows], encoder)
+            yield rows, encode_batch(blobs, [images.place(row) for row in rows], encoder, crops)
 
-    return fill_cache(images, indices, cache, stream, on_bad_image=on_bad_image, progress=progress)
+    return fill_cache(images, indices, cache, stream, crops=crops, on_bad_image=on_bad_image, progress=progress)
 
 
 def fill_cache(
@@ -124,6 +134,7 @@ def fill_cache(
     cache: FeatureCache,
     stream: EncodedStream,
     *,
+    crops: Crops | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
 ) -> frozenset[int]:
@@ -136,7 +147,8 @@ def fill_cache(
         images: the data set.
         indices (M,): pictures that need a feature.
         cache: where features are.
-        stream: encodes the pictures that it is given, in batches of its own size and order.
+        stream: encodes the pictures that it is given, or their crops, in batches of its own size and order.
+        crops: of which features are needed instead; None is the pictures themselves.
         on_bad_image: "error" raises the first `BadImage`, "skip" returns the indices of all.
         progress: called after each batch with pictures done and pictures to do.
 
@@ -148,12 +160,15 @@ def fill_cache(
     """
     asked = np.unique(np.asarray(indices, np.int64))
     keys, first = np.unique(images.keys[asked], return_index=True)
-    todo = np.sort(asked[first][np.isin(keys, np.array(sorted(cache.missing(keys)), "S64"))])
+    needed = keys.reshape(-1, 1) if crops is None else crops.keys(keys)
+    missing = np.array(sorted(cache.missing(needed.ravel())), "S64")
+    todo = np.sort(asked[first][np.isin(needed, missing).any(1)])
     bad: set[bytes] = set()
     done = 0
     with _PartWriter(cache) as writer:
         for rows, encoded in stream(todo):
-            writer.add(encoded, [images.place(row) for n, row in enumerate(rows) if n not in encoded.bad])
+            places = [images.place(row) for n, row in enumerate(rows) if n not in encoded.bad]
+            writer.add(encoded, [place for place in places for _ in range(needed.shape[1])])
             for position, error in encoded.bad.items():
                 if on_bad_image == "error":
                     raise error

@@ -24,7 +24,10 @@ from kngd_ray.clip import (
 )
 from kngd_ray.errors import InputError
 from kngd_ray.estimator._conventions import array_of, conversion_warning
-from kngd_ray.estimator.given import encode_pictures, labels_of, listed
+from kngd_ray.estimator.given import encode_crops, encode_pictures, labels_of, listed
+from kngd_ray.training.batches import Support
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.views import crops_of
 
 
 class Inputs(Protocol):
@@ -48,6 +51,9 @@ class Inputs(Protocol):
 
     def encode(self, model: Any, samples: Any) -> Tensor:
         """Unit features (m, d) of samples."""
+
+    def support(self, model: Any, samples: Any, labels: Tensor, options: FitOptions | None) -> Support:
+        """Shots of classes (m,), with the crops that a fit with these options sees; None sees none."""
 
 
 class Pictures:
@@ -85,6 +91,12 @@ class Pictures:
     def encode(self, model: ClipModel, samples: Any) -> Tensor:
         """Unit features (m, d) of pictures."""
         return encode_pictures(model, samples)
+
+    def support(self, model: ClipModel, samples: Any, labels: Tensor, options: FitOptions | None) -> Support:
+        """Shots of classes (m,), with the crops that a fit with these options sees; None sees none."""
+        crops = None if options is None else crops_of(options, model, len(samples))
+        encoded = None if crops is None else encode_crops(model, samples, crops)
+        return Support(self.encode(model, samples), labels, encoded)
 
 
 class Matrix:
@@ -181,6 +193,10 @@ class Matrix:
         given = lengths(samples) != 0
         features[given] = unit(samples[given])
         return torch.from_numpy(features)
+
+    def support(self, model: PrecomputedModel, samples: Any, labels: Tensor, options: FitOptions | None) -> Support:
+        """Shots of classes (m,): of features there are no crops."""
+        return Support(self.encode(model, samples), labels)
 
 
 def _table(X: Any) -> npt.NDArray[Any]:

@@ -33,7 +33,6 @@ from kngd_ray.estimator._naming import listed_templates, names_of, said_of, temp
 from kngd_ray.estimator._saved import fit_in, write_run
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
-from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
@@ -331,7 +330,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
                 warnings.warn(note, UserWarning, stacklevel=3)
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
-        support = Support(inputs.encode(model, samples), numbers)
+        support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
         task = FitTask(
             config.fit_options,
             seed_of(self.random_state),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
-from kngd_ray.data import picture_of
+from kngd_ray.data import Crops, content_key, picture_of
 from kngd_ray.errors import DataError, InputError
 from kngd_ray.storage import address
 
@@ -110,6 +110,30 @@ def encode_pictures(clip: ClipModel, X: Sequence[Picture]) -> Tensor:
     starts = range(0, len(X), _BATCH)
     batches = ([picture(X[n], n) for n in range(start, min(start + _BATCH, len(X)))] for start in starts)
     return torch.cat([torch.empty(0, clip.embed_dim), *(clip.encode_images(batch) for batch in batches)])
+
+
+def encode_crops(clip: ClipModel, X: Sequence[Picture], crops: Crops) -> Tensor:
+    """Features of crops of pictures, those of a few pictures in memory at once.
+
+    Args:
+        clip: the model.
+        X: m pictures, as :func:`listed` has them.
+        crops: V of each picture, a function of its pixels.
+
+    Returns:
+        (m, V, d) unit image embeddings.
+    """
+
+    def of(n: int) -> list[Image.Image]:
+        whole = picture(X[n], n)
+        return crops.of(whole, content_key(whole.tobytes()))
+
+    step = max(_BATCH // crops.count, 1)
+    batches = (
+        [crop for n in range(start, min(start + step, len(X))) for crop in of(n)] for start in range(0, len(X), step)
+    )
+    encoded = torch.cat([torch.empty(0, clip.embed_dim), *(clip.encode_images(batch) for batch in batches)])
+    return encoded.unflatten(0, (len(X), crops.count))
 
 
 def picture(given: Any, number: int) -> Image.Image:

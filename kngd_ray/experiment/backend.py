@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kngd_ray.clip import ModelConfig, best_device
 from kngd_ray.config import TrainerConfig
-from kngd_ray.data import EncodedStream, ImageSet
+from kngd_ray.data import Crops, EncodedStream, ImageSet
 from kngd_ray.errors import UsageError
 from kngd_ray.training.job import FitEvent, Job, run_fits
 
@@ -60,13 +60,16 @@ class Backend:
         """
         run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
 
-    def stream(self, images: ImageSet, model: ModelConfig, trainer: TrainerConfig) -> EncodedStream | None:
+    def stream(
+        self, images: ImageSet, model: ModelConfig, trainer: TrainerConfig, crops: Crops | None = None
+    ) -> EncodedStream | None:
         """Encode pictures with workers, in a session.
 
         Args:
             images: the data set.
             model: that encodes.
             trainer: workers and resources.
+            crops: encode these of the pictures; None encodes the pictures.
 
         Returns:
             A stream of encoded batches; None where this process encodes.

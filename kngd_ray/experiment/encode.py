@@ -20,7 +20,7 @@ from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, ImageSet, open_images, write_features
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.task import encode as encode_pictures
+from kngd_ray.experiment.features import encode_pictures
 from kngd_ray.storage import storage_errors
 
 FEATURES = "features.parquet"

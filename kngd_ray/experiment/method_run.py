@@ -23,7 +23,7 @@ from kngd_ray.training.calibration import Calibration, below_zero_shot, calibrat
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask, head_task
-from kngd_ray.training.kalman import CALIBRATED, FORESEEN
+from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare
@@ -207,7 +207,7 @@ class MethodRun:
             foreseen = state.replicated.get(FORESEEN)
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
         if task.head is not None and self.config.method == "kalman" and not self.config.posterior.folds:
-            return self._of_head(task, state), None
+            return self._of_head(task), None
         if task.towers is not None and self._unasked:
             return Calibration(0.0, 1.0), None
         try:
@@ -222,16 +222,13 @@ class MethodRun:
         given = posterior.temperature is not None or posterior.tau_median is not None
         return posterior.predict == "linearised" and not posterior.folds and not given
 
-    def _of_head(self, task: FitTask, state: MethodState) -> Calibration:
+    def _of_head(self, task: FitTask) -> Calibration:
         """Tau and T of the head that the towers started from, by its folds: one of towers is a fit of minutes."""
         assert task.head is not None
         posterior = task.head.posterior
         if self.config.posterior.predict != "linearised":  # of draws and of the mean another tau is right
             return Calibration(self.config.posterior.unasked, 1.0)
-        if (given := self.config.posterior.temperature) is None and CALIBRATED in state.replicated:
-            tau, scaling = state.replicated[CALIBRATED].tolist()
-            return Calibration(tau, scaling)
-        if given is not None:
+        if (given := self.config.posterior.temperature) is not None:
             posterior = replace(posterior, temperature=given)
         try:
             found = calibrate(head_task(task), posterior, self._prepared.device)

@@ -18,7 +18,8 @@ from kngd_ray.console import Display, stacked
 from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, select_tests
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
-from kngd_ray.experiment.task import Progress, Task, TaskData, encode
+from kngd_ray.experiment.features import Progress, encode_pictures
+from kngd_ray.experiment.task import Task, TaskData
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.evaluation import ID, MEAN, evaluate, set_name
@@ -225,7 +226,7 @@ def prepare_protocol(
     model, cache = prepared.model, prepared.cache
     usable = {}
     for name, found in unseen.items():
-        bad = encode(config, found.images, found.rows, model, cache, backend, progress)
+        bad = encode_pictures(config, found.images, found.rows, model, cache, backend, progress)
         rows = found.rows[~np.isin(found.rows, list(bad))]
         if not len(rows):
             raise DataError(f"none of the test pictures of {name} can be decoded.")

@@ -23,6 +23,7 @@ from kngd_ray.clip import (
 )
 from kngd_ray.config import Config
 from kngd_ray.data import (
+    Crops,
     DataConfig,
     FeatureCache,
     FeatureFiles,
@@ -31,8 +32,6 @@ from kngd_ray.data import (
     PictureFile,
     Split,
     arrange,
-    encode_missing,
-    fill_cache,
     halves,
     open_images,
     restrict,
@@ -41,6 +40,7 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.backend import HERE, Backend
+from kngd_ray.experiment.features import Progress, encode_pictures
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
@@ -48,10 +48,10 @@ from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
 from kngd_ray.training.restoring import identity_of, load_fitted
+from kngd_ray.training.views import crops_of
 
 PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
 
-Progress = Callable[[int, int], None]
 Choose = Callable[[frozenset[int]], dict[int, Split]]
 
 
@@ -68,6 +68,7 @@ class TaskData:
         cache: where the features are.
         skipped: undecodable pictures that were left out.
         from_pictures: whether fits that train towers learn from pictures, or the image tower is frozen.
+        crops: that heads learn from beside the shots; None without.
     """
 
     config: Config
@@ -78,6 +79,7 @@ class TaskData:
     cache: FeatureCache | GivenFeatures
     skipped: int
     from_pictures: bool
+    crops: Crops | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,8 +87,14 @@ class TaskData:
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
     def support(self, seed: int) -> Support:
-        """The training shots of a seed, as features of the pretrained model."""
-        return self.features(self.splits[seed].support)
+        """The training shots of a seed, as features of the pretrained model, with their crops."""
+        rows = self.splits[seed].support
+        shots = self.features(rows)
+        if self.crops is None:
+            return shots
+        keys = self.crops.keys(self.images.keys[rows])
+        crops = torch.from_numpy(self.cache.read(keys.ravel())).unflatten(0, keys.shape)
+        return replace(shots, crops=crops)
 
     def shots(self, seed: int, tune: TuneOptions, folder: Path) -> Shots:
         """What a fit learns from: features, or pictures where the image tower is trained.
@@ -387,53 +395,13 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
     while True:
         # A picture that cannot be decoded is replaced in the shots, and its replacement may be bad too.
         needed = np.unique(np.concatenate([split.indices for split in splits.values()]))
-        found = encode(config, images, needed, model, cache, backend, progress)
+        found = encode_pictures(config, images, needed, model, cache, backend, progress)
         if not found - bad:
             break
         bad |= found
         splits = task.choose(bad)
-    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures)
-
-
-def encode(
-    config: Config,
-    images: ImageSet,
-    indices: np.ndarray[Any, np.dtype[np.int64]],
-    model: AnyModel,
-    cache: FeatureCache | GivenFeatures,
-    backend: Backend,
-    progress: Progress | None,
-) -> frozenset[int]:
-    """Fill the cache with the features of pictures, with the backend's workers or in this process.
-
-    Args:
-        config: model, workers and what a bad picture does.
-        images: the data set.
-        indices: which pictures.
-        model: the loaded model, for this process.
-        cache: where the features go.
-        backend: encodes, its session begun.
-        progress: told of pictures done and to do.
-
-    Returns:
-        Indices of the pictures that cannot be decoded.
-    """
-    skip = config.data.on_bad_image
-    missing = cache.missing(images.keys[indices])
-    if not missing:
-        return frozenset()
-    assert isinstance(model, ClipModel)
-    assert isinstance(cache, FeatureCache)
-    stream = backend.stream(images, config.model, config.trainer)
-    if stream is not None:
-        return fill_cache(images, indices, cache, stream, on_bad_image=skip, progress=progress)
-    device = "cpu" if config.trainer.use_gpu is False else best_device()
-    encoder = model if device == "cpu" else load_model(config.model, device)
-    return encode_missing(
-        images,
-        indices,
-        cache,
-        lambda pictures: encoder.encode_images(pictures).numpy(),
-        on_bad_image=skip,
-        progress=progress,
-    )
+    shots = [split.support for split in splits.values()]
+    crops = None if config.protocol == "stream" else crops_of(config.fit_options, model, max(map(len, shots)))
+    if crops is not None:
+        encode_pictures(config, images, np.unique(np.concatenate(shots)), model, cache, backend, progress, crops)
+    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures, crops)

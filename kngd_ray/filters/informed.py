@@ -145,11 +145,14 @@ def _scatters(centred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return symmetric(V - (means * sizes.unsqueeze(1)).mT @ means) / freedom, V / len(centred)
 
 
-def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, reach: float) -> PriorWithout:
-    """How a covariance that :func:`measured_columns` took from shots would change without each of them.
+def measured_without(
+    A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, reach: float, views: int = 1
+) -> PriorWithout:
+    """How a covariance that :func:`measured_columns` took from pictures would change without each of them.
 
-    Without shot n, W lacks its deviation from the class's mean, times k / (k - 1) of k shots. The offset is measured
-    anew of a handful of shots; of more it hardly moves.
+    Without a picture of v views, W lacks their deviations from their own mean, and this mean's from the class's, times
+    v k / (k - v) of k samples of the class. The offset is measured anew of a handful of pictures; of more it hardly
+    moves.
 
     Args:
         A: (i, i) float64, a multiple of the measured covariance.
@@ -157,36 +160,47 @@ def measured_without(A: Tensor, x: Tensor, labels: Tensor, *, shrinkage: float, 
         labels: (N,) int64 classes.
         shrinkage: as of :func:`measured_columns`.
         reach: likewise.
+        views: samples of each picture, one after another.
 
     Returns:
         The changes of A^-1.
     """
+    pictures, of_picture = len(x) // views, labels[::views]
     constant = x.shape[1] > 1 and bool((x[:, -1] == 1).all())
     features, metric = (x[:, :-1], A[:-1, :-1]) if constant else (x, A)
-    W, k = within_class_covariance(features, labels), torch.bincount(labels)[labels].to(x)
+    W, k = within_class_covariance(features, labels), torch.bincount(labels)[of_picture].to(x)
+    by_picture = features.unflatten(0, (pictures, views))
     ridge = shrinkage * typical(W)
     precision = torch.cholesky_inverse(torch.linalg.cholesky(metric))
     vectors, weights = [], []
     if _tells(ridge, features):
         # A's metric is a multiple of (W / ridge + I)^-1
         unit = precision.diagonal().sum() / (W.diagonal().sum() / ridge + len(W))
-        share = torch.where(k > 1, k / (k - 1).clamp_min(1), 0.0) / (max(len(x) - len(labels.unique()), 1) * ridge)
-        vectors.append(features - class_means(features, labels)[labels])
-        weights.append(-unit * share)
+        unit = unit / (max(len(x) - len(labels.unique()), 1) * ridge)
+        own_mean = by_picture.mean(1)
+        between = torch.where(k > views, views * k / (k - views).clamp_min(1), 0.0)
+        vectors.append((own_mean - class_means(features, labels)[of_picture]).unsqueeze(1))
+        weights.append((-unit * between).unsqueeze(1))
+        if views > 1:
+            vectors.append(by_picture - own_mean.unsqueeze(1))
+            weights.append((-unit).expand(pictures, views))
     if constant:
         vectors = [functional.pad(e, (0, 1)) for e in vectors]
-        if len(x) <= _FEW:
+        if pictures <= _FEW:
             # A^-1 holds [c, 1] [c, 1]^T / (bias r^2), of the offset c; without a bias it is singular there
             c = -precision @ A[:-1, -1]
             bias = A[-1, -1] - c @ metric @ c
             if bias > torch.finfo(torch.float32).eps * A[-1, -1]:
-                rest = torch.arange(len(x), device=x.device)
-                without = torch.stack([common_offset(features[rest != n], reach) if len(x) > 1 else c for n in rest])
-                vectors += [functional.pad(offsets, (0, 1), value=1.0) for offsets in (c.expand_as(without), without)]
-                weights += [-(1 / bias).expand(len(x)), (1 / bias).expand(len(x))]
+                each = torch.arange(pictures, device=x.device)
+                without = torch.stack([
+                    common_offset(by_picture[each != n].flatten(0, 1), reach) if pictures > 1 else c for n in each
+                ])
+                offsets = torch.stack([c.expand_as(without), without], 1)
+                vectors.append(functional.pad(offsets, (0, 1), value=1.0))
+                weights.append(torch.stack([-1 / bias, 1 / bias]).expand(pictures, 2))
     if not vectors:
-        return PriorWithout.unchanged(x)
-    return PriorWithout(torch.stack(vectors, 1), torch.stack(weights, 1))
+        return PriorWithout.unchanged(pictures, x)
+    return PriorWithout(torch.cat(vectors, 1), torch.cat(weights, 1))
 
 
 def _tells(ridge: Tensor, features: Tensor) -> bool:

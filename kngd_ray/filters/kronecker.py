@@ -182,22 +182,25 @@ class Kronecker(Layerwise):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(W))
         return inverse * (len(W) / inverse.diagonal().sum())
 
-    def prior_without(self, A: Tensor, x: Tensor, labels: Tensor) -> PriorWithout | None:
-        """How the prior's A would change without each of the inputs that it was measured on.
+    def prior_without(self, A: Tensor, x: Tensor, labels: Tensor, views: int = 1) -> PriorWithout | None:
+        """How the prior's A would change without each of the pictures that it was measured on.
 
         Args:
             A: (i, i) a multiple of :meth:`columns_of` these.
             x: (m, i) inputs of the layer.
             labels: (m,) classes.
+            views: samples of each picture, one after another.
 
         Returns:
             The changes; None where they are not known in closed form.
         """
         if self.columns == "identity":
-            return PriorWithout.unchanged(x)
+            return PriorWithout.unchanged(len(x) // views, x)
         if self.columns == "within_class":
             return None
-        return measured_without(A.double(), x.double(), labels, shrinkage=self.shrinkage, reach=self.offset)
+        return measured_without(
+            A.double(), x.double(), labels, shrinkage=self.shrinkage, reach=self.offset, views=views
+        )
 
     def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
         """The product with the partial traces of scale * P + q I."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -50,10 +50,18 @@ class Support:
     Attributes:
         features: (N, d) unit image embeddings.
         labels: (N,) int64 classes.
+        crops: (N, V, d) unit embeddings of crops of each picture, V at least 1; None without. They are learned from
+            beside the picture, of which they are views; what is held out or predicted is the picture as it is.
     """
 
     features: Tensor
     labels: Tensor
+    crops: Tensor | None = None
+
+    @property
+    def views(self) -> int:
+        """Of a picture: itself and its crops."""
+        return 1 if self.crops is None else 1 + self.crops.shape[1]
 
     @property
     def inputs(self) -> Tensor:
@@ -64,19 +72,37 @@ class Support:
         return len(self.labels)
 
     def digest(self) -> bytes:
-        """Hash of features and labels."""
+        """Hash of features, labels and crops."""
         sha = hashlib.sha256()
-        for tensor in (self.features, self.labels):
+        for tensor in (self.features, self.labels, *(() if self.crops is None else (self.crops,))):
             sha.update(tensor.cpu().contiguous().numpy().tobytes())
         return sha.digest()
 
     def subset(self, keep: Tensor) -> "Support":
         """The shots that a boolean or index tensor selects."""
-        return Support(self.features[keep], self.labels[keep])
+        return Support(self.features[keep], self.labels[keep], None if self.crops is None else self.crops[keep])
 
     def to(self, device: torch.device | str) -> "Support":
         """The same shots on another device."""
-        return Support(self.features.to(device), self.labels.to(device))
+        crops = None if self.crops is None else self.crops.to(device)
+        return Support(self.features.to(device), self.labels.to(device), crops)
+
+    def whole(self) -> "Support":
+        """The pictures as they are, without crops."""
+        return self if self.crops is None else replace(self, crops=None)
+
+    def view(self, number: int) -> "Support":
+        """One view of each picture: 0 is the picture as it is, the others are crops."""
+        if self.crops is None or not number:
+            return self.whole()
+        return Support(self.crops[:, number - 1], self.labels)
+
+    def all_views(self) -> "Support":
+        """All views of each picture as samples, those of a picture one after another."""
+        if self.crops is None:
+            return self
+        views = torch.cat([self.features.unsqueeze(1), self.crops.to(self.features)], 1)
+        return Support(views.flatten(0, 1), self.labels.repeat_interleave(self.views))
 
 
 @dataclass(frozen=True)
@@ -124,6 +150,8 @@ class BatchSampler:
         prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
             another order, in which every batch but the first is met by a fit that has learned all those before it.
         in_order: take the shots in the order in which they are, without shuffling them.
+        all_views: give all views of each picture at once, as samples; else another one in each epoch, first the picture
+            as it is.
     """
 
     def __init__(
@@ -135,6 +163,7 @@ class BatchSampler:
         *,
         prequential: bool = False,
         in_order: bool = False,
+        all_views: bool = False,
     ) -> None:
         self.support = support
         self.seed = seed
@@ -144,6 +173,7 @@ class BatchSampler:
         self.steps = self.steps_per_epoch * epochs
         self._repeats = epochs if prequential else 0
         self._in_order = in_order
+        self._all_views = all_views
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -152,6 +182,12 @@ class BatchSampler:
         assert isinstance(self.support, Support)
         chosen = self.chosen(step, rank, world_size)
         part = self.support.subset(chosen.local.to(self.support.labels.device))
+        views = part.views
+        if self._all_views and views > 1:
+            part = part.all_views()
+            batch = chosen.batch(part.features, part.labels)
+            return replace(batch, sizes=[views * size for size in chosen.sizes], shots=None)
+        part = part.view(chosen.turn % views)
         return chosen.batch(part.features, part.labels)
 
     def chosen(self, step: int, rank: int = 0, world_size: int = 1) -> "Chosen":

@@ -18,14 +18,13 @@ from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
-from kngd_ray.training.options import FitOptions
+from kngd_ray.training.options import FitOptions, counted_once
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.refusals import Refusals
 from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covariance
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
 from kngd_ray.training.streamed import StreamedPosterior
 from kngd_ray.training.tower_prior import widen_towers
-from kngd_ray.training.views import crops_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class FitTask:
     Attributes:
         options: method and its options.
         seed: of the adapters' random weights, the shuffles and sampled labels.
-        support: the training shots.
+        support: the training shots. Towers, and fits that predict labels before they learn from them, take no crops.
         class_embeddings: (C, d) unit text embeddings of the classes.
         logit_scale: factor from cosines to logits.
         prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
@@ -72,13 +71,30 @@ class FitTask:
     stream: Stream | None = None
     head: HeadStart | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.support, Support) and (
+            self.towers is not None or self.stream is not None or self.prequential
+        ):
+            object.__setattr__(self, "support", self.support.whole())
+
+    @property
+    def views(self) -> int:
+        """Of each picture in a batch: all of them where a step goes to the mode, else one."""
+        return self.support.views if self.options.at_mode and isinstance(self.support, Support) else 1
+
     @property
     def sampler(self) -> BatchSampler:
         """The batches of this fit."""
         options, ordered = self.options, self.stream is not None
         prequential = self.prequential or ordered
         return BatchSampler(
-            self.support, options.batch, options.epochs, self.seed, prequential=prequential, in_order=ordered
+            self.support,
+            options.batch,
+            options.epochs,
+            self.seed,
+            prequential=prequential,
+            in_order=ordered,
+            all_views=options.at_mode,
         )
 
     @property
@@ -167,7 +183,8 @@ def build_method(task: FitTask, head: Head, group: Group) -> Method:
     """
     if task.options.method != "kalman":
         return GradientDescent(head, task.options, task.sampler.steps, group)
-    return KalmanNGD(head, task.options, task.seed, group, streamed=task.towers is not None)
+    options = counted_once(task.options, task.views)
+    return KalmanNGD(head, options, task.seed, group, streamed=task.towers is not None)
 
 
 def begin(
@@ -191,10 +208,11 @@ def begin(
         shots = task.to(device).informing
         assert isinstance(head, CLIPHead)
         assert isinstance(shots, Support)
-        centre(head, shots)
+        learned = shots.all_views() if task.views > 1 else shots.whole()
+        centre(head, learned)
         method = build_method(task, head, group)
         if isinstance(method, KalmanNGD):
-            inform(method, task.options.filter, shots)
+            inform(method, task.options.filter, shots, learned)
         return _in_stream(method, task)
     prior = task.prior.load()
     with torch.no_grad():
@@ -243,8 +261,7 @@ def _begin_towers(
         put_start(network)
     elif task.head is not None:
         try:
-            crops = crops_of(network, task.support, task.seed, group)
-            fitted, held_out = fitted_head(task, crops, device)
+            fitted, held_out = fitted_head(task, device)
         except FilterError as error:
             raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
         begin_at(network, fitted, group)

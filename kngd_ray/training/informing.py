@@ -46,22 +46,23 @@ def centre(head: CLIPHead, shots: Support) -> None:
             buffer.copy_(common_offset(shots.features.double(), _REACH))
 
 
-def inform(method: KalmanNGD, options: FilterOptions, shots: Support) -> None:
+def inform(method: KalmanNGD, options: FilterOptions, shots: Support, learned: Support) -> None:
     """Let shots inform the prior of a fit that has taken no step.
 
     Args:
         method: the fit, at its pretrained weights.
         options: of its filter.
-        shots: all of the fit, on every rank.
+        shots: all of the fit, on every rank: the pictures as they are, from which numbers are chosen.
+        learned: the samples that are learned from, by which features are measured: these, or all views of them.
     """
     head = method.head
     assert isinstance(head, CLIPHead)
     found = decided(head, options, shots, at_mode=isinstance(method.posterior, ModePosterior))
     gamma, chosen = _agreed(method.group, shots.features, *found)
     head.gamma = gamma  # by which adapters of embeddings count too
-    covariance, p0 = _measured(method, shots), options.weight_variance
+    covariance, p0 = _measured(method, learned), options.weight_variance
     if chosen is not None and len(shots):
-        unit = _variance_of_logits(method, covariance, shots)
+        unit = _variance_of_logits(method, covariance, learned)
         if unit > 0:
             covariance = method.family.predict(covariance, chosen / unit, 0.0, method.group.sum)
             p0 *= chosen / unit

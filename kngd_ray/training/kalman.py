@@ -26,8 +26,6 @@ FORESEEN = "stream/foreseen"
 NOISE = "noise"
 TOWERS_BY = "prior/towers"
 HELD_OUT = "start/held_out"
-CALIBRATED = "start/calibrated"
-_OF_START = {HELD_OUT, CALIBRATED}
 _KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
 
 
@@ -194,8 +192,7 @@ class KalmanNGD:
         """What heads that were fitted before the towers say of shots that they have not seen."""
         if not isinstance(self.posterior, StreamedPosterior):
             return {}
-        known = {HELD_OUT: self.posterior.held_out, CALIBRATED: self.posterior.calibrated}
-        return {key: value for key, value in known.items() if value is not None}
+        return {} if self.posterior.held_out is None else {HELD_OUT: self.posterior.held_out}
 
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
@@ -207,8 +204,8 @@ class KalmanNGD:
             self.towers_by = float(state.replicated[TOWERS_BY])
             self.posterior.widen_towers(self.towers_by)
         if isinstance(self.posterior, StreamedPosterior):
-            known = {key: state.replicated[key].to(self.belief.mu.device) for key in _OF_START & {*state.replicated}}
-            self.posterior.held_out, self.posterior.calibrated = known.get(HELD_OUT), known.get(CALIBRATED)
+            known = state.replicated.get(HELD_OUT)
+            self.posterior.held_out = None if known is None else known.to(self.belief.mu.device)
         self.foreseen = state.replicated.get(FORESEEN)
         if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
             self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)

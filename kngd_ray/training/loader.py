@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from kngd_ray.clip import CLIPNetwork, Head, RandomResizedCrop
+from kngd_ray.clip import CLIPNetwork, Head, augmentation_of
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch, BatchSampler, Support
 from kngd_ray.training.decoding import Prefetcher
@@ -42,7 +42,7 @@ def batches(sampler: BatchSampler, head: Head, group: Group, start: int) -> Iter
         chosen = sampler.chosen(step, rank, world_size)
         return [(i, augmentation(sampler.seed, chosen.turn, i)) for i in chosen.local.tolist()]
 
-    crop = augment_of(head)
+    crop = augmentation_of(head.preprocess_cfg, head.options)
     with Prefetcher(
         shots,
         plan,
@@ -70,18 +70,3 @@ def cores() -> int:
     """CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-def augment_of(network: CLIPNetwork) -> RandomResizedCrop | None:
-    """How training pictures of a network are varied.
-
-    Args:
-        network: with its options.
-
-    Returns:
-        The augmentation; None leaves pictures as they are.
-    """
-    options = network.options
-    if options.augment == "none":
-        return None
-    return RandomResizedCrop.of(network.preprocess_cfg, options.crop_scale)

@@ -137,10 +137,11 @@ def variance_left_out(
     assert isinstance(before.family, Kronecker)
     (prior,), shots = before.belief.covariance.values(), task.to(device).support
     assert isinstance(shots, Support)
-    x = before.posterior.residual.inputs(shots.features)
-    without = PriorWithout.unchanged(x)
+    views, seen = task.views, shots.all_views()
+    x = before.posterior.residual.inputs(seen.features)
+    without = PriorWithout.unchanged(len(shots), x)
     if task.prior is None:
-        of_prior = before.family.prior_without(prior["A"], x, shots.labels)
+        of_prior = before.family.prior_without(prior["A"], x, seen.labels, views)
         if of_prior is None:
             return None
         without = of_prior
@@ -150,10 +151,10 @@ def variance_left_out(
     before.load(fitted)  # and so it is the fit
     (posterior,) = before.belief.covariance.values()
     with torch.no_grad():
-        logits: Tensor = before.head(shots.features)
-    at_mode = Classified(x, logits, shots.labels, before.head.logit_scale, noise)
+        logits: Tensor = before.head(seen.features)
+    at_mode = Classified(x, logits, seen.labels, before.head.logit_scale, noise)
     B = posterior["B"]
-    spread = spread_left_out((prior["B"], prior["A"]), (B, posterior["A"]), at_mode, without)
+    spread = spread_left_out((prior["B"], prior["A"]), (B, posterior["A"]), at_mode, without, views)
     return spread * centred_variances(B).mean().to(spread)
 
 

@@ -270,6 +270,23 @@ class FitOptions:
             raise ValueError("tune.checkpointing saves memory of the gradient methods; kalman keeps all layers' inputs")
 
 
+def counted_once(options: FitOptions, views: int) -> FitOptions:
+    """Options of a filter that observes several views of each picture at once.
+
+    A crop says nothing of the labels that its picture does not say. What it says is which features of a picture do not
+    matter to its label. So each view is observed with as many times the noise as there are views, and the posterior is
+    as wide as that of the pictures.
+
+    Args:
+        options: as they were given.
+        views: of each picture.
+
+    Returns:
+        The options, under which all views of a picture count as one observation.
+    """
+    return replace(options, observation=tuple(replace(model, r0=views * model.r0) for model in options.observation))
+
+
 def streamed(options: FitOptions) -> FitOptions:
     """Options of a fit of a stream, of which nobody knows the end.
 

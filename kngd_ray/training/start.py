@@ -31,7 +31,7 @@ class HeadStart:
     Attributes:
         options: of the fit.
         posterior: how its tau is chosen.
-        support: features of the training shots by the pretrained towers, of the pictures as they are.
+        support: features of the training shots by the pretrained towers, with their crops.
     """
 
     options: FitOptions
@@ -63,21 +63,6 @@ class HeadStart:
     def to(self, device: torch.device | str) -> "HeadStart":
         """The same with its features on another device."""
         return replace(self, support=self.support.to(device))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What heads that have not seen a shot say of it.
-
-    Attributes:
-        differences: (N, C) of logits, less those of the head that has seen all.
-        tau: posterior temperature that they choose; None where the head's fit is to be asked.
-        scaling: T of the temperature scaling, likewise.
-    """
-
-    differences: Tensor
-    tau: float | None = None
-    scaling: float | None = None
 
 
 def told(tune: TuneOptions, adapter: Sequence[AnyAdapter], prior: str | None) -> str | None:
@@ -123,13 +108,13 @@ def put_start(network: CLIPNetwork) -> None:
             weight.copy_(network.started[name])
 
 
-def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: HeldOut | None) -> None:
+def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: Tensor | None) -> None:
     """Let the belief of a fit of towers have the head's covariance, before its first step.
 
     Args:
         method: at its prior, on the head's weights.
         fitted: what came of the head's fit on this rank.
-        held_out: what heads that have not seen a shot say of it; None if not known.
+        held_out: (N, C) logits of the shots by heads that have not seen them, less the head's; None if not known.
     """
     assert isinstance(method.posterior, StreamedPosterior)
     filter, belief = method.posterior.filter, method.belief
@@ -145,10 +130,7 @@ def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: HeldOut | 
             like = torch.promote_types(belief.mu.dtype, torch.float32)
             own[name] = {k: (v if part.whole else v[part.flat]).to(like).clone() for k, v in agreed[name].items()}
     if held_out is not None:
-        method.posterior.held_out = from_first(held_out.differences, method.group)
-        if held_out.tau is not None and held_out.scaling is not None:
-            chosen = torch.tensor([held_out.tau, held_out.scaling], dtype=torch.float64, device=belief.mu.device)
-            method.posterior.calibrated = from_first(chosen, method.group)
+        method.posterior.held_out = from_first(held_out, method.group)
     method.posterior.belief = Belief(belief.mu, {**belief.covariance, **own})
 
 

@@ -76,7 +76,6 @@ class StreamedPosterior(Posterior):
 
     filter: StreamedFilter
     held_out: Tensor | None = None  # (N, C) logits of the shots by heads that have not seen them, less the head's
-    calibrated: Tensor | None = None  # (2,) tau and T that those heads chose
 
     @classmethod
     def of(cls, head: Head, options: FitOptions, observer: Observer, group: Group) -> "StreamedPosterior":

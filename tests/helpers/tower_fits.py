@@ -1,9 +1,10 @@
 """Whole fits of tiny towers on real pictures, which tests of feeding and resuming run on any number of ranks."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 from helpers.resuming import IDENTITY, Killed, kill_after
 from helpers.towers import CLASSES, GRADIENT, KALMAN, NAME, tiny_model
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions
 from kngd_ray.clip.adapters import ClassResidual
-from kngd_ray.data import DataConfig, PictureFile, open_images
+from kngd_ray.data import DataConfig, PictureFile, content_key, open_images
 from kngd_ray.filters import Diagonal, OrnsteinUhlenbeck
 from kngd_ray.observations import LogLikelihood
 from kngd_ray.sharding import Group
@@ -28,6 +30,7 @@ from kngd_ray.training.options import FilterOptions, FitOptions, NoiseOptions
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.resumable import run_fit
 from kngd_ray.training.start import HeadStart
+from kngd_ray.training.views import crops_of
 
 SHOTS, BATCH, EPOCHS = 7, 3, 2  # batches of 3, 3 and 1: at the end of an epoch ranks without any
 STEPS = 6
@@ -75,9 +78,18 @@ def started(task: FitTask) -> FitTask:
     """The same with the fit of the head that it starts from, if it does."""
     model, shots = tiny_model(), task.support
     assert isinstance(shots, Pictures)
-    with torch.no_grad():
-        z = torch.cat([model.network.encode_image(pixels) for pixels in shots.pixels(model.transform)])
-    return replace(task, head=HeadStart.of(task.options, Support(normalize(z, dim=1), shots.labels)))
+
+    @torch.no_grad()
+    def embedded(view: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+        z = torch.cat([model.network.encode_image(pixels) for pixels in shots.pixels(view)])
+        return normalize(z, dim=1)
+
+    made = crops_of(task.options, model, len(shots))
+    crops = None
+    if made is not None:
+        of = lambda picture, n: model.transform(made.of(picture, content_key(picture.tobytes()))[n])  # noqa: E731
+        crops = torch.stack([embedded(partial(of, n=n)) for n in range(made.count)], 1)
+    return replace(task, head=HeadStart.of(task.options, Support(embedded(model.transform), shots.labels, crops)))
 
 
 @contextmanager

@@ -15,16 +15,14 @@ from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
 from kngd_ray.filters import BlockDiagonal, Diagonal, Factors, Inflate, Kronecker, Layer, Rows, Transition
 from kngd_ray.observations import Categorical, Linearizer, trainable
 from kngd_ray.sharding import Group, Observed, SingleProcess, StreamedFilter
-from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.first_head import fitted_head
-from kngd_ray.training.fit import FitTask, begin, build_head, fit, head_task
-from kngd_ray.training.kalman import CALIBRATED, KalmanNGD
+from kngd_ray.training.fit import FitTask, begin, fit, head_task
+from kngd_ray.training.kalman import HELD_OUT, KalmanNGD
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.resumable import run_fit
 from kngd_ray.training.tower_prior import measured_variance
-from kngd_ray.training.views import crops_of, with_views
 
 BEFORE = "start-lora"
 MEAN = PosteriorOptions(predict="mean")
@@ -44,7 +42,7 @@ def changed(shots: Pictures, filter: dict[str, Any] | None = None, **options: An
 
 
 def with_crops(task: FitTask, views: int) -> FitTask:
-    return replace(task, options=replace(task.options, tune=replace(task.options.tune, views=views)))
+    return started(replace(task, options=replace(task.options, tune=replace(task.options.tune, views=views))))
 
 
 FAMILIES = {
@@ -81,47 +79,20 @@ def test_towers_that_may_not_move_leave_the_head(case, shots) -> None:
     assert max_error(found, predicted) < 1e-5
 
 
-def test_views_of_a_picture_count_as_one(shots) -> None:
-    """A head that sees each picture nine times over is that of the pictures, mean and covariance."""
-    task = head_task(changed(shots))
-    assert isinstance(task.support, Support)
-    decided = replace(task.options.filter, logit_spread=0.0)
-    options = replace(task.options, filter=decided)
-    copies = task.support.features.expand(8, *task.support.features.shape)
-    found = []
-    for told, support in ((options, task.support), with_views(options, task.support, copies)):
-        method = fit(replace(task, options=told, support=support))
-        assert isinstance(method, KalmanNGD)
-        found.append({"mu": method.belief.mu, **method.belief.covariance["adapters.0.delta.weight"]})
-    for key, expected in found[0].items():
-        assert max_error(found[1][key], expected) < 1e-3 * float(expected.abs().max()), key
-
-
 def test_towers_start_at_a_head_that_has_seen_crops(shots) -> None:
-    """Its tau and T are those of heads without the shots, and travel with the fit."""
     task = with_crops(changed(shots, {"tower_logit_variance": 0.0}), 3)
-    network = build_head(task)
-    assert isinstance(network, CLIPNetwork)
-    crops = crops_of(network, shots, task.seed, SingleProcess())
+    assert task.head is not None
+    crops = task.head.support.crops
     assert crops is not None
-    assert crops.shape == (3, len(shots), network.embed_dim)
-    assert not torch.equal(crops[0], crops[1])
-    state, held_out = fitted_head(task, crops, "cpu")
-    method = fit(task)
+    assert crops.shape[:2] == (len(shots), 3)
+    assert not torch.equal(crops[:, 0], crops[:, 1])
+    state, held_out = fitted_head(task, "cpu")
+    method, plain = fit(task), fit(with_crops(task, 0))
     for name, weight in state.weights.items():
         assert torch.equal(method.state().weights[f"head.{name}"], weight)
+        assert not torch.equal(plain.state().weights[f"head.{name}"], weight)
     assert held_out is not None
-    told = method.state().replicated[CALIBRATED]
-    assert told.tolist() == [held_out.tau, held_out.scaling]
-
-
-@pytest.mark.parametrize(
-    "tune", [TuneOptions(parameters="lora", views=0), TuneOptions(parameters="lora", augment="none")]
-)
-def test_without_crops_the_head_sees_pictures_as_they_are(tune, shots) -> None:
-    network = build_head(replace(changed(shots), options=replace(changed(shots).options, tune=tune)))
-    assert isinstance(network, CLIPNetwork)
-    assert crops_of(network, shots, 0, SingleProcess()) is None
+    assert torch.equal(method.state().replicated[HELD_OUT], held_out)
 
 
 @pytest.mark.parametrize("name", [BEFORE, "start-adamw"])

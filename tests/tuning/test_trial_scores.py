@@ -202,7 +202,7 @@ def test_a_workload_has_no_test_pictures() -> None:
     allowed = {"config", "search", "shots", "features", "class_embeddings", "logit_scale", "towers", "space"}
     assert {f.name for f in fields(Workload)} == allowed
     assert {f.name for f in fields(Towers)} == {"model", "class_names", "templates"}
-    assert {f.name for f in fields(Support)} <= {"features", "labels", "weights"}
+    assert {f.name for f in fields(Support)} == {"features", "labels", "crops"}
 
 
 def tensors(found: Any) -> list[torch.Tensor]:

@@ -51,9 +51,10 @@ def to_clip(problem: Problem) -> Problem:
 
 
 def _pictures(shots: Support) -> Support:
-    return Support(_beside(SPREAD * shots.features, _RHO, 0.0), shots.labels)
+    crops = None if shots.crops is None else _beside(SPREAD * shots.crops, _RHO, 0.0)
+    return Support(_beside(SPREAD * shots.features, _RHO, 0.0), shots.labels, crops)
 
 
 def _beside(rows: Tensor, *values: float) -> Tensor:
-    """Rows (m, d) with constants beside them, (m, d + 2)."""
-    return torch.cat([rows, rows.new_tensor(values).expand(len(rows), -1)], 1)
+    """Rows (..., d) with constants beside them, (..., d + 2)."""
+    return torch.cat([rows, rows.new_tensor(values).expand(*rows.shape[:-1], -1)], -1)

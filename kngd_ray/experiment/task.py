@@ -201,7 +201,15 @@ class Task:
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
+        if (crops := self.crops) is not None:
+            lines.append(f"heads learn from each shot and {crops.count} random crops of it, which count as one picture")
         return lines
+
+    @property
+    def crops(self) -> Crops | None:
+        """Of the shots, that heads learn from; a stream is learned from as it comes."""
+        shots = max(len(split.support) for split in self.splits.values())
+        return None if self.config.protocol == "stream" else crops_of(self.config.fit_options, self.model, shots)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -400,8 +408,7 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
             break
         bad |= found
         splits = task.choose(bad)
-    shots = [split.support for split in splits.values()]
-    crops = None if config.protocol == "stream" else crops_of(config.fit_options, model, max(map(len, shots)))
-    if crops is not None:
-        encode_pictures(config, images, np.unique(np.concatenate(shots)), model, cache, backend, progress, crops)
-    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures, crops)
+    if task.crops is not None:
+        shots = np.unique(np.concatenate([split.support for split in splits.values()]))
+        encode_pictures(config, images, shots, model, cache, backend, progress, task.crops)
+    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures, task.crops)

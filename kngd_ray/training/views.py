@@ -26,9 +26,9 @@ def crops_of(options: FitOptions, model: AnyModel, pictures: int) -> Crops | Non
         pictures as they are, and towers that start without a fitted head crop the pictures themselves.
     """
     tune = options.tune
-    if not isinstance(model, ClipModel) or (tune.images and tune.start != "head"):
+    if not pictures or not isinstance(model, ClipModel) or (tune.images and tune.start != "head"):
         return None
     if not (tune.images or options.at_mode or options.epochs > 1):
         return None
-    crop, count = augmentation_of(model.preprocess_cfg, tune), min(tune.views, _MOST // max(pictures, 1) - 1)
+    crop, count = augmentation_of(model.preprocess_cfg, tune), min(tune.views, _MOST // pictures - 1)
     return None if crop is None or count < 1 else Crops(count, crop.drawn, repr(crop))

@@ -3,6 +3,7 @@ import pytest
 
 from kngd_ray.data import (
     BadImage,
+    Crops,
     DataConfig,
     FeatureCache,
     content_key,
@@ -153,3 +154,43 @@ def test_feature_that_is_not_finite_names_the_picture(spoilt, cache):
     with pytest.raises(DataError, match=r"set\.parquet, row 2: the model's feature is not finite"):
         encode_missing(spoilt, range(5), cache, broken, on_bad_image="skip")
     assert len(cache.missing(spoilt.keys)) == 4
+
+
+def halved(picture, seed):
+    """A crop that is drawn by the seed."""
+    left = seed % (picture.width // 2)
+    return picture.crop((left, 0, left + picture.width // 2, picture.height))
+
+
+def test_crops_have_keys_of_their_own(pets, png, cache):
+    """Each a function of the picture's bytes, the way to crop and its number: more of them keep the first ones."""
+    images, crops = opened(pets), Crops(3, halved, "halves")
+    everything = range(len(images))
+    assert encode_missing(images, everything, cache, encoder) == frozenset()
+    keys = crops.keys(images.keys)
+    assert keys.shape == (len(images), 3)
+    assert len({*keys.ravel().tolist(), *images.keys.tolist()}) == 4 * len(set(images.keys.tolist()))
+    assert cache.missing(keys.ravel()) == {*keys.ravel().tolist()}
+    first = Counting()
+    assert encode_missing(images, everything, cache, first, crops=crops) == frozenset()
+    assert not cache.missing(keys.ravel())
+    blob = dict(images.read(np.array([1])))[1]
+    drawn = crops.of(decode(blob, ""), images.keys[1])
+    assert cache.read(keys[1]).tolist() == encoder(drawn).tolist()
+    assert len({picture.tobytes() for picture in crops.of(decode(png(0), ""), b"0" * 64)}) > 1
+    again = Counting()
+    encode_missing(images, everything, cache, again, crops=crops)
+    assert again.sizes == []
+    more = Crops(5, halved, "halves")
+    assert more.keys(images.keys)[:, :3].tolist() == keys.tolist()
+    encode_missing(images, everything, cache, again, crops=more)
+    assert not cache.missing(more.keys(images.keys).ravel())
+    assert not set(Crops(3, halved, "thirds").keys(images.keys).ravel().tolist()) & set(keys.ravel().tolist())
+
+
+def test_a_batch_of_crops_without_the_pictures_that_are_broken(png):
+    crops = Crops(2, halved, "halves")
+    keys, features, bad = encode_batch([png(0), b"broken", png(1)], ["a", "b", "c"], encoder, crops)
+    assert keys.tolist() == crops.keys(np.array([content_key(png(0)), content_key(png(1))])).ravel().tolist()
+    assert features.shape == (4, DIM)
+    assert list(bad) == [1]

@@ -18,10 +18,11 @@ from ray.train.torch import TorchTrainer
 
 from kngd_ray.clip import ModelConfig, load_model
 from kngd_ray.cluster import ray_stream, run_job
-from kngd_ray.config import TrainerConfig
+from kngd_ray.config import TrainerConfig, load_config
 from kngd_ray.data import BadImage, DataConfig, FeatureCache, encode_missing, fill_cache, open_images
 from kngd_ray.errors import DataError, KngdError, ModelError
 from kngd_ray.training.job import Job
+from kngd_ray.training.views import crops_of
 
 pytestmark = pytest.mark.ray
 
@@ -58,6 +59,20 @@ def test_ray_data_computes_the_features_of_one_process(ray_up: None, small_data:
         fill_cache(images, everything, refused, lambda todo: iter(arrived))
     # everything is there: Ray is not asked again
     assert fill_cache(images, good, theirs, stream) == frozenset()
+
+
+def test_ray_data_computes_the_crops_of_one_process(ray_up: None, small_data: Path, tmp_path: Path) -> None:
+    images, model = open_images(DataConfig(path=str(small_data), train_domain="noto")), load_model(ModelConfig())
+    crops = crops_of(load_config(overrides=["method=kalman", "tune.views=2"]).fit_options, model, 8)
+    assert crops is not None
+    some = np.arange(8)
+    ours, theirs = (FeatureCache(tmp_path / name, "model", model.embed_dim) for name in ("one", "ray"))
+    encode_missing(images, some, ours, lambda pictures: model.encode_images(pictures).numpy(), crops=crops)
+    stream = ray_stream(images, ModelConfig(), encoders=1, crops=crops)
+    assert fill_cache(images, some, theirs, stream, crops=crops) == frozenset()
+    keys = crops.keys(images.keys[some]).ravel()
+    assert len(keys) == 16
+    assert np.abs(ours.read(keys) - theirs.read(keys)).max() < 1e-5
 
 
 def failure(path: Path, model: ModelConfig, during: Callable[[], None] = lambda: None) -> KngdError:

@@ -30,8 +30,9 @@ class TuneOptions:
             (2SFS, arXiv 2503.11609, trains these before a classifier); ``full`` also all selected weights.
         start: where a fit of towers begins. ``head`` fits the adapters first, by the default preset, on the features of
             the pictures as they are, and goes on from there with adapters and towers together; ``zero_shot`` is CLIP.
-        views: random crops of each picture, as `augment` draws them, that this first fit of the adapters learns from
-            beside the picture as it is; all of them together count as one picture.
+        views: random crops of each picture, as `augment` draws them, that a head on frozen features learns from beside
+            the picture as it is. A fit that ends at its mode sees all of them at once, and together they count as one
+            picture; others see another one in each epoch. Towers start from a head that has seen them.
         include: patterns of what is trained by ``lora``, ``norm`` and ``full``.
         exclude: patterns of what is not, though included.
         rank: r of a low-rank update ``scaling * B A``, A (r, i), B (o, r); at most a layer's own width.

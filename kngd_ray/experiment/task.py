@@ -202,7 +202,8 @@ class Task:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
         if (crops := self.crops) is not None:
-            lines.append(f"heads learn from each shot and {crops.count} random crops of it, which count as one picture")
+            several = f"{crops.count} random crops" if crops.count > 1 else "1 random crop"
+            lines.append(f"heads learn from each shot and {several} of it, which count as one picture")
         return lines
 
     @property

@@ -235,7 +235,12 @@ def test_encode_fills_the_cache_once(command) -> None:
     assert again == first | {"encoded": 0}
     shown = command("encode", command.data, *settings)
     assert f"{pictures} pictures, 0 encoded now, 0 undecodable" in shown.err
-    assert "encoding" not in command.train(f"data.cache_dir={command.folder}/own").err
+    own = f"data.cache_dir={command.folder}/own"
+    assert "encoding" not in command.train(own, "tune.views=0").err
+    assert "encoding" in command.train(own, "tune.views=1", "trainer.name=crops").err
+    shown = command.train(own, "tune.views=1", "trainer.name=known").err
+    assert "encoding" not in shown
+    assert "heads learn from each shot and 1 random crop of it, which count as one picture" in " ".join(shown.split())
 
 
 def test_resume_of_a_run_cut_short(command, monkeypatch) -> None:

@@ -244,7 +244,7 @@ def test_compare_tells_data_apart_that_start_at_chance(command, settings, tmp_pa
 
 
 def test_encode_writes_what_gives_the_same_figures(command, tmp_path) -> None:
-    """From the files alone, without pictures or model, a run has the figures of the run on pictures."""
+    """From the files alone, without pictures or model, a run has the figures of the run on pictures, without crops."""
     out = tmp_path / "encoded"
     local = [f"data.cache_dir={command.cache}", "trainer.num_workers=0"]
     report = command("encode", command.data, "--out", out, *local, "--json").json
@@ -255,7 +255,7 @@ def test_encode_writes_what_gives_the_same_figures(command, tmp_path) -> None:
     assert table.column_names == ["features", "label", "class_name", "domain", "split"]
     for name in table.column_names[1:]:
         assert table[name].to_pylist() == pictures[name].to_pylist()
-    own = command("train", "--json", *command.settings("posterior.predict=linearised")).json
+    own = command("train", "--json", *command.settings("posterior.predict=linearised", "tune.views=0")).json
     given = [*command.settings("posterior.predict=linearised"), *report["settings"]]
     features = command("train", "--json", *given).json
     for part in ("id", "ood", "zero_shot"):
@@ -282,7 +282,7 @@ def test_encode_keeps_the_split_that_a_run_would_draw(command, tmp_path) -> None
         (1, "bird"),
     }
     no_domain = ["data.train_domain=null", "data.ood_domains=null"]
-    own = command("train", "--json", *command.settings(two, *no_domain, data=data)).json
+    own = command("train", "--json", *command.settings(two, "tune.views=0", *no_domain, data=data)).json
     features = command("train", "--json", *command.settings(*no_domain), *report["settings"]).json
     assert features["id"] == own["id"]
 

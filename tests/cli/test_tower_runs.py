@@ -285,9 +285,16 @@ def test_a_run_says_where_its_towers_begin(tiny, method) -> None:
 
 
 def test_towers_that_may_not_move_are_the_heads_run(tiny, command) -> None:
-    """Figures and tau of the run of the default preset on the same shots."""
-    assert tiny(LORA, "filter.tower_logit_variance=0", "tune.views=0", "trainer.name=towers").code == 0
-    told = ("trainer.name=head", "epochs=1", "batch_size=0", "posterior.folds=4", "posterior.tau_spread=1.5")
+    """Figures and tau of the run of the default preset on the same shots and the same crops of them."""
+    assert tiny(LORA, "filter.tower_logit_variance=0", "tune.views=2", "trainer.name=towers").code == 0
+    told = (
+        "trainer.name=head",
+        "tune.views=2",
+        "epochs=1",
+        "batch_size=0",
+        "posterior.folds=4",
+        "posterior.tau_spread=1.5",
+    )
     assert tiny(*told).code == 0
     found, expected = (command("evaluate", command.run(name), "--json").json for name in ("towers", "head"))
     assert_figures(found, {key: expected[key] for key in ("id", "ood")})

@@ -1,6 +1,7 @@
 """The few-shot benchmark: that methods are what they say, and that what is finished stays so."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,13 +18,13 @@ pytest.importorskip("ivon", reason="extra bench")
 
 
 from benchmarks.few_shot import boot, claims, figures, made, tables
-from benchmarks.few_shot.__main__ import RESULTS
+from benchmarks.few_shot.__main__ import RESULTS, main
 from benchmarks.few_shot.data import DataSet, FeatureSet, read_features
 from benchmarks.few_shot.geometry import to_clip
 from benchmarks.few_shot.groups import GROUPS, open_data, store_of
 from benchmarks.few_shot.methods import METHODS, adamw, kalman, laplace
 from benchmarks.few_shot.probe import Probe
-from benchmarks.few_shot.problem import Case, Outcome, Problem, Watch, looked_at
+from benchmarks.few_shot.problem import Case, Outcome, Problem, Watch, averaged, looked_at
 from benchmarks.few_shot.report import lines, write_report
 from benchmarks.few_shot.run import Plan, Runner
 from benchmarks.few_shot.search import held_out_nll, search
@@ -56,18 +57,52 @@ def problem():
     return _problem()
 
 
+@pytest.fixture(scope="module")
+def cropped(problem):
+    """The same shots, with two crops of each."""
+    g = torch.Generator().manual_seed(1)
+
+    def beside(case):
+        x = case.support.features
+        crops = normalize(x.unsqueeze(1) + 0.2 * torch.randn(len(x), 2, D, generator=g), dim=2)
+        return replace(case, support=replace(case.support, crops=crops))
+
+    return replace(problem, cases=[beside(case) for case in problem.cases])
+
+
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.1, "epochs": 3}
 
 
 @pytest.mark.parametrize("adapter", adamw.ADAPTERS)
-def test_a_stack_is_as_many_fits_of_the_package_by_torch_adamw(problem, adapter):
+def test_a_stack_is_as_many_fits_of_the_package_by_torch_adamw(problem, cropped, adapter):
+    """With crops it sees another view in each epoch, as they do."""
     settings = {**SETTINGS, "adapter": adapter}
-    outcomes = adamw.fitted(problem, settings)
-    for case, outcome in zip(problem.cases, outcomes, strict=True):
-        head = fit(problem.task(case, adamw.options_of(settings))).head
-        for name, test in case.tests.items():
-            expected = head(test.features).softmax(1)
-            torch.testing.assert_close(outcome.probabilities[name], expected, rtol=1e-4, atol=1e-5)
+    found = []
+    for given in (problem, cropped):
+        outcomes = adamw.fitted(given, settings)
+        for case, outcome in zip(given.cases, outcomes, strict=True):
+            head = fit(given.task(case, adamw.options_of(settings))).head
+            for name, test in case.tests.items():
+                expected = head(test.features).softmax(1)
+                torch.testing.assert_close(outcome.probabilities[name], expected, rtol=1e-4, atol=1e-5)
+        found.append(outcomes[0].probabilities["id"])
+    assert not torch.allclose(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS["crops"].methods if name != "zero_shot"])
+def test_methods_with_crops_learn_from_them(problem, cropped, name):
+    method = METHODS[name]
+    settings = {"adapter": "class_residual", "C": 10.0, "max_iter": 300, **method.usual}
+    found = [method.fit(given, settings)[0].probabilities["id"] for given in (problem, cropped)]
+    assert bool(found[1].isfinite().all())
+    assert not torch.allclose(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_keys_of_a_cache_are_means_of_views(cropped):
+    shots = cropped.cases[0].support
+    views = torch.cat([shots.features.unsqueeze(1), shots.crops], 1)
+    torch.testing.assert_close(averaged(shots), normalize(views.mean(1), dim=1))
+    assert averaged(shots.whole()) is shots.features
 
 
 def test_folds_of_unequal_size_do_not_touch_each_other(problem):
@@ -366,12 +401,14 @@ def test_groups_are_kept_apart(tmp_path, emoji):
     own = str(_features_file(tmp_path))
     plan = Plan(shots=[1], seeds=2, methods=["zero_shot", "clap"], trials=1, domains=["noto", "all"])
     folder = tmp_path / "results"
-    for data in (open_data(emoji), open_data(emoji, geometry="clip"), open_data(own)):
+    for data in (open_data(emoji), open_data(emoji, geometry="clip"), open_data(own), open_data(emoji, views=1)):
+        plan = replace(plan, methods=["zero_shot", "gda" if data.group == "crops" else "clap"])
         list(Runner(data, plan, store_of(data.group, folder), lambda text: None).run())
     written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
     names = ["clap", "zero_shot"]
     assert written == [
         *(f"clip_geometry/small-{name}.parquet" for name in names),
+        *(f"crops/small-{name}.parquet" for name in ("gda", "zero_shot")),
         *(f"real/own-{name}.parquet" for name in names),
         *(f"small-{name}.parquet" for name in names),
     ]
@@ -379,9 +416,9 @@ def test_groups_are_kept_apart(tmp_path, emoji):
     assert not set(mini["recipe"]) & set(clip["recipe"])
     np.testing.assert_allclose(mini["id_nll"], clip["id_nll"], rtol=1e-4)
     page = write_report(folder)
-    assert all(f"<h2 id={name}>" in page.read_text() for name in ("mini", "clip_geometry", "real"))
+    assert all(f"<h2 id={name}>" in page.read_text() for name in ("mini", "crops", "clip_geometry", "real"))
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["groups"]) == ["mini", "clip_geometry", "real"]
+    assert list(summary["groups"]) == ["mini", "crops", "clip_geometry", "real"]
     assert summary["groups"]["real"]["means"]["clap"]["ood_nll"] is None
     assert store_of("real", folder, dev=True).folder == folder / "real" / "dev"
     shown = tables.markdown(folder / "summary.json")
@@ -482,3 +519,20 @@ def test_proker_solves_its_regression(problem):
     K = proker.kernel(shots.features, shots.features, 2.0)
     rest = torch.eye(C)[shots.labels] - shots.features @ texts.mT
     torch.testing.assert_close(K @ found / 0.1 + found, rest, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--geometry", "clip"], "--views is for pictures"),
+        (["--data", "many200"], "--views is for pictures"),
+        (["--methods", "clap", "ours"], "clap learns nothing from crops"),
+    ],
+)
+def test_crops_of_what_has_none(monkeypatch, capsys, more, told):
+    monkeypatch.setattr("sys.argv", ["few_shot", "--views", "2", *more])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit):
+        main()
+    assert told in capsys.readouterr().err

@@ -22,6 +22,7 @@ def main() -> None:
         help="parquet files of pictures or of features; embedded; made data: many, many200",
     )
     parser.add_argument("--geometry", choices=["mini", "clip"], default="mini", help="of the pictures' features")
+    parser.add_argument("--views", type=int, default=0, help="random crops of each shot that methods learn from too")
     parser.add_argument(
         "--class-embeddings",
         type=Path,
@@ -77,6 +78,8 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--logit-scale is above 0")
     if args.class_embeddings is not None and len(args.data) > 1:
         parser.error("--class-embeddings belongs to one file of features: name that one alone with --data")
+    if args.views:
+        _check_views(args, parser)
     own = args.out or RESULTS
     with threadpool_limits(args.threads):
         for path in [] if args.report_only else args.data:
@@ -85,6 +88,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                     path,
                     dev=args.dev,
                     geometry=args.geometry,
+                    views=args.views,
                     class_embeddings=args.class_embeddings,
                     logit_scale=args.logit_scale,
                 )
@@ -103,6 +107,22 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 _print(lines(rows), as_json=args.json)
         if args.report or args.report_only:
             _say(f"wrote {write_report(own, args.methods, dev=args.dev)}")
+
+
+def _check_views(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse crops of what has none, and of methods that would leave them out in silence."""
+    from benchmarks.few_shot.data import CROPS, has_features
+    from benchmarks.few_shot.groups import GROUPS
+    from benchmarks.few_shot.made import MADE
+
+    if args.views < 0:
+        parser.error("--views is 0 or more")
+    if args.geometry == "clip" or any(path in MADE or has_features(path) for path in args.data):
+        parser.error("--views is for pictures in the geometry of their own model")
+    if deaf := [name for name in args.methods or () if name not in GROUPS[CROPS].methods]:
+        parser.error(
+            f"--views: {', '.join(deaf)} learns nothing from crops; there are {', '.join(GROUPS[CROPS].methods)}"
+        )
 
 
 def _print_tables(folder: Path, *, dev: bool) -> None:

@@ -27,7 +27,7 @@ from kngd_ray.experiment.task import Task, prepare
 from kngd_ray.training.batches import Support
 from kngd_ray.training.evaluation import ID
 
-MINI, CLIP_GEOMETRY, REAL, MANY = "mini", "clip_geometry", "real", "many"
+MINI, CROPS, CLIP_GEOMETRY, REAL, MANY = "mini", "crops", "clip_geometry", "real", "many"
 _EMBEDDED_DOMAINS = ("noto",)
 _ALL = "all"  # domain of features that name none
 
@@ -82,16 +82,21 @@ class DataSet:
         path: parquet file, or ``embedded``.
         dev: whether training pictures stand for the test sets.
         geometry: ``clip`` maps features and texts into CLIP's geometry.
+        views: random crops of each shot, as ``tune.views`` has them, that methods learn from beside it; of features as
+            they are, without crops, there are results of all methods.
     """
 
-    def __init__(self, path: str, *, dev: bool = False, geometry: Geometry = "mini") -> None:
+    def __init__(self, path: str, *, dev: bool = False, geometry: Geometry = "mini", views: int = 0) -> None:
         self.path = path
         self.name = "emoji" if path == EMBEDDED else Path(path).stem
         self.dev = dev
-        self.group = CLIP_GEOMETRY if geometry == "clip" else MINI
+        self.group = CROPS if views else CLIP_GEOMETRY if geometry == "clip" else MINI
+        self._geometry = geometry
         self.identity: tuple[Any, ...] = (geometry, SPREAD, OFFSET, SCALE) if geometry == "clip" else ()
+        self.identity += ("views", views) if views else ()
         # drawn as in the results that are kept, which name their support sets by seed
-        self._config = load_config(overrides=["method=adamw", f"data.path={path}", "data.draw=first", "data.val=test"])
+        told = ["method=adamw", f"data.path={path}", "data.draw=first", "data.val=test", f"tune.views={views}"]
+        self._config = load_config(overrides=told)
         self.images = open_images(self._config.data)
 
     @cached_property
@@ -134,7 +139,7 @@ class DataSet:
         )
         cases = [Case(prepared.support(seed), prepared.tests(seed), seed) for seed in seeds]
         problem = Problem(cases, prepared.class_embeddings, prepared.model.logit_scale)
-        return problem if self.group == MINI else to_clip(problem)
+        return to_clip(problem) if self._geometry == "clip" else problem
 
     def shots(self, domain: str, count: int, seed: int) -> Ints:
         """Rows of a support set, pictures that cannot be decoded among them.

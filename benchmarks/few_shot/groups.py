@@ -1,6 +1,7 @@
 """Groups of problems, each kept, judged and shown by itself.
 
     mini             pictures by the shipped mini CLIP                        folder of the results
+    crops            the same, with random crops of each shot                 crops/
     clip_geometry    the same problems in the geometry of CLIP's embeddings   clip_geometry/
     real             features that were computed elsewhere, by their path     real/
     many             made data of many classes: many, many200                 many/
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.few_shot.data import (
     CLIP_GEOMETRY,
+    CROPS,
     MANY,
     MINI,
     REAL,
@@ -45,6 +47,8 @@ _RIVALS = (
     "adamw_class_residual",
     "ours",
 )
+# the others have no word on crops, in their papers or here
+_WITH_CROPS = tuple(name for name in _RIVALS if name not in {"clap", "lp++"})
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ GROUPS: Mapping[str, Group] = {
     group.name: group
     for group in (
         Group(MINI, "mini CLIP", [name for name in METHODS if name not in _NOT_IN_MINI]),
+        Group(CROPS, "mini CLIP, crops of each shot", _WITH_CROPS),
         Group(CLIP_GEOMETRY, "mini CLIP in CLIP's geometry", _RIVALS),
         Group(REAL, "real CLIP features", _RIVALS),
         Group(
@@ -91,6 +96,7 @@ def open_data(
     *,
     dev: bool = False,
     geometry: Geometry = "mini",
+    views: int = 0,
     class_embeddings: Path | None = None,
     logit_scale: float = SCALE,
 ) -> Data:
@@ -100,6 +106,7 @@ def open_data(
         path: ``embedded``, ``many``, ``many200``, a parquet file of pictures or one of features.
         dev: whether training rows stand for the test sets.
         geometry: of pictures' features.
+        views: random crops of each shot of pictures.
         class_embeddings: text embeddings of a file of features; None is NAME_text.npy beside it.
         logit_scale: of a file of features.
 
@@ -111,7 +118,7 @@ def open_data(
     if has_features(path):
         rows = read_features(Path(path), class_embeddings)
         return FeatureSet(Path(path).stem, rows, logit_scale=logit_scale, dev=dev)
-    return DataSet(path, dev=dev, geometry=geometry)
+    return DataSet(path, dev=dev, geometry=geometry, views=views)
 
 
 def store_of(group: str, folder: Path, *, dev: bool = False) -> Store:

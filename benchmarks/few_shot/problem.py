@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import fold_of
@@ -154,6 +155,18 @@ class Watch:
             Curve(list(self._steps), found[:, f, self._id].tolist(), ood[:, f].tolist(), seconds_per_step)
             for f in range(found.shape[1])
         ]
+
+
+def averaged(shots: Support) -> Tensor:
+    """Mean embeddings of the views of each shot, as Tip-Adapter's authors make the keys of its cache.
+
+    Args:
+        shots: N of them.
+
+    Returns:
+        (N, d) of unit length; the features as they are where there are no crops.
+    """
+    return shots.features if shots.crops is None else normalize(shots.features + shots.crops.sum(1), dim=1)
 
 
 def looked_at(steps: int, every: int = _EVERY) -> list[int]:

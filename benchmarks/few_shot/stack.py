@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from benchmarks.few_shot.problem import BATCH_SIZE, Case, Watch
-from kngd_ray.training.batches import BatchSampler
+from kngd_ray.training.batches import BatchSampler, Support
 
 _TIMED = 30  # steps
 
@@ -82,18 +82,24 @@ class Batches:
             BatchSampler(support, BATCH_SIZE, epochs, case.seed) for support, case in zip(supports, cases, strict=True)
         ]
         longest = max(len(support) for support in supports)
-        self._features = torch.stack([_padded(support.features, longest) for support in supports])
+        self._views = torch.stack([_padded(_views(support), longest) for support in supports])
         self._labels = torch.stack([_padded(support.labels, longest) for support in supports])
         self._fit = torch.arange(len(cases)).unsqueeze(1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Features (F, m, d), labels (F, m), and weights (F, m) that add up to 1 in each fit."""
         for step in range(self.steps):
-            picked = [sampler.chosen(step).local for sampler in self._samplers]
+            chosen = [sampler.chosen(step) for sampler in self._samplers]
+            picked, view = [one.local for one in chosen], chosen[0].turn % self._views.shape[2]
             longest = max(map(len, picked))
             at = torch.stack([_padded(p, longest) for p in picked])
             weight = torch.stack([_padded(torch.full((len(p),), 1 / len(p)), longest) for p in picked])
-            yield self._features[self._fit, at], self._labels[self._fit, at], weight
+            yield self._views[self._fit, at, view], self._labels[self._fit, at], weight
+
+
+def _views(shots: Support) -> Tensor:
+    """(N, V + 1, d): another one is seen in each epoch, first the pictures as they are."""
+    return torch.stack([shots.view(number).features for number in range(shots.views)], 1)
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

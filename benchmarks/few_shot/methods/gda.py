@@ -5,8 +5,8 @@ alpha is its weight ::
     logits = s z T^T + alpha (z W + b)      W = Q M^T      b = log(1/C) - diag(M Q M^T) / 2
 
 M the class means, Q the inverse of the classes' common covariance by the paper's empirical-Bayes ridge,
-``d ((N - 1) cov + tr(cov) I)^-1``. One shot of a class has no covariance within it (the paper takes augmented views,
-which frozen features do not have): there cov is that of all shots about their common mean.
+``d ((N - 1) cov + tr(cov) I)^-1``. Crops are samples of their own, as in the paper. Without them one shot of a class
+has no covariance within it: there cov is that of all shots about their common mean.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
 
 
 def _gaussian(shots: Support, classes: int) -> tuple[Tensor, Tensor]:
+    shots = shots.all_views()
     x = shots.features.double()
     counts = torch.bincount(shots.labels, minlength=classes).clamp_min(1).unsqueeze(1)
     means = x.new_zeros(classes, x.shape[1]).index_add_(0, shots.labels, x) / counts

@@ -24,7 +24,8 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
         with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             warnings.filterwarnings("ignore", message="The number of unique classes")
-            probes.append(probe.fit(case.support.features.double().numpy(), case.support.labels.numpy()))
+            shots = case.support.all_views()
+            probes.append(probe.fit(shots.features.double().numpy(), shots.labels.numpy()))
 
     def logits(n: int, x: Tensor) -> Tensor:
         found = torch.full((len(x), classes), float("-inf"), dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks.few_shot.methods._base import Method, softmax
-from benchmarks.few_shot.problem import Outcome, Problem, Settings
+from benchmarks.few_shot.problem import Outcome, Problem, Settings, averaged
 from kngd_ray.training.batches import Support
 
 
@@ -28,7 +28,7 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
     found = [solve(case.support, texts, beta, settings["lambda"]) for case in problem.cases]
 
     def logits(n: int, x: Tensor) -> Tensor:
-        near = kernel(x, problem.cases[n].support.features, beta)
+        near = kernel(x, averaged(problem.cases[n].support), beta)
         return problem.logit_scale * (x @ texts.mT + near @ found[n])
 
     return softmax(problem, logits)
@@ -46,7 +46,7 @@ def solve(shots: Support, texts: Tensor, beta: float, ridge: float) -> Tensor:
     Returns:
         (N, C).
     """
-    z = shots.features.double()
+    z = averaged(shots).double()
     system = kernel(z, z, beta) / ridge + torch.eye(len(z), dtype=z.dtype)
     rest = one_hot(shots.labels, len(texts)).to(z) - z @ texts.to(z).mT
     return torch.cholesky_solve(rest, torch.linalg.cholesky(system)).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks.few_shot.methods._base import Method, softmax
-from benchmarks.few_shot.problem import Outcome, Problem, Settings
+from benchmarks.few_shot.problem import Outcome, Problem, Settings, averaged
 
 
 def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
@@ -21,7 +21,7 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
 
     def logits(n: int, x: Tensor) -> Tensor:
         shots = problem.cases[n].support
-        near = cached(x, shots.features, one_hot(shots.labels, classes).to(x), settings["beta"])
+        near = cached(x, averaged(shots), one_hot(shots.labels, classes).to(x), settings["beta"])
         return problem.zero_shot(x) + settings["alpha"] * near
 
     return softmax(problem, logits)

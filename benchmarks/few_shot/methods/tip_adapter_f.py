@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from benchmarks.few_shot.methods import tip_adapter
 from benchmarks.few_shot.methods._base import Method
 from benchmarks.few_shot.methods._descent import descent, epochs_of, rate_of
-from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings
+from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings, averaged
 from benchmarks.few_shot.stack import Stack
 
 
@@ -38,7 +38,7 @@ def fit(problem: Problem, settings: Settings) -> Sequence[Outcome]:
         for case in cases:
             rest = longest - len(case.support)
             shots = case.support
-            keys.append({"keys": nn.functional.pad(shots.features, (0, 0, 0, rest))})
+            keys.append({"keys": nn.functional.pad(averaged(shots), (0, 0, 0, rest))})
             values.append({"values": nn.functional.pad(one_hot(shots.labels, classes).float(), (0, 0, 0, rest))})
         return Stack(_Cache(problem, settings), keys, values)
 

@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 # And in a command that is run as a program, with a thread a core: those that wait do not take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Freed memory is kept for the next tensor. Given back to the system and taken again, page by page, it may cost as much
+# as the encoding of pictures that it is for. The C library reads this as a process starts: those of xdist, and commands.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+for _name, _bytes in _KEEP_MEMORY.items():
+    os.environ.setdefault(_name, _bytes)
+
 # Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

@@ -1,6 +1,7 @@
 """Shared by all tests; its place also puts ``tests/`` on the import path, so that they can import :mod:`helpers`."""
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ torch.set_num_threads(1)
 # And in a command that is run as a program, with a thread a core: those that wait do not take the core from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Freed memory is kept for the next tensor. Given back to the system and taken again, page by page, it may cost as much
+# as the encoding of pictures that it is for. The C library reads this as a process starts: that of xdist, or a command.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+for _name, _bytes in _KEEP_MEMORY.items():
+    os.environ.setdefault(_name, _bytes)
+
 # Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -22,13 +29,40 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ["RAY_ADDRESS"] = "local"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """What this process writes need not outlast a power cut, which no test sees: it would wait thousands of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+# Half a minute and more each: were one of them the last, a process would end long after the others.
+_LONG = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "compare",
+        "examples",
+        "few_shot_bench",
+        "hostile_files",
+        "on_a_device",
+        "readme",
+        "sharded_filter",
+        "study",
+        "tower_runs",
+        "trial_scores",
+        "tune",
+    )
+)
+
+
 def _starts_ray(item: pytest.Item) -> bool:
     return item.get_closest_marker("ray") is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that start Ray, the longest, go first."""
-    items.sort(key=lambda item: not _starts_ray(item))
+    """Those that start Ray, the longest, go first, then the other long files."""
+    items.sort(key=lambda item: (not _starts_ray(item), item.path.name not in _LONG))
 
 
 class _ByFile(LoadScopeScheduling):

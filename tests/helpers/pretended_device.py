@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from kngd_ray.sharding import Group
@@ -139,7 +138,7 @@ class Machine(TorchDispatchMode):
         Raises:
             DeviceError: the operation mixes devices.
         """
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         mine = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         wanted = kwargs.get("device")
         stays = wanted is None or self.owns(wanted)
@@ -158,15 +157,15 @@ class Machine(TorchDispatchMode):
         on_device = (mine and stays) or self.owns(wanted)
         if on_device:
             self._count(name)
-        plain = {key: _inner(value) for key, value in tree_map(_inner, kwargs).items() if key != "pin_memory"}
+        plain = {key: _mapped(_inner, value) for key, value in kwargs.items() if key != "pin_memory"}
         if self.owns(wanted):
             plain["device"] = torch.device("cpu")
-        out = func(*tree_map(_inner, args), **plain)
+        out = func(*_mapped(_inner, args), **plain)
         if func is _aten.copy_.default:
             return args[0]
         if not on_device:
             return out
-        out = tree_map(lambda x: DeviceTensor(x, self) if isinstance(x, Tensor) else x, out)
+        out = _mapped(lambda x: DeviceTensor(x, self) if isinstance(x, Tensor) else x, out)
         return return_and_correct_aliasing(func, args, kwargs, out) if mine else out
 
     def _count(self, name: str) -> None:
@@ -261,8 +260,7 @@ class DeviceTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Where no machine is plugged in, as in the threads of autograd, that of a tensor answers."""
-        leaves = tree_flatten((args, kwargs))[0]
-        machine = next(leaf.machine for leaf in leaves if isinstance(leaf, DeviceTensor))
+        machine = next(x.machine for x in _tensors((args, kwargs)) if isinstance(x, DeviceTensor))
         return machine.run(func, args, kwargs or {})
 
 
@@ -403,6 +401,28 @@ def _backend() -> _Backend:
     module = _Backend()
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     return module
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """The tensors in arguments of an operation.
+
+    Operations take lists, tuples and dictionaries alone. torch's own trees know many more kinds of containers, and
+    looking for them takes longer than what is computed here.
+    """
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for part in x:
+            yield from _tensors(part)
+    elif isinstance(x, dict):
+        yield from _tensors(list(x.values()))
+
+
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """The same lists and tuples of what a function makes of their parts."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([_mapped(change, part) for part in x])
+    return change(x)
 
 
 def _inner(x: Any) -> Any:

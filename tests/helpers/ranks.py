@@ -18,9 +18,14 @@ import torch.distributed as dist
 from kngd_ray.sharding import ProcessGroup
 
 # A fork server that has imported the package starts a rank in milliseconds; it runs no torch
-# operation itself, so there are no threads to lose in the fork.
+# operation itself, so there are no threads to lose in the fork. With open_clip, what optimizers import comes too.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["kngd_ray.training.calibration", "kngd_ray.training.resumable"])
+_CONTEXT.set_forkserver_preload([
+    "kngd_ray.training.calibration",
+    "kngd_ray.training.resumable",
+    "kngd_ray.config",
+    "open_clip",
+])
 _START_SECONDS = 60.0  # a busy machine may take this long to start a process
 
 

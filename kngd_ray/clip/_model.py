@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kngd_ray._rgb import to_rgb
+from kngd_ray.clip._allocator import keep_freed_memory
 from kngd_ray.clip._config import ModelConfig
 from kngd_ray.clip._context import Reading
 from kngd_ray.clip._locate import Source, first_line, locate
@@ -225,6 +226,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
     Returns:
         The model.
     """
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     source = locate(config)
     version = tuple(number for file in source.files for number in _version(file))
     known = _last.get((source.key, version))

@@ -90,7 +90,7 @@ def main() -> None:
 def load(domain: str, options: argparse.Namespace) -> TaskData:
     """Features of one domain's shots, and of the test rows of all domains."""
     settings = [f"data.path={options.data}", f"data.train_domain={domain}", f"data.shots={options.shots}"]
-    settings.append("data.draw=first")  # as in the results that are kept
+    settings += ["data.draw=first", "tune.views=0"]  # as in the results that are kept
     return prepare(open_task(load_config(overrides=[*settings, f"seeds={options.seeds}"])))
 
 

@@ -124,7 +124,7 @@ def big() -> dict[str, Any]:
 
 def race(trials: int) -> list[dict[str, Any]]:
     """Accuracy and seconds of each method on the shipped pictures."""
-    config = load_config(overrides=[f"data.shots={_RACE_SHOTS}", f"seeds={list(range(_RACE_SEEDS))}"])
+    config = load_config(overrides=[f"data.shots={_RACE_SHOTS}", f"seeds={list(range(_RACE_SEEDS))}", "tune.views=0"])
     prepared = prepare(open_task(config))
     cases = [_case(prepared, seed) for seed in range(_RACE_SEEDS)]
     problem = Problem(cases, prepared.class_embeddings, prepared.model.logit_scale, watched=False)

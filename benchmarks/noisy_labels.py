@@ -254,6 +254,7 @@ def main() -> None:
         f"data.train_domain={options.domain}",
         f"data.shots={options.shots}",
         "data.draw=first",  # as in the results that are kept
+        "tune.views=0",  # likewise: the features as they are, for all methods
     ]
     prepared = prepare(open_task(load_config(overrides=overrides)))
     columns = (

@@ -209,7 +209,8 @@ def main() -> None:
 def _measured(method: str, data: Sequence[str]) -> dict[str, Any]:
     preset, overrides, fitted = METHODS[method]
     kind = "adamw" if preset == "adamw" else "kalman"
-    config = load_config(overrides=[f"method={kind}", f"preset={preset}", *overrides, *data])
+    # the features as they are, for all methods
+    config = load_config(overrides=[f"method={kind}", f"preset={preset}", "tune.views=0", *overrides, *data])
     prepared = prepare(open_task(config))
     made = {seed: fitted(_task(prepared, seed), config.posterior) for seed in config.seeds}
     return over_seeds([_figures(prepared, seed, made[seed]) for seed in config.seeds]) | {

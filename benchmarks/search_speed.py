@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--domain")
     parser.add_argument("--shots", type=int, default=16)
     args = parser.parse_args()
-    settings = [f"data.path={Path(args.data).resolve()}", f"data.shots={args.shots}"]
+    # features as they are: nine views of each shot take a trial as much longer as they take a fit
+    settings = [f"data.path={Path(args.data).resolve()}", f"data.shots={args.shots}", "tune.views=0"]
     if args.domain:
         settings.append(f"data.train_domain={args.domain}")
     rows = []

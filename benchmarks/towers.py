@@ -45,8 +45,8 @@ FOLDS = 2
 WIDTH, WIDTHS = "filter.tower_logit_variance", (0.1, 0.3, 1.0)
 # what is run: settings, and what is tuned over which values
 METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
-    "adapter adamw": (["method=adamw"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
-    "head": (["method=kalman"], "filter.logit_variance", (1000.0,)),
+    "adapter adamw": (["method=adamw", "tune.views=0"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
+    "head": (["method=kalman", "tune.views=0"], "filter.logit_variance", (1000.0,)),
     # what those that train towers start from
     "head, views": (["method=kalman", "tune.parameters=lora", "epochs=0"], WIDTH, (0.0,)),
     "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (1e-4, 3e-4, 1e-3)),

@@ -136,7 +136,9 @@ def curves(frame: pd.DataFrame, path: Path) -> None:
             at = np.unique(np.geomspace(1, own["steps"].max(), 120).astype(int)).astype(float)
             accuracy = 100 * mean_curve(own, f"curve_{where}", at)
             width = 2.4 if method == "ours" else 1.2
-            axes.plot(at, accuracy, color=COLOURS[method], label=NAMES.get(method, method), linewidth=width)
+            marker = "D" if len(at) == 1 else None  # one step is no line
+            label = NAMES.get(method, method)
+            axes.plot(at, accuracy, color=COLOURS[method], label=label, linewidth=width, marker=marker, zorder=3)
         axes.set_xscale("log")
         axes.set_xlabel("steps")
         axes.set_ylabel(f"{where.upper()} accuracy %")

@@ -40,6 +40,7 @@ LAYERS = (
     "cli",
 )
 SHARED = {
+    "_allocator",
     "_deferred",
     "_plugins",
     "_keywords",
@@ -55,7 +56,7 @@ SHARED = {
     "storage",
     "__init__",
 }
-STANDARD_ONLY = ("_plugins", "_run_layout", "_streams", "errors", "storage")
+STANDARD_ONLY = ("_allocator", "_plugins", "_run_layout", "_streams", "errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
 ONLY_IN = {

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kngd_ray._allocator import keep_freed_memory
 from kngd_ray._rgb import to_rgb
-from kngd_ray.clip._allocator import keep_freed_memory
 from kngd_ray.clip._config import ModelConfig
 from kngd_ray.clip._context import Reading
 from kngd_ray.clip._locate import Source, first_line, locate

@@ -101,7 +101,7 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
     """The covariance of columns that shots give.
 
     Args:
-        x: (N, i) float64 inputs of the layer; where their last column is 1, offset and bias are part of it.
+        x: (N, i) inputs of the layer; where their last column is 1, offset and bias are part of it.
         labels: (N,) int64 classes.
         shrinkage: of the metric towards that of the features, in typical variances within classes.
         reach: as of :func:`common_offset`.
@@ -118,7 +118,7 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
     ridge = shrinkage * typical(W)
     M = torch.eye(len(W), dtype=W.dtype, device=W.device)
     if _tells(ridge, features):
-        M = torch.cholesky_inverse(torch.linalg.cholesky(W / ridge + M))
+        M = torch.cholesky_inverse(torch.linalg.cholesky(M.add_(W / ridge)))
     varied = (M * V).sum()
     if not varied > 0:
         return torch.eye(i, dtype=x.dtype, device=x.device)
@@ -129,20 +129,21 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
     A[:-1, :-1], A[-1, :-1] = M, -(M @ c)
     A[:-1, -1] = A[-1, :-1]
     A[-1, -1] = c @ M @ c + bias * varied
-    return A * (i / A.diagonal().sum())
+    return A.mul_(i / A.diagonal().sum())
 
 
 def _scatters(centred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The covariances (i, i) of centred inputs (N, i) within classes and in all, from one product.
 
-    Within classes is what all vary less what the classes' means do. Where no class has two inputs it is exactly 0.
+    In all is what they vary within classes and what the classes' means do: a sum, which loses no digits. Where no class
+    has two inputs, the first is exactly 0.
     """
-    V = symmetric(centred.mT @ centred)
     means, sizes = class_means(centred, labels), torch.bincount(labels).to(centred)
-    freedom = len(centred) - int((sizes > 0).sum())
-    if not freedom:
-        return torch.zeros_like(V), V / len(centred)
-    return symmetric(V - (means * sizes.unsqueeze(1)).mT @ means) / freedom, V / len(centred)
+    rest = centred - means[labels]
+    within = rest.mT @ rest
+    total = torch.addmm(within, (means * sizes.unsqueeze(1)).mT, means)
+    freedom = max(len(centred) - int((sizes > 0).sum()), 1)
+    return within / freedom, total / len(centred)
 
 
 def measured_without(

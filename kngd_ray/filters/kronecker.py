@@ -156,7 +156,7 @@ class Kronecker(Layerwise):
         """
         if self.columns == "identity" or not len(x):  # a fold may hold out all there is
             return P
-        return {**P, "A": self.columns_of(x, labels).to(P["A"]).contiguous()}
+        return {**P, "A": self.columns_of(x.double(), labels).to(P["A"]).contiguous()}
 
     def columns_of(self, x: Tensor, labels: Tensor) -> Tensor:
         """The prior's A, as inputs of a layer tell it.
@@ -166,9 +166,8 @@ class Kronecker(Layerwise):
             labels: (m,) classes.
 
         Returns:
-            (i, i) float64 with tr(A) = i; the identity where no class has two inputs that differ.
+            (i, i) with tr(A) = i, in the inputs' precision; the identity where no class has two inputs that differ.
         """
-        x = x.double()
         eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         if self.columns == "identity":
             return eye

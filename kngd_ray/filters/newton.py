@@ -138,11 +138,13 @@ class Whitened:
 
     Attributes:
         Z: (N, r) inputs, r at most N and i; Z Z^T = x A x^T, and Z^T Z is diagonal.
-        Y: (r, i) back to weights: those of which u (r,) is seen have the mean Y^T u given u.
+        K: (N, N) x A x^T; None where there are more samples than inputs.
+        back: the way back to weights: x A (N, i), or where there are more samples than inputs Y (r, i), Z Y = x A.
     """
 
     Z: Tensor
-    Y: Tensor
+    K: Tensor | None
+    back: Tensor
 
     @classmethod
     def of(cls, x: Tensor, A: Tensor) -> "Whitened":
@@ -150,15 +152,24 @@ class Whitened:
         rank = max(_RANK, 16 * torch.finfo(x.dtype).eps)
         if len(x) <= len(A):
             xA = x @ A
-            variances, axes = torch.linalg.eigh(symmetric(xA @ x.mT))
+            K = symmetric(xA @ x.mT)
+            variances, axes = torch.linalg.eigh(K)
             kept = variances > rank * variances[-1]
-            Z, variances = axes[:, kept] * variances[kept].sqrt(), variances[kept]
-            return cls(Z, (Z / variances).mT @ xA)
+            return cls(axes[:, kept] * variances[kept].sqrt(), K, xA)
         L = root(A)
         z = x @ L
         variances, axes = torch.linalg.eigh(symmetric(z.mT @ z))
         axes = axes[:, variances > rank * variances[-1]]
-        return cls(z @ axes, (L @ axes).mT)
+        return cls(z @ axes, None, (L @ axes).mT)
+
+    def others(self, x: Tensor) -> Tensor:
+        """(M, r) other inputs x (M, i) in the same coordinates."""
+        seen = x @ self.back.mT
+        return seen if self.K is None else seen @ (self.Z / self.Z.square().sum(0))
+
+    def weights(self, w: Tensor) -> Tensor:
+        """(o, i) w x A of weights w (o, N) of the samples."""
+        return (w @ self.Z) @ self.back if self.K is None else w @ self.back
 
 
 def mode(

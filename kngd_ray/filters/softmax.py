@@ -28,7 +28,7 @@ from kngd_ray.filters.newton import Problem, RowRoot, Whitened
 _LEAST = 1e-12  # probability
 _COARSE = 0.3  # nats of a logit: so near the mode, single precision alone would not end where it is
 _SWEEPS = 30
-_SETTLED = 1e-6  # relative change of the variances in a sweep
+_SETTLED = 1e-6  # relative change of the variances that further sweeps would bring
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def condition(B: Tensor, A: Tensor, batch: Classified, *, tolerance: float, line
     p = found.log_p[0].exp()
     # At the mode W - W^- = P H^T w with w = y - p: all that is left of the iterations is the residual.
     residual = functional.one_hot(batch.labels, len(B)).to(p) - p
-    step = rows @ (residual.mT @ white.Z) @ white.Y / batch.noise
+    step = rows @ white.weights(residual.mT) / batch.noise
     B_new, A_new, shrunk = nearest_product(rows, A.double(), white, p, batch.noise)
     p_label = p.gather(1, batch.labels.unsqueeze(1)).clamp_min(_LEAST)
     objective, distance, surprise = torch.stack([
@@ -145,7 +145,7 @@ class HeldOut:
         for A, batch, x in folds:
             white = Whitened.of(batch.scale * batch.x, A.to(batch.x))
             problems.append(batch.problem(white.Z))
-            self._across.append(batch.scale * x @ white.Y.mT)
+            self._across.append(white.others(batch.scale * x))
         self._problem = Problem.stacked(problems)
         self._tolerance, self._linearisations = tolerance, linearisations
         self._U: Tensor | None = None
@@ -190,8 +190,9 @@ def _mode(problem: Problem, rows: RowRoot, *, tolerance: float, linearisations: 
 def nearest_product(B: Tensor, A: Tensor, white: Whitened, p: Tensor, noise: float) -> tuple[Tensor, Tensor, float]:
     """The Kronecker product nearest to a softmax posterior.
 
-    In the coordinates in which A is the identity, A' is T^-1 along the axes of the batch, and (o / b) I across them,
-    with ``o T = b I + Z^T diag(tr(H_n B')) Z / r`` and ``b = tr(B^-1 B')``.
+    The two equations are solved in turn. With ``b = tr(B^-1 B')`` and D the weights ``tr(H_n B') / r`` of the samples,
+    the second is ``A' = o (b A^-1 + x^T D x)^-1``: found in the space of the samples where they are at most as many as
+    inputs, else along the axes of the batch.
 
     Args:
         B: (o, o) float64 prior covariance of rows.
@@ -203,27 +204,105 @@ def nearest_product(B: Tensor, A: Tensor, white: Whitened, p: Tensor, noise: flo
     Returns:
         B' (o, o), A' (i, i) with the trace of A, and half the log-determinant of the posterior over the prior, nats.
     """
-    Z, Y = white.Z, white.Y
-    o, i, r = len(B), len(A), Z.shape[1]
-    B_inverse, identity = _inverse(B), torch.eye(r, dtype=Z.dtype, device=Z.device)
-    inner, across = identity, 1.0  # T^-1 and o / b
-    seen_from, traced = Z, float(i)  # Z A' along the axes of the batch, and tr(A^-1 A')
+    o, i = len(B), len(A)
+    B_inverse = _inverse(B)
+    columns = (_Axes if white.K is None else _Samples)(white, o, i)
+    seen_from, traced, last = columns.prior, float(i), 0.0  # x_n^T A' x_n, tr(A^-1 A') and its last change
     for _ in range(_SWEEPS):
-        weighed = p * ((seen_from * Z).sum(1) / noise).unsqueeze(1)  # by x_n^T A' x_n / r
+        weighed = p * (seen_from / noise).unsqueeze(1)
         B_new = _inverse((traced * B_inverse + torch.diag(weighed.sum(0)) - weighed.mT @ p) / i)
         seen = (p @ B_new.diagonal() - ((p @ B_new) * p).sum(1)) / noise  # tr(H_n B') / r
-        b = (B_inverse * B_new).sum()
-        inner = _inverse((b * identity + (Z * seen.unsqueeze(1)).mT @ Z) / o)
-        across, now = torch.stack([o / b, (i - r) * o / b + inner.trace()]).tolist()
-        before, traced = traced, now
-        if abs(traced - before) <= _SETTLED * before:
+        now = columns.condition(seen.clamp_min(0), (B_inverse * B_new).sum())
+        change, traced = abs(now / traced - 1), now
+        # each sweep shrinks what is left about as much as the one before did
+        if change * (min(change / last, 1.0) if last else 1.0) <= _SETTLED:
             break
-        seen_from = Z @ inner
-    A_new = across * A + Y.mT @ (inner - across * identity) @ Y
-    log_det = o * (_log_det(inner) + (i - r) * log(across)) + i * (_log_det(B_new) - _log_det(B))
+        seen_from, last = columns.variances(), change
+    A_new = columns.covariance(A)
+    log_det = o * columns.log_det() + i * (_log_det(B_new) - _log_det(B))
     scale = A.diagonal().sum() / A_new.diagonal().sum()
     # laid out as a checkpoint is read back: products then round alike
     return (B_new / scale).contiguous(), symmetric(A_new * scale).contiguous(), 0.5 * log_det
+
+
+class _Samples:
+    """A' in the space of the samples: ``(o / b) (A - A x^T D^1/2 S^-1 D^1/2 x A)``, S = b I + D^1/2 K D^1/2.
+
+    Args:
+        white: the batch, of at most as many samples as inputs.
+        o: number of rows.
+        i: number of columns.
+    """
+
+    def __init__(self, white: Whitened, o: int, i: int) -> None:
+        assert white.K is not None
+        self._K, self._xA, self._o, self._i = white.K, white.back, o, i
+        self.prior = white.K.diagonal()
+
+    def condition(self, seen: Tensor, b: Tensor) -> float:
+        """Take weights D (N,) and b; what tr(A^-1 A') becomes."""
+        self._by, self._b = seen.sqrt().unsqueeze(1), b
+        S = self._by * self._K * self._by.mT
+        S.diagonal().add_(b)
+        self._root = torch.linalg.cholesky(S)
+        lost = torch.linalg.solve_triangular(self._root, self._by * self._K, upper=False).square().sum(0)
+        self._variances = self._o / b * (self.prior - lost)
+        self._across, traced = torch.stack([
+            self._o / b,
+            (self._o * self._i - (seen * self._variances).sum()) / b,
+        ]).tolist()
+        return traced
+
+    def variances(self) -> Tensor:
+        """(N,) x_n^T A' x_n."""
+        return self._variances
+
+    def covariance(self, A: Tensor) -> Tensor:
+        """A' (i, i)."""
+        gain = torch.linalg.solve_triangular(self._root, self._by * self._xA, upper=False)
+        return self._across * torch.addmm(A, gain.mT, gain, alpha=-1)
+
+    def log_det(self) -> float:
+        """Log det(A^-1 A'), nats."""
+        lost = len(self._root) * self._b.log() - 2 * self._root.diagonal().log().sum()
+        return self._i * log(self._across) + float(lost)
+
+
+class _Axes:
+    """A' along the axes of the batch, in which A is the identity: ``o T^-1`` with T = b I + Z^T D Z, across them o / b.
+
+    Args:
+        white: the batch, of more samples than inputs.
+        o: number of rows.
+        i: number of columns.
+    """
+
+    def __init__(self, white: Whitened, o: int, i: int) -> None:
+        self._Z, self._Y, self._o, self._i = white.Z, white.back, o, i
+        self._identity = torch.eye(self._Z.shape[1], dtype=self._Z.dtype, device=self._Z.device)
+        self.prior = self._Z.square().sum(1)
+
+    def condition(self, seen: Tensor, b: Tensor) -> float:
+        """Take weights D (N,) and b; what tr(A^-1 A') becomes."""
+        self._inner = _inverse((b * self._identity + (self._Z * seen.unsqueeze(1)).mT @ self._Z) / self._o)
+        across = self._o / b
+        self._across, traced = torch.stack([
+            across,
+            (self._i - len(self._inner)) * across + self._inner.trace(),
+        ]).tolist()
+        return traced
+
+    def variances(self) -> Tensor:
+        """(N,) x_n^T A' x_n."""
+        return ((self._Z @ self._inner) * self._Z).sum(1)
+
+    def covariance(self, A: Tensor) -> Tensor:
+        """A' (i, i)."""
+        return self._across * A + self._Y.mT @ (self._inner - self._across * self._identity) @ self._Y
+
+    def log_det(self) -> float:
+        """Log det(A^-1 A'), nats."""
+        return _log_det(self._inner) + (self._i - len(self._inner)) * log(self._across)
 
 
 def _inverse(P: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kngd_ray._allocator import keep_freed_memory
 from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, ModelConfig, load_model
 from kngd_ray.errors import FilterError
 from kngd_ray.observations import trainable
@@ -155,6 +156,8 @@ def build_head(task: FitTask, device: torch.device | str = "cpu") -> Head:
     Returns:
         The untrained head or network.
     """
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     if task.towers is None:
         head = CLIPHead(task.class_embeddings, task.logit_scale, task.options.adapter, task.seed)
         return head.to(device, task.class_embeddings.dtype)

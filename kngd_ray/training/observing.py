@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kngd_ray.clip import CLIPNetwork, Head, tower_products
-from kngd_ray.filters import GateResiduals, NoGate, NoiseModel, Seen, Whitening
-from kngd_ray.observations import Linearisation, Linearizer, Observation, stack
+from kngd_ray.clip import CLIPHead, CLIPNetwork, Head, tower_products
+from kngd_ray.filters import GateResiduals, Layer, NoGate, NoiseModel, Seen, Whitening
+from kngd_ray.observations import Linearisation, Linearizer, Observation, stack, trainable
 from kngd_ray.sharding import Group, Observed, StreamedOutcome
 from kngd_ray.training.batches import Batch, seeded
 from kngd_ray.training.options import FitOptions
@@ -64,8 +65,8 @@ class Observer:
         self._group = group
         self._like = head.class_embeddings
         self._towers = isinstance(head, CLIPNetwork)
-        self.linearizer = Linearizer(head, head.example(_EXAMPLES))
-        self.layers = self.linearizer.layers
+        self._head = head
+        self._linear = options.at_mode and isinstance(head, CLIPHead)
         self._rows = [model.rows(self._classes) for model in self._models]
         residual = [model.residual for model, k in zip(self._models, self._rows, strict=True) for _ in range(k)]
         self.per_sample = sum(self._rows)
@@ -73,6 +74,19 @@ class Observer:
         self._gated = not isinstance(options.filter.gate, NoGate)
         # Each of E passes over the same shots counts 1/E: together they are as much evidence as the shots are.
         self._passes = max(options.epochs, 1) if options.noise.tempering == "passes" else 1
+
+    @cached_property
+    def linearizer(self) -> Linearizer:
+        """Of the head, tried out once it is asked for: a fit that ends at the mode does not."""
+        return Linearizer(self._head, self._head.example(_EXAMPLES))
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The head's parameters as the filter sees them."""
+        if not self._linear:
+            return self.linearizer.layers
+        # a class residual's one matrix multiplies inputs, as no pass needs to tell
+        return [Layer(name, len(w), w.shape[1], factored=True) for name, w in trainable(self._head).items()]
 
     @property
     def r0(self) -> float:

@@ -99,8 +99,14 @@ def divergence(B: torch.Tensor, A: torch.Tensor, precision: torch.Tensor) -> flo
     return float(0.5 * ((precision @ P).trace() - len(P) - torch.linalg.slogdet(precision @ P).logabsdet))
 
 
-def test_the_covariance_is_the_nearest_product():
-    B, A, seen = covariance(ROWS, 1), covariance(COLUMNS, 2), batch(9, 3, 2.0)
+@pytest.mark.parametrize("N", [4, 9])  # fewer samples than inputs, and more
+@pytest.mark.parametrize("kind", ["any", "certain", "twice"])
+def test_the_covariance_is_the_nearest_product(N, kind):
+    B, A, seen = covariance(ROWS, 1), covariance(COLUMNS, 2), batch(N, 3, 2.0)
+    if kind == "certain":  # its curvature is 0 to rounding
+        seen.logits[1] = 900.0 * one_hot(seen.labels[1], ROWS)
+    elif kind == "twice":  # x A x^T is singular
+        seen.x[1], seen.logits[1] = seen.x[0], seen.logits[0]
     p = seen.logits.softmax(1)
     B_new, A_new, log_det = nearest_product(B, A, whitened(seen, A), p, seen.noise)
     precision = dense_precision(B, A, seen, p)

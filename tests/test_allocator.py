@@ -1,12 +1,12 @@
-"""Memory that towers free on the CPU stays with the process, unless somebody tunes the allocator himself."""
+"""Memory that tensors free on the CPU stays with the process, unless somebody tunes the allocator himself."""
 
 import ctypes
 import os
 
 import pytest
 
-from kngd_ray.clip import _allocator
-from kngd_ray.clip._allocator import keep_freed_memory
+from kngd_ray import _allocator
+from kngd_ray._allocator import keep_freed_memory
 
 
 class Library:

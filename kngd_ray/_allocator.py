@@ -1,8 +1,9 @@
-"""How a process that runs towers on the CPU keeps the memory of activations.
+"""How a process that computes on the CPU keeps the memory of its tensors.
 
-glibc takes every block above 32 MiB from the system, and gives it back as soon as it is free. A tower frees and takes
-such blocks layer by layer, and the system clears each anew, page by page: on virtual machines this may take longer than
-what the tower computes. Here freed memory is kept for the next layer. The most that a process takes stays the same.
+glibc takes large blocks from the system, and gives them back as soon as they are free. A tower frees and takes such
+blocks layer by layer, a fit matrix by matrix, and the system clears each anew, page by page: on virtual machines this
+takes a quarter of a fit's time, and more than all that a tower computes. Here freed memory is kept for the next tensor.
+The most that a process takes stays the same.
 """
 
 import ctypes

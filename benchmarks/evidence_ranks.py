@@ -8,7 +8,9 @@
 Random priors of ``tune_configs/noise_priors.yaml`` are judged as the search judges them, on the shots of each seed;
 then each is fitted on all shots of the seed and tested. Shown are rank correlations of the objective with what a prior
 is worth, and the regret of its choice: the test NLL of the prior that it puts first, less that of the preset and less
-that of the best. Cases that are hard by themselves: single shots, a thousand classes (``--data many``), classes of
+that of the best. Beside them stands what fresh pictures would tell: the rank correlation of the NLL of as many test
+pictures as there are shots with that of all other test pictures. A score of the shots cannot be expected to do better.
+Cases that are hard by themselves: single shots, a thousand classes (``--data many``), classes of
 unequal size (``--case unequal``), a zero-shot head that knows nothing (``--case wrong_head``).
 """
 
@@ -125,11 +127,25 @@ def _tested(fits: Sequence[Any], problem: Problem, taus: Sequence[float], poster
             for name, held in case.tests.items()
         }
         row = {"id_accuracy": scores[ID].accuracy, "id_nll": scores[ID].nll}
+        held = case.tests[ID]
+        probabilities = predictor.predict(held.features, tau).probabilities
+        fresh = _fresh(case)
+        for name, which in (("fresh_nll", fresh), ("rest_nll", ~fresh)):
+            row[name] = Scores.of(probabilities[which], held.labels[which]).nll
         others = [found for name, found in scores.items() if name != ID]
         if others:
             row |= {"ood_accuracy": fmean(s.accuracy for s in others), "ood_nll": fmean(s.nll for s in others)}
         rows.append(row)
     return {name: fmean(row[name] for row in rows) for name in rows[0]}
+
+
+def _fresh(case: Case) -> torch.Tensor:
+    """Which test pictures stand for fresh shots: as many as there are shots, at most half, the same for all priors."""
+    rows = len(case.tests[ID].labels)
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(case.seed))
+    chosen = torch.zeros(rows, dtype=torch.bool)
+    chosen[drawn[: min(len(case.support), rows // 2)]] = True
+    return chosen
 
 
 def summary(rows: Sequence[Row], objective_name: Objective) -> Row:
@@ -140,14 +156,15 @@ def summary(rows: Sequence[Row], objective_name: Objective) -> Row:
         objective_name: by which the search chooses.
 
     Returns:
-        ``spearman`` and that over the better half by test NLL, with NLL and accuracy; what the chosen prior has more
-        than preset and best prior.
+        ``spearman`` and that over the better half by test NLL, with NLL and accuracy, and ``fresh`` with the NLL, of
+        fresh pictures; what the chosen prior has more than preset and best prior.
     """
     preset, *trials = rows
     sound = [row for row in trials if "id_nll" in row]
     sign = 1 if DIRECTIONS[objective_name] == "maximize" else -1
     objective = sign * np.array([row[objective_name] for row in sound])
     nll, accuracy = (np.array([row[name] for row in sound]) for name in ("id_nll", "id_accuracy"))
+    fresh, rest = (np.array([row[name] for row in sound]) for name in ("fresh_nll", "rest_nll"))
     better = nll <= np.median(nll)
     chosen = sound[int(objective.argmax())]
     found = {
@@ -155,6 +172,8 @@ def summary(rows: Sequence[Row], objective_name: Objective) -> Row:
         "spearman_accuracy": _ranks(objective, accuracy),
         "spearman_nll_better_half": _ranks(objective[better], -nll[better]),
         "spearman_accuracy_better_half": _ranks(objective[better], accuracy[better]),
+        "fresh_nll": _ranks(-fresh, -rest),
+        "fresh_nll_better_half": _ranks(-fresh[better], -rest[better]),
         "regret_preset": chosen["id_nll"] - preset["id_nll"],
         "regret_best": chosen["id_nll"] - float(nll.min()),
         "accuracy_gain": chosen["id_accuracy"] - preset["id_accuracy"],
@@ -215,6 +234,11 @@ def _keep(found: Row, path: Path) -> None:
     path.write_text(json.dumps(result, default=float) + "\n")
 
 
+def _both(problem: Mapping[str, Any], name: str) -> str:
+    """A rank correlation over all priors, and over their better half; nothing where it was not measured."""
+    return f"{problem[name]:.2f} / {problem[name + '_better_half']:.2f}" if name in problem else ""
+
+
 def _line(problem: Mapping[str, Any]) -> str:
     ood = f"{100 * problem['ood_accuracy_gain']:+.1f}" if "ood_accuracy_gain" in problem else ""
     name = " ".join(str(problem[key]) for key in ("data", "domain")) + (
@@ -222,8 +246,9 @@ def _line(problem: Mapping[str, Any]) -> str:
     )
     return (
         f"| {name} | {problem['group']} | {problem['classes']} | {problem['shots']} "
-        f"| {problem['spearman_nll']:.2f} / {problem['spearman_nll_better_half']:.2f} "
-        f"| {problem['spearman_accuracy']:.2f} / {problem['spearman_accuracy_better_half']:.2f} "
+        f"| {_both(problem, 'spearman_nll')} "
+        f"| {_both(problem, 'fresh_nll')} "
+        f"| {_both(problem, 'spearman_accuracy')} "
         f"| {problem['regret_preset']:+.3f} | {problem['regret_best']:+.3f} "
         f"| {100 * problem['accuracy_gain']:+.1f} | {ood} |"
     )
@@ -232,16 +257,21 @@ def _line(problem: Mapping[str, Any]) -> str:
 def table(problems: Sequence[Mapping[str, Any]]) -> str:
     """All problems, and what they come to, as Markdown."""
     head = (
-        "| data | group | classes | shots | Spearman with NLL: all / better half | with accuracy | regret against "
-        "preset | against best | ID accuracy | OOD accuracy |"
+        "| data | group | classes | shots | Spearman with NLL: all / better half | of fresh pictures | with accuracy | "
+        "regret against preset | against best | ID accuracy | OOD accuracy |"
     )
-    lines = [head, "|---" * 10 + "|", *map(_line, problems)]
+    lines = [head, "|---" * 11 + "|", *map(_line, problems)]
     several = [one for one in problems if one["shots"] > 1]
-    ranks = [median(one[name] for one in several) for name in ("spearman_nll", "spearman_nll_better_half")]
+    ranks = [
+        median(one[name] for one in several if name in one)
+        for kind in ("spearman", "fresh")
+        for name in (f"{kind}_nll", f"{kind}_nll_better_half")
+    ]
     regret = mean_regret(problems)
     lines += [
         "",
-        f"Median Spearman with test NLL, of two shots or more: {ranks[0]:.2f}, over the better half {ranks[1]:.2f}. "
+        f"Median Spearman with test NLL, of two shots or more: {ranks[0]:.2f}, over the better half {ranks[1]:.2f}; "
+        f"that of as many fresh pictures {ranks[2]:.2f} and {ranks[3]:.2f}. "
         f"Mean regret against the preset {regret.mean:+.4f} [{regret.low:+.4f}, {regret.high:+.4f}] nats, at most "
         f"{max(one['regret_preset'] for one in problems):+.3f}; 95 % intervals, problems of each data set resampled.",
     ]

@@ -5,6 +5,7 @@ Nothing here has seen a test picture: a :class:`Workload` holds training shots o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -52,6 +53,12 @@ class Workload:
     towers: Towers | None = None
     space: Space = field(default_factory=lambda: Space(()))
     features: Mapping[int, Support] = field(default_factory=dict)
+
+    @cached_property
+    def different(self) -> int:
+        """Number of different shots in all support sets: those of a small pool are the same again and again."""
+        sets = self.shots.values()
+        return len({shots.subset(torch.tensor([n])).digest() for shots in sets for n in range(len(shots))})
 
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
@@ -127,7 +134,8 @@ def score_trials(
         for (n, config, seed), plan in zip(alive, plans, strict=True):
             fits = [(next(outcomes), held) for _, held in plan]
             try:
-                values = _values(fits, config, work.space.log_prior(trials[n]))
+                prior = work.space.log_prior(trials[n])
+                values = _values(fits, config, prior / work.different if prior else prior)
                 scored[n].note(values, work.search.objective)
             except FilterError as error:
                 scored[n].reason = scored[n].reason or f"on the support set of seed {seed}: {error}"
@@ -158,7 +166,12 @@ def _prequential(task: FitTask) -> FitTask:
 def _values(
     fits: Sequence[tuple[Fitted | FilterError, Shots | None]], config: Config, log_prior: float
 ) -> dict[str, float]:
-    """Objectives and figures of one support set, under settings whose prior has a log-density.
+    """Objectives and figures of one support set.
+
+    Args:
+        fits: those of the plan, each with the shots held out from it.
+        config: of the trial.
+        log_prior: log-density of its settings for each shot of the search: the mean over support sets counts it once.
 
     Raises:
         FilterError: a fit could not go on.
@@ -179,5 +192,5 @@ def _values(
         values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy, "tau": found.tau}
         # of single shots each fold lacks its classes: they say nothing of a fit that knows them
         labels = torch.cat([held.labels for _, held in held_out])
-        values["log_posterior"] = log_prior / len(labels) - (0.0 if single(labels) else found.held_out_nll)
+        values["log_posterior"] = log_prior - (0.0 if single(labels) else found.held_out_nll)
     return values

@@ -135,10 +135,18 @@ def test_log_posterior_is_the_held_out_log_probability_and_the_prior_of_the_sett
     space = parse_space({"filter.p0": {"low": 1e-3, "high": 3.0, "log": True, "median": 0.1, "spread": 1.0}})
     work = replace(workload(objective=("log_posterior",)), space=space)
     priors = [{"filter.p0": 0.1}, {"filter.p0": 0.3}]
+    different = len({shot.numpy().tobytes() for shots in work.shots.values() for shot in shots.features})
+    assert different > len(work.shots[work.search.seeds[0]])  # than of one support set: the prior counts once
     for prior, found in zip(priors, judged(priors, work, fitter), strict=True):
-        for n, seed in enumerate(work.search.seeds):
-            expected = space.log_prior(prior) / len(work.shots[seed]) - found.figures["held_out_nll"][n]
+        for n in range(len(work.search.seeds)):
+            expected = space.log_prior(prior) / different - found.figures["held_out_nll"][n]
             assert found.scores["log_posterior"][n] == pytest.approx(expected, abs=1e-12)
+
+
+def test_support_sets_of_the_same_shots_count_as_one() -> None:
+    work = workload(objective=("log_posterior",))
+    (first, *_) = work.shots.values()
+    assert replace(work, shots=dict.fromkeys(work.shots, first)).different == len(first)
 
 
 def test_single_shots_say_nothing_so_that_the_prior_decides() -> None:

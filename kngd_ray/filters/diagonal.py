@@ -49,7 +49,7 @@ from typing import Any, Literal, NamedTuple
 from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
-from kngd_ray.filters._products import plus_product, product
+from kngd_ray.filters._products import product
 from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 
@@ -455,6 +455,7 @@ def _information_of_pairs(pairs: _Pairs, inverse: Tensor) -> Tensor:
             left, right = g * share[:, 0], x
         else:
             left, right = g, x * share[:, 0]
-        total = product(left.mT, right) if total is None else plus_product(total, left.mT, right)
+        part = product(left.mT, right)
+        total = part if total is None else total + part
     assert total is not None
     return total.reshape(-1)

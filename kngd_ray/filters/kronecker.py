@@ -70,7 +70,6 @@ from typing import Any, Literal, NamedTuple
 from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
-from kngd_ray.filters._products import plus_product, product
 from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.functional_mode import cholesky, eager
@@ -347,7 +346,7 @@ def _gram(B: Tensor, A: Tensor, H: Factors | Rows) -> tuple[Tensor, Any]:
         return h @ (Bh @ A).flatten(1).mT, Bh
     s, k, T, o = H.g.shape
     G, X = H.g.to(B.dtype).reshape(s * k * T, o), H.x.to(B.dtype).reshape(-1, len(A))
-    GB, XA = product(G, B), product(X, A)
+    GB, XA = G @ B, X @ A
     K, N = GB @ G.mT, XA @ X.mT
     tokens = (s if H.own_x else 1, 1, T)
     N = N.reshape(tokens + tokens)
@@ -391,9 +390,9 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     trace = o + (iE * K_new).sum() / i
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
     U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
-    B_new = plus_product(B, U.mT * (-1.0 / i), U)
+    B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
     grown = (trace / o).to(A.dtype)  # tr(B B'^-1) / o, at least 1
-    A_new = plus_product(A, V.mT * (-1.0 / (o * grown)), V)
+    A_new = torch.addmm(A, V.mT / grown, V, alpha=-1.0 / o)
     return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new, grown), A)}
 
 

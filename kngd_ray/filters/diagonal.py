@@ -43,13 +43,14 @@ for n weights e P is M / n on average, so that nothing is lost where n is large,
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
 from kngd_ray.filters._products import product
+from kngd_ray.filters._slices import Slices
 from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 
@@ -104,7 +105,7 @@ class Diagonal(Layerwise):
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """(M, M) H P H^T."""
         variance, work = P[_VARIANCE], self.work_layer(P, H)
-        if isinstance(work, _Slices):
+        if isinstance(work, Slices):
             return work.gram(variance), work
         if isinstance(work, _Pairs):
             return _gram_of_pairs(variance, work), work
@@ -120,7 +121,7 @@ class Diagonal(Layerwise):
     def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
         """The factors by rows of the weight or by pairs of samples, where those pay; None is by runs of rows."""
         if isinstance(H, Factors) and slices_pay(H):
-            return _Slices.of(H, P[_VARIANCE].dtype)
+            return Slices.of(H, P[_VARIANCE].dtype)
         if isinstance(H, Factors) and pairs_pay(H):
             return _Pairs(H, P[_VARIANCE].dtype)
         return None
@@ -173,7 +174,7 @@ class Diagonal(Layerwise):
             return None
         if self.rule == "vdekf":
             return column_energies(H) if H.single else None
-        if isinstance(work, _Slices):
+        if isinstance(work, Slices):
             return work.information(innovation.inverse.to(like.dtype))
         if isinstance(work, _Pairs):
             return _information_of_pairs(work, innovation.inverse.to(like.dtype))
@@ -306,41 +307,6 @@ def slices_pay(H: Factors) -> bool:
     i = H.x.shape[-1]
     numbers = s * o * (i + s * k**2)
     return H.single and numbers <= min(_SLICE_NUMBERS, s * (s + 1) // 2 * (k * o + i))
-
-
-@dataclass(frozen=True)
-class _Slices:
-    """A Jacobian by the rows c of the weight: the samples' x, which they share, and the g of each.
-
-    ::
-
-        S_aj,bl            = sum_c g_caj (x_a^T P_c x_b) g_cbl
-        diag(H^T S^-1 H)_c = diag(X^T W_c X)      W_c,ab = sum_jl g_caj (S^-1)_aj,bl g_cbl
-    """
-
-    g: Tensor  # (o, k, s)
-    x: Tensor  # (s, i)
-
-    @classmethod
-    def of(cls, H: Factors, dtype: "torch.dtype") -> "_Slices":
-        return cls(H.g[:, :, 0].permute(2, 1, 0).to(dtype), H.x[:, 0].to(dtype))
-
-    def gram(self, variance: Tensor) -> Tensor:
-        """H P H^T (M, M)."""
-        (o, k, s), i = self.g.shape, self.x.shape[1]
-        xPx = (self.x * variance.view(o, 1, i)).view(o * s, i) @ self.x.mT
-        return (self._pairs * xPx.view(o, 1, 1, s, s)).sum(0).permute(2, 0, 3, 1).reshape(s * k, s * k)
-
-    def information(self, inverse: Tensor) -> Tensor:
-        """diag(H^T S^-1 H) (size,)."""
-        (o, k, s), i = self.g.shape, self.x.shape[1]
-        W = (self._pairs * inverse.view(s, k, s, k).permute(1, 3, 0, 2)).sum((1, 2))
-        return ((W.view(o * s, s) @ self.x).view(o, s, i) * self.x).sum(1).view(-1)
-
-    @cached_property
-    def _pairs(self) -> Tensor:
-        """(o, k, k, s, s) g_caj g_cbl."""
-        return self.g[:, :, None, :, None] * self.g[:, None, :, None, :]
 
 
 class _Pairs:

@@ -116,20 +116,21 @@ def root(P: Tensor) -> Tensor:
     return axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
 
 
-def symmetric(P: Tensor) -> Tensor:
-    """The symmetric part of matrices.
+def symmetric(P: Tensor, times: Tensor | float = 1.0) -> Tensor:
+    """The symmetric part of matrices, or a multiple of it.
 
     Not even X^T X is symmetric to the last bit on every processor, and no later update would take an antisymmetric part
     away.
 
     Args:
         P: (..., n, n).
+        times: the factor, a scalar.
 
     Returns:
         (..., n, n) symmetric to the last bit.
     """
     # transposed in one go: the sum runs over memory in order, and over the copy, as large new tensors cost page faults
-    return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5)
+    return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5 * times)
 
 
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:

@@ -43,18 +43,20 @@ for n weights e P is M / n on average, so that nothing is lost where n is large,
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
+from kngd_ray.filters._slices import Slices
 from kngd_ray.filters.functional_mode import eager
 from kngd_ray.filters.jacobian import Factors, Layer, Part, Rows
 
 _VARIANCE = "variance"
-# Numbers of pair products held at once, 1 MB in float32: more is faster by a tenth, and is memory.
-_PAIR_NUMBERS = 1 << 18
+# Numbers of pair products held at once, 2 MB in float32: what fits is kept from the Gram matrix to the update.
+_PAIR_NUMBERS = 1 << 19
+_SLICE_NUMBERS = 1 << 18  # likewise of slices
 # Numbers of rows held at once: 4 MB in float32, where a CPU's caches serve best; a GPU wants fewer and larger products.
 _ROW_NUMBERS = {"cpu": 1 << 20}
 _ROW_NUMBERS_OF_DEVICES = 1 << 24
@@ -102,7 +104,7 @@ class Diagonal(Layerwise):
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
         """(M, M) H P H^T."""
         variance, work = P[_VARIANCE], self.work_layer(P, H)
-        if isinstance(work, _Slices):
+        if isinstance(work, Slices):
             return work.gram(variance), work
         if isinstance(work, _Pairs):
             return _gram_of_pairs(variance, work), work
@@ -118,7 +120,7 @@ class Diagonal(Layerwise):
     def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
         """The factors by rows of the weight or by pairs of samples, where those pay; None is by runs of rows."""
         if isinstance(H, Factors) and slices_pay(H):
-            return _Slices.of(H, P[_VARIANCE].dtype)
+            return Slices.of(H, P[_VARIANCE].dtype)
         if isinstance(H, Factors) and pairs_pay(H):
             return _Pairs(H, P[_VARIANCE].dtype)
         return None
@@ -171,7 +173,7 @@ class Diagonal(Layerwise):
             return None
         if self.rule == "vdekf":
             return column_energies(H) if H.single else None
-        if isinstance(work, _Slices):
+        if isinstance(work, Slices):
             return work.information(innovation.inverse.to(like.dtype))
         if isinstance(work, _Pairs):
             return _information_of_pairs(work, innovation.inverse.to(like.dtype))
@@ -303,42 +305,7 @@ def slices_pay(H: Factors) -> bool:
     s, k, _, o = H.g.shape
     i = H.x.shape[-1]
     numbers = s * o * (i + s * k**2)
-    return H.single and numbers <= min(_PAIR_NUMBERS, s * (s + 1) // 2 * (k * o + i))
-
-
-@dataclass(frozen=True)
-class _Slices:
-    """A Jacobian by the rows c of the weight: the samples' x, which they share, and the g of each.
-
-    ::
-
-        S_aj,bl            = sum_c g_caj (x_a^T P_c x_b) g_cbl
-        diag(H^T S^-1 H)_c = diag(X^T W_c X)      W_c,ab = sum_jl g_caj (S^-1)_aj,bl g_cbl
-    """
-
-    g: Tensor  # (o, k, s)
-    x: Tensor  # (s, i)
-
-    @classmethod
-    def of(cls, H: Factors, dtype: "torch.dtype") -> "_Slices":
-        return cls(H.g[:, :, 0].permute(2, 1, 0).to(dtype), H.x[:, 0].to(dtype))
-
-    def gram(self, variance: Tensor) -> Tensor:
-        """H P H^T (M, M)."""
-        (o, k, s), i = self.g.shape, self.x.shape[1]
-        xPx = (self.x * variance.view(o, 1, i)).view(o * s, i) @ self.x.mT
-        return (self._pairs * xPx.view(o, 1, 1, s, s)).sum(0).permute(2, 0, 3, 1).reshape(s * k, s * k)
-
-    def information(self, inverse: Tensor) -> Tensor:
-        """diag(H^T S^-1 H) (size,)."""
-        (o, k, s), i = self.g.shape, self.x.shape[1]
-        W = (self._pairs * inverse.view(s, k, s, k).permute(1, 3, 0, 2)).sum((1, 2))
-        return ((W.view(o * s, s) @ self.x).view(o, s, i) * self.x).sum(1).view(-1)
-
-    @cached_property
-    def _pairs(self) -> Tensor:
-        """(o, k, k, s, s) g_caj g_cbl."""
-        return self.g[:, :, None, :, None] * self.g[:, None, :, None, :]
+    return H.single and numbers <= min(_SLICE_NUMBERS, s * (s + 1) // 2 * (k * o + i))
 
 
 class _Pairs:
@@ -354,8 +321,7 @@ class _Pairs:
         self.g, self.x = H.g[:, :, 0].to(dtype), H.x[:, 0].to(dtype)
         self._windows = [_window(self.g, self.reach), _window(self.x, self.reach)]
         self.run = max(1, min(s, _PAIR_NUMBERS // (self.reach * (k * o + H.x.shape[-1]))))
-        start = torch.arange(s, device=H.device).unsqueeze(1)
-        self.a, self.b = start.expand(s, self.reach), (start + torch.arange(self.reach, device=H.device)) % s
+        self.circle = _Circle.of(s, H.device)
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
     def runs(self) -> list[slice]:
@@ -389,6 +355,28 @@ class _Pairs:
         return torch.stack(columns).sum(0).flatten(0, 1)
 
 
+class _Circle(NamedTuple):
+    """Which samples the pairs (a, a + d) around a circle of s are of, and where a pair of samples is among them."""
+
+    a: Tensor  # (s, reach)
+    b: Tensor  # (s, reach)
+    of_pair: Tensor  # (s, s) number of the pair (a, b) or (b, a), whichever there is
+    turned: Tensor  # (s, s) whether it is (b, a)
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def of(cls, s: int, device: "torch.device") -> "_Circle":
+        """On a device; not to be written to."""
+        reach, sample = s // 2 + 1, torch.arange(s, device=device)
+        steps = (sample - sample.unsqueeze(1)) % s
+        turned = steps >= reach
+        first = torch.where(turned, sample, sample.unsqueeze(1))
+        b = (sample.unsqueeze(1) + sample[:reach]) % s
+        return cls(
+            sample.unsqueeze(1).expand(s, reach), b, first * reach + torch.where(turned, s - steps, steps), turned
+        )
+
+
 def _window(values: Tensor, reach: int) -> Tensor:
     """(s, reach, ...) views of values (s, ...): for each sample itself and those after it, around the circle."""
     return torch.cat([values, values[: reach - 1]]).unfold(0, reach, 1).movedim(-1, 1)
@@ -407,23 +395,31 @@ def _gram_of_pairs(variance: Tensor, pairs: _Pairs) -> Tensor:
             shares.append((x @ P.mT).mul_(g).sum(1))
         else:
             shares.append((g @ P).mul_(x).sum(1))
-    share = torch.cat(shares).view(s, pairs.reach, k, k)
-    gram = variance.new_empty(s, s, k, k)
-    gram[pairs.b, pairs.a] = share.mT
-    gram[pairs.a, pairs.b] = share
+    share = shares[0] if len(shares) == 1 else torch.cat(shares)
+    if k == 1:
+        return share[pairs.circle.of_pair]
+    share = share.view(-1, k, k)
+    gram = torch.where(
+        pairs.circle.turned[..., None, None], share.mT[pairs.circle.of_pair], share[pairs.circle.of_pair]
+    )
     return gram.transpose(1, 2).reshape(s * k, s * k)
 
 
 def _information_of_pairs(pairs: _Pairs, inverse: Tensor) -> Tensor:
     """diag(H^T S^-1 H) (size,)."""
     s, k = pairs.s, pairs.k
-    weights = inverse.view(s, k, s, k).transpose(1, 2)[pairs.a, pairs.b]
+    weights = inverse.view(s, k, s, k).transpose(1, 2)[pairs.circle.a, pairs.circle.b]
     weights[:, 1 : (s + 1) // 2] *= 2.0  # such a pair stands for (a, b) and (b, a)
     total: Tensor | None = None
     for a in pairs.runs():
         x, g = pairs.products(a)
         share = weights[a].flatten(0, 1)
-        left = pairs.mixed(a, share) if g is None else g * share[:, 0]
-        total = left.mT @ x if total is None else torch.addmm(total, left.mT, x)
+        if g is None:
+            left, right = pairs.mixed(a, share), x
+        elif g.shape[1] < x.shape[1]:  # the shorter side is weighed
+            left, right = g * share[:, 0], x
+        else:
+            left, right = g, x * share[:, 0]
+        total = left.mT @ right if total is None else torch.addmm(total, left.mT, right)
     assert total is not None
     return total.reshape(-1)

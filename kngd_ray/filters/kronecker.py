@@ -390,8 +390,9 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
     U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
     B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
-    A_new = torch.addmm(A * (trace / o).to(A.dtype), V.mT, V, alpha=-1.0 / o)
-    return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new), A)}
+    grown = (trace / o).to(A.dtype)  # tr(B B'^-1) / o, at least 1
+    A_new = torch.addmm(A, V.mT / grown, V, alpha=-1.0 / o)
+    return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new, grown), A)}
 
 
 def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> LayerState:

@@ -90,7 +90,7 @@ class Linearizer:
 
     def __init__(self, head: nn.Module, example: Inputs) -> None:
         self.head = head
-        parameters = trainable(head)
+        self._parameters = parameters = trainable(head)  # to be asked for at each pass takes as long as its products
         self._large = sum(p.numel() for p in head.parameters()) > _LARGE
         self._names: Collection[str] = set(parameters)
         self._layouts: dict[Place, Layout] = {}
@@ -113,7 +113,7 @@ class Linearizer:
             The outputs, and the way to their Jacobian.
         """
         given, empty = self._given(inputs)
-        parameters = {name: p for name, p in trainable(self.head).items() if name in self._names}
+        parameters = {name: p for name, p in self._parameters.items() if name in self._names}
         with torch.enable_grad(), Tape(parameters) as tape:
             outputs: Tensor = self.head(given)
         places = by_place(tape.calls)
@@ -179,7 +179,7 @@ class Linearizer:
 
     def _reproduced(self, example: Inputs) -> set[str]:
         """The parameters whose gradient the tape gives."""
-        parameters = {name: p for name, p in trainable(self.head).items() if name in self._names}
+        parameters = {name: p for name, p in self._parameters.items() if name in self._names}
         if not parameters:
             return set()
         with _shaken(self.head):
@@ -240,7 +240,7 @@ class Linearizer:
         for place, (call, use) in passed._places.items():
             if place in self._layouts and id(call) in found:
                 uses[place[0]].append((call, use, self._layouts[place], found[id(call)]))
-        sizes = {name: p.numel() for name, p in trainable(self.head).items()}
+        sizes = {name: p.numel() for name, p in self._parameters.items()}
         make = partial(self._made, sizes, uses, cotangent)
         if not self._large:
             return make

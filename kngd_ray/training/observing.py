@@ -1,9 +1,9 @@
 """What a batch says about the weights: observation models and noise, from a forward pass to whitened rows of H."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ class BatchSeen:
         base: (s, k) noise variances known from the likelihood.
         channel: (s, k) channels of the noise.
         plain: (M,) whitened innovations of the global batch where it was linearised.
-        energy: what the data cost there, a scalar of the local samples in float64: half the squares of whitened
-            residuals, and negative log-likelihoods over their noise.
+        cost: gives the energy.
     """
 
     logits: Tensor
@@ -43,7 +42,16 @@ class BatchSeen:
     base: Tensor
     channel: Tensor
     plain: Tensor
-    energy: Tensor
+    cost: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """What the data cost there, a scalar of the local samples in float64.
+
+        Half the squares of whitened residuals, and negative log-likelihoods over their noise. Only steps that are tried
+        at several points ask for it.
+        """
+        return self.cost()
 
 
 class Observer:
@@ -149,7 +157,7 @@ class Observer:
             H = passed.jacobian(own.rows(local.cotangent))
         whitened = whitening.innovations(nu)
         judged = self._judged(whitened, R, *form) if self._gated else None
-        energy = self._energy(passed.logits, batch, whitened[batch.own], R[batch.own])
+        cost = partial(self._energy, passed.logits, batch, whitened[batch.own], R[batch.own])
         whitened = plain = whitened.flatten()
         if displaced is not None:
             pieces = displaced.split([layer.size for layer in self.layers])
@@ -167,7 +175,7 @@ class Observer:
             held_out=offset is not None,
         )
         logits = passed.logits[:, : self._classes]
-        return BatchSeen(logits, observed, whitening, nu, base, channel, plain, energy)
+        return BatchSeen(logits, observed, whitening, nu, base, channel, plain, cost)
 
     def _energy(self, outputs: Tensor, batch: Batch, whitened: Tensor, R: Tensor) -> Tensor:
         """What the local samples cost: outputs (m, D), whitened innovations (m, k), noise (m, k) or (m, k, k)."""

@@ -60,12 +60,12 @@ class Gate(Protocol):
         """The gate's name in configuration files."""
         ...
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """What is left of each observation.
 
         Args:
             predicted: (M, M) H P H^T of the whitened observations.
-            judged: the residuals.
+            residuals: the observations as residuals of unit noise.
             k: observations per sample.
 
         Returns:
@@ -84,7 +84,7 @@ class NoGate:
 
     kind: Literal["none"] = "none"
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """None."""
         return None
 
@@ -108,17 +108,17 @@ class _AtQuantile(ABC):
     def _factors(self, inflation: Tensor) -> Tensor:
         """Factor on each observation whose noise would have to rise from 1 to 1 + inflation."""
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """The smallest factor of each sample, (M,); None where all are 1."""
-        rows = judged.scale.nonzero().squeeze(1)
+        rows = residuals.scale.nonzero().squeeze(1)
         # Few numbers and many small steps, all alike on every rank: float64 on the CPU.
-        scale = judged.scale[rows].double().cpu()
+        scale = residuals.scale[rows].double().cpu()
         S = predicted[rows][:, rows].double().cpu() * scale * scale.unsqueeze(1)
         S.diagonal().add_(1.0)
-        inflation = _inflation(solve_innovation(S, judged.nu[rows].double().cpu()), self.threshold)
+        inflation = _inflation(solve_innovation(S, residuals.nu[rows].double().cpu()), self.threshold)
         if not bool(inflation.any()):
             return None
-        factor = torch.ones(judged.nu.shape, dtype=torch.float64)
+        factor = torch.ones(residuals.nu.shape, dtype=torch.float64)
         factor[rows.cpu()] = self._factors(inflation)
         return factor.view(-1, k).amin(1).repeat_interleave(k).to(predicted)
 

@@ -1,6 +1,6 @@
-r"""The gate: what is done about observations that the belief finds too surprising.
+r"""The gate: how observations that surprise the belief too much are treated.
 
-A gate judges residuals of unit noise, an observation against all others of its batch ::
+A gate tests residuals of unit noise, each against all others of its batch ::
 
     S = H P H^T + I      z_i^2 = (S^-1 nu)_i^2 / (S^-1)_ii      chi^2 with one degree of freedom
 
@@ -13,8 +13,8 @@ outliers, so the condition is solved for all of them: it is that of a maximum of
 D >= 0, which is climbed one coordinate at a time, the farthest first, each to its own maximum. ``skip`` leaves out
 the observations with D_i > 0.
 
-What is judged need not be what the filter conditions on. The innovation of ``log_likelihood`` is 1 by definition,
-so the probability of the label is judged in its place. Nor is tempered noise: it counts a shot once over all
+A gate need not test what the filter conditions on. The innovation of ``log_likelihood`` is 1 by definition,
+so the probability of the label is tested in its place. Nor is tempered noise: it counts a shot once over all
 passes, and says nothing about how far a residual may lie. And a label that is wrong is wrong for all observations
 of its sample, so they share the smallest factor among them.
 """
@@ -37,7 +37,7 @@ class GateResiduals:
     Attributes:
         nu: (M,) residuals, the k of a sample together.
         scale: (M,) what takes each whitened row of H to that of its residual; 0 for an observation that is not
-            judged by itself.
+            tested by itself.
     """
 
     nu: Tensor
@@ -48,7 +48,7 @@ class GateResiduals:
         return GateResiduals(self.nu[rows], self.scale[rows])
 
     def shifted(self, by: Tensor) -> "GateResiduals":
-        """The residuals at a mean by which the whitened innovations are less by so much."""
+        """The residuals at a mean where the whitened innovations are smaller by so much."""
         return GateResiduals(self.nu - self.scale * by, self.scale)
 
 

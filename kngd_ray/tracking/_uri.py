@@ -64,7 +64,7 @@ def resolve_uri(uri: str, folder: Path | None = None) -> str:
     """
     scheme = urlsplit(uri).scheme
     if scheme in {"http", "https"} and not urlsplit(uri).hostname:
-        raise TrackingError(f"tracking.uri is {redact(uri)!r}, which names no host; give http://HOST:PORT.")
+        raise TrackingError(f"tracking.uri is {redact(uri)!r}, which has no host; give http://HOST:PORT.")
     if not (scheme in {"http", "https", "databricks"} or uri == "databricks" or is_database(uri)):
         hint = "a folder or file alone is no store; " if not scheme or scheme == "file" else ""
         raise TrackingError(
@@ -75,7 +75,9 @@ def resolve_uri(uri: str, folder: Path | None = None) -> str:
     if path is None:
         return uri
     if str(path) in {".", "", ":memory:"}:
-        raise TrackingError(f"tracking.uri is {uri!r}, which keeps nothing; name a file, as in sqlite:///mlflow.db.")
+        raise TrackingError(
+            f"tracking.uri is {uri!r}, which is not kept on disk; name a file, as in sqlite:///mlflow.db."
+        )
     driver, _, rest = uri.partition("///")
     query = rest.partition("?")[1:]
     absolute = str(((folder or Path.cwd()) / path).resolve())

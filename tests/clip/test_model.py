@@ -278,10 +278,10 @@ LONG = "a very long name of a class that says much more than any text tower woul
         (
             [LONG + "a", LONG + "b", "dog"],
             "a {}.",
-            "reads 32, so that its name is cut off, and so are those of 1 other",
+            "reads 32, so its name is cut off, and so are those of 1 other",
         ),
         (["dog", "cat"], f"{LONG} {{}}", "the class 'dog' are too long"),
-        (["dog", "['cat']"], "a {}.", "a list as Python writes it"),
+        (["dog", "['cat']"], "a {}.", "which is a Python list"),
     ],
 )
 def test_classes_that_are_not_told_apart_are_refused(mini, names, templates, says):

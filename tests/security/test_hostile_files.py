@@ -511,7 +511,7 @@ for what, maker in FOREIGN.items():
         (folder / "x.npy").write_bytes(maker())
         return folder / "x.npy"
 
-    case("classes", "no .npy file of numbers", what)(foreign_classes)
+    case("classes", "not a .npy file of numbers", what)(foreign_classes)
     case("features", "is not a parquet file", what)(lambda _, maker=maker: maker())
 
 

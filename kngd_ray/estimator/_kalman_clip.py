@@ -432,9 +432,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             return self._restored
         model = self._inputs.model(self.class_names_, self._width)
         if model.fingerprint != self.checkpoint_.manifest["model"]["fingerprint"]:
-            raise CheckpointError(
-                f"{model.name} has other weights than the model that this classifier was fitted with."
-            )
+            raise CheckpointError(f"{model.name} has other weights than this classifier's model.")
         return self._restore(model)
 
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:

@@ -147,7 +147,7 @@ def test_a_folder_with_architecture_and_weights(mini, folder, monkeypatch):
         ("local-dir:", None, "there is no folder ''"),
         ("local-dir:mine", "openai", "model.pretrained='openai' is not for local-dir:mine, which has its own weights"),
         ("local-dir:bare", None, "lacks weights, such as open_clip_model.safetensors"),
-        ("local-dir:torn", None, "torn/open_clip_config.json describes no model"),
+        ("local-dir:torn", None, "torn/open_clip_config.json does not describe"),
         ("local-dir:unnamed", None, "lacks open_clip_config.json"),
         ("mine", None, "'mine' is a folder: write local-dir:mine"),
         ("someone/something", None, "a repository of Hugging Face's is named hf-hub:someone/something"),

@@ -83,9 +83,9 @@ class Watched:
     weight: torch.Tensor | None = None
     kind: str = field(default="watched", init=False)
 
-    def weights(self, predicted: torch.Tensor, judged: GateResiduals, k: int) -> torch.Tensor | None:
+    def weights(self, predicted: torch.Tensor, residuals: GateResiduals, k: int) -> torch.Tensor | None:
         """What the gate says."""
-        self.weight = self.gate.weights(predicted, judged, k)
+        self.weight = self.gate.weights(predicted, residuals, k)
         return self.weight
 
 

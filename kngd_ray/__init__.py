@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy when it is asked for.
+    """Import heavy modules on first use.
 
     Raises:
         AttributeError: there is no such name.

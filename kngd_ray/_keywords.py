@@ -1,4 +1,4 @@
-"""Keywords of Python as the ``key=value`` settings of the command line, so that both have one meaning and one error."""
+"""Python keywords as ``key=value`` settings of the command line: both have one meaning and one error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rows of numbers from outside as unit vectors: what is wrong with them, and how they become of length 1."""
+"""Rows of numbers from outside as unit vectors: their faults, and their normalisation."""
 
 from typing import Any
 

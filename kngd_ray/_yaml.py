@@ -208,7 +208,7 @@ class _Loader(yaml.SafeLoader):
 def _construct_number(loader: _Loader, node: Any) -> Any:
     found = number(loader.construct_scalar(node))
     if found is None:
-        raise ValueError(f"{node.value!r} is no number")
+        raise ValueError(f"{node.value!r} is not a number")
     return found
 
 

@@ -171,12 +171,12 @@ COLOUR = np.zeros((8, 9, 3), np.uint8)
 @pytest.mark.parametrize(
     ("X", "says"),
     [
-        (COLOUR, "X is one array of shape (8, 9, 3), one picture by its look: give a list of them, [X]."),
-        (COLOUR[:, :, :1], "one picture by its look"),
-        (COLOUR / 255, "one picture by its look"),
-        (GREY, "one picture by its look"),
-        (torch.zeros(3, 8, 9, dtype=torch.uint8), "one picture by its look"),
-        (list(COLOUR), "picture 0 is an array of shape (9, 3), a row of one picture by its look"),
+        (COLOUR, "X is one array of shape (8, 9, 3), which looks like one picture: give a list, [X]."),
+        (COLOUR[:, :, :1], "looks like one picture"),
+        (COLOUR / 255, "looks like one picture"),
+        (GREY, "looks like one picture"),
+        (torch.zeros(3, 8, 9, dtype=torch.uint8), "looks like one picture"),
+        (list(COLOUR), "picture 0 is an array of shape (9, 3), which looks like one row of a picture"),
         (np.array(5), "X is array(5) alone"),
         ("x.png", "X is one picture, 'x.png'"),
         (io.BytesIO(b"x"), "X is one picture"),
@@ -196,8 +196,8 @@ def test_what_is_no_list_of_pictures(fitted, X, says) -> None:
     with pytest.raises((InputError, DataError)) as error:
         fitted.predict(X)
     assert says in str(error.value)
-    if "by its look: give a list" in says:
-        with pytest.raises(InputError, match="one picture by its look"):
+    if "looks like one picture: give a list" in says:
+        with pytest.raises(InputError, match="looks like one picture"):
             KalmanCLIP(settings=QUICK).fit(X, list("abababab"))
 
 
@@ -253,11 +253,11 @@ def test_labels_that_are_missing_are_counted(train) -> None:
         (("sea_bird", "sea bird", "dog"), "'sea bird' and 'sea_bird' have one prompt"),
         (("SeaBird", "sea_bird", "dog"), "'SeaBird' and 'sea_bird' have one prompt"),
         (("IT", "it", "dog"), "read as one"),
-        (("['bird']", "cat", "dog"), "a list as Python writes it"),
+        (("['bird']", "cat", "dog"), "which is a Python list"),
         (("", "cat", "dog"), "a class is called ''"),
         (("x" * 400, "cat", "dog"), "its name is cut off"),
-        ((b"\xff", b"cat", b"dog"), "is no UTF-8"),
-        ((("bird", 1), ("cat", 2), ("dog", 3)), "nothing that a prompt can say: name each label by class_names="),
+        ((b"\xff", b"cat", b"dog"), "is not UTF-8"),
+        ((("bird", 1), ("cat", 2), ("dog", 3)), "cannot be used in a prompt: name each label by class_names="),
     ],
 )
 def test_classes_that_prompts_do_not_tell_apart(train, names, says) -> None:
@@ -384,7 +384,7 @@ def test_pickles_without_the_model(fitted, tests) -> None:
         ({"settings": {"data.shots": 1}}, [b"x", b"y"], ["a", "b"], UsageError, "data.shots"),
         ({"preset": "adamw"}, [b"x", b"y"], ["a", "b"], UsageError, "for adamw"),
         ({"preset": "kalman_lora"}, [b"x", b"y"], ["a", "b"], UsageError, "trains towers"),
-        ({"class_names": {"a": "cat"}}, [b"x", b"y"], ["a", "b"], UsageError, "no name of the label 'b'"),
+        ({"class_names": {"a": "cat"}}, [b"x", b"y"], ["a", "b"], UsageError, "lacks the label 'b'"),
         ({"class_names": {"a": "cat", "b": "cat"}}, [b"x", b"y"], ["a", "b"], UsageError, "one name"),
     ],
 )

@@ -66,8 +66,8 @@ def test_a_push_is_one_commit_to_a_private_repository(hub: Hub, export: Path) ->
 
 CASES = [
     # what is wrong, the exit code, what is said
-    ({"HF_TOKEN": ""}, None, 2, "needs a token of the hub's that may write: run `hf auth login`, or set HF_TOKEN."),
-    ({"HF_HUB_OFFLINE": "1"}, None, 2, "HF_HUB_OFFLINE keeps its client away from it: unset that."),
+    ({"HF_TOKEN": ""}, None, 2, "needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN."),
+    ({"HF_HUB_OFFLINE": "1"}, None, 2, "HF_HUB_OFFLINE is set: unset it."),
     ({"HF_TOKEN": "hf_" + "b" * 34}, None, 1, "could not be pushed: the hub does not know the token"),
     ({"HF_ENDPOINT": "http://127.0.0.1:9"}, None, 1, "http://127.0.0.1:9 cannot be reached: check the network"),
     ({}, 403, 1, "the token has no right to write there: take one that has, or another name"),

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what commands do with them."""
+"""Arguments that several commands share, and helpers for their output."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A command line among the arguments of another command: that of ``submit`` and ``doctor``."""
+"""The command line that ``submit`` and ``doctor`` take among their arguments."""
 
 from collections.abc import Sequence
 from typing import Any

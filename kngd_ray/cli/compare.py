@@ -23,7 +23,9 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.html", help="The HTML page; by default compare-EXPERIMENT.html.", show_default=False
+            metavar="FILE.html",
+            help="The HTML page, by default compare-EXPERIMENT.html; replaces only pages that kngd-ray wrote.",
+            show_default=False,
         ),
     ] = None,
     as_json: Json = False,

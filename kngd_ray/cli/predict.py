@@ -20,7 +20,11 @@ def predict(
     ],
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Also write a gallery, the most novel first.", show_default=False),
+        typer.Option(
+            metavar="FILE.html",
+            help="Also write a gallery, the most novel first; replaces only pages that kngd-ray wrote.",
+            show_default=False,
+        ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
     storage_path: Storage = "kngd_runs",

@@ -1,4 +1,4 @@
-"""What a written model is checked with: the network's logits of a few pictures, against those of the file."""
+"""Check a written model: compare its logits of a few pictures with the network's."""
 
 import copy
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ LOGIT_SCALE = 100.0  # that of OpenAI's models, and of most others after trainin
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which CLIP model to adapt, or what is known of the one that gave the features.
+    """The CLIP model to adapt, or a description of the model that computed the features.
 
     Attributes:
         name: A model name of open_clip, ``embedded`` for the mini CLIP of this package, or ``precomputed`` for data
@@ -92,22 +92,22 @@ def check_without_towers(
         )
     if prompts:
         raise ValueError(
-            "data.templates are prompts for a text tower, which model.name=precomputed has none of: leave them out, "
+            "data.templates are prompts for a text tower, and model.name=precomputed has none: leave them out, "
             "and make model.class_embeddings from them"
         )
     if protocol == "cdg":
         raise ValueError(
-            "protocol is cdg, whose targets have classes of their own that a text tower has to encode, and "
-            "model.name=precomputed has none: take another protocol, or a CLIP model and pictures"
+            "protocol is cdg, which encodes the targets' classes with a text tower, and "
+            "model.name=precomputed has none: use another protocol, or a CLIP model and pictures"
         )
     if model.class_embeddings is not None:
         return
     if protocol == "bng":
-        raise ValueError("protocol is bng, which tells new classes apart by their texts: give model.class_embeddings")
+        raise ValueError("protocol is bng, which recognises new classes by their texts: give model.class_embeddings")
     if not any(isinstance(adapter, ClassResidual) for adapter in adapters):
         raise ValueError(
-            f"adapter is {', '.join(a.kind for a in adapters) or 'none'}, which moves features or class embeddings to "
-            "one another, and there are no model.class_embeddings: give them, or set adapter=class_residual"
+            f"adapter is {', '.join(a.kind for a in adapters) or 'none'}, which works on "
+            "model.class_embeddings: give them, or set adapter=class_residual"
         )
 
 

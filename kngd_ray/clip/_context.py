@@ -1,4 +1,4 @@
-"""What a text tower reads of prompts: it cuts what is longer than its context, and takes some texts for one."""
+"""What a text tower sees of prompts: long ones are cut, and some texts become the same tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -51,7 +51,7 @@ class Reading:
             name, prompt = _short(self._name(longest)), _short(self._prompts[longest])
             raise DataError(
                 f"the prompts of the class {name!r} are too long: {prompt!r}"
-                f" has {cut[longest]:,} tokens, and {model} reads {self.tokens.shape[1]}, so that its name is cut off"
+                f" has {cut[longest]:,} tokens, and {model} reads {self.tokens.shape[1]}, so its name is cut off"
                 f"{more}; shorten names or data.templates"
             )
         first: dict[bytes, int] = {}
@@ -94,7 +94,7 @@ class Reading:
         return {n: size for n, size in zip(full, sizes, strict=True) if size > length}
 
     def _sizes(self, texts: list[str]) -> list[int]:
-        """Tokens of texts, whatever the context; those that fit into it count as 0."""
+        """Numbers of tokens of texts; 0 for texts that fit into the context."""
         length = self.tokens.shape[1]
         found = []
         for narrow, wide in zip(

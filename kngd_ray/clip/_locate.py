@@ -144,8 +144,8 @@ def _folder(name: str) -> Source:
     if not (folder / _CONFIG).is_file() or file is None:
         lacks = _CONFIG if file is not None else "weights, such as open_clip_model.safetensors"
         raise ModelError(
-            f"model.name={name!r}: the folder lacks {lacks}: name one that kngd-ray export wrote, or a repository of "
-            "open_clip's"
+            f"model.name={name!r}: the folder lacks {lacks}: name one that kngd-ray export wrote, or an open_clip "
+            "repository"
         )
     if len(found) > 1 and file.name not in _PREFERRED:
         raise ModelError(
@@ -191,7 +191,7 @@ def _check_config(path: Path, name: str) -> None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         kept = False
     if not kept:
-        raise ModelError(f"model.name={name!r}: {path} describes no model of open_clip: fetch or export it again")
+        raise ModelError(f"model.name={name!r}: {path} does not describe an open_clip model: fetch or export it again")
 
 
 def _fetch(name: str, tag_name: str, tag: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Layers with low-rank updates beside their frozen weights: torch's and open_clip's layers, one class for each kind.
+"""Layers with low-rank updates of their frozen weights: torch's and open_clip's layers, one class for each kind.
 
 Every factor meets its input in a ``linear`` over tokens (m, T, i) with the samples in dimension 0, so that
 its per-sample gradients are read off that call.
@@ -66,7 +66,7 @@ class LoraPointwise(nn.Conv2d):
 
 
 class LoraAttention(nn.MultiheadAttention):
-    """torch's attention with updates of q, k, v and out; only what CLIP towers use of it."""
+    """torch's attention with updates of q, k, v and out, as far as CLIP towers use it."""
 
     lora: nn.ModuleDict
 

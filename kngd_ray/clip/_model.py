@@ -137,7 +137,7 @@ class ClipModel:
         return self._encode(images, prepare, encode, batch_size)
 
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = _TEXTS_AT_ONCE) -> Tensor:
-        """Encode texts; what is longer than the context of the text tower is cut off.
+        """Encode texts, cut to the context of the text tower.
 
         Args:
             texts: n texts.
@@ -176,7 +176,7 @@ class ClipModel:
         return embeddings
 
     def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> list[str]:
-        """What is to be said of prompts: names that they have in words, and what of them is cut off.
+        """Remarks on prompts: names that were put in words, and prompts that are cut off.
 
         Args:
             class_names: the classes.
@@ -285,7 +285,7 @@ def _build(source: Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
 
 
 def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
-    """Read a checkpoint into a network, which must need all of it and nothing else.
+    """Load a checkpoint into a network; their weights must match exactly.
 
     Raises:
         ModelError: The file is corrupt, is more than tensors, or belongs to another architecture.

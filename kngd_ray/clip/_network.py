@@ -128,7 +128,7 @@ class CLIPNetwork(nn.Module):
 
     @property
     def live_text(self) -> bool:
-        """Whether every forward pass encodes the class prompts anew, by the text tower that is trained."""
+        """Whether every forward pass encodes the class prompts again, as the text tower is trained."""
         return self.text_trained and not self.pairs
 
     def train(self, mode: bool = True) -> "CLIPNetwork":

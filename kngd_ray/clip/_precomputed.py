@@ -93,7 +93,7 @@ class PrecomputedModel:
         unknown = [name for name in class_names if name not in self._row]
         if unknown:
             raise ModelError(
-                f"model.class_embeddings has no embedding of the class {unknown[0]!r}: it belongs to data with the "
+                f"model.class_embeddings has no embedding for the class {unknown[0]!r}: it belongs to data with the "
                 f"classes {', '.join(self.classes[:20])}{', ...' if len(self.classes) > 20 else ''}"
             )
         return torch.from_numpy(self._embeddings[[self._row[name] for name in class_names]])
@@ -134,7 +134,7 @@ def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int
 def given_precomputed(
     array: npt.NDArray[Any], classes: Sequence[str], embed_dim: int, logit_scale: float, place: str
 ) -> PrecomputedModel:
-    """Check class embeddings, and average those of prompts as a zero-shot head does.
+    """Check class embeddings, and average over prompts as a zero-shot head does.
 
     Args:
         array: (C, d) or (C, T, d) numbers.
@@ -200,8 +200,8 @@ def read_class_embeddings(path: Path) -> npt.NDArray[Any]:
         raise ModelError(f"{setting} cannot be read ({error.strerror or error}): check the path") from error
     except _DAMAGE as error:
         raise ModelError(
-            f"{setting} is no .npy file of numbers, or damaged; Python objects are never unpickled: write it with "
-            "numpy.save(path, array) from floats (C, d)"
+            f"{setting} is not a .npy file of numbers, or is damaged; Python objects are never unpickled: write it "
+            "with numpy.save(path, array) from floats (C, d)"
         ) from error
 
 

@@ -115,7 +115,7 @@ def parts(templates: str | Sequence[str]) -> list[tuple[str, Callable[[str], str
 
 
 def check_names(class_names: Sequence[str]) -> None:
-    """Refuse what is no name.
+    """Refuse a name that cannot be used in a prompt.
 
     Args:
         class_names: the classes.
@@ -125,9 +125,9 @@ def check_names(class_names: Sequence[str]) -> None:
     """
     for name in class_names:
         if not name.strip():
-            raise DataError(f"a class is called {name!r}, which says nothing in a prompt: give it a name")
+            raise DataError(f"a class is called {name!r}, which means nothing in a prompt: give it a name")
         if name[0] + name[-1] in {"[]", "()", "{}"} and any(quote in name for quote in "'\""):
-            raise DataError(f"a class is called {name!r}, a list as Python writes it: give it one name")
+            raise DataError(f"a class is called {name!r}, which is a Python list: give it one name")
 
 
 def said_otherwise(class_names: Sequence[str], templates: str | Sequence[str]) -> str | None:

@@ -84,7 +84,7 @@ class PictureTransform:
         return pixels if pixels.dtype != torch.uint8 else normalised(pixels, self._mean, self._std)
 
     def _bounded(self, picture: Image.Image) -> Image.Image:
-        """Cut the ends off a picture so long that its resized copy would be far larger than what is kept of it.
+        """Crop the ends of a very long picture, whose resized copy would be far larger than its crop.
 
         Raises:
             DataError: the picture is to be seen as a whole, and would have no height or width left.
@@ -145,7 +145,7 @@ def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def best_device() -> str:
-    """Where to compute if nobody says: on this machine's GPU, if there is one.
+    """The default device: this machine's GPU, if there is one.
 
     Returns:
         ``cuda`` or ``cpu``.

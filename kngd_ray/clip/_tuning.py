@@ -17,7 +17,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions:
-    """What is trained beside the adapters, on which pictures and in which precision.
+    """What is trained besides the adapters, on which pictures and in which precision.
 
     A pattern is a glob over dotted names, ``visual.transformer.resblocks.1?.*``; ``*`` crosses dots, and a
     pattern that is only the beginning of names, ``visual``, means all of them, ``visual.*``. The names are

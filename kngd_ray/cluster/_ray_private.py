@@ -1,4 +1,4 @@
-"""What this package needs of Ray that Ray does not promise: all of it is here, and nothing of it elsewhere.
+"""All uses of Ray's private interfaces: they are here and nowhere else.
 
 Another minor version of Ray may rename any of it, so `pyproject.toml` admits the minor version that was tried alone.
 """
@@ -67,7 +67,7 @@ def most_resources() -> dict[str, float]:
 
 
 def package_limit() -> int:
-    """Bytes above which a cluster refuses a package: the dashboard's limit, or that of what it is kept in."""
+    """Bytes above which a cluster refuses a package: the limit of the dashboard, or of its store."""
     return int(min(_PACKAGE_LIMITS))
 
 
@@ -111,7 +111,7 @@ class _Folders(list[str]):
     """Folders to which Ray can add none: it would put the current one before all that its workers import."""
 
     def extend(self, folders: Iterable[str]) -> None:
-        """Leave the list as it is."""
+        """Leave the list unchanged."""
 
 
 def job_config(folders: Iterable[str]) -> Any:

@@ -85,7 +85,7 @@ class Bundle:
 
     @property
     def shadowing(self) -> list[str]:
-        """Files and folders of modules that take the place of what is installed, such as ``torch.py``."""
+        """Files and folders that would shadow installed modules, such as ``torch.py``."""
         installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         modules = {name: name.removesuffix(".py") for name in self.sizes if "/" not in name and name.endswith(".py")}
         modules |= {f"{name.partition('/')[0]}/": name.partition("/")[0] for name in self.sizes if _is_package(name)}
@@ -99,7 +99,7 @@ class Bundle:
 
     @property
     def brings_kngd_ray(self) -> bool:
-        """Whether the cluster runs the kngd_ray that is sent, whatever is installed there."""
+        """Whether the cluster runs the kngd_ray that is sent instead of an installed one."""
         return "kngd_ray/__init__.py" in self.sizes
 
     def largest(self, n: int) -> list[tuple[str, int]]:
@@ -168,7 +168,7 @@ def collect(root: Path, include: Sequence[str] = ()) -> Bundle:
 
 
 def write_zip(package: Bundle, target: Path) -> None:
-    """Write the package; the same files give the same bytes, so that the cluster need not be sent them twice.
+    """Write the package; the same files give the same bytes, so the cluster gets them only once.
 
     Args:
         package: what is sent.
@@ -262,7 +262,7 @@ class _Sorter:
 
 
 def _listed(root: Path) -> tuple[list[str], list[str]] | None:
-    """Files of a folder that git knows or would add, and those of them that .rayignore leaves out.
+    """Files of a folder that git knows or would add, and the ones that .rayignore leaves out.
 
     Returns:
         Both; None where the folder is in no repository.
@@ -329,7 +329,7 @@ def _asked_for(root: Path, pattern: str) -> list[str]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, but for those of version control, caches and virtual environments.
+    """All files below a folder, except version control, caches and virtual environments.
 
     Raises:
         KngdError: a folder cannot be read.
@@ -356,7 +356,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _secret_name(name: str) -> bool:
-    """Whether a path looks like that of a credential: its name, or that of a folder that it is in."""
+    """Whether a path looks like a credential, by its own name or the name of a folder above it."""
     *folders, file = name.lower().split("/")
     if not _PRIVATE_FOLDERS.isdisjoint(folders) or any(fnmatch(file, pattern) for pattern in _PRIVATE_FILES.split()):
         return True

@@ -1,4 +1,4 @@
-"""Which Ray cluster is joined, how one is started or joined, and what an error on the way means.
+"""Find, join or start a Ray cluster, and explain errors on the way.
 
 An instance that is started here listens on loopback only and asks for Ray's token. By default Ray does neither: on
 Linux it replaces a loopback address by the machine's outward one, and everybody can read the token that it writes.
@@ -155,7 +155,7 @@ def _host(address: str) -> str:
 
 
 def _check_port(address: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself would go on trying for minutes."""
+    """Fail within seconds if nothing listens; Ray itself would retry for minutes."""
     host, port = _host(address), address.rpartition(":")[2]
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()

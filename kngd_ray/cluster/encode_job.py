@@ -53,7 +53,7 @@ def _blocks(images: ImageSet, indices: npt.NDArray[np.int64]) -> Iterable[pa.Tab
 
 
 class _Encode:
-    """An actor of the pool: decodes and encodes batches; errors travel as text beside empty features."""
+    """An actor of the pool: decodes and encodes batches, and returns errors as text beside empty features."""
 
     def __init__(self, model: ModelConfig, gpu: bool, crops: Crops | None) -> None:
         self._source, self._crops = (model, "cuda" if gpu else "cpu"), crops
@@ -148,7 +148,7 @@ def _one_sentence() -> Iterator[None]:
         if isinstance(cause, KngdError):
             raise type(cause)(reason) from error
         raise KngdError(
-            f"encoding features with Ray failed ({reason}): correct that, "
+            f"encoding features with Ray failed ({reason}): fix that, "
             "or set trainer.num_workers=0 to encode in this process"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What workers of a job send to its driver, and whether the cluster that carries it is still there."""
+"""Events from a job's workers to its driver, and whether their cluster is still alive."""
 
 import logging
 import socket
@@ -70,7 +70,7 @@ class Cluster:
         )
 
     def _count(self, now: float) -> None:
-        """Say what a silent job may wait for."""
+        """Say what a silent job may be waiting for."""
         if now - self._counted < _COUNT_SECONDS:
             return
         self._counted = now

@@ -1,4 +1,4 @@
-"""``doctor`` as a short job on the cluster, for a command that is about to be submitted there."""
+"""``doctor`` as a short job on the cluster, before a command is submitted there."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Workers run the code that the driver runs: found where it found it, and compared before anything is done."""
+"""Workers run the driver's code: imported from the same place, and compared before use."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def refuse_other_code() -> None:
 
 
 def compared(module: str, function: str) -> Callable[..., Any]:
-    """A function for workers that looks first whether the package there is the one here, as on a node that came later.
+    """A function for workers that first checks that their package is the driver's, also on nodes that joined later.
 
     Args:
         module: where the function is.
@@ -92,10 +92,10 @@ def _difference(node: str, theirs: Copy, mine: Copy) -> str:
 
 
 def _looker() -> Callable[[], Copy]:
-    """A function that travels whole, where one of a module would be that of whichever module is found there."""
+    """A function that is pickled by value; by reference, a worker would import its own version of the module."""
 
     def look() -> Copy:
-        """What an import would find; nothing of it is run."""
+        """The copy that an import would find, without importing it."""
         import hashlib
         import importlib.util
         import re

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, by its dashboard: sent, followed and stopped, and what goes wrong in one sentence."""
+"""Jobs on a Ray cluster by its dashboard: submit, follow and stop them, each failure in one sentence."""
 
 import asyncio
 import logging
@@ -294,7 +294,7 @@ class Cluster:
             what = "requires a token, and none was sent" if missing else "does not accept this token"
             raise KngdError(f"the cluster at {self.address} {what}: {_HOW_TO_SHOW_IT}.") from error
         except (requests.JSONDecodeError, requests.HTTPError, KeyError) as error:
-            raise KngdError(f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265.") from error
+            raise KngdError(f"the server at {self.address} is not a Ray dashboard: give http://HOST:8265.") from error
         except (OSError, requests.RequestException) as error:  # a ConnectionError of Python's is an OSError
             raise KngdError(self._unreachable(error)) from error
         except (RuntimeError, ValueError) as error:
@@ -302,7 +302,7 @@ class Cluster:
                 raise UsageError(self._unknown(job_id)) from error
             if "404" in str(error):
                 raise KngdError(
-                    f"what answers at {self.address} is not a Ray dashboard: give http://HOST:8265."
+                    f"the server at {self.address} is not a Ray dashboard: give http://HOST:8265."
                 ) from error
             if _NO_AGENT in str(error):
                 raise KngdError(
@@ -339,7 +339,7 @@ class Cluster:
 
 
 def _without_noise(lines: Iterable[str]) -> Iterator[str]:
-    """Leave out what Ray adds to a job's own lines: at their beginning, and after the last of them."""
+    """Leave out the lines that Ray adds before and after a job's own."""
     return (line for line in takewhile(lambda line: not line.startswith(_EPILOGUE), lines) if not _NOISE.match(line))
 
 
@@ -358,7 +358,7 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
 
 @contextmanager
 def _no_addresses() -> Iterator[None]:
-    """Without the variables that Ray's client would put over the address that it is given."""
+    """Without the environment variables that Ray's client prefers to the given address."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

@@ -39,7 +39,7 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     Args:
         job: the fits.
         trainer: workers, resources and fault tolerance.
-        on_event: told of steps, in this thread.
+        on_event: called with each step, in this thread.
 
     Raises:
         KngdError: a worker failed more often than is allowed, or the cluster has gone; what was finished is kept.
@@ -91,7 +91,7 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
 
 
 def job_fitter(trainer: TrainerConfig, folder: Path) -> Callable[[Sequence[FitTask]], list[Fitted | FilterError]]:
-    """A way to run the fits of a search's trial: all of them as one Ray Train job.
+    """Run all fits of a trial as one Ray Train job.
 
     Args:
         trainer: workers and resources.
@@ -213,7 +213,7 @@ def _explained(error: TrainingFailedError) -> KngdError:
 
 
 def _lost_another(error: BaseException) -> bool:
-    """Whether an error is what a collective says, often first, on a rank whose peer has gone."""
+    """Whether an error is a collective's, from a rank whose peer is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 

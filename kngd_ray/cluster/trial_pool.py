@@ -1,4 +1,4 @@
-"""Light trials on Ray: a pool of kept processes, each of which runs one turn of the study's trials after another.
+"""Light trials on Ray: a pool of long-lived processes, each running one batch of trials after another.
 
 A trial that takes a fraction of a second needs no Tune trial of its own, whose bookkeeping takes as long. The study
 decides which trials there are and is on disk, as for :mod:`kngd_ray.cluster.tune_job`; schedulers are Tune's.
@@ -64,7 +64,7 @@ def _turn(config: dict[str, Any], *, work: Workload, mode: str, device: str) -> 
 
 
 class _Pool:
-    """Actors, what each is at, and the trials of its turn.
+    """Actors, and the trials that each is running.
 
     An actor is given trials only once it is up: those of one that waits for room another driver could run.
     """
@@ -104,7 +104,7 @@ class _Pool:
         return busy or not over
 
     def take_in(self) -> None:
-        """Wait for what actors have to say, no longer than it takes to see that the search is to stop.
+        """Wait for actors' reports, briefly enough to notice that the search should stop.
 
         Raises:
             KngdError: no process starts.
@@ -141,7 +141,7 @@ class _Pool:
 
 
 def _actor_class() -> Any:
-    """The actor's class; of no module, so that it travels whole: what the module there says is to be compared first."""
+    """The actor's class, pickled by value: the worker's version of a module is compared before it is used."""
 
     class Kept:
         def __init__(self, turn: Any, work: Any) -> None:

@@ -1,4 +1,4 @@
-"""A search on Ray: light trials by a pool of actors; those of many ranks, or that a scheduler may stop, by Ray Tune.
+"""A search on Ray: light trials in a pool of actors; trials of several ranks or with a scheduler by Ray Tune.
 
 The study decides which trials there are (:mod:`kngd_ray.tuning.study`), and it is on disk; Tune decides where they
 run. What Tune calls a trial is a turn of a process here, which runs one trial of the study, or several that advance
@@ -272,7 +272,7 @@ def _reason(trial: Any) -> str:
 
 
 def _quiet() -> None:
-    """Settings of Tune for this process; what the user has set stays."""
+    """Settings of Tune for this process; variables that the user has set are kept."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

@@ -108,7 +108,7 @@ def _show(table: Table, found: Found, display: Display) -> None:
 
 
 def _blocks(metrics: Sequence[Metric], width: int, each: int) -> list[Sequence[Metric]]:
-    """Columns that fit beside each other; one at least."""
+    """Columns that fit side by side; at least one."""
     number = max(1, width // each)
     return [metrics[start : start + number] for start in range(0, len(metrics), number)]
 

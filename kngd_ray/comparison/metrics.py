@@ -1,4 +1,4 @@
-"""Which figures are compared, what they are called and how they are written."""
+"""The metrics of a comparison: names, directions and formats."""
 
 from dataclasses import dataclass
 
@@ -43,12 +43,12 @@ class Metric:
 
     @property
     def better(self) -> str:
-        """Which way it is better, in words; empty where it is not known."""
+        """The better direction in words; empty if unknown."""
         return {1: "higher is better", -1: "lower is better"}.get(self.direction, "")
 
     @property
     def factor(self) -> float:
-        """From the figure to what is shown."""
+        """Factor from the logged value to the value shown."""
         return 100.0 if self.name.endswith("accuracy") or STREAM_LABELS.get(self.name, "").endswith("%") else 1.0
 
     def show(self, value: float, sign: str = "") -> str:
@@ -67,7 +67,7 @@ class Metric:
         return text.replace("-", "−") if float(text) else text.lstrip("+-")  # no -0.0
 
     def spread(self, low: float, mean: float, high: float) -> str:
-        """An interval around a mean: ``±2.4``, or both ends where it has no half: at the bounds of what can be."""
+        """An interval around a mean: ``±2.4``, or both ends where it is cut at a bound and so not symmetric."""
         if abs((high - mean) - (mean - low)) * self.factor < (0.05 if self.factor == 100 else 0.0005):
             return f"±{self.show((high - low) / 2)}"
         return f" [{self.show(low)}, {self.show(high)}]"

@@ -1,4 +1,4 @@
-"""From MLflow runs to the rows of a comparison: what belongs to which method, what can be compared, what it is called.
+"""From MLflow runs to the rows of a comparison: grouping by method, comparability, names.
 
 A row is one method of one run: its parent run and a child per seed, or one run alone. Rows are put in one group
 when they were scored on the same thing. CLIP's own zero-shot figures tell: every run logs them, and they agree on a
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def task(self) -> dict[str, str]:
-        """Settings that decide what a run is scored on."""
+        """Settings that decide which data a run is scored on."""
         task = {k: v for k, v in self.params.items() if k.startswith(("data.", "model.")) and k not in _NOT_TASK}
         task = {k: v for k, v in task.items() if k not in _LATER or v != "None"}
         task = {k: v for k, v in task.items() if not k.startswith(_COLUMNS) or v != k.removeprefix(_COLUMNS)}
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def stream(self) -> tuple[str | None, str | None] | None:
-        """What decides the order of a stream, which zero-shot figures do not see; None of a run that is none."""
+        """What decides the order of a stream, which zero-shot figures ignore; None if the run is no stream."""
         if self.params.get("protocol") != "stream":
             return None
         return self.params.get("data.order"), self.params.get("data.time")
@@ -166,14 +166,14 @@ def by_name(runs: Sequence[LoggedRun], name: str) -> list[str]:
 
 
 def hint(name: str, known: Sequence[str]) -> str:
-    """The end of a message about a name that is not there: the nearest, and the first few that are."""
+    """The end of a message about an unknown name: the nearest names, and the first few that exist."""
     guess = "".join(f"; did you mean {match}?" for match in closest(name, known))
     more = ", ..." if len(known) > _NAMED else ""
     return f"{guess} (there: {', '.join(known[:_NAMED])}{more})" if known else guess
 
 
 def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
-    """Put together what was scored on the same thing, see above.
+    """Group the rows that were scored on the same data, see above.
 
     Args:
         rows: the oldest first.
@@ -198,7 +198,7 @@ def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def name_rows(rows: Sequence[Row]) -> list[str]:
-    """Give every row of a group a name of its own: method, preset, and the settings in which it differs.
+    """Give every row of a group a unique name: method, preset, and the settings in which it differs.
 
     Args:
         rows: a group; their ``name`` is set.
@@ -273,7 +273,7 @@ def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
 
 
 def _trials(runs: Sequence[LoggedRun], search: LoggedRun) -> Found:
-    """The finished trials of a search as rows of one pretended seed: there is nothing to pair them by."""
+    """The finished trials of a search as rows of one artificial seed: trials cannot be paired."""
     left_out: Counter[str] = Counter()
     rows = []
     for run in runs:

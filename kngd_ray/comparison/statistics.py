@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether it is significant, also among all differences that it is one of."""
+        """Whether it is significant, corrected for all differences in its table."""
         return self.p_holm is not None and self.p_holm < 1 - LEVEL
 
 
@@ -97,7 +97,7 @@ def paired_difference(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's correction: p-values, each as good as that of a single comparison.
+    """Holm's correction: p-values, each valid as if it were a single comparison's.
 
     Args:
         ps: p-values of comparisons that are looked at together.

@@ -1,4 +1,4 @@
-"""The tables of a comparison: figures, paired differences, the Pareto front, and what they say in plain words."""
+"""The tables of a comparison: figures, paired differences, the Pareto front, and headlines in plain words."""
 
 import math
 from collections import Counter
@@ -175,7 +175,7 @@ def _like(name: str, known: Sequence[str]) -> str:
 
 
 def _baseline(group: Sequence[Row], runs: Sequence[LoggedRun], wanted: str | None) -> Row | None:
-    """The row of a group that a person means; None if it is not there.
+    """The row of a group with a given name; None if there is none.
 
     Raises:
         UsageError: the name fits several.
@@ -258,7 +258,7 @@ def _figure(row: Row, metric: Metric, baseline: Row | None) -> Figure | None:
 
 
 def _correct(rows: Sequence[dict[str, Figure]], metric: str) -> None:
-    """Correct what is said of a metric's differences for the number of them, in place."""
+    """Correct the verdicts on a metric's differences for their number, in place."""
     tested = [(row, d, d.p) for row in rows if (d := row[metric].difference) is not None and d.p is not None]
     for (row, difference, _), p in zip(tested, holm([p for *_, p in tested]), strict=True):
         row[metric] = replace(row[metric], difference=replace(difference, p_holm=p))

@@ -67,7 +67,7 @@ class FeatureCache:
         self._where: dict[bytes, tuple[str, int]] = {}  # key to part and row
 
     def missing(self, keys: Keys) -> set[bytes]:
-        """Return those of `keys` (N,) without a feature, after a look for parts of other writers."""
+        """Return the `keys` (N,) without a feature, after a look for parts of other writers."""
         self._refresh()
         return {key for key in keys.tolist() if key not in self._where}
 

@@ -82,7 +82,7 @@ def _check_labels(rows: Rows) -> None:
 
 
 def _others(lost: Sequence[int], rows: Rows) -> str:
-    """How many rows lack the same as the first of them."""
+    """How many further rows have the same fault."""
     return f", as {len(lost)} of {len(rows.labels)} rows" if len(lost) > 1 else ""
 
 

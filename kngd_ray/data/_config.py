@@ -1,4 +1,4 @@
-"""What a data set is, which part of it is trained on and where its features are kept."""
+"""Settings of the data: its files, the part to train on and the feature cache."""
 
 import os
 from collections import Counter

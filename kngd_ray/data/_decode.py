@@ -1,4 +1,4 @@
-"""Pictures from whatever holds them: bytes that nobody vouches for, files, arrays, and PIL's own.
+"""Pictures from untrusted bytes, files, arrays and PIL images.
 
 Each way ends in :func:`kngd_ray._rgb.to_rgb`, so that a picture is the same by all of them.
 """
@@ -109,7 +109,7 @@ def picture_of(given: Any, place: str, remedy: str = REPLACE) -> Image.Image:
 
 
 def _content(file: Any, place: str) -> bytes:
-    """What is in an open file, from its start; it is left where it stood, so that it can be read again.
+    """The contents of an open file from its start; its position is restored.
 
     Raises:
         DataError: it cannot be read, or is open as text.

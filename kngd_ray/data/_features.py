@@ -64,7 +64,7 @@ class FeatureFiles(ParquetFiles):
 
 
 class Features:
-    """Rows that are features, whose width and lengths are noted as they are hashed.
+    """Rows of features; their width and lengths are recorded while they are hashed.
 
     Args:
         names: of the columns.
@@ -99,7 +99,7 @@ class Features:
         return int(max(1, min(_AT_ONCE, BATCH_BYTES // (8 * max(1, self._width(file))))))
 
     def _width(self, file: Any) -> int:
-        """The mean length of the lists of a row group, the largest of them."""
+        """The largest mean length of the lists in a row group."""
         rows = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
         values = [chunk.num_values for chunk in chunks(file, [self.column])]
         return max((value // row for value, row in zip(values, rows, strict=True) if row), default=0)
@@ -117,7 +117,7 @@ class Features:
 
 
 class GivenFeatures:
-    """Features in the place of a cache: all of them are there, and none is ever computed.
+    """Precomputed features with the interface of a cache: complete, never computed.
 
     Args:
         source: the files.
@@ -131,7 +131,7 @@ class GivenFeatures:
         self._rows = rows[first]
 
     def missing(self, keys: Keys) -> set[bytes]:
-        """Return those of `keys` (N,) without a feature."""
+        """Return the `keys` (N,) without a feature."""
         return set(keys[~np.isin(keys, self._keys)].tolist())
 
     def read(self, keys: Keys) -> Vectors:

@@ -55,7 +55,7 @@ def _named(name: str) -> Iterator[Path]:
 
 
 def _beside(folder: Path) -> list[str]:
-    """Names beside a folder that is not there."""
+    """Names beside a missing folder."""
     if folder.is_dir() or not folder.parent.is_dir():
         return []
     return [entry.name for entry in folder.parent.iterdir()]

@@ -211,7 +211,7 @@ def _scan_files(paths: Sequence[Path], config: DataConfig, features: bool) -> Ro
 
 
 def _unnamed(rows: Rows, config: DataConfig, path: str) -> Rows:
-    """The rows of a data set in which `data.columns` names nothing, and a sentence where it names something."""
+    """The rows of a data set read without `data.columns`, and a sentence where columns were named."""
     if not config.columns.renamed:
         return rows
     return rows._replace(notes=(*rows.notes, f"data.columns is for parquet files of yours, and not for {path}"))

@@ -149,7 +149,7 @@ def _split_level(folders: Sequence[Parts], root: Path, config: DataConfig) -> in
 
 
 def _all_splits(names: Sequence[str]) -> bool:
-    """Whether names are those of splits, and differ in nothing else."""
+    """Whether names are split names that differ in nothing else."""
     found = [split_named(name) for name in set(names)]
     return None not in found and len({split[1] for split in found if split is not None}) == 1
 
@@ -161,7 +161,7 @@ def _split(name: str) -> str:
 
 
 def _layout(folders: Sequence[Parts], depths: set[int], root: Path, config: DataConfig) -> tuple[str, str | None]:
-    """Whether the outermost folders are ``domains`` or ``classes``, and what is to be said of it.
+    """Whether the outermost folders are ``domains`` or ``classes``, and a remark on it.
 
     Raises:
         DataError: they can be either, or the folders are too shallow or too deep.

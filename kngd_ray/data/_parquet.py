@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 
 
 class Content(Protocol):
-    """What the rows of a data set are, beside their labels: one column of its files."""
+    """The content of a data set's rows besides the labels: one column of its files."""
 
     @property
     def column(self) -> str:
@@ -155,7 +155,7 @@ class Pictures:
                 )
 
     def at_once(self, file: Any) -> int:
-        """How many rows to unpack at once: a value that is stored once may stand in each of them."""
+        """How many rows to unpack at once: a value that is stored once may be repeated in every row."""
         largest = max((chunk.total_uncompressed_size for chunk in chunks(file, self._read)), default=1)
         return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
@@ -316,7 +316,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
 
 def _decoded(value: Any, column: str, path: Path) -> Any:
-    """Return a name as text, and a number as it is.
+    """Return a name as text, and a number unchanged.
 
     Raises:
         DataError: when a name is bytes that are no UTF-8.
@@ -327,7 +327,7 @@ def _decoded(value: Any, column: str, path: Path) -> Any:
         return value.decode()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: column `{column}` holds {value[:40]!r}, which is no UTF-8: write it as text"
+            f"{path}: column `{column}` holds {value[:40]!r}, which is not UTF-8: write it as text"
         ) from error
 
 

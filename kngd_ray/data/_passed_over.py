@@ -29,7 +29,7 @@ _OTHER_PICTURES = {
 
 
 def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[str]) -> tuple[str, ...]:
-    """Count what is not read of a data set's folder.
+    """Count the files of a data set's folder that are not read.
 
     Files that are no pictures by their suffix (text, tables, settings) do not count against a class, nor do
     those beside a picture of the same name, as its annotation or raw original.
@@ -70,7 +70,7 @@ def check_passed_over(root: Path, pictures: Sequence[Path], classes: Sequence[st
 
 
 def unread(root: Path) -> Iterator[Path]:
-    """Yield the files of a folder and below that are not taken for pictures, but for hidden ones and those of systems.
+    """Yield the files in and below a folder that are not pictures, except hidden and system files.
 
     Args:
         root: the folder.

@@ -42,7 +42,7 @@ def check_named(schema: Any, names: ColumnNames, content: str, path: Path) -> No
 
 
 def columns_of(schema: Any, names: ColumnNames, path: Path) -> dict[str, str]:
-    """Find the columns beside pictures or features.
+    """Find the columns besides pictures or features.
 
     Args:
         schema: of a file.
@@ -140,7 +140,7 @@ def _kind(schema: Any, name: str) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether values are names; as bytes, which some writers make of them, they are taken for UTF-8."""
+    """Whether values are names; bytes, which some writers use, are read as UTF-8."""
     strings = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
     return any(is_kind(kind) for is_kind in strings) or _is_bytes(kind)
 

@@ -84,7 +84,7 @@ def hint(name: str, options: Sequence[str]) -> str:
 
 
 def listing(names: Sequence[str], limit: int = 20) -> str:
-    """Return names for a message, the first of them when they are many."""
+    """Return names for a message, only the first few if there are many."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 

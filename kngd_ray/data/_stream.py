@@ -79,8 +79,8 @@ def in_time(images: ImageSet, usable: npt.NDArray[np.bool_], column: str) -> Int
     columns = [_column(Path(path), column) for path in images.source.paths]
     kinds = {str(found.type): path for found, path in zip(columns, images.source.paths, strict=True)}
     if len(kinds) > 1:
-        told = " and ".join(f"{kind} in {path}" for kind, path in kinds.items())
-        raise DataError(f"data.time: column {column!r} is {told}: give all files one type")
+        types = " and ".join(f"{kind} in {path}" for kind, path in kinds.items())
+        raise DataError(f"data.time: column {column!r} is {types}: give all files one type")
     times = pa.chunked_array([chunk for found in columns for chunk in found.chunks], columns[0].type)
     rows = np.flatnonzero(usable)
     if not len(rows):

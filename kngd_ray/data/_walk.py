@@ -1,4 +1,4 @@
-"""The files below a folder that somebody else filled, and what of them is passed over."""
+"""The files below a user's folder, and which of them are skipped."""
 
 import os
 from collections import Counter
@@ -47,12 +47,12 @@ def walk(root: Path, wanted: Callable[[str], bool], passed: Counter[str] | None 
             if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(known) for known in inside):
                 raise DataError(f"{path} is a link out of {root}: copy what it names into the folder")
             if not _is_text(path.name):
-                raise DataError(f"{str(path)!r} has a name that is no UTF-8: rename it")
+                raise DataError(f"{str(path)!r} has a name that is not UTF-8: rename it")
         yield from (Path(place, name) for name in found)
 
 
 def of_a_system(name: str) -> bool:
-    """Whether a folder is one that systems and programs put beside pictures, by its name."""
+    """Whether a folder's name says that a system or program made it."""
     return name.casefold() in _SERVICE
 
 

@@ -11,7 +11,7 @@ image images img imgs picture pictures pic pics photo photos file files sample s
 the full jpg jpeg png folder
 """
 BESIDE_SPLITS = frozenset(_BESIDE.split())
-"""Words that say nothing more beside one for a split."""
+"""Words that add nothing to the name of a split."""
 
 JOINED = {f"{word}{more}": split for word, split in SPLIT_WORDS.items() for more in ("set", "data", "images", "imgs")}
 """Words for splits that are written together with such a word."""

@@ -1,4 +1,4 @@
-"""Scikit-learn's base classes, or what stands for them where it is not installed."""
+"""Scikit-learn's base classes, or stand-ins where it is not installed."""
 
 try:
     from sklearn.base import BaseEstimator as BaseEstimator

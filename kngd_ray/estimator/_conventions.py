@@ -28,7 +28,7 @@ def _also_of_scikit_learn() -> type[NotFittedError]:
 
 
 def conversion_warning() -> type[Warning]:
-    """The category of a warning that labels were converted: scikit-learn's where it is in use."""
+    """The category of a warning that labels were converted: scikit-learn's if it is imported."""
     theirs = sys.modules.get("sklearn.exceptions")
     found: type[Warning] = UserWarning if theirs is None else theirs.DataConversionWarning
     return found
@@ -85,7 +85,7 @@ class Parameters:
 
 
 def classifier_tags(*, matrix: bool) -> Any:
-    """What scikit-learn is told of a classifier; only it asks.
+    """Scikit-learn's tags of a classifier.
 
     Args:
         matrix: whether samples are the rows of a matrix of numbers.
@@ -156,7 +156,7 @@ def columns_of(X: Any) -> np.ndarray[Any, Any] | None:
 
 
 def check_columns(estimator: Any, X: Any) -> np.ndarray[Any, Any] | None:
-    """Refuse a table whose columns are others than those of the fit, or in another order.
+    """Refuse a table whose columns differ from the fit's in name or order.
 
     Args:
         estimator: fitted; it knows its ``feature_names_in_`` if it has been told them.

@@ -81,7 +81,7 @@ class FittedClassifier:
         """
         parts = [self._classifier.classify(batch) for batch in self._batches(X)]
         if not parts:
-            raise UsageError("X is empty: give one sample at least.")
+            raise UsageError("X is empty: give at least one sample.")
         return Classification(
             torch.cat([part.probabilities for part in parts]),
             torch.cat([part.logit_std for part in parts]),

@@ -102,7 +102,7 @@ def calibrate(
 
 
 def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: int) -> Calibration:
-    """The calibration after a part of a stream: at the tau by which later parts have been predicted best.
+    """The calibration after a part of a stream: the tau that has predicted best so far.
 
     Args:
         task: the fit of the part, which continues another.
@@ -154,7 +154,7 @@ def write(folder: Path, kept: Checkpoint) -> None:
 
 
 def in_double(predictor: AnyPredictor) -> Predictor:
-    """The same predictor in double precision, in which it says the same of a row alone and among others.
+    """The same predictor in double precision, where a row's prediction does not depend on the other rows.
 
     Args:
         predictor: of a head.

@@ -41,7 +41,7 @@ class Inputs(Protocol):
         """Labels as Python has them."""
 
     def check(self, X: Any, width: int | None) -> Any:
-        """Samples ready to be encoded; `width` is that of the fit, None before there is one."""
+        """Samples ready to be encoded; `width` is the fit's number of features, None before a fit."""
 
     def width(self, samples: Any) -> int | None:
         """Numbers of a sample, where samples are rows of numbers."""
@@ -133,7 +133,7 @@ class Matrix:
         numbers = [label for label in labels if isinstance(label, float)]
         if any(not label.is_integer() for label in numbers):
             raise InputError(
-                "Unknown label type: y is continuous, and KalmanCLIP tells classes apart: give names or whole numbers."
+                "Unknown label type: y is continuous, and KalmanCLIP is a classifier: give names or whole numbers."
             )
         return labels
 
@@ -151,7 +151,7 @@ class Matrix:
         try:
             rows = found.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"X holds something else than numbers: {error}.") from error
+            raise InputError(f"X holds something other than numbers: {error}.") from error
         if rows.ndim != 2:
             raise InputError(
                 f"Expected 2D array, got {rows.ndim}D array instead, of shape {rows.shape}. Reshape your data: "

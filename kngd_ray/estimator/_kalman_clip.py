@@ -1,4 +1,4 @@
-"""The classifier itself: what it is told, what it learns, and how it is kept."""
+"""The classifier itself: its parameters, what it learns, and how it is saved."""
 
 import json
 import os
@@ -278,7 +278,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         kept, _ = open_fit(fit)
         names = kept.manifest["class_names"]
         if not isinstance(labels, list) or len(labels) != len(names):
-            raise CheckpointError(f"{place} names {len(names)} classes, and {ESTIMATOR} has other labels.")
+            raise CheckpointError(f"{place} names {len(names)} classes, but {ESTIMATOR} has other labels.")
         if (fit / CLASS_EMBEDDINGS).is_file():
             found.class_embeddings = str(fit.absolute() / CLASS_EMBEDDINGS)
         found.class_names = dict(zip(labels, names, strict=True))
@@ -365,7 +365,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         settings = dict(self.settings or {})
         for key in settings:
             if key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
-                raise UsageError(f"settings has {key}, which KalmanCLIP takes otherwise or not at all: leave it out.")
+                raise UsageError(f"settings has {key}, which KalmanCLIP does not take there: leave it out.")
         model = plain(self._inputs.source)
         if self.class_embeddings is not None:
             model["class_embeddings"] = "given"  # where they are is no setting of the fit
@@ -418,7 +418,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             raise not_fitted("this KalmanCLIP is not fitted: call fit first.")
 
     def _restore(self, model: AnyModel) -> Classifier:
-        """Make the classifier that predicts; its weights are those of the checkpoint."""
+        """Make the classifier that predicts, with the checkpoint's weights."""
         kept, settled = self.checkpoint_, self._settled
         predictor = restore_predictor(kept, model, settled.posterior)
         if self.model == PRECOMPUTED:
@@ -432,7 +432,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             return self._restored
         model = self._inputs.model(self.class_names_, self._width)
         if model.fingerprint != self.checkpoint_.manifest["model"]["fingerprint"]:
-            raise CheckpointError(f"{model.name} has other weights than those that this was fitted with.")
+            raise CheckpointError(f"{model.name} has other weights than this classifier's model.")
         return self._restore(model)
 
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:

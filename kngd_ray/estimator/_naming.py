@@ -25,7 +25,7 @@ def names_of(classes: Sequence[Any], given: Mapping[Any, str] | None, *, said: b
         raise UsageError(f"class_names is a {type(given).__name__}: give a dictionary of names by label.")
     missing = [] if given is None else [label for label in classes if label not in given]
     if missing:
-        raise UsageError(f"class_names has no name of the label {missing[0]!r}: name every label, or leave it out.")
+        raise UsageError(f"class_names lacks the label {missing[0]!r}: name every label, or leave class_names out.")
     if given is not None:
         names = tuple(name_of(given[label], "a name in class_names") for label in classes)
     else:
@@ -36,7 +36,7 @@ def names_of(classes: Sequence[Any], given: Mapping[Any, str] | None, *, said: b
 
 
 def templates_of(given: str | Sequence[str], before: Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
-    """Prompts as they are trained on.
+    """The prompts that a fit is trained on.
 
     Args:
         given: to the estimator.
@@ -74,10 +74,12 @@ def name_of(label: Any, what: str = "the label") -> str:
         try:
             return label.decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{what}, {label!r}, is no UTF-8: give text, or name it by class_names=.") from error
+            raise InputError(
+                f"{what}, {label!r}, is not UTF-8: give text, or name the label by class_names=."
+            ) from error
     if isinstance(label, (str, int, float)):  # also booleans
         return str(label)
-    raise InputError(f"{what}, {label!r}, is nothing that a prompt can say: name each label by class_names=.")
+    raise InputError(f"{what}, {label!r}, cannot be used in a prompt: name each label by class_names=.")
 
 
 def said_of(classes: Sequence[Any], names: Sequence[str], width: int | None) -> str | None:

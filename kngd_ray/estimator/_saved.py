@@ -15,7 +15,7 @@ from kngd_ray.training.settled import Settled, save_settled
 
 
 def write_run(place: Path, kept: Checkpoint, settled: Settled, model: AnyModel, config: Config) -> None:
-    """Write a fit and the settings by which commands find it and its model.
+    """Write a fit, and the settings with which commands find it and its model.
 
     Args:
         place: a new or empty folder.

@@ -1,4 +1,4 @@
-"""Pictures in the cells of a table that was sent: bytes, or what JSON makes of them."""
+"""Pictures in the cells of a table sent to the model: bytes, or base64 text in JSON."""
 
 import base64
 import binascii
@@ -47,7 +47,7 @@ def picture_in(cell: Any, place: str) -> Image.Image:
         data = _from_base64(_DATA_URL.sub("", cell, count=1).encode("utf-8", "replace"))
         if data is None:
             raise DataError(
-                f"{place} is text and no base64, {cell[:60]!r}{'...' if len(cell) > 60 else ''}: {_REMEDY}; paths and "
+                f"{place} is text but not base64, {cell[:60]!r}{'...' if len(cell) > 60 else ''}: {_REMEDY}; paths and "
                 "addresses are not read"
             )
         return decode(data, place, _REMEDY)

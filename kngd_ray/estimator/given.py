@@ -43,7 +43,7 @@ def listed(given: Any, what: str) -> Any:
     if isinstance(given, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)) or hasattr(given, "read"):
         raise InputError(f"{what} is one {_ONE[what]}, {_shown(given)}: give a list of them.")
     if isinstance(given, (Mapping, Set)):
-        raise InputError(f"{what} is a {type(given).__name__}, in which nothing has a position: give a list.")
+        raise InputError(f"{what} is a {type(given).__name__}, which has no order: give a list.")
     if hasattr(given, "columns") or hasattr(given, "column_names"):
         return listed(_only_column(given, what), what)
     if isinstance(given, np.ndarray) or hasattr(given, "detach"):
@@ -93,7 +93,7 @@ def _array(given: Any, what: str) -> Any:
     # channels come first in tensors, by convention; in an array it is more likely three grey pictures
     alone = alone or (hasattr(given, "detach") and array.ndim == 3 and array.shape[0] in (1, 3, 4))
     if alone or (array.ndim == 2 and array.dtype.kind in "biuf"):
-        raise InputError(f"X is one array of shape {array.shape}, one picture by its look: give a list of them, [X].")
+        raise InputError(f"X is one array of shape {array.shape}, which looks like one picture: give a list, [X].")
     return array
 
 
@@ -113,7 +113,7 @@ def encode_pictures(clip: ClipModel, X: Sequence[Picture]) -> Tensor:
 
 
 def encode_crops(clip: ClipModel, X: Sequence[Picture], crops: Crops) -> Tensor:
-    """Features of crops of pictures, those of a few pictures in memory at once.
+    """Features of crops of pictures, computed for a few pictures at a time.
 
     Args:
         clip: the model.
@@ -154,7 +154,9 @@ def picture(given: Any, number: int) -> Image.Image:
         raise DataError(f"{place}: {address(given)} is an address, and nothing is fetched: give the path of a file.")
     shape = tuple(getattr(given, "shape", ()))
     if len(shape) == 2 and 0 < int(shape[-1]) <= _CHANNELS:
-        raise DataError(f"{place} is an array of shape {shape}, a row of one picture by its look: give whole pictures.")
+        raise DataError(
+            f"{place} is an array of shape {shape}, which looks like one row of a picture: give whole pictures."
+        )
     return picture_of(given, place)
 
 
@@ -177,7 +179,7 @@ def features_of(rows: Sequence[Any], width: int, first: int = 0) -> Tensor:
         try:
             found = np.asarray(row, np.float64)
         except (TypeError, ValueError) as error:
-            raise DataError(f"row {first + n}: its features are no list of numbers: give {width} floats.") from error
+            raise DataError(f"row {first + n}: its features are not a list of numbers: give {width} floats.") from error
         if found.shape != (width,):
             raise DataError(f"row {first + n}: its features have shape {found.shape}: give {width} floats.")
         with np.errstate(over="ignore"):

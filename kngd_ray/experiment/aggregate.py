@@ -44,7 +44,7 @@ class Student:
 
 
 def student(values: Sequence[float]) -> Student:
-    """Mean, interval and test against 0: those of ``scipy.stats.ttest_1samp``, at a fiftieth of its time.
+    """Mean, interval and test against 0, as by ``scipy.stats.ttest_1samp`` in a fiftieth of its time.
 
     Args:
         values: two or more.

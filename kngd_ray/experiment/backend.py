@@ -15,7 +15,7 @@ class Backend:
     """This process, alone. :class:`kngd_ray.cluster.backend.RayBackend` adds workers."""
 
     def session(self, trainer: TrainerConfig, *, dashboard: bool = False) -> AbstractContextManager[None]:
-        """Hold what the trainer's workers need at once, for as long as it is needed.
+        """Reserve the resources that the trainer's workers need at once.
 
         Args:
             trainer: workers, resources and the cluster's address.
@@ -56,7 +56,7 @@ class Backend:
         Args:
             job: the fits.
             trainer: workers, resources and fault tolerance.
-            on_event: told of steps, in this thread.
+            on_event: called with each step, in this thread.
         """
         run_fits(job, on_event, device="cuda" if trainer.use_gpu else "cpu")
 

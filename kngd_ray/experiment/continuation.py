@@ -1,4 +1,4 @@
-"""From which earlier fits those of a run continue, and whether they can."""
+"""Which earlier fits a run continues from, and whether it can."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -83,7 +83,7 @@ def encode(
 
 
 def _texts(model: ClipModel, images: ImageSet, templates: Sequence[str], display: Display) -> Tensor:
-    """Class embeddings (C, d), and what is to be said of their prompts."""
+    """Class embeddings (C, d), and remarks on their prompts."""
     names = images.class_names
     templates = worded(templates, names)
     for note in model.prompt_notes(names, templates):

@@ -1,4 +1,4 @@
-"""``kngd-ray ensemble``: weights between the pretrained and the trained model, scored, and one of them kept."""
+"""``kngd-ray ensemble``: score weights between the pretrained and the trained model, and keep one of them."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ def ensemble(
     display: Display,
     backend: Backend = HERE,
 ) -> dict[str, Any]:
-    """Score the weights theta_0 + alpha (theta - theta_0) of a run over alpha, and keep one alpha if told to.
+    """Score the weights theta_0 + alpha (theta - theta_0) of a run over alpha, and keep one alpha if one is given.
 
     The scores are those of the test sets, so the curve is there to be looked at: an alpha chosen by it would be
     chosen on the test. Whoever keeps one names it beforehand (0.5 is common), or has a validation set of their own.
@@ -108,7 +108,7 @@ def ensemble(
 
 
 def _alpha(overrides: Sequence[str]) -> tuple[float | None, list[str]]:
-    """The alpha that is to be kept, and the settings over the run's.
+    """The alpha to keep, and the settings that override the run's.
 
     Raises:
         UsageError: it is no number in [0, 1], or a setting would change what the run is.

@@ -1,4 +1,4 @@
-"""What a run was computed with, kept beside its figures: versions, hardware and data."""
+"""The versions, hardware and data that a run was computed with."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def describe_environment() -> str:
 
 @cache
 def source_tags() -> dict[str, str]:
-    """The commit of this package's code where it is a git checkout, as MLflow shows it.
+    """The commit of this package's code if it is a git checkout, in MLflow's tags.
 
     Returns:
         Tags, of which ``mlflow.git.dirty`` says whether files of the package are not as in the commit; none where the

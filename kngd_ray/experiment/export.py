@@ -48,7 +48,7 @@ def export(
     peft: bool = False,
     push: str | None = None,
 ) -> dict[str, Any]:
-    """Write a fit's towers as an open_clip checkpoint and, if told to, its classifier as ONNX and its LoRA for peft.
+    """Write a fit's towers as an open_clip checkpoint and, on request, its classifier as ONNX and its LoRA for peft.
 
     A model card lies beside them.
 
@@ -112,7 +112,7 @@ def export(
     else:
         network = CLIPNetwork(model, manifest["class_names"], manifest["templates"], TuneOptions(), options.adapter)
         assert isinstance(head, CLIPHead)
-        network.head = head  # with what it was told beside its weights, such as gamma
+        network.head = head  # with its state besides the weights, such as gamma
     network.requires_grad_(False)
     size = model.preprocess_cfg["size"]
     with _new_files(out):
@@ -151,7 +151,7 @@ def export(
 
 
 def _write_card(out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None]) -> None:
-    """The fit's model card, with what is in the folder, and what the hub sorts models by."""
+    """The fit's model card, with the folder's contents and the hub's metadata."""
     kept = artifacts_of(fit_folder.parents[1], fit_folder.name) / model_card.FILE
     text = kept.read_text(encoding="utf-8") if kept.is_file() else f"# {fit_folder.name}"
     files = {e.path.name: (_ARE[kind], *e.notes) for kind, e in written.items() if e is not None}
@@ -178,7 +178,7 @@ def _described(exported: Exported | None) -> dict[str, Any] | None:
 
 @contextmanager
 def _new_files(folder: Path) -> Iterator[None]:
-    """Let files appear in a new or empty folder; none are left where it goes wrong."""
+    """Write files into a new or empty folder, and remove them all on failure."""
     made = not folder.exists()
     try:
         yield

@@ -47,7 +47,7 @@ class Card:
 
     @property
     def doubt(self) -> tuple[float, float]:
-        """What the cards are sorted by: their novelty, if it is known, then the uncertainty."""
+        """Sort key of the cards: novelty, if known, then uncertainty."""
         novelty = self.row["novelty"]
         return (-1.0 if novelty is None else novelty, self.row["uncertainty"])
 

@@ -8,25 +8,38 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kngd_ray.errors import StorageError, UsageError
+from kngd_ray.storage import storage_errors
 
 _SUFFIXES = (".html", ".htm")
+_GENERATOR = b'<meta name="generator" content="kngd-ray'  # in every template
+_HEAD = 1024  # bytes of a page that hold it
 
 
 def check_path(path: Path, option: str) -> None:
-    """Refuse a path that no page can be written to, before anything is computed; an existing page is replaced.
+    """Refuse a path that no page can be written to, before anything is computed.
+
+    An existing page is replaced if this package wrote it; any other file is kept.
 
     Args:
         path: of the page.
         option: that names it.
 
     Raises:
-        UsageError: it does not end in ``.html``, or is a folder.
-        StorageError: its folder is missing.
+        UsageError: it does not end in ``.html``, is a folder, or is a file that this package did not write.
+        StorageError: its folder is missing, or the file there cannot be read.
     """
     if path.suffix.lower() not in _SUFFIXES or path.is_dir():
         raise UsageError(f"{option} {path} is not an HTML file: give a name that ends in .html.")
     if not path.absolute().parent.is_dir():
         raise StorageError(f"cannot write {path}: there is no folder {path.absolute().parent}.")
+    if not path.exists():
+        return
+    start = b"-"  # of a device or a pipe, which nobody should replace either
+    if path.is_file():
+        with storage_errors(path), path.open("rb") as file:
+            start = file.read(_HEAD)
+    if start and _GENERATOR not in start:
+        raise UsageError(f"{option} {path} is a file that kngd-ray did not write: give another name, or remove it.")
 
 
 def render(template: str, **values: Any) -> str:

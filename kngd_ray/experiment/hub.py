@@ -19,7 +19,7 @@ def check_push(repository: str) -> None:
         repository: ``organisation/name``.
 
     Raises:
-        UsageError: it names no repository, there is no token, or the hub's client is told to stay offline.
+        UsageError: it names no repository, there is no token, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -32,9 +32,9 @@ def check_push(repository: str) -> None:
     if repository.count("/") != 1:
         raise UsageError(f"--push {repository!r} names no repository: write ORGANISATION/NAME.")
     if constants.HF_HUB_OFFLINE:
-        raise UsageError("--push needs the hub, and HF_HUB_OFFLINE keeps its client away from it: unset that.")
+        raise UsageError("--push needs the Hugging Face hub, but HF_HUB_OFFLINE is set: unset it.")
     if get_token() is None:
-        raise UsageError("--push needs a token of the hub's that may write: run `hf auth login`, or set HF_TOKEN.")
+        raise UsageError("--push needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN.")
 
 
 def write_card(folder: Path, text: str, files: Mapping[str, tuple[str, ...]], facts: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def write_card(folder: Path, text: str, files: Mapping[str, tuple[str, ...]], fa
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder as one commit; a repository that is not there is made, a private one.
+    """Upload a folder as one commit; a missing repository is created, as a private one.
 
     The token is found by the hub's own client, and kept by it.
 

@@ -90,7 +90,7 @@ class MethodRun:
         return fit_name(self.name, seed)
 
     def monitored(self) -> SystemMonitor:
-        """What notes in the method's own record, while it is entered, what is taken of the machine."""
+        """A context in which the machine's load is logged to the method's own record."""
         return SystemMonitor((self._parent or self._records[self.top_record]).folder)
 
     def log_step(self, fit: str, record: Mapping[str, Any]) -> None:
@@ -101,8 +101,8 @@ class MethodRun:
             record: fields of a ``StepRecord``.
         """
         stats = record["stats"] or {}
-        told = {key: value for key, value in stats.items() if value is not None and key != "log_predictive"}
-        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in told.items()}
+        figures = {key: value for key, value in stats.items() if value is not None and key != "log_predictive"}
+        metrics = {_METRICS.get(key, f"train/{key}"): value for key, value in figures.items()}
         metrics |= step_metrics(record)
         metrics |= {"time/step_ms": record["milliseconds"], "train/refused": float(record["stats"] is None)}
         self._records[fit].log_step(record["step"], metrics)
@@ -148,7 +148,7 @@ class MethodRun:
         }
 
     def finish(self, status: Status) -> None:
-        """Close the records; that of a fit which could not go on is a failure whatever the run is.
+        """Close the records; a fit that could not go on is marked as failed, whatever the status of the run.
 
         Args:
             status: of the run.
@@ -177,7 +177,7 @@ class MethodRun:
     def _card(
         self, record: Record, name: str, config: Config, report: Mapping[str, Any], zero_shot: Mapping[str, Any]
     ) -> None:
-        """Write the model card of a fit, or of those of all seeds, after they were settled."""
+        """Write the model card of a fit, or of the fits of all seeds, after they were settled."""
         settled = {seed: read_settled(self._folder / "fits" / self.fit(seed)) for seed in config.seeds}
         note = write_card(
             record.artifacts,

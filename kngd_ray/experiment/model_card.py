@@ -1,4 +1,4 @@
-"""The model card of a fit or of a method's fits: what is known of it, in Markdown, from what the run knows."""
+"""The model card, in Markdown, of a fit or of all fits of a method."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -136,7 +136,7 @@ def _classify_features(
 
 
 def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
-    """The picture files, and whether each was named itself; those of folders in the order of their names.
+    """The picture files, and whether each was named itself; files of a folder are sorted by name.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -196,7 +196,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, display: Display) -> None:
-    """Print the table; where there is no terminal it is as wide as it has to be, so that nothing of it is left out."""
+    """Print the table, without a terminal as wide as it needs to be, so nothing is cut off."""
     table, out = _table(rows, names, kind), display.out
     width = out.width
     if not out.is_terminal:

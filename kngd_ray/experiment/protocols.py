@@ -1,4 +1,4 @@
-"""What a run is tested on beside its own classes: those of the other half of its data, or of other data sets."""
+"""What a run is tested on besides its own classes: the other half of its classes, or other data sets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ class Unseen:
 
 
 def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
-    """Find what the protocol tests on, before anything expensive happens.
+    """Find the protocol's test data, before anything expensive happens.
 
     Args:
         config: what is asked for.
@@ -122,7 +122,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a run's fits are tested on beside their own classes.
+    """Test data of a run's fits besides their own classes.
 
     Attributes:
         name: of the protocol.
@@ -168,7 +168,7 @@ class Protocol:
         return figures
 
     def named(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """A report that says which protocol its figures are of; that of few-shot learning has no other figures."""
+        """A report with its figures under the protocol's name; few-shot learning adds none."""
         if self.name == "fsl":
             return dict(report)
         return {**report, "protocol": {"name": self.name, **report.get("protocol", {})}}
@@ -215,7 +215,7 @@ def prepare_protocol(
         unseen: from :func:`open_protocol`.
         prepared: the run's own data.
         backend: encodes, its session begun.
-        progress: told of pictures done and to do.
+        progress: called with the numbers of pictures done and to do.
 
     Returns:
         The protocol, pictures that cannot be decoded left out of it if that is asked for.

@@ -29,7 +29,7 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.predict import PosteriorOptions, Predictor
-from kngd_ray.training.start import told
+from kngd_ray.training.start import describe_start
 
 
 def train(config: Config, display: Display, backend: Backend = HERE, *, resume: bool = False) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer, asked=config.trainer.most_workers))
         for c in configs:
-            if (start := told(c.tune, c.adapter, c.prior)) is not None:
+            if (start := describe_start(c.tune, c.adapter, c.prior)) is not None:
                 display.say(f"{c.method}: {start}")
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
@@ -165,7 +165,7 @@ def _fit(
 
 
 def _zero_shot(prepared: TaskData, protocol: Protocol, seed: int) -> dict[str, Any]:
-    """Figures of CLIP as it is; its scaling temperature is fitted on the shots, on which it was not trained."""
+    """Figures of zero-shot CLIP; its temperature is fitted on the shots, which it was not trained on."""
     head = CLIPHead(prepared.class_embeddings, prepared.model.logit_scale)
     predictor = Predictor(head, None, None, PosteriorOptions(predict="mean"))
     support = prepared.support(seed)
@@ -182,7 +182,7 @@ def _write_results(folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _where(trainer: TrainerConfig, asked: int) -> str:
-    """On what a run computes, and why on fewer workers than were asked for, in one line."""
+    """The devices and workers of a run in one line, and why there are fewer than requested."""
     what = "a GPU" if trainer.use_gpu else "the CPU"
     if trainer.least_workers:
         ranks = trainer.most_workers

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what it is called, and where its fits are (:mod:`kngd_ray._run_layout`)."""
+"""The folder of a run: its lock, its name and its fits (:mod:`kngd_ray._run_layout`)."""
 
 import logging
 import time
@@ -73,7 +73,7 @@ def read_config(folder: Path, overrides: Sequence[str] = (), file: Path | None =
 
 
 def resumed_config(name: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that is to be continued.
+    """The configuration of a run to continue.
 
     Args:
         name: name or folder of the run.
@@ -96,7 +96,7 @@ def resumed_config(name: str, overrides: Sequence[str]) -> Config:
 
 
 def _settled(config: Config) -> Config:
-    """The same configuration from whatever folder it is read: paths made absolute."""
+    """The same configuration with absolute paths, valid in any folder."""
     paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
     absolute = [str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in paths]
     data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
@@ -108,12 +108,12 @@ def _settled(config: Config) -> Config:
 
 
 def shown(config: Config) -> Config:
-    """A configuration as it is logged, where more people may read it than may use the tracking store's password."""
+    """A configuration as it is logged, without secrets: more people read logs than may use the store."""
     return replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
 
 
 def existing(config: Config) -> Path:
-    """The folder of a run that is continued.
+    """The folder of a run to continue.
 
     Args:
         config: the run's configuration.

@@ -1,4 +1,4 @@
-"""``protocol=stream``: what makes fits those of a stream, and what is told of how they went."""
+"""``protocol=stream``: how a stream is fitted, and the figures of how it went."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ _FIGURES = ("accuracy", "nll", "tau")
 
 
 def stream_of(prepared: TaskData, seed: int) -> Stream | None:
-    """What makes the fits of a seed those of a stream.
+    """The stream that the fits of a seed learn from.
 
     Args:
         prepared: the run's data.
@@ -59,7 +59,7 @@ def step_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Streamed:
-    """How a fit of a stream went, from what was logged of it.
+    """How a fit of a stream went, from its log.
 
     Args:
         stream: the stream.
@@ -78,7 +78,7 @@ class Streamed:
                 self.looks.append(Look(int(step[f"{METRICS}samples"]), tested))
 
     def figures(self) -> dict[str, float]:
-        """Prequential accuracy and NLL, and what is kept of earlier domains."""
+        """Prequential accuracy and NLL, and the accuracy kept on earlier domains."""
         return {**prequential(self.met), **retention(self.stages, self.looks)}
 
     def curve(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Streamed:
 
 
 def zero_shot_figures(prepared: TaskData, seed: int) -> dict[str, Any]:
-    """Prequential figures of CLIP as it is, which learns nothing.
+    """Prequential figures of zero-shot CLIP, which learns nothing.
 
     Args:
         prepared: the run's data.
@@ -114,7 +114,7 @@ def zero_shot_figures(prepared: TaskData, seed: int) -> dict[str, Any]:
 def show_streams(
     rows: Sequence[tuple[str, Mapping[str, Any]]], options: FitOptions, stream: Stream, display: Display
 ) -> None:
-    """Print what was predicted before it was learned, and what was kept.
+    """Print the prequential figures, and the accuracy kept on earlier domains.
 
     Args:
         rows: method and its report over seeds.

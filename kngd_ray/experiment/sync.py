@@ -1,4 +1,4 @@
-"""``kngd-ray sync``: to MLflow, what a run could not log."""
+"""``kngd-ray sync``: send to MLflow what a run could not log."""
 
 import time
 

@@ -173,7 +173,7 @@ class Task:
         config: what is asked for.
         images: the data set's index, of the classes that are trained on.
         whole: the index of all its classes; a run from base to new classes trains on half of them.
-        choose: gives the support set and the test sets by seed, without the pictures that it is told.
+        choose: gives the support set and the test sets by seed, without the pictures that it is given.
         splits: what it gives when all pictures can be used.
         model: the CLIP model, or what stands for it.
         from_pictures: whether fits learn from pictures; cached features stand for them while the image tower is frozen.
@@ -294,12 +294,12 @@ def _trained(config: Config, whole: ImageSet) -> ImageSet:
     """The classes of a data set that the protocol trains on.
 
     Raises:
-        DataError: there is one class, which nothing can be told from.
+        DataError: there is only one class.
     """
     if len(whole.class_names) < 2:
         read = f" ({whole.notes[0]})" if whole.notes and "class/" in whole.notes[0] else ""
         raise DataError(
-            f"the data has one class, {whole.class_names[0]!r}{read}: a classifier tells two or more apart,"
+            f"the data has one class, {whole.class_names[0]!r}{read}: a classifier needs two or more:"
             " add pictures of others"
         )
     return restrict(whole, halves(whole.class_names)[0]) if config.protocol == "bng" else whole
@@ -392,7 +392,7 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
     Args:
         task: data, shots and model.
         backend: encodes, its session begun.
-        progress: told of pictures done and to do.
+        progress: called with the numbers of pictures done and to do.
 
     Returns:
         The prepared task.

@@ -52,7 +52,7 @@ class Family(Protocol):
         ...
 
     def cost(self, layer: Layer) -> int:
-        """Numbers that the covariance of the layer takes, by which the layers are spread over ranks."""
+        """Numbers in the covariance of the layer; layers are spread over ranks by them."""
         ...
 
     def init(self, parts: Sequence[Part], p0: float, like: Tensor) -> Covariance:

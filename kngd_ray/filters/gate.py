@@ -1,6 +1,6 @@
-r"""The gate: what is done about observations that the belief finds too surprising.
+r"""The gate: how observations that surprise the belief too much are treated.
 
-A gate judges residuals of unit noise, an observation against all others of its batch ::
+A gate tests residuals of unit noise, each against all others of its batch ::
 
     S = H P H^T + I      z_i^2 = (S^-1 nu)_i^2 / (S^-1)_ii      chi^2 with one degree of freedom
 
@@ -13,8 +13,8 @@ outliers, so the condition is solved for all of them: it is that of a maximum of
 D >= 0, which is climbed one coordinate at a time, the farthest first, each to its own maximum. ``skip`` leaves out
 the observations with D_i > 0.
 
-What is judged need not be what the filter conditions on. The innovation of ``log_likelihood`` is 1 by definition,
-so the probability of the label is judged in its place. Nor is tempered noise: it counts a shot once over all
+A gate need not test what the filter conditions on. The innovation of ``log_likelihood`` is 1 by definition,
+so the probability of the label is tested in its place. Nor is tempered noise: it counts a shot once over all
 passes, and says nothing about how far a residual may lie. And a label that is wrong is wrong for all observations
 of its sample, so they share the smallest factor among them.
 """
@@ -37,7 +37,7 @@ class GateResiduals:
     Attributes:
         nu: (M,) residuals, the k of a sample together.
         scale: (M,) what takes each whitened row of H to that of its residual; 0 for an observation that is not
-            judged by itself.
+            tested by itself.
     """
 
     nu: Tensor
@@ -48,7 +48,7 @@ class GateResiduals:
         return GateResiduals(self.nu[rows], self.scale[rows])
 
     def shifted(self, by: Tensor) -> "GateResiduals":
-        """The residuals at a mean by which the whitened innovations are less by so much."""
+        """The residuals at a mean where the whitened innovations are smaller by so much."""
         return GateResiduals(self.nu - self.scale * by, self.scale)
 
 
@@ -60,12 +60,12 @@ class Gate(Protocol):
         """The gate's name in configuration files."""
         ...
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """What is left of each observation.
 
         Args:
             predicted: (M, M) H P H^T of the whitened observations.
-            judged: the residuals.
+            residuals: the observations as residuals of unit noise.
             k: observations per sample.
 
         Returns:
@@ -84,7 +84,7 @@ class NoGate:
 
     kind: Literal["none"] = "none"
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """None."""
         return None
 
@@ -108,17 +108,17 @@ class _AtQuantile(ABC):
     def _factors(self, inflation: Tensor) -> Tensor:
         """Factor on each observation whose noise would have to rise from 1 to 1 + inflation."""
 
-    def weights(self, predicted: Tensor, judged: GateResiduals, k: int) -> Tensor | None:
+    def weights(self, predicted: Tensor, residuals: GateResiduals, k: int) -> Tensor | None:
         """The smallest factor of each sample, (M,); None where all are 1."""
-        rows = judged.scale.nonzero().squeeze(1)
+        rows = residuals.scale.nonzero().squeeze(1)
         # Few numbers and many small steps, all alike on every rank: float64 on the CPU.
-        scale = judged.scale[rows].double().cpu()
+        scale = residuals.scale[rows].double().cpu()
         S = predicted[rows][:, rows].double().cpu() * scale * scale.unsqueeze(1)
         S.diagonal().add_(1.0)
-        inflation = _inflation(solve_innovation(S, judged.nu[rows].double().cpu()), self.threshold)
+        inflation = _inflation(solve_innovation(S, residuals.nu[rows].double().cpu()), self.threshold)
         if not bool(inflation.any()):
             return None
-        factor = torch.ones(judged.nu.shape, dtype=torch.float64)
+        factor = torch.ones(residuals.nu.shape, dtype=torch.float64)
         factor[rows.cpu()] = self._factors(inflation)
         return factor.view(-1, k).amin(1).repeat_interleave(k).to(predicted)
 

@@ -21,7 +21,7 @@ _LEAST = 0.02  # labels that look worse than chance are no reason to believe the
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """Gamma as it is given.
+    """A fixed gamma.
 
     Attributes:
         kind: the name.

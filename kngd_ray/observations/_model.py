@@ -24,21 +24,26 @@ class Observation:
         cotangent: (m, k, C) V, the derivative of h with respect to the logits.
         base_noise: (m, k) noise variance known from the likelihood.
         channel: (m, k) int64 class that each observation is about, for noise kept per class.
-        judged: computes, for a gate that asks, of a model without residuals (m, k, 2): the residual of unit noise that
-            is judged in the place of each observation, and the factor from its row to that of the residual, 0
-            where there is none.
+        compute_gate_residuals: computes :attr:`gate_residuals` when a gate asks; None where the innovations are
+            residuals themselves.
     """
 
     innovation: Tensor
     cotangent: Tensor
     base_noise: Tensor
     channel: Tensor
-    judged: Callable[[], Tensor] | None = None
+    compute_gate_residuals: Callable[[], Tensor] | None = None
 
     @property
-    def judged_form(self) -> Tensor:
-        """(m, k, 2) the same, zeros for residuals, which are judged as they are."""
-        return self.innovation.new_zeros(*self.innovation.shape, 2) if self.judged is None else self.judged()
+    def gate_residuals(self) -> Tensor:
+        """What a gate tests in place of the innovations: (m, k, 2) residuals of unit noise and their scales.
+
+        The scale takes an observation's row of H to that of its residual. It is 0 where there is no residual.
+        Both are 0 where the innovations are residuals, which a gate tests as they are.
+        """
+        if self.compute_gate_residuals is None:
+            return self.innovation.new_zeros(*self.innovation.shape, 2)
+        return self.compute_gate_residuals()
 
 
 class ObservationModel(Protocol):
@@ -182,7 +187,7 @@ def label_odds(p: Tensor) -> Tensor:
 
 
 def stack(observations: Sequence[Observation], channels: int) -> Observation:
-    """Put the rows of several models side by side, each with channels of its own; what a gate judges is left out.
+    """Put the rows of several models side by side, each with channels of its own; gate residuals are left out.
 
     Args:
         observations: what each model saw of the same m samples.

@@ -67,7 +67,7 @@ class Categorical(Noisy):
         p = logits.softmax(1).clamp_min(_MIN_P)
         p_true = (p * target).sum(1, keepdim=True)
 
-        def judged() -> Tensor:
+        def gate_residuals() -> Tensor:
             # the label's probability, whose row is p_y^1/2 times that of the true class, with noise
             # p_y (1 - p_y): in units of it, (1 + odds)^1/2 times
             odds = label_odds(p_true)
@@ -82,7 +82,7 @@ class Categorical(Noisy):
             nu = (target - p) / root
             cotangent = root.unsqueeze(2) * (eye.unsqueeze(0) - p.unsqueeze(1))
             channel = torch.arange(logits.shape[1], device=logits.device).expand_as(nu)
-            return Observation(nu, cotangent, torch.zeros_like(nu), channel, judged)
+            return Observation(nu, cotangent, torch.zeros_like(nu), channel, gate_residuals)
         others = (p * (1 - target)).cumsum(1)
         total = others[:, -1:]
         # A product rounded up to the total would fall off the end, and onto the true class if that is the last.
@@ -97,5 +97,5 @@ class Categorical(Noisy):
             torch.cat([rows_true, rows_drawn], 1),
             torch.zeros_like(nu),
             torch.cat([labels.unsqueeze(1), drawn], 1),
-            judged,
+            gate_residuals,
         )

@@ -116,14 +116,14 @@ class ClipCite(Noisy):
         mine, y = outputs[own], labels[own].unsqueeze(1)
         nu = weights + 0.0 * mine.sum(1, keepdim=True)  # a non-finite output must reach the filter, which refuses it
 
-        def judged() -> Tensor:
+        def gate_residuals() -> Tensor:
             # of the classifier's row as of a log-likelihood's; a pair has no residual of its own
             odds = label_odds(mine[:, :classes].softmax(1).gather(1, y))
             form = nu.new_zeros(len(nu), 3, 2)
             form[:, :1] = torch.stack([odds.rsqrt(), odds.sqrt()], 2)
             return form
 
-        return Observation(nu, cotangent, torch.zeros_like(nu), y.expand(-1, 3), judged)
+        return Observation(nu, cotangent, torch.zeros_like(nu), y.expand(-1, 3), gate_residuals)
 
 
 def terms(outputs: Tensor, labels: Tensor, logit_scale: float, classes: int) -> Terms:

@@ -39,9 +39,9 @@ class LogLikelihood(Noisy):
         p = logits.softmax(1)
         cotangent = (target - p).unsqueeze(1)
 
-        def judged() -> Tensor:
+        def gate_residuals() -> Tensor:
             # the label's probability, whose row is p times this one, with noise p (1 - p)
             odds = label_odds((p * target).sum(1, keepdim=True))
             return torch.stack([odds.rsqrt(), odds.sqrt()], 2)
 
-        return Observation(nu, cotangent, torch.zeros_like(nu), labels.unsqueeze(1), judged)
+        return Observation(nu, cotangent, torch.zeros_like(nu), labels.unsqueeze(1), gate_residuals)

@@ -20,7 +20,7 @@ class Observed:
     Attributes:
         jacobian: H of the local samples, every layer.
         nu: (M,) innovations of the global batch, in rank order.
-        judged: the global batch as a gate sees it; None where there is no gate.
+        gate_residuals: the global batch as a gate sees it; None where there is no gate.
         samples: number of samples on each rank.
         k: observations per sample.
         noise: their own noise variance in units of the one that they are weighed by: below 1 where R is tempered.
@@ -33,7 +33,7 @@ class Observed:
 
     jacobian: Jacobian
     nu: Tensor
-    judged: GateResiduals | None
+    gate_residuals: GateResiduals | None
     samples: Sequence[int]
     k: int
     noise: float = 1.0

@@ -137,13 +137,13 @@ class ShardedFilter(PartitionedFilter[Family]):
         for start, stop in self.runs(total):
             some = H if stop - start == total else {name: piece.take(start, stop, k) for name, piece in H.items()}
             rows = slice(start * k, stop * k)
-            nu, judged = observed.nu[rows], observed.judged and observed.judged.take(rows)
+            nu, residuals = observed.nu[rows], observed.gate_residuals and observed.gate_residuals.take(rows)
             if moved is not None:
                 shift = self._shift(some, moved, nu)
-                nu, judged = nu - shift, judged and judged.shifted(shift)
+                nu, residuals = nu - shift, residuals and residuals.shifted(shift)
             run = len(done)
             of_run = replace(observed, seed=observed.seed + run, signs=observed.signs[run : run + 1])
-            done.append(self._condition(covariance, some, nu, judged, of_run))
+            done.append(self._condition(covariance, some, nu, residuals, of_run))
             covariance, step = done[-1].covariance, done[-1].step
             moved = step if moved is None else {name: moved[name] + step[name] for name in step}
         return ShardedUpdate(
@@ -173,7 +173,7 @@ class ShardedFilter(PartitionedFilter[Family]):
         return variances(self.family, belief.covariance, own, like.new_empty(s, k), self.group.sum)
 
     def _condition(
-        self, P: Covariance, H: Jacobian, nu: Tensor, judged: GateResiduals | None, of: Observed
+        self, P: Covariance, H: Jacobian, nu: Tensor, residuals: GateResiduals | None, of: Observed
     ) -> _Conditioned:
         """Condition the own parts on some observations of a batch, all at once.
 
@@ -185,7 +185,7 @@ class ShardedFilter(PartitionedFilter[Family]):
         predicted = family.spread(gram, M)
         innovation, first = factored(predicted, nu, of.noise)
         failed: Exception | None = None
-        weight = None if judged is None else self.gate.weights(predicted, judged, k)
+        weight = None if residuals is None else self.gate.weights(predicted, residuals, k)
         if weight is not None:
             H, nu = scaled(H, weight), nu * weight.to(nu.dtype)
             gram, work = self._gram(P, H, nu)

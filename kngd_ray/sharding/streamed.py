@@ -184,10 +184,10 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         held = _without_own(grams, nu, held_out=observed.held_out)
         predicted, expected = held.predicted, held.nu
         innovation, first = factored(predicted, expected, observed.noise)
-        judged = observed.judged
-        if judged is not None and self._settled:
-            judged = judged.shifted(nu - expected)
-        weight = None if judged is None else self.gate.weights(predicted, judged, observed.k)
+        residuals = observed.gate_residuals
+        if residuals is not None and self._settled:
+            residuals = residuals.shifted(nu - expected)
+        weight = None if residuals is None else self.gate.weights(predicted, residuals, observed.k)
         if weight is not None:
             kept.works.clear()
             d = weight.to(predicted.dtype)

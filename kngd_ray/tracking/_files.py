@@ -1,4 +1,4 @@
-"""The files of a record: their names, and reading and writing them so that no reader sees a half."""
+"""The files of a record: their names, and reads and writes that never show a partial file."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no object")
+        raise ValueError(f"{path.name} does not hold a JSON object")
     json.dumps(value, allow_nan=False)  # what is read is written again, as strict as before
     return value
 

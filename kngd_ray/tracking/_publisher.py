@@ -18,7 +18,7 @@ _LONGEST_WAIT = 300.0
 class Publisher:
     """Publishes a run folder every few seconds, from a thread of its own; never stops the run.
 
-    While the store is down, `on_problem` is told once, and attempts grow rarer, to one in five
+    While the store is down, `on_problem` is called once, and attempts grow rarer, to one in five
     minutes. Nothing is lost meanwhile: what was not sent stays in the run folder.
 
     Args:
@@ -26,7 +26,7 @@ class Publisher:
         uri: the tracking store.
         experiment: name of the experiment.
         every_s: seconds between attempts.
-        on_problem: told one sentence per outage, from the thread; None logs a warning.
+        on_problem: called with one sentence per outage, from the thread; None logs a warning.
 
     Raises:
         TrackingError: MLflow has no such store.

@@ -154,7 +154,7 @@ class Record:
             self.flush()
 
     def flush(self) -> None:
-        """Put buffered steps into the file; whole lines or none, so that it can be tried again.
+        """Put buffered steps into the file; whole lines or none, so it can be tried again.
 
         Raises:
             StorageError: the file cannot be written.

@@ -42,7 +42,7 @@ class Sender:
         self._save = save
 
     def send(self, parent: str | None) -> str | None:
-        """Send what is missing; the status goes last, so that a finished run is a complete one.
+        """Send what is missing; the status goes last, so a finished run is complete.
 
         Args:
             parent: id of the parent run, if any.

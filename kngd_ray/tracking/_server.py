@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 from kngd_ray.errors import KngdError, TrackingError, printable, redact
 from kngd_ray.tracking._quiet import FIRST_CONTACT, environment
 from kngd_ray.tracking._reason import reason
-from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file
+from kngd_ray.tracking._uri import is_database, resolve_uri, sqlite_file, without_stray_folder
 
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PROBE_SECONDS = 5.0
@@ -202,7 +202,8 @@ class Server:
             TrackingError: the store does not answer or refuses.
         """  # noqa: DOC501
         try:
-            yield
+            with without_stray_folder(self.uri):
+                yield
         except KngdError:
             raise
         except Exception as error:  # clients of object stores and databases raise types of their own

@@ -1,5 +1,8 @@
 """Addresses of tracking stores: made absolute, checked, and shown without their secrets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,8 +19,8 @@ def is_database(uri: str) -> bool:
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other store.
 
-    Addresses are percent-encoded. But who writes ``sqlite:///$WORKSPACE/mlflow.db`` in a folder called ``a%20b`` means
-    that folder: what is there under the name as it stands is taken at its word.
+    Addresses are percent-encoded. But ``sqlite:///$WORKSPACE/mlflow.db``, where the workspace is called ``a%20b``,
+    means that folder: a folder that exists under the name as written is taken literally.
     """
     written = uri.partition("///")[2].partition("?")[0]
     if not uri.startswith("sqlite:") or written.startswith("file:"):
@@ -26,8 +29,28 @@ def sqlite_file(uri: str) -> Path | None:
     return literal if literal.parent.is_dir() and not decoded.parent.is_dir() else decoded
 
 
+@contextmanager
+def without_stray_folder(uri: str) -> Iterator[None]:
+    """Remove the empty folder that MLflow makes beside that of a SQLite file with a ``%`` in its path.
+
+    MLflow does not decode the address when it makes the file's folder, so that of ``a%25b/mlflow.db`` is made twice:
+    as ``a%b``, where the file is, and as ``a%25b``.
+
+    Args:
+        uri: of the store that is opened meanwhile.
+    """
+    literal = Path(uri.partition("///")[2].partition("?")[0])
+    stray = [] if sqlite_file(uri) in {None, literal} else list(takewhile(lambda f: not f.exists(), literal.parents))
+    try:
+        yield
+    finally:
+        for folder in stray:
+            with suppress(OSError):  # it was not made, or somebody uses it
+                folder.rmdir()
+
+
 def resolve_uri(uri: str, folder: Path | None = None) -> str:
-    """Make a tracking address good for any process: a relative SQLite file becomes absolute.
+    """Make a tracking address valid in any process: a relative SQLite file becomes absolute.
 
     Args:
         uri: ``sqlite:///mlflow.db``, ``https://tracking.example.org``, ``postgresql://...``.
@@ -41,17 +64,20 @@ def resolve_uri(uri: str, folder: Path | None = None) -> str:
     """
     scheme = urlsplit(uri).scheme
     if scheme in {"http", "https"} and not urlsplit(uri).hostname:
-        raise TrackingError(f"tracking.uri is {redact(uri)!r}, which names no host; give http://HOST:PORT.")
+        raise TrackingError(f"tracking.uri is {redact(uri)!r}, which has no host; give http://HOST:PORT.")
     if not (scheme in {"http", "https", "databricks"} or uri == "databricks" or is_database(uri)):
+        hint = "a folder or file alone is no store; " if not scheme or scheme == "file" else ""
         raise TrackingError(
-            f"tracking.uri is {redact(uri)!r}, which is not an MLflow store; "
+            f"tracking.uri is {redact(uri)!r}, which is not an MLflow store; {hint}"
             "give sqlite:///mlflow.db, http://HOST:PORT or a database address."
         )
     path = sqlite_file(uri)
     if path is None:
         return uri
     if str(path) in {".", "", ":memory:"}:
-        raise TrackingError(f"tracking.uri is {uri!r}, which keeps nothing; name a file, as in sqlite:///mlflow.db.")
+        raise TrackingError(
+            f"tracking.uri is {uri!r}, which is not kept on disk; name a file, as in sqlite:///mlflow.db."
+        )
     driver, _, rest = uri.partition("///")
     query = rest.partition("?")[1:]
     absolute = str(((folder or Path.cwd()) / path).resolve())

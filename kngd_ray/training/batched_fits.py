@@ -170,7 +170,7 @@ def fit_together(
     Args:
         tasks: fits with the same :func:`shape_of`, not None.
         device: where to compute.
-        on_step: told of every step, a record for each task; None for a fit that has ended.
+        on_step: called with every step, a record for each task; None for a fit that has ended.
 
     Returns:
         For each task the fit, or the error that ended it.

@@ -25,7 +25,7 @@ class Shots(Protocol):
 
     @property
     def inputs(self) -> Any:
-        """What a predictor takes of them."""
+        """The inputs of a predictor."""
         ...
 
     def __len__(self) -> int: ...
@@ -88,7 +88,7 @@ class Support:
         return Support(self.features.to(device), self.labels.to(device), crops)
 
     def whole(self) -> "Support":
-        """The pictures as they are, without crops."""
+        """The whole pictures, without crops."""
         return self if self.crops is None else replace(self, crops=None)
 
     def view(self, number: int) -> "Support":

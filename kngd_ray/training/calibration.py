@@ -183,7 +183,7 @@ def calibrate(
 
 
 def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None:
-    """Say so of a fit that is right about fewer of its held-out shots than CLIP as it is.
+    """Warn of a fit that is right about fewer of its held-out shots than zero-shot CLIP.
 
     Args:
         task: the fit.

@@ -131,7 +131,7 @@ def load(folder: Path) -> Checkpoint:
         found = _undigest(_digest(path))
         if found != expected:
             raise CheckpointError(
-                f"{path} is not what its manifest names ({found['bytes']} bytes, {expected['bytes']} expected, or "
+                f"{path} does not match its manifest ({found['bytes']} bytes, {expected['bytes']} expected, or "
                 "another checksum): the file was damaged; use an earlier checkpoint."
             )
     try:
@@ -147,7 +147,7 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} cannot be read ({reason}); use an earlier checkpoint.") from error
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     if found != manifest["parameters"]:
-        raise CheckpointError(f"{folder} holds other weights than its manifest names; use an earlier checkpoint.")
+        raise CheckpointError(f"{folder} does not hold the weights that its manifest lists; use an earlier checkpoint.")
     return Checkpoint(folder, manifest, MethodState(weights, replicated, covariance))
 
 
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "use the version of kngd_ray that wrote it."
         )
     if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
-        raise CheckpointError(f"{path} is not what was written: the file was altered; use an earlier checkpoint.")
+        raise CheckpointError(f"{path} was altered after it was written; use an earlier checkpoint.")
     return _Manifest(manifest, path)
 
 
@@ -216,8 +216,7 @@ class _Manifest(dict[str, Any]):
 
     def _refuse(self, key: str) -> NoReturn:
         raise CheckpointError(
-            f"{self._path} is not the manifest of a fit: its {key} is missing or not as the format has it; "
-            "use another checkpoint."
+            f"{self._path} is not the manifest of a fit: its {key} is missing or malformed; use another checkpoint."
         )
 
 

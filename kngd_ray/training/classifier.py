@@ -26,7 +26,7 @@ from kngd_ray.training.resumable import SOURCE
 from kngd_ray.training.settled import read_settled
 
 CLASS_EMBEDDINGS = "class_embeddings.npy"
-"""Those of a fit on features, as a copy beside its checkpoints: so that it can be moved to where their file is not."""
+"""Class embeddings of a fit on features, copied beside its checkpoints so that the fit can be moved."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class Classifier:
             )
         settled = read_settled(fit_folder)
         predictor = restore_predictor(checkpoint, clip, settled.posterior, alpha=settled.alpha)
-        told = parse(FitOptions, manifest["options"]).tune.alpha
+        own_alpha = parse(FitOptions, manifest["options"]).tune.alpha
         # the shots were measured at the weights that the fit was told to predict by, not at those of a later ensemble
-        novelty = settled.novelty if settled.alpha in (None, told) else None
+        novelty = settled.novelty if settled.alpha in (None, own_alpha) else None
         return cls(clip, predictor, manifest["class_names"], settled.calibration, novelty)
 
     @property

@@ -118,7 +118,7 @@ class FitTask:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as it is shown and logged.
+    """One step, as shown and logged.
 
     Attributes:
         step: steps done, from 1.
@@ -266,7 +266,7 @@ def _begin_towers(
         try:
             fitted, held_out = fitted_head(task, device)
         except FilterError as error:
-            raise FilterError(f"the head that the towers were to start from could not be fitted: {error}") from error
+            raise FilterError(f"the head that the towers start from could not be fitted: {error}") from error
         begin_at(network, fitted, group)
     elif task.options.tune.start == "head":
         raise ValueError("tune.start is head: give the task its head's fit (HeadStart.of), or set tune.start=zero_shot")
@@ -311,7 +311,7 @@ def fit(
         group: the ranks that advance together; all call this with the same task.
         device: where to compute.
         resume: steps done and the state after them; None starts from the beginning.
-        on_step: told of every step.
+        on_step: called with every step.
         on_checkpoint: called with (steps done, method) every `checkpoint_every` steps and at the end.
         checkpoint_every: 0 is only at the end.
 

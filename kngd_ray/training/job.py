@@ -67,7 +67,7 @@ def run_fits(
 
     Args:
         job: the fits.
-        send: told of what happens, on rank 0.
+        send: called with each event, on rank 0.
         group: the ranks.
         device: where to compute.
         before_checkpoint: called before each checkpoint is written, on every rank.

@@ -89,7 +89,7 @@ _START = "head/start/"  # and the name of an adapter's weights
 
 
 def head_state(head: Head) -> dict[str, Tensor]:
-    """What a head is told beside its weights: gamma, where it is not CLIP's own, and what features are measured from.
+    """The state of a head besides its weights: gamma, where it is not CLIP's own, and what features are measured from.
 
     Args:
         head: of a fit.
@@ -99,10 +99,10 @@ def head_state(head: Head) -> dict[str, Tensor]:
     """
     if isinstance(head, CLIPNetwork):
         return head_state(head.head) | {_START + name: weight.clone() for name, weight in head.started.items()}
-    told = {_CENTRE + name: centre.clone() for name, centre in centres(head).items()}
+    state = {_CENTRE + name: centre.clone() for name, centre in centres(head).items()}
     if head.gamma != 1.0:
-        told[_GAMMA] = torch.tensor(head.gamma, dtype=torch.float64)
-    return told
+        state[_GAMMA] = torch.tensor(head.gamma, dtype=torch.float64)
+    return state
 
 
 def load_head(head: Head, state: MethodState) -> None:

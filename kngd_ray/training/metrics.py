@@ -5,7 +5,18 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
-from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+
+from kngd_ray.errors import KngdError
+
+try:
+    from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+except RuntimeError as error:  # torchmetrics imports torchvision, whose operators need the torch it was built for
+    if "torchvision" not in str(error):
+        raise
+    raise KngdError(
+        f"torchvision was built for another torch than {torch.__version__} ({error}): install both again, together and "
+        "from one package index."
+    ) from error
 
 ECE_BINS = 15
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing

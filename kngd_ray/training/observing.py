@@ -156,18 +156,18 @@ class Observer:
         with tower_products(self._like.device) if self._towers else nullcontext():
             H = passed.jacobian(own.rows(local.cotangent))
         whitened = whitening.innovations(nu)
-        judged = self._judged(whitened, R, *form) if self._gated else None
+        residuals = self._gate_residuals(whitened, R, *form) if self._gated else None
         cost = partial(self._energy, passed.logits, batch, whitened[batch.own], R[batch.own])
         whitened = plain = whitened.flatten()
         if displaced is not None:
             pieces = displaced.split([layer.size for layer in self.layers])
             shift = torch.stack([H[x.name].times(v) for x, v in zip(self.layers, pieces, strict=True)]).sum(0)
             shift = self._group.gather_rows(shift.view(-1, nu.shape[1]), batch.sizes).flatten()
-            whitened, judged = whitened - shift, judged and judged.shifted(shift)
+            whitened, residuals = whitened - shift, residuals and residuals.shifted(shift)
         observed = Observed(
             H,
             whitened,
-            judged,
+            residuals,
             batch.sizes,
             nu.shape[1],
             1.0 / self._passes,
@@ -252,10 +252,10 @@ class Observer:
         return drawn[batch.own].to(like)
 
     def _gather(self, local: Observation, observations: list[Observation], batch: Batch) -> list[Tensor]:
-        """Innovations, base noise, channels, and for a gate the two judged forms: (s, k) each, of all samples."""
+        """Innovations, base noise, channels, and for a gate its residuals and scales: (s, k) each, of all samples."""
         columns = [local.innovation, local.base_noise, local.channel]
         if self._gated:
-            columns += torch.cat([o.judged_form for o in observations], 1).unbind(2)
+            columns += torch.cat([o.gate_residuals for o in observations], 1).unbind(2)
         if self._group.world_size == 1:
             return columns
         # One gather for a few small matrices; float64 holds channel numbers and float32 exactly.
@@ -263,7 +263,7 @@ class Observer:
         gathered = self._group.gather_rows(packed, batch.sizes).unbind(2)
         return [column.to(mine.dtype) for column, mine in zip(gathered, columns, strict=True)]
 
-    def _judged(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> GateResiduals:
+    def _gate_residuals(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> GateResiduals:
         """Residuals as they are, less the tempering of their noise; in the place of the others nu and factor (s, k)."""
         tempering = self._passes**0.5
         deviation = (R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)).double().sqrt()

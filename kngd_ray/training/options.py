@@ -76,14 +76,14 @@ class FilterOptions:
         if self.p0 is not None and self.logit_variance is not None:
             raise ValueError(
                 f"p0 is {self.p0} and logit_variance {self.logit_variance}: the prior's variance is given twice; leave "
-                "out p0, of weights, or logit_variance, of logits"
+                "out p0 (of weights) or logit_variance (of logits)"
             )
         if self.logit_variance is not None and not (isfinite(self.logit_variance) and self.logit_variance > 0):
             raise ValueError(f"logit_variance is {self.logit_variance}; a prior variance must be finite and above 0")
         if not self.logit_spread >= 0:
             raise ValueError(f"logit_spread is {self.logit_spread}; a standard deviation must be 0 or more")
         if self.logit_spread and self.logit_variance is None:
-            raise ValueError("logit_spread is for a logit_variance to choose; give its median as logit_variance")
+            raise ValueError("logit_spread needs logit_variance, the median of its prior; give both")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must be above 0 nats")
         if not self.towers > 0:
@@ -93,7 +93,7 @@ class FilterOptions:
             raise ValueError(f"tower_logit_variance is {wide}; a prior variance must be finite and 0 or more")
         if self.serial < 0:
             raise ValueError(
-                f"serial is {self.serial}; give the samples conditioned on at once, or 0 for all of a batch"
+                f"serial is {self.serial}; give how many samples to condition on at once, or 0 for a whole batch"
             )
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; a step linearises at least once")
@@ -178,7 +178,7 @@ class FitOptions:
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}; give 0 or more passes")
         if self.batch_size < 0:
-            raise ValueError(f"batch_size is {self.batch_size}; give the samples of a batch, or 0 for all shots")
+            raise ValueError(f"batch_size is {self.batch_size}; give the size of a batch, or 0 for all shots")
         if not self.adapter and not self.tune.images:
             raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
         if not self.observation:
@@ -194,13 +194,13 @@ class FitOptions:
         unlikely = all(model.likelihood is None for model in self.observation)
         if isinstance(self.noise.observation, LikelihoodNoise) and unlikely:
             raise ValueError(
-                "noise.observation is categorical, but no observation has a likelihood to take its noise from; "
-                "observe probability, log_likelihood or categorical, or take fixed or ema noise"
+                "noise.observation is categorical, but no observation has a likelihood that sets its noise; "
+                "observe probability, log_likelihood or categorical, or use fixed or ema noise"
             )
 
     @property
     def pairs(self) -> bool:
-        """Whether the method sees image-text pairs beside the class logits."""
+        """Whether the method sees image-text pairs besides the class logits."""
         if self.method == "kalman":
             return any(model.pairs for model in self.observation)
         return self.optimizer.loss.pairs
@@ -237,12 +237,12 @@ class FitOptions:
             raise ValueError("clip_cite sees pairs of images and texts; set tune.parameters to lora, norm or full")
         if not self.tune.images and self.method == "kalman" and self.filter.tower_logit_variance is not None:
             raise ValueError(
-                "filter.tower_logit_variance is of towers that are trained, and tune.parameters is adapter: leave it "
+                "filter.tower_logit_variance is for trained towers, but tune.parameters is adapter: leave it "
                 "out, or set tune.parameters to lora, norm or full"
             )
         if self.tune.images and self.tune.start == "head" and not self.adapter:
             raise ValueError(
-                "tune.start is head, and adapter is empty: there is no head to be fitted first; name an adapter, or "
+                "tune.start is head, but adapter is empty: there is no head to fit first; name an adapter, or "
                 "set tune.start=zero_shot"
             )
         if not self.tune.images or self.method != "kalman":
@@ -288,7 +288,7 @@ def counted_once(options: FitOptions, views: int) -> FitOptions:
 
 
 def streamed(options: FitOptions) -> FitOptions:
-    """Options of a fit of a stream, of which nobody knows the end.
+    """Options of a fit of a stream, whose length is unknown.
 
     Args:
         options: as they were given.
@@ -313,16 +313,16 @@ def check_streamed(options: FitOptions, protocol: str, ordered: str | None) -> N
     """
     if protocol != "stream":
         if ordered is not None:
-            raise ValueError(f"{ordered} is for protocol=stream, and protocol is {protocol}; leave one out")
+            raise ValueError(f"{ordered} is for protocol=stream, but protocol is {protocol}; leave one out")
         return
     if ordered is None:
         raise ValueError(
             "protocol is stream without an order; name the domains one after another, data.order=[photo,sketch], or "
-            "the column that says when a row came, data.time=COLUMN"
+            "the column with each row's time, data.time=COLUMN"
         )
     if options.tune.images:
         raise ValueError(
-            "protocol is stream, from which adapters on frozen towers learn, and tune.parameters is "
+            "protocol=stream trains only adapters on frozen towers, and tune.parameters is "
             f"{options.tune.parameters}; leave one of them out"
         )
     if not options.epochs:

@@ -85,7 +85,7 @@ class Pictures:
             yield self.load(which, transform)
 
     def subset(self, keep: Tensor) -> "Pictures":
-        """The shots that a boolean or index tensor selects, numbered anew."""
+        """The shots that a boolean or index tensor selects, renumbered."""
         return replace(self, positions=self.positions[keep.cpu()], labels=self.labels[keep])
 
     def to(self, device: torch.device | str) -> "Pictures":

@@ -1,4 +1,4 @@
-"""The belief of a Kalman optimiser: what one batch makes of it, wherever its covariance lies."""
+"""The belief of a Kalman optimiser and its update by one batch, wherever the covariance is stored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from kngd_ray.training.predict import TAU_GRID, centring, moderated
 
 @dataclass(frozen=True)
 class Update:
-    """What one batch made of a belief, and what it said of it before.
+    """The update of a belief by one batch, and the batch's prediction before it.
 
     Attributes:
         belief: the posterior.

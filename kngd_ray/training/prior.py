@@ -40,7 +40,7 @@ class Prior:
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
     def load(self) -> MethodState:
-        """Read it again, where it is needed.
+        """Read it again where it is needed.
 
         Returns:
             The state that the earlier fit ended with, its covariance whole.

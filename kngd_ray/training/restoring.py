@@ -95,7 +95,7 @@ def restore_predictor(
         checkpoint: a verified checkpoint of a fit.
         model: the pretrained model that it was trained from.
         posterior: how the posterior enters.
-        alpha: weight ensembling with the pretrained model; None is as the fit was told.
+        alpha: weight ensembling with the pretrained model; None is the fit's own setting.
         class_embeddings: (C, d) unit text embeddings of its classes, if they are known already.
         device: where a head on frozen towers is to be; None is where the model is. Trained towers stay with the model.
 
@@ -163,7 +163,7 @@ def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
         return load_checkpoint(folder), folder.parent
     found = latest(folder)
     if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint that can be believed.")
+        raise CheckpointError(f"{folder} holds no usable checkpoint.")
     step, steps = found.manifest["step"], found.manifest["steps"]
     if step < steps or not (folder / CALIBRATION).is_file():
         raise CheckpointError(

@@ -41,7 +41,7 @@ def run_fit(
     on_step: Callable[[StepRecord], None] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
 ) -> Path:
-    """Run a fit, or what is left of it, with checkpoints.
+    """Run a fit, or the rest of it, with checkpoints.
 
     A fit that is resumed on the same number of ranks ends with bitwise the weights and covariance of
     one that never stopped: batches and random numbers are functions of seed and step, and all else
@@ -55,7 +55,7 @@ def run_fit(
         group: the ranks.
         device: where to compute.
         checkpoint_every: steps between checkpoints; 0 is only at the end.
-        on_step: told of every step.
+        on_step: called with every step.
         before_checkpoint: called before each checkpoint is written.
 
     Returns:

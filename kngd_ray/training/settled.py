@@ -1,4 +1,4 @@
-"""What was chosen for a fit after it had ended, kept beside its checkpoints."""
+"""Choices made after a fit has ended, stored beside its checkpoints."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ class Settled:
     Attributes:
         calibration: tau and the scaling temperature.
         posterior: how the posterior enters.
-        alpha: weight ensembling with the pretrained model; None is as the fit was told.
+        alpha: weight ensembling with the pretrained model; None is the fit's own setting.
         novelty: the variances that novelty percentiles are ranks among; None if there are none.
     """
 
@@ -32,7 +32,7 @@ class Settled:
 
 
 def save_settled(folder: Path, settled: Settled) -> None:
-    """Keep a fit's calibration beside its checkpoints.
+    """Save a fit's calibration beside its checkpoints.
 
     Args:
         folder: of the fit.

@@ -26,7 +26,7 @@ from kngd_ray.training.streamed import ADAPTERS, StreamedPosterior
 
 @dataclass(frozen=True)
 class HeadStart:
-    """The fit of a head that comes before that of towers.
+    """The fit of a head that precedes the fit of towers.
 
     Attributes:
         options: of the fit.
@@ -65,7 +65,7 @@ class HeadStart:
         return replace(self, support=self.support.to(device))
 
 
-def told(tune: TuneOptions, adapter: Sequence[AnyAdapter], prior: str | None) -> str | None:
+def describe_start(tune: TuneOptions, adapter: Sequence[AnyAdapter], prior: str | None) -> str | None:
     """Where a run of towers begins, in a line.
 
     Args:
@@ -85,7 +85,7 @@ def told(tune: TuneOptions, adapter: Sequence[AnyAdapter], prior: str | None) ->
 
 
 def begin_at(network: CLIPNetwork, fitted: MethodState, group: Group) -> None:
-    """Give a network the head that was fitted, on every rank that of the first.
+    """Give a network the fitted head, on every rank the first rank's.
 
     Args:
         network: before its optimiser is built.

@@ -92,7 +92,7 @@ class Foresight:
 
     @property
     def tau(self) -> float:
-        """The one by which the next batch is predicted."""
+        """The tau that predicts the next batch."""
         return self.taus[self._best]
 
     @property
@@ -176,7 +176,7 @@ def prequential(met: Sequence[Met]) -> dict[str, float]:
     """
     total = sum(batch.size for batch in met)
     if not total:
-        raise FilterError("it takes no step, so that nothing is predicted: give it one epoch or more")
+        raise FilterError("it takes no step, so nothing is predicted: give it one epoch or more")
     return {
         "accuracy": sum(batch.size * batch.accuracy for batch in met) / total,
         "nll": sum(batch.size * batch.nll for batch in met) / total,

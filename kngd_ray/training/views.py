@@ -1,4 +1,4 @@
-"""Crops that a head on frozen features learns from beside each picture.
+"""Crops that a head on frozen features learns from in addition to each picture.
 
 A crop says nothing of the labels that its picture does not say. What it says is which features of a picture do not
 matter to its label: a head that has seen crops is not surprised by them, nor by other pictures. A step to the mode sees

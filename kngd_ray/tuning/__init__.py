@@ -1,4 +1,4 @@
-"""The search for priors: what is searched, the study on disk, what a trial is judged by. No Ray, no MLflow.
+"""The search for priors: what is searched, the study on disk, the objectives of a trial. No Ray, no MLflow.
 
 A new objective is a branch of :mod:`~kngd_ray.tuning.objective` and a name in
 :data:`~kngd_ray.tuning.options.DIRECTIONS`; a new sampler is a line of :mod:`~kngd_ray.tuning.samplers`.

@@ -1,4 +1,4 @@
-"""Between a study and those who run its trials: who works on what, and what became of it."""
+"""The driver between a study and its workers: assigns trials and records their outcomes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 class Report(TypedDict):
-    """What whoever runs a trial says of it, as plain data that travels between processes."""
+    """What a worker reports of a trial, as plain data that travels between processes."""
 
     scores: dict[str, list[float]]
     figures: dict[str, list[float]]
@@ -21,7 +21,7 @@ class Report(TypedDict):
 
 
 def report_of(scored: TrialScores) -> Report:
-    """The plain form of what is known of a trial."""
+    """The plain form of a trial's scores."""
     return Report(scores=scored.scores, figures=scored.figures, reason=scored.reason)
 
 
@@ -34,15 +34,15 @@ def reason_of(error: BaseException) -> str:
 
 
 class Driver:
-    """Claims trials, tells the study what became of them, and ends the search when it cannot go on.
+    """Claims trials, reports their outcomes to the study, and ends the search when it cannot go on.
 
     What the study or the listeners cannot write ends the search: :attr:`problem` says why, and whoever runs trials
     is given no more.
 
     Args:
         study: the study.
-        on_start: told of each trial that is taken up.
-        on_end: told of each trial that is done, and of the best objectives so far.
+        on_start: called with each trial that starts.
+        on_end: called with each trial that is done, and the best objectives so far.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Driver:
         return [] if self.problem is not None else claimed
 
     def heard(self, trials: Sequence[Claimed], reports: Sequence[Report]) -> bool:
-        """Take in what is known of trials.
+        """Record what workers report of trials.
 
         Args:
             trials: the trials.

@@ -37,7 +37,7 @@ _CONTOUR = ("filter.p0", "observation.0.r0")  # of prior variance against observ
 
 
 def study_figures(study: optuna.Study, objectives: Sequence[str], folder: Path) -> list[str]:
-    """Draw what a study has enough trials for.
+    """Draw the figures that a study has enough trials for.
 
     Args:
         study: the study.

@@ -1,4 +1,4 @@
-"""What a search is told: the settings of ``kngd-ray train``, and beside them ``search`` and ``space``.
+"""The settings of a search: those of ``kngd-ray train``, and also ``search`` and ``space``.
 
 A search file is a configuration file with two more keys. On the command line ``search.num_samples=60`` sets an option
 of the search, and ``space.epochs={low: 1, high: 8, integer: true}`` a dimension; ``space.epochs=null`` drops one.
@@ -18,7 +18,7 @@ from kngd_ray.experiment import run_folder
 from kngd_ray.storage import write_text
 from kngd_ray.tuning import SearchOptions, Space, Value, parse_space, plain_space
 
-# What a search that is continued may be told anew: how long and where it runs, not what it does.
+# What may change when a search is continued: how long and where it runs, not what it does.
 _CONTINUED = ("num_samples", "max_failures", "concurrency", "cpus_per_trial")
 
 
@@ -76,7 +76,7 @@ def load_search(file: str | Path, overrides: Sequence[str]) -> SearchConfig:
 
 
 def save_search(folder: Path, search: SearchConfig) -> None:
-    """Keep a search in its folder, beside its configuration.
+    """Save a search in its folder, beside its configuration.
 
     Args:
         folder: of the search.
@@ -91,7 +91,7 @@ def search_yaml(search: SearchConfig) -> str:
 
 
 def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
-    """A search that is to be continued.
+    """A search to continue.
 
     Args:
         name: name or folder of the search.

@@ -1,4 +1,4 @@
-"""Ways to run the fits that trials need: one by one, or those of one shape together."""
+"""Ways to run the fits that trials need: one by one, or fits of one shape together."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -128,7 +128,7 @@ def evidence(fitted: Fitted) -> float:
     if met:
         return -prequential(met)["nll"]
     if not scores:
-        raise FilterError("it takes no step, so that nothing is predicted: give it one epoch or more")
+        raise FilterError("it takes no step, so nothing is predicted: give it one epoch or more")
     before = [0, *accumulate(counts)]
     later = [n for n in range(len(counts)) if 2 * before[n] >= before[-1]] or [len(counts) - 1]
     return max(map(sum, zip(*(scores[n] for n in later), strict=True))) / sum(counts[n] for n in later)

@@ -1,4 +1,4 @@
-"""In what a trial is run: several at once in one process, one in a process, or one as a job of many ranks."""
+"""How trials run: several at once in one process, one per process, or each as a job of several ranks."""
 
 from itertools import product
 from typing import Literal
@@ -39,7 +39,7 @@ def mode_of(work: Workload, space: Space) -> Mode:
 
 
 def _shapes(config: Config, space: Space) -> list[Config]:
-    """The configuration with each adapter and covariance family that is searched."""
+    """The configuration for each adapter and covariance family in the space."""
     domains = {d.key: d.domain.choices for d in space.dimensions if d.key in _SHAPES and isinstance(d.domain, Choice)}
     found = []
     for values in product(*domains.values()):

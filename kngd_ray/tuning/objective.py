@@ -1,4 +1,4 @@
-"""What a trial is judged by: fits on the training shots of several support sets, and what they say of held-out labels.
+"""The objectives of a trial: fits on the training shots of several support sets, scored on held-out labels.
 
 Nothing here has seen a test picture: a :class:`Workload` holds training shots only.
 """
@@ -94,7 +94,7 @@ class TrialScores:
         return {name: fmean(values) for name, values in self.scores.items()}
 
     def note(self, values: Mapping[str, float], objectives: Sequence[str]) -> None:
-        """Add what a support set gave."""
+        """Add the scores of a support set."""
         for name, value in values.items():
             (self.scores if name in objectives else self.figures).setdefault(name, []).append(value)
 

@@ -1,4 +1,4 @@
-"""What a search leaves for MLflow: a record of its own, and one of each trial below it."""
+"""The records of a search for MLflow: one for the search, and below it one for each trial."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _STATUS: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "stopp
 
 
 class SearchRecords:
-    """The records of a search, as one of its drivers writes them: of its own trials, and if it leads the search's.
+    """The records that one driver of a search writes: its own trials, and the search's if it leads.
 
     Args:
         search: the search.
@@ -86,7 +86,7 @@ class SearchRecords:
             )
 
     def mend(self, results: Sequence[TrialResult], best: Mapping[str, float]) -> None:
-        """Write what other drivers could not: the search's record is not theirs, and they may have died before one's.
+        """Complete the records of trials whose drivers died before they could.
 
         Args:
             results: what became of all trials.

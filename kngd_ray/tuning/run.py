@@ -1,4 +1,4 @@
-"""``kngd-ray tune``: a search for priors, its winner fitted and tested once, and what it leaves in MLflow.
+"""``kngd-ray tune``: a search for priors, its winner fitted and tested once, and its records in MLflow.
 
 <storage_path>/<name>/config.yaml      what trials start from
                       search.yaml      options and space
@@ -208,7 +208,7 @@ class _Search:
         self._records.lead()
 
     def _trials(self) -> None:
-        """Run what trials are left."""
+        """Run the remaining trials."""
         options, trainer = self._search.options, self._config.trainer
         began = time.monotonic()
         with self._display.trials(options.num_samples) as show:
@@ -295,7 +295,7 @@ class _Search:
 
 
 def _registered(config: Config) -> str:
-    """What the winner is called in the registry, where nobody says: the winner of another task is another model."""
+    """Default name of the winner in the registry, one for each task."""
     ordered = config.data.time or "-".join(config.data.order or ())  # of a stream
     parts = (config.tracking.experiment, config.data.name, config.data.train_domain, ordered, config.method)
     return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part)

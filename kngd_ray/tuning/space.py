@@ -109,7 +109,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting that is searched.
+    """One setting in the search space.
 
     Attributes:
         key: dotted key of the setting.

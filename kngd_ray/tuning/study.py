@@ -151,7 +151,7 @@ class SearchStudy:
         return number in self._own
 
     def report(self, number: int, step: int, value: float) -> None:
-        """Note what is known of a trial that goes on.
+        """Record intermediate scores of a running trial.
 
         Args:
             number: of the trial.
@@ -206,7 +206,7 @@ class SearchStudy:
         return self.result(self._storage.get_trial(trial_id))
 
     def counts(self) -> dict[str, int]:
-        """Trials that are done, by what became of them."""
+        """Numbers of finished trials by outcome."""
         states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
         return {name: states.count(state) for state, name in _STATES.items()}
 
@@ -215,7 +215,7 @@ class SearchStudy:
         return [self.result(trial) for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def result(self, trial: FrozenTrial) -> TrialResult:
-        """One of Optuna's trials that is done."""
+        """The result of one of Optuna's finished trials."""
         finished = trial.state == TrialState.COMPLETE
         return TrialResult(
             trial.number,
@@ -227,7 +227,7 @@ class SearchStudy:
         )
 
     def best(self) -> list[TrialResult]:
-        """The best trial or those of the Pareto front, the best by the first objective first; none if none finished."""
+        """The best trial, or the Pareto front sorted by the first objective; empty if no trial finished."""
         finished = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
         if not finished:
             return []
@@ -254,7 +254,7 @@ class SearchStudy:
         return driver is not None and _is_held(self.folder / "drivers" / driver)
 
     def _sweep(self) -> None:
-        """Remove what drivers left that did not live to do so."""
+        """Remove what dead drivers left behind."""
         for path in (self.folder / "drivers").iterdir():
             if path.name != self.id and not _is_held(path):
                 for scratch in self.folder.glob(f"{self.scratch_of(path.name)}*"):
@@ -263,7 +263,7 @@ class SearchStudy:
 
     @staticmethod
     def scratch_of(driver: str) -> str:
-        """How the names of folders begin that the trials of a driver write to, in that of the search."""
+        """Prefix of the folders in the search's folder to which a driver's trials write."""
         return f".trial-{driver}-"
 
 
@@ -332,7 +332,7 @@ class _Lock:
 
 
 def _name_metrics(study: optuna.Study, options: SearchOptions) -> None:
-    """Say what the values of a study are called: Optuna's dashboard and figures label their axes by it."""
+    """Name the objectives of a study: Optuna's dashboard and figures label their axes with them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if not study.metric_names:

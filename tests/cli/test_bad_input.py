@@ -276,7 +276,7 @@ def test_damaged_checkpoint(command, name: str) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    refused(command("evaluate", command.run("d")), FAILED, "holds no checkpoint that can be believed")
+    refused(command("evaluate", command.run("d")), FAILED, "holds no usable checkpoint")
     picture = command.folder / "p.png"
     picture.write_bytes(pq.read_table(command.data)["image"][0].as_py())
     refused(command("predict", file.parent, picture), FAILED, str(file))

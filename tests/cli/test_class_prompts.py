@@ -65,7 +65,7 @@ def found(report, key):
     [
         (("sea_bird", "sea bird", "dog"), (), "'sea_bird' and 'sea bird' have one prompt"),
         (("SeaBird", "sea bird", "dog"), (), "'SeaBird' and 'sea bird' have one prompt"),
-        (("['bird']", "cat", "dog"), (), "a list as Python writes it"),
+        (("['bird']", "cat", "dog"), (), "which is a Python list"),
         (("bird", "cat", "dog"), (f"data.templates=['{'so very ' * 20}long a {{}}.']",), "its name is cut off"),
     ],
 )

@@ -234,19 +234,22 @@ def test_other_metrics(comparison) -> None:
         (["--baseline", "main"], 2, ["several rows", "adamw"]),
         (["--out", "nowhere/page.html"], 1, ["nowhere", "no folder"]),
         (["--out", "notes.txt"], 2, ["notes.txt", "is not an HTML file"]),
+        (["--out", "mine.html"], 2, ["mine.html", "did not write", "another name"]),
         (["--out", "."], 2, ["is not an HTML file"]),
         (["--out", "/dev/null"], 2, ["is not an HTML file"]),
     ],
 )
 def test_wrong_usage(comparison, command, arguments: list[str], code: int, words: list[str]) -> None:
     (command.folder / "notes.txt").write_text("mine")
+    (command.folder / "mine.html").write_text("<!doctype html><title>mine</title>")
     outcome = comparison(*arguments)
     assert outcome.code == code
     for word in words:
         assert word in outcome.err
     assert "Traceback" not in outcome.err
-    assert [path.name for path in command.folder.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in command.folder.iterdir()) == ["mine.html", "notes.txt"]
     assert (command.folder / "notes.txt").read_text() == "mine"
+    assert (command.folder / "mine.html").read_text() == "<!doctype html><title>mine</title>"
 
 
 def test_nothing_to_read_from(command, comparison) -> None:

@@ -326,7 +326,7 @@ def test_refused_features_and_class_embeddings(command, train, files) -> None:
         (texts[:, :5], ["length 5", "length 8"]),
         (texts[:2], ["2 classes", "the data has 3"]),
         (texts[[0, 0, 2]], ["'ant' and 'bee'", "same embedding"]),
-        (np.array([None, "x"], object), ["no .npy file of numbers", "never unpickled"]),
+        (np.array([None, "x"], object), ["not a .npy file of numbers", "never unpickled"]),
     ):
         np.save(files[1], array)
         refused(train(), FAILED, "classes.npy", *words)

@@ -102,14 +102,20 @@ def test_without_a_posterior_nothing_is_made_up(command) -> None:
 
 @pytest.mark.parametrize(
     ("name", "code", "says"),
-    [("taken.txt", 2, "is not an HTML file"), ("no/where.html", 1, "there is no folder")],
+    [
+        ("taken.txt", 2, "is not an HTML file"),
+        ("taken.html", 2, "is a file that kngd-ray did not write"),
+        ("no/where.html", 1, "there is no folder"),
+    ],
 )
 def test_a_page_that_cannot_be_written_is_refused_first(command, name, code, says) -> None:
-    (command.folder / "taken.txt").write_text("mine")
+    taken = [command.folder / "taken.txt", command.folder / "taken.html"]
+    for file in taken:
+        file.write_text("mine")
     outcome = command("predict", "nothing", "nothing.png", "--html", command.folder / name)
     assert outcome.code == code
     assert says in outcome.sentence
-    assert (command.folder / "taken.txt").read_text() == "mine"
+    assert [file.read_text() for file in taken] == ["mine", "mine"]
 
 
 def test_a_folder_of_nothing_but_broken_pictures(command) -> None:

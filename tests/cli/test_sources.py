@@ -90,7 +90,7 @@ def test_one_class_is_refused_before_anything_is_learned(command, tmp_path: Path
     pq.write_table(table.filter(pc.equal(table["class_name"], "bird")), tmp_path / "one.parquet")
     outcome = command.train(data=tmp_path / "one.parquet")
     assert (outcome.code, outcome.out) == (FAILED, "")
-    assert "the data has one class, 'bird': a classifier tells two or more apart" in outcome.sentence
+    assert "the data has one class, 'bird': a classifier needs two or more" in outcome.sentence
     assert not command.runs.exists()
 
 

@@ -147,7 +147,7 @@ def test_a_folder_with_architecture_and_weights(mini, folder, monkeypatch):
         ("local-dir:", None, "there is no folder ''"),
         ("local-dir:mine", "openai", "model.pretrained='openai' is not for local-dir:mine, which has its own weights"),
         ("local-dir:bare", None, "lacks weights, such as open_clip_model.safetensors"),
-        ("local-dir:torn", None, "torn/open_clip_config.json describes no model"),
+        ("local-dir:torn", None, "torn/open_clip_config.json does not describe"),
         ("local-dir:unnamed", None, "lacks open_clip_config.json"),
         ("mine", None, "'mine' is a folder: write local-dir:mine"),
         ("someone/something", None, "a repository of Hugging Face's is named hf-hub:someone/something"),
@@ -278,10 +278,10 @@ LONG = "a very long name of a class that says much more than any text tower woul
         (
             [LONG + "a", LONG + "b", "dog"],
             "a {}.",
-            "reads 32, so that its name is cut off, and so are those of 1 other",
+            "reads 32, so its name is cut off, and so are those of 1 other",
         ),
         (["dog", "cat"], f"{LONG} {{}}", "the class 'dog' are too long"),
-        (["dog", "['cat']"], "a {}.", "a list as Python writes it"),
+        (["dog", "['cat']"], "a {}.", "which is a Python list"),
     ],
 )
 def test_classes_that_are_not_told_apart_are_refused(mini, names, templates, says):

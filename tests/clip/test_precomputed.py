@@ -36,7 +36,7 @@ def test_classes_are_found_by_name(file):
     found = model.encode_classes(["cow", "ant"])
     assert found.dtype == torch.float32
     assert torch.allclose(found, torch.from_numpy(texts[[2, 0]]), atol=1e-6)
-    with pytest.raises(ModelError, match="no embedding of the class 'dog'"):
+    with pytest.raises(ModelError, match="no embedding for the class 'dog'"):
         model.encode_classes(["dog"])
 
 

@@ -432,10 +432,10 @@ def test_the_prior_of_towers_is_of_weights_or_of_logits(given: list[str], expect
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["filter.tower_logit_variance=1"], "is of towers that are trained"),
+        (["filter.tower_logit_variance=1"], "is for trained towers"),
         (["tune.parameters=lora", "filter.tower_logit_variance=-1"], "must be finite and 0 or more"),
         (["tune.parameters=lora", "filter.tower_logit_variance=.inf"], "expected a finite number"),
-        (["tune.parameters=lora", "adapter=[]"], "there is no head to be fitted first"),
+        (["tune.parameters=lora", "adapter=[]"], "there is no head to fit first"),
         (["tune.parameters=lora", "tune.start=here"], "head, zero_shot|start"),
     ],
 )

@@ -128,10 +128,10 @@ def test_one_of_several_elements_needs_its_number() -> None:
 def test_a_variance_that_is_given_twice() -> None:
     sentence = refusal("filter.p0=0.3", "filter.logit_variance=1000")
     assert "p0 is 0.3 and logit_variance 1000.0" in sentence
-    assert "leave out p0, of weights, or logit_variance, of logits" in sentence
+    assert "leave out p0 (of weights) or logit_variance (of logits)" in sentence
     assert load_config(None, ["filter.p0=0.3"]).filter.p0 == 0.3
-    assert "logit_spread is for a logit_variance" in refusal("filter.p0=0.3", "filter.logit_spread=1")
-    assert "logit_spread is for a logit_variance" in refusal("filter.logit_variance=null")
+    assert "logit_spread needs logit_variance" in refusal("filter.p0=0.3", "filter.logit_spread=1")
+    assert "logit_spread needs logit_variance" in refusal("filter.logit_variance=null")
 
 
 def test_bounds_of_choices() -> None:
@@ -234,7 +234,7 @@ def check_random_settings(tmp_path: Path, seed: int) -> None:
 
 
 def test_noise_of_a_likelihood_needs_one() -> None:
-    with pytest.raises(UsageError, match="no observation has a likelihood to take its noise from"):
+    with pytest.raises(UsageError, match="no observation has a likelihood that sets its noise"):
         load_config(overrides=["observation=cosine", "noise.observation=categorical"])
     assert load_config(overrides=["observation=probability", "noise.observation=categorical"])
 

@@ -317,7 +317,7 @@ def test_no_image_column(tmp_path):
         ({"label": [0.5]}, "column `label` is double: it must be integers or class names"),
         ({"label": ["a"], "image": ["x.png"]}, "column `image` is string: it must be bytes"),
         ({"label": [0, 1], "class_name": [["a"], ["b"]]}, "column `class_name` is list<"),
-        ({"label": [0, 1], "class_name": [b"a", b"\xff"]}, r"column `class_name` holds b'\xff', which is no UTF-8"),
+        ({"label": [0, 1], "class_name": [b"a", b"\xff"]}, r"column `class_name` holds b'\xff', which is not UTF-8"),
         ({"label": ["a", "b"], "domain": [0.5, 1.5]}, "column `domain` is double: it must be text"),
         ({"label": [0, -1]}, "set.parquet, row 1: label -1 is negative: number classes from 0"),
         ({"label": [0, None]}, "set.parquet, row 1 has no label: fill it in or drop the row"),

@@ -181,11 +181,11 @@ def test_models_without_residuals_are_judged_by_the_probability_of_the_label(mod
     seen = model.observe(logits, labels, 8.0, uniforms)
     expected = Probability().observe(logits, labels, 8.0, uniforms)
     deviation = expected.base_noise.sqrt()
-    judged = seen.judged_form
-    own = judged[..., 1] > 0
+    residual = seen.gate_residuals
+    own = residual[..., 1] > 0
     assert own.sum(1).tolist() == [1] * 7
-    assert max_error(judged[..., 0][own], (expected.innovation / deviation).flatten()) < 1e-12
-    rows = (judged[..., 1:] * seen.cotangent)[own]
+    assert max_error(residual[..., 0][own], (expected.innovation / deviation).flatten()) < 1e-12
+    rows = (residual[..., 1:] * seen.cotangent)[own]
     assert max_error(rows, (expected.cotangent[:, 0] / deviation)) < 1e-12
 
 

@@ -133,8 +133,8 @@ def observed(group: Group, H: Jacobian, k: int, seed: int, dtype: torch.dtype, g
     """Innovations of a batch, one of which is an outlier."""
     nu = torch.randn(6 * k, generator=rng(seed), dtype=torch.float64)
     nu[3] += 60.0
-    judged = None if gate == GATES["off"] else GateResiduals(nu, torch.ones_like(nu))
-    return Observed(H, nu.to(dtype), judged, sizes(group.world_size), k, noise, seed)
+    residuals = None if gate == GATES["off"] else GateResiduals(nu, torch.ones_like(nu))
+    return Observed(H, nu.to(dtype), residuals, sizes(group.world_size), k, noise, seed)
 
 
 def start(dtype: torch.dtype) -> Tensor:

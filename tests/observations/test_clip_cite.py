@@ -94,8 +94,8 @@ def test_the_classifiers_row_is_that_of_the_log_likelihood() -> None:
     plain = LogLikelihood().observe(outputs[:, :C], labels, S, torch.empty(len(labels), 0))
     seen = ClipCite().observe_pairs(outputs, labels, S, slice(None), C)
     assert torch.allclose(seen.cotangent[:, :1, :C], plain.cotangent)
-    assert torch.allclose(seen.judged_form[:, :1], plain.judged_form)
-    assert not seen.judged_form[:, 1:].any()
+    assert torch.allclose(seen.gate_residuals[:, :1], plain.gate_residuals)
+    assert not seen.gate_residuals[:, 1:].any()
 
 
 def test_untouched_logits_cost_log_C() -> None:

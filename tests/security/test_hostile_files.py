@@ -267,7 +267,7 @@ def folder_with_a_pipe(folder: Path) -> Path:
     return folder / "set"
 
 
-@case("data", "no UTF-8")
+@case("data", "not UTF-8")
 def folder_named_by_no_text(folder: Path) -> Path:
     place = os.fsencode(folder) + b"/set/\xff\xfe"
     os.makedirs(place)
@@ -498,7 +498,7 @@ def class_embeddings_of_objects(folder: Path) -> Path:
     return folder / "x.npy"
 
 
-@case("classes", "or damaged")
+@case("classes", "or is damaged")
 def class_embeddings_of_a_trillion_classes(folder: Path) -> Path:
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 8), }".ljust(117) + b"\n"
     (folder / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(96))
@@ -511,7 +511,7 @@ for what, maker in FOREIGN.items():
         (folder / "x.npy").write_bytes(maker())
         return folder / "x.npy"
 
-    case("classes", "no .npy file of numbers", what)(foreign_classes)
+    case("classes", "not a .npy file of numbers", what)(foreign_classes)
     case("features", "is not a parquet file", what)(lambda _, maker=maker: maker())
 
 

@@ -179,6 +179,7 @@ def test_runs_arrive_beside_a_folder_with_an_odd_name(open_record, run_folder, o
     (run,) = publish(run_folder, "sqlite:///mlflow.db", "odd").values()
     assert (folder / "mlruns" / "odd" / run / "artifacts" / "a.txt").read_text() == "a"
     assert [each.id for each in read_runs("sqlite:///mlflow.db", "odd")] == [run]
+    assert not list(tmp_path.glob("50%25*")), "MLflow makes the folder of an encoded address, too"
 
 
 @pytest.mark.parametrize(

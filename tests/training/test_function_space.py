@@ -299,7 +299,7 @@ def test_a_prior_has_the_variance_that_is_given_last():
 def test_a_variance_given_twice_is_refused():
     with pytest.raises(UsageError, match="given twice; leave out p0"):
         load_config(overrides=["method=kalman", "filter.p0=0.1", "filter.logit_variance=30"])
-    with pytest.raises(UsageError, match="logit_spread is for a logit_variance"):
+    with pytest.raises(UsageError, match="logit_spread needs logit_variance"):
         load_config(overrides=["method=kalman", "filter.logit_variance=null"])
 
 

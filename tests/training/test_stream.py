@@ -249,7 +249,7 @@ def test_partial_fit_is_the_stream(process, tmp_path) -> None:
     ("settings", "says"),
     [
         (["protocol=stream"], "protocol is stream without an order"),
-        (["data.order=[a]"], r"data\.order is for protocol=stream, and protocol is fsl"),
+        (["data.order=[a]"], r"data\.order is for protocol=stream, but protocol is fsl"),
         (["data.time=when"], r"data\.time is for protocol=stream"),
         (["protocol=stream", "data.order=[a]", "data.time=when"], "a stream has one order"),
         (["protocol=stream", "data.order=[]"], "order is empty"),

@@ -1,4 +1,4 @@
-"""Adapters as modules of torch; what they are told is beside their settings, which need none."""
+"""Adapters as torch modules; their settings are in a module that does not need torch."""
 
 import torch
 from torch import Tensor, nn

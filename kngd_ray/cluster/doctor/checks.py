@@ -1,4 +1,4 @@
-"""The checks of ``kngd-ray doctor``: what each looks at, and what it says."""
+"""The checks of ``kngd-ray doctor`` and their findings."""
 
 import os
 import tempfile
@@ -106,7 +106,7 @@ def nodes(config: Config, ask: Ask, *, cluster: bool, gpus: bool) -> list[Findin
 
 
 def _versions(node: str, here: Mapping[str, str], there: Mapping[str, str]) -> Finding:
-    """A node's versions against this process's: what is pickled here is run there."""
+    """A node's versions against this process's: code pickled here runs there."""
     differ = []
     for name, version in here.items():
         other = there.get(name, "missing")
@@ -158,7 +158,7 @@ def _absolute(storage_path: str) -> Path:
 
 
 def storage(storage_path: str, ask: Ask) -> list[Finding]:
-    """Write, read and delete on every node, and see whether each sees what the others wrote.
+    """Write, read and delete on every node, and check that each sees the others' files.
 
     Args:
         storage_path: where runs live.
@@ -259,7 +259,7 @@ def tracking(config: TrackingConfig) -> list[Finding]:
 
 
 def model(config: ModelConfig) -> list[Finding]:
-    """Load the model from what is on this machine, fetching nothing.
+    """Load the model from local files, without downloads.
 
     Args:
         config: the model.

@@ -91,7 +91,7 @@ def needs_of_run(config: Config, *, resumed: bool = False, writes: bool = True) 
 
 
 def _files(sources: Sequence[str]) -> Iterator[str]:
-    """The files of patterns, as this process sees them; every other source as it is."""
+    """The files that patterns match here; every other source unchanged."""
     for source in sources:
         yield from map(str, data_files(source)) if has_magic(source) else [source]
 

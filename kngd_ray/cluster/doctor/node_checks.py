@@ -68,7 +68,7 @@ def describe(folders: Mapping[str, str], gpus: bool) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that nodes must share; what is not installed is left out."""
+    """Versions of Python and of the packages that nodes must share; packages that are not installed are left out."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def token_file() -> dict[str, Any]:
-    """Ray's token on this machine: where it is, and what is wrong with it.
+    """Ray's token on this machine: its place, and any fault.
 
     Returns:
         ``mode`` (``token``, ``disabled``, empty where it is not set), ``place`` and ``fault``, empty where all is well.
@@ -105,7 +105,7 @@ def token_file() -> dict[str, Any]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes free on the disk of a folder, which need not exist yet; None if that cannot be told."""
+    """Bytes free on the disk of a folder, which need not exist yet; None if unknown."""
     for place in (folder, *folder.parents):
         with suppress(OSError):
             return shutil.disk_usage(place).free

@@ -99,7 +99,7 @@ def _checks(needs: Needs) -> Iterator[Finding]:
 
 
 def _isolated(check: str, look: Callable[[], list[Finding]], seconds: float | None = None) -> list[Finding]:
-    """The findings of one check; its failure or silence is a finding, too."""
+    """The findings of one check; its failure or timeout is a finding, too."""
     try:
         return look() if seconds is None else _within(seconds, look)
     except KngdError as error:
@@ -112,7 +112,7 @@ def _isolated(check: str, look: Callable[[], list[Finding]], seconds: float | No
 
 
 def _within(seconds: float, look: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a thread that is left behind if it takes longer: a call into a dead file system does not come back.
+    """Call in a thread that is abandoned after a timeout: a call into a dead file system never returns.
 
     Raises:
         TimeoutError: it did take longer.
@@ -180,7 +180,7 @@ def _ray(trainer: TrainerConfig, stack: ExitStack) -> list[Finding]:
 
 
 def _access(dashboard: str, *, ours: bool) -> list[Finding]:
-    """Who is let in: where the dashboard listens, and whether the cluster asks for a token."""
+    """Access control: where the dashboard listens, and whether the cluster requires a token."""
     asks = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
     host = urlsplit(f"//{dashboard}").hostname if dashboard else None
     findings = []

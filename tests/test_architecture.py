@@ -219,6 +219,7 @@ PUBLIC = {
         "Encoder",
         "FeatureCache",
         "FeatureFiles",
+        "GivenCrops",
         "GivenFeatures",
         "ImageSet",
         "PictureFile",

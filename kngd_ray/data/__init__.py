@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         read_batches,
     )
     from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
+    from kngd_ray.data._given_crops import GivenCrops
     from kngd_ray.data._files import data_files
     from kngd_ray.data._images import ImageSet, arrange, open_images
     from kngd_ray.data._passed_over import by_suffix, unread
@@ -49,6 +50,7 @@ __all__ = [
     "Encoder",
     "FeatureCache",
     "FeatureFiles",
+    "GivenCrops",
     "GivenFeatures",
     "ImageSet",
     "PictureFile",
@@ -82,6 +84,7 @@ _HOMES = {
     "Encoder": "_encode",
     "FeatureCache": "_cache",
     "FeatureFiles": "_features",
+    "GivenCrops": "_given_crops",
     "GivenFeatures": "_features",
     "ImageSet": "_images",
     "PictureFile": "_pictures",

@@ -33,8 +33,8 @@ def encode(
         data: parquet file, folder of pictures, or ``embedded``.
         *overrides: settings as the command line takes them; a preset or a YAML file may be the first.
         out: new or empty folder for the features and the class embeddings; None fills the cache only.
-        views: random crops of each picture to encode as well, so that runs on the files learn as runs on the pictures do
-            with ``tune.views`` of as many; they take `views` times as long and as much space again.
+        views: random crops of each picture to encode as well, of ``tune.crop_scale``. Heads on the files then learn
+            from as many crops as heads on the pictures do. Time and space are `views` + 1 times those of the pictures.
         ray: encode with Ray Data.
         quiet: show nothing.
         console: where progress is shown; None is a new one.

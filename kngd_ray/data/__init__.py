@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         read_batches,
     )
     from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
-    from kngd_ray.data._given_crops import GivenCrops
     from kngd_ray.data._files import data_files
+    from kngd_ray.data._given_crops import GivenCrops
     from kngd_ray.data._images import ImageSet, arrange, open_images
     from kngd_ray.data._passed_over import by_suffix, unread
     from kngd_ray.data._pictures import PictureFile, halves, restrict

@@ -1,8 +1,8 @@
 """Features of crops beside the features of pictures, in the column `crops` of their parquet file.
 
-A row's V crops are one list of V x d floats, one crop after another. How they were drawn is in the schema's metadata, as
-JSON: `views` (V), `scale` (least and greatest part of the area), `crop` (all of its settings) and `rule`, the version of
-the drawing. They are read for the shots alone; everything else is never unpacked whole.
+A row's V crops are one list of V x d floats, one crop after another. How they were drawn is in the schema's metadata,
+as JSON: `views` (V), `scale` (least and greatest part of the area), `crop` (all of its settings) and `rule`, the
+version of the drawing. Crops are read for the shots alone, in parts of the row groups that hold some.
 """
 
 import json

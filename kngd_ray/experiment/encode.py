@@ -2,7 +2,7 @@
 
 Into the cache, where runs on the pictures find them; or into a folder that needs neither pictures nor model::
 
-    <folder>/features.parquet        features, label, class_name, domain and split of every picture, and its crops if asked
+    <folder>/features.parquet        features, label, class_name, domain and split of every picture; crops, if asked
              class_embeddings.npy    (C, d) embeddings of the classes, in order of the labels
 """
 
@@ -92,7 +92,7 @@ def encode(
         )
         if not views and config.tune.views and config.tune.augment != "none":
             display.say(
-                f"runs on it learn from the shots alone, as by tune.views=0; --views {config.tune.views} writes their crops"
+                f"runs on it learn from the shots alone, as by tune.views=0; --views {config.tune.views} writes crops"
                 f" as well, in {config.tune.views + 1} times the time and space"
             )
         display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")

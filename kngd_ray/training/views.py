@@ -36,8 +36,8 @@ def views_of(options: FitOptions, pictures: int) -> int:
         pictures: of the largest support set.
 
     Returns:
-        V; 0 where the fit sees none: one pass of minibatches sees the pictures as they are, and towers that start without
-        a fitted head crop the pictures themselves.
+        V; 0 where the fit sees none: one pass of minibatches sees the pictures as they are, and towers that start
+        without a fitted head crop the pictures themselves.
     """
     tune = options.tune
     if not pictures or tune.augment == "none" or (tune.images and tune.start != "head"):

@@ -18,7 +18,7 @@ from kngd_ray.errors import BadImage
 if TYPE_CHECKING:
     from kngd_ray.data._cache import FeatureCache
     from kngd_ray.data._crops import Crops
-    from kngd_ray.data._decode import SUFFIXES, decode, picture_of
+    from kngd_ray.data._decode import SUFFIXES, decode, file_bytes, picture_of
     from kngd_ray.data._encode import (
         EncodedBatch,
         EncodedStream,
@@ -62,6 +62,7 @@ __all__ = [
     "decode",
     "encode_batch",
     "encode_missing",
+    "file_bytes",
     "fill_cache",
     "halves",
     "open_images",
@@ -97,6 +98,7 @@ _HOMES = {
     "decode": "_decode",
     "encode_batch": "_encode",
     "encode_missing": "_encode",
+    "file_bytes": "_decode",
     "fill_cache": "_encode",
     "halves": "_pictures",
     "open_images": "_images",

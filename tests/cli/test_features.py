@@ -512,7 +512,7 @@ def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
     exec(made, names)
     local = ["trainer.num_workers=0", "tracking.enabled=false"]
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("kngd-ray ")]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         _, name, *arguments = shlex.split(line)
         where = {
@@ -524,7 +524,8 @@ def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
         outcome = command(name, *arguments, *where)
         assert outcome.code == 0, (line, outcome.err)
         if name == "encode":
-            shown = (tmp_path / "encoded" / "features.parquet", tmp_path / "encoded" / "class_embeddings.npy")
+            folder = tmp_path / arguments[arguments.index("--out") + 1]
+            shown = (folder / "features.parquet", folder / "class_embeddings.npy")
             expected = f"data.path={shown[0]} model.name=precomputed model.class_embeddings={shown[1]}"
             assert outcome.out == f"{expected} model.logit_scale=18.0\n"
             for copy in ("others.parquet", "new.parquet"):

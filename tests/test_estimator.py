@@ -86,6 +86,27 @@ def test_pictures_of_every_kind_are_the_same_picture(fitted, tests, tmp_path) ->
     assert fitted.predict_proba(np.stack([array, array])).shape == (2, 3)
 
 
+def test_crops_of_files_are_those_of_train(train, tmp_path) -> None:
+    """However a file is given; pictures without one have crops of their own, the same for equal pixels."""
+    from kngd_ray.clip import ModelConfig, load_model
+    from kngd_ray.data import decode, encode_batch
+    from kngd_ray.estimator.given import encode_crops
+    from kngd_ray.training.views import crops_of
+
+    data, model = train[0][0], load_model(ModelConfig())
+    crops = crops_of(load_config(overrides=["preset=kalman", "tune.views=2"]).fit_options, model, 1)
+    assert crops is not None
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    of_train = encode_batch([data], [""], lambda pictures: model.encode_images(pictures).numpy(), crops).features
+    for given in (data, bytearray(data), path, str(path), io.BytesIO(data), {"bytes": None, "path": str(path)}):
+        assert np.abs(encode_crops(model, [given], crops)[0].numpy() - of_train).max() < 1e-5
+    picture = decode(data, "")
+    by_pixels = encode_crops(model, [picture, np.asarray(picture)], crops).numpy()
+    assert np.abs(by_pixels[0] - by_pixels[1]).max() < 1e-5
+    assert np.abs(by_pixels[0] - of_train).max() > 1e-3
+
+
 def test_16_bit_pictures_of_every_kind_are_the_same_picture(fitted, tests) -> None:
     from kngd_ray.data import decode
 

@@ -16,6 +16,7 @@ def encode(
     data: Named,
     *overrides: str,
     out: Named | None = None,
+    views: int = 0,
     ray: bool = False,
     quiet: bool = False,
     console: Display | None = None,
@@ -32,6 +33,8 @@ def encode(
         data: parquet file, folder of pictures, or ``embedded``.
         *overrides: settings as the command line takes them; a preset or a YAML file may be the first.
         out: new or empty folder for the features and the class embeddings; None fills the cache only.
+        views: random crops of each picture to encode as well, of ``tune.crop_scale``. Heads on the files then learn
+            from as many crops as heads on the pictures do. Time and space are `views` + 1 times those of the pictures.
         ray: encode with Ray Data.
         quiet: show nothing.
         console: where progress is shown; None is a new one.
@@ -50,7 +53,7 @@ def encode(
     from kngd_ray.experiment.encode import encode as run
 
     folder = None if out is None else Path(out)
-    return run(config, console_of(console, quiet), RayBackend(), out=folder)
+    return run(config, console_of(console, quiet), RayBackend(), out=folder, views=views)
 
 
 def ensemble(

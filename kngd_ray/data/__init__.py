@@ -18,7 +18,7 @@ from kngd_ray.errors import BadImage
 if TYPE_CHECKING:
     from kngd_ray.data._cache import FeatureCache
     from kngd_ray.data._crops import Crops
-    from kngd_ray.data._decode import SUFFIXES, decode, picture_of
+    from kngd_ray.data._decode import SUFFIXES, decode, file_bytes, picture_of
     from kngd_ray.data._encode import (
         EncodedBatch,
         EncodedStream,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
     from kngd_ray.data._files import data_files
+    from kngd_ray.data._given_crops import GivenCrops
     from kngd_ray.data._images import ImageSet, arrange, open_images
     from kngd_ray.data._passed_over import by_suffix, unread
     from kngd_ray.data._pictures import PictureFile, halves, restrict
@@ -49,6 +50,7 @@ __all__ = [
     "Encoder",
     "FeatureCache",
     "FeatureFiles",
+    "GivenCrops",
     "GivenFeatures",
     "ImageSet",
     "PictureFile",
@@ -60,6 +62,7 @@ __all__ = [
     "decode",
     "encode_batch",
     "encode_missing",
+    "file_bytes",
     "fill_cache",
     "halves",
     "open_images",
@@ -82,6 +85,7 @@ _HOMES = {
     "Encoder": "_encode",
     "FeatureCache": "_cache",
     "FeatureFiles": "_features",
+    "GivenCrops": "_given_crops",
     "GivenFeatures": "_features",
     "ImageSet": "_images",
     "PictureFile": "_pictures",
@@ -94,6 +98,7 @@ _HOMES = {
     "decode": "_decode",
     "encode_batch": "_encode",
     "encode_missing": "_encode",
+    "file_bytes": "_decode",
     "fill_cache": "_encode",
     "halves": "_pictures",
     "open_images": "_images",

@@ -9,6 +9,9 @@ from PIL import Image
 
 from kngd_ray.data._source import Keys
 
+RULE = 1
+"""Raised whenever a picture's crops come out otherwise than before: files of features say which drew theirs."""
+
 _DIGITS = 15  # hexadecimal ones of a seed: 60 bits
 
 

@@ -89,23 +89,49 @@ def picture_of(given: Any, place: str, remedy: str = REPLACE) -> Image.Image:
     Raises:
         DataError: a file cannot be read. A BadImage tells of what cannot be decoded.
     """
-    if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
-        given = given.get("path") if given.get("bytes") is None else given["bytes"]
+    given = _entry(given)
     if isinstance(given, Image.Image):
         return to_rgb(given, place, remedy)
+    data = file_bytes(given, place)
+    if data is None:
+        return from_array(given, place, remedy)
+    return decode(data, str(given) if isinstance(given, (str, os.PathLike)) else place, remedy)
+
+
+def file_bytes(given: Any, place: str) -> bytes | None:
+    """Read the file of a picture of any kind that a program may hold.
+
+    Args:
+        given: as of :func:`picture_of`.
+        place: where it is, for messages.
+
+    Returns:
+        Its bytes; None of a PIL picture or an array, which have no file.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    given = _entry(given)
+    if isinstance(given, Image.Image):
+        return None
     if isinstance(given, (bytes, bytearray, memoryview)):
-        return decode(bytes(given), place, remedy)
+        return bytes(given)
     if isinstance(given, (str, os.PathLike)):
         try:
-            return decode(read_picture(given), str(given), remedy)
+            return read_picture(given)
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             reason = getattr(error, "strerror", None) or error
             raise DataError(
                 f"{place}: the file {str(given)[:200]} cannot be read ({reason}): check the path"
             ) from error
-    if hasattr(given, "read"):
-        return decode(_content(given, place), place, remedy)
-    return from_array(given, place, remedy)
+    return _content(given, place) if hasattr(given, "read") else None
+
+
+def _entry(given: Any) -> Any:
+    """What holds the picture: of an entry of a Hugging Face data set its bytes, or else its path."""
+    if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
+        return given.get("path") if given.get("bytes") is None else given["bytes"]
+    return given
 
 
 def _content(file: Any, place: str) -> bytes:

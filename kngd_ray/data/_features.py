@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from kngd_ray._vectors import Vectors, flaw, lengths, unit
 from kngd_ray.data._config import ColumnNames
+from kngd_ray.data._given_crops import GivenCrops, StoredCrops, crops_in, read_crops
 from kngd_ray.data._parquet import BATCH_BYTES, ParquetFiles, chunks, open_parquet, scan_parquet
 from kngd_ray.data._schema import lacks_content, vector_column
 from kngd_ray.data._source import Ints, Keys, Rows, listing
@@ -34,11 +35,13 @@ class FeatureFiles(ParquetFiles):
         width: d, the length of every list.
         shortest: Euclidean length of the shortest feature as it is stored.
         longest: that of the longest.
+        crops: what each file has of crops; None is nothing.
     """
 
     width: int
     shortest: float
     longest: float
+    crops: tuple[StoredCrops | None, ...]
 
     @property
     def rescaled(self) -> bool:
@@ -61,6 +64,18 @@ class FeatureFiles(ParquetFiles):
         if len(stacked) != len(wanted):
             raise DataError(f"{listing(self.paths)} changed while in use: run again")
         return stacked[back]
+
+    def crops_below(self, rows: Ints) -> dict[str, StoredCrops | None]:
+        """What the files of `rows` (M,) have of crops, by their paths."""
+        found = zip(self.paths, self.starts, self.crops, strict=True)
+        return {path: held for path, starts, held in found if ((rows >= starts[0]) & (rows < starts[-1])).any()}
+
+    def read_crops(self, rows: Ints, count: int) -> GivenCrops:
+        """Return the first `count` crops of `rows` (M,), whose files have as many.
+
+        Besides a DataError of a row that has others than its file says, one tells of files that changed.
+        """
+        return read_crops(self, self.crops, rows, count, self.width)
 
 
 class Features:
@@ -154,7 +169,9 @@ def scan_features(paths: Sequence[Path], names: ColumnNames) -> Rows:
     rows = scan_parquet(paths, names, content)
     assert isinstance(rows.source, ParquetFiles)
     shortest, longest = float(content.shortest), float(content.longest)
-    source = FeatureFiles(rows.source.paths, rows.source.starts, names, content.width or 0, shortest, longest)
+    width = content.width or 0
+    crops = tuple(crops_in(Path(path), width) for path in rows.source.paths)
+    source = FeatureFiles(rows.source.paths, rows.source.starts, names, width, shortest, longest, crops)
     return rows._replace(source=source)
 
 

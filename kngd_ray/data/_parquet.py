@@ -41,18 +41,22 @@ MAX_NAME = 1000  # characters of a class, domain or split
 Item = TypeVar("Item")
 
 
-class Content(Protocol):
-    """The content of a data set's rows besides the labels: one column of its files."""
+class Column(Protocol):
+    """A column that is read in parts."""
 
     @property
     def column(self) -> str:
-        """Name of the column."""
-
-    def check(self, file: Any, path: Path) -> None:
-        """Refuse a file whose column is missing, of another type, or unpacks to more than it can hold."""
+        """Its name."""
 
     def at_once(self, file: Any) -> int:
         """How many rows to unpack at once."""
+
+
+class Content(Column, Protocol):
+    """The content of a data set's rows besides the labels: one column of its files."""
+
+    def check(self, file: Any, path: Path) -> None:
+        """Refuse a file whose column is missing, of another type, or unpacks to more than it can hold."""
 
     def keys(self, column: Any, path: Path, first: int) -> list[bytes]:
         """Return the content keys of a batch whose first row has a number in its file."""
@@ -93,7 +97,7 @@ class ParquetFiles:
 
         return self.stored(rows, Pictures(self.names), pictures)
 
-    def stored(self, rows: Ints, content: Content, take: Callable[[Ints, Any, Path], Iterable[Item]]) -> Iterator[Item]:
+    def stored(self, rows: Ints, content: Column, take: Callable[[Ints, Any, Path], Iterable[Item]]) -> Iterator[Item]:
         """Read the row groups that hold some of the ascending `rows` (M,).
 
         Args:

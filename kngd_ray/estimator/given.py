@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
-from kngd_ray.data import Crops, content_key, picture_of
+from kngd_ray.data import Crops, content_key, file_bytes, picture_of
 from kngd_ray.errors import DataError, InputError
 from kngd_ray.storage import address
 
@@ -118,15 +118,16 @@ def encode_crops(clip: ClipModel, X: Sequence[Picture], crops: Crops) -> Tensor:
     Args:
         clip: the model.
         X: m pictures, as :func:`listed` has them.
-        crops: V of each picture, a function of its pixels.
+        crops: V of each picture: of a file those that ``train`` draws, by its bytes; of a PIL picture or an array, by
+            its pixels.
 
     Returns:
         (m, V, d) unit image embeddings.
     """
 
     def of(n: int) -> list[Image.Image]:
-        whole = picture(X[n], n)
-        return crops.of(whole, content_key(whole.tobytes()))
+        whole, data = picture(X[n], n), file_bytes(X[n], f"picture {n}")
+        return crops.of(whole, content_key(whole.tobytes() if data is None else data))
 
     step = max(_BATCH // crops.count, 1)
     batches = (

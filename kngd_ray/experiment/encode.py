@@ -2,7 +2,7 @@
 
 Into the cache, where runs on the pictures find them; or into a folder that needs neither pictures nor model::
 
-    <folder>/features.parquet        features, label, class_name, domain and split of every picture
+    <folder>/features.parquet        features, label, class_name, domain and split of every picture; crops, if asked
              class_embeddings.npy    (C, d) embeddings of the classes, in order of the labels
 """
 
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kngd_ray.clip import PRECOMPUTED, ClipModel, load_model, worded
+from kngd_ray.clip import PRECOMPUTED, ClipModel, TuneOptions, load_model, worded
 from kngd_ray.config import Config
 from kngd_ray.console import Display
-from kngd_ray.data import FeatureCache, ImageSet, open_images, write_features
+from kngd_ray.data import Crops, FeatureCache, ImageSet, open_images, write_features
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.features import encode_pictures
 from kngd_ray.storage import storage_errors
+from kngd_ray.training.views import drawn
 
 FEATURES = "features.parquet"
 CLASS_EMBEDDINGS = "class_embeddings.npy"
@@ -33,6 +34,7 @@ def encode(
     backend: Backend = HERE,
     *,
     out: Path | None = None,
+    views: int = 0,
 ) -> dict[str, Any]:
     """Compute the features of every picture of a data set.
 
@@ -41,18 +43,22 @@ def encode(
         display: where progress is shown.
         backend: encodes.
         out: a new or empty folder for features and class embeddings; None only fills the cache.
+        views: random crops of each picture to encode as well, of ``tune.crop_scale``.
 
     Returns:
         How many pictures there are, were encoded and could not be decoded, and where the cache is. With a folder also
         ``features`` and ``class_embeddings``, its files, and ``settings``, which use them.
 
     Raises:
-        UsageError: there is no model that encodes, or `out` is a file or holds something.
+        UsageError: there is no model that encodes, `out` is a file or holds something, or there are no such crops.
     """
     if config.model.precomputed:
         raise UsageError(f"encode needs a model with towers, and model.name is {PRECOMPUTED}: name a CLIP model.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+    if views < 0 or (views and config.tune.augment == "none"):
+        wrong = f"--views is {views}" if views < 0 else f"--views is {views}, and tune.augment=none leaves no crops"
+        raise UsageError(f"{wrong}: give 0 or more crops of each picture, or leave it out.")
     images = open_images(config.data)
     for note in images.notes:
         display.say(note)
@@ -64,6 +70,11 @@ def encode(
         missing = len(cache.missing(images.keys))
         with display.pictures("encoding") as progress:
             bad = encode_pictures(config, images, everything, model, cache, backend, progress)
+        rows = np.setdiff1d(everything, list(bad))
+        crops = drawn(model, config.tune, views) if views else None
+        if crops is not None:
+            with display.pictures("encoding crops") as progress:
+                encode_pictures(config, images, rows, model, cache, backend, progress, crops)
     display.say(
         f"{len(images)} pictures, {missing - len(bad)} encoded now, {len(bad)} undecodable; features in {cache.folder}"
     )
@@ -74,9 +85,16 @@ def encode(
         "cache": str(cache.folder),
     }
     if out is not None and texts is not None:
-        rows = np.setdiff1d(everything, list(bad))
-        report |= _write(images, rows, cache, model, texts, out)
-        display.say(f"{report['features']}: {len(rows)} rows of {model.embed_dim} features")
+        report |= _write(config, images, rows, cache, model, texts, crops, out)
+        several = {0: "no crops", 1: "1 crop"}.get(views, f"{views} crops")
+        display.say(
+            f"{report['features']}: {len(rows)} rows of {model.embed_dim} features, and {several} of each picture"
+        )
+        if not views and config.tune.views and config.tune.augment != "none":
+            display.say(
+                f"runs on it learn from the shots alone, as by tune.views=0; --views {config.tune.views} writes crops"
+                f" as well, in {config.tune.views + 1} times the time and space"
+            )
         display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)
     return report
@@ -92,11 +110,13 @@ def _texts(model: ClipModel, images: ImageSet, templates: Sequence[str], display
 
 
 def _write(
+    config: Config,
     images: ImageSet,
     rows: np.ndarray[Any, np.dtype[np.int64]],
     cache: FeatureCache,
     model: ClipModel,
     texts: Tensor,
+    crops: Crops | None,
     out: Path,
 ) -> dict[str, Any]:
     """Write features and class embeddings; returns where they are, and the settings for them."""
@@ -104,11 +124,14 @@ def _write(
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         np.save(embeddings, texts.numpy())
-    write_features(features, images, rows, cache)
+    least, greatest = config.tune.crop_scale
+    write_features(features, images, rows, cache, crops, (least, greatest))
     settings = [
         f"data.path={features}",
         f"model.name={PRECOMPUTED}",
         f"model.class_embeddings={embeddings}",
         f"model.logit_scale={model.logit_scale!r}",
     ]
+    if crops is not None and config.tune.crop_scale != TuneOptions().crop_scale:
+        settings.append(f"tune.crop_scale=[{least!r},{greatest!r}]")
     return {"features": str(features), "class_embeddings": str(embeddings), "settings": settings}

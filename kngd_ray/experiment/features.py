@@ -1,4 +1,4 @@
-"""Features of pictures and of crops of them, computed where they are not in the cache yet."""
+"""Features of pictures and of crops of them: computed where they are not in the cache yet, or given in files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,10 @@ import numpy as np
 
 from kngd_ray.clip import AnyModel, ClipModel, best_device, load_model
 from kngd_ray.config import Config
-from kngd_ray.data import Crops, FeatureCache, GivenFeatures, ImageSet, encode_missing, fill_cache
+from kngd_ray.data import Crops, FeatureCache, FeatureFiles, GivenFeatures, ImageSet, encode_missing, fill_cache
+from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
+from kngd_ray.training.views import views_of
 
 Progress = Callable[[int, int], None]
 
@@ -58,3 +60,42 @@ def encode_pictures(
         on_bad_image=skip,
         progress=progress,
     )
+
+
+def given_views(config: Config, source: FeatureFiles, rows: np.ndarray[Any, np.dtype[np.int64]], pictures: int) -> int:
+    """How many crops of each shot a fit takes from files of features.
+
+    Args:
+        config: how many it asks for, and of which scale.
+        source: the files.
+        rows: of the shots of all seeds in them.
+        pictures: of the largest support set.
+
+    Returns:
+        V; 0 where the fit sees none, or the files hold none.
+
+    Raises:
+        DataError: some files of the shots hold crops, and others none.
+        UsageError: they are of another scale.
+    """
+    asked = views_of(config.fit_options, pictures)
+    if not asked:
+        return 0
+    by_file = source.crops_below(rows)
+    found = {path: held for path, held in by_file.items() if held is not None}
+    if not found:
+        return 0
+    if len(found) < len(by_file):
+        without = next(path for path in by_file if path not in found)
+        raise DataError(
+            f"{without} has no crops of its pictures, and {next(iter(found))} has: encode both with --views, or set"
+            " tune.views=0"
+        )
+    for path, held in found.items():
+        if held.scale != tuple(config.tune.crop_scale):
+            wanted, scale = (f"[{least:g},{most:g}]" for least, most in (config.tune.crop_scale, held.scale))
+            raise UsageError(
+                f"tune.crop_scale is {wanted}, and the crops in {path} are of {scale}: set tune.crop_scale={scale},"
+                " encode the pictures again, or set tune.views=0"
+            )
+    return min(asked, *(held.views for held in found.values()))

@@ -27,6 +27,7 @@ from kngd_ray.data import (
     DataConfig,
     FeatureCache,
     FeatureFiles,
+    GivenCrops,
     GivenFeatures,
     ImageSet,
     PictureFile,
@@ -40,7 +41,7 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.features import Progress, encode_pictures
+from kngd_ray.experiment.features import Progress, encode_pictures, given_views
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
@@ -48,7 +49,7 @@ from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
 from kngd_ray.training.restoring import identity_of, load_fitted
-from kngd_ray.training.views import crops_of
+from kngd_ray.training.views import crops_of, views_of
 
 PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
 
@@ -79,7 +80,7 @@ class TaskData:
     cache: FeatureCache | GivenFeatures
     skipped: int
     from_pictures: bool
-    crops: Crops | None
+    crops: Crops | GivenCrops | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,6 +93,8 @@ class TaskData:
         shots = self.features(rows)
         if self.crops is None:
             return shots
+        if isinstance(self.crops, GivenCrops):
+            return replace(shots, crops=torch.from_numpy(self.crops.of(self.images.rows[rows])))
         keys = self.crops.keys(self.images.keys[rows])
         crops = torch.from_numpy(self.cache.read(keys.ravel())).unflatten(0, keys.shape)
         return replace(shots, crops=crops)
@@ -110,7 +113,7 @@ class TaskData:
         if not (tune.images and self.from_pictures):
             return self.support(seed)
         rows = self.splits[seed].support
-        kept = np.unique(np.concatenate([split.support for split in self.splits.values()]))
+        kept = supports(self.splits)
         path = folder / PICTURES
         if not path.is_file() or PictureFile.open(path).keys.tolist() != self.images.keys[kept].tolist():
             PictureFile.write(path, self.images, kept)
@@ -201,16 +204,30 @@ class Task:
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
-        if (crops := self.crops) is not None:
-            several = f"{crops.count} random crops" if crops.count > 1 else "1 random crop"
-            lines.append(f"heads learn from each shot and {several} of it, which count as one picture")
+        if count := self.given_views or (0 if self.crops is None else self.crops.count):
+            several = f"{count} random crops" if count > 1 else "1 random crop"
+            asked = views_of(self.config.fit_options, self._shots)
+            fewer = f" (its file holds no more, and tune.views asks for {asked})" if count < asked else ""
+            lines.append(f"heads learn from each shot and {several} of it{fewer}, which count as one picture")
         return lines
 
     @property
     def crops(self) -> Crops | None:
         """Of the shots, that heads learn from; a stream is learned from as it comes."""
-        shots = max(len(split.support) for split in self.splits.values())
-        return None if self.config.protocol == "stream" else crops_of(self.config.fit_options, self.model, shots)
+        return None if self.config.protocol == "stream" else crops_of(self.config.fit_options, self.model, self._shots)
+
+    @cached_property
+    def given_views(self) -> int:
+        """How many crops of each shot heads learn from that are in files of features."""
+        source = self.images.source
+        if self.config.protocol == "stream" or not isinstance(source, FeatureFiles):
+            return 0
+        return given_views(self.config, source, self.images.rows[supports(self.splits)], self._shots)
+
+    @property
+    def _shots(self) -> int:
+        """Of the largest support set."""
+        return max(len(split.support) for split in self.splits.values())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -409,7 +426,15 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
             break
         bad |= found
         splits = task.choose(bad)
-    if task.crops is not None:
-        shots = np.unique(np.concatenate([split.support for split in splits.values()]))
-        encode_pictures(config, images, shots, model, cache, backend, progress, task.crops)
-    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures, task.crops)
+    crops: Crops | GivenCrops | None = task.crops
+    if isinstance(crops, Crops):
+        encode_pictures(config, images, supports(splits), model, cache, backend, progress, crops)
+    elif task.given_views:
+        assert isinstance(images.source, FeatureFiles)
+        crops = images.source.read_crops(images.rows[supports(splits)], task.given_views)
+    return TaskData(config, model, images, class_embeddings, splits, cache, len(bad), task.from_pictures, crops)
+
+
+def supports(splits: Mapping[int, Split]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The shots of all seeds, each once, in ascending order."""
+    return np.unique(np.concatenate([split.support for split in splits.values()]))

@@ -93,10 +93,11 @@ def probability_std(predictor: Predictor, features: Tensor, scale: float | None)
         return torch.zeros_like(p)
     if (product := predictor.product(features)) is not None:
         spread, B = product
-        # row c of diag(p) - p p^T is p_c (e_c - p)
-        pB = p @ B.to(p)
-        rows = p.square() * (B.diagonal().to(p) - 2 * pB + (pB * p).sum(1, keepdim=True)).clamp_min(0)
-        variance = spread.to(p).unsqueeze(1) * rows
+        # row c of diag(p) - p p^T is p_c (e_c - p); where p_c is nearly 1 its terms cancel, in float32 to zero
+        q, B = p.double(), B.to(p.device, torch.float64)
+        qB = q @ B
+        rows = q.square() * (B.diagonal() - 2 * qB + (qB * q).sum(1, keepdim=True)).clamp_min(0)
+        variance = (spread.to(q).unsqueeze(1) * rows).to(p)
     else:
         variance = predictor.variance_along(features, p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1))
     return torch.minimum(scale * variance, p * (1 - p)).sqrt()

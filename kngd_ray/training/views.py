@@ -6,7 +6,7 @@ all views of a picture at once and counts them as one (:func:`~kngd_ray.training
 see another view in each epoch.
 """
 
-from kngd_ray.clip import AnyModel, ClipModel, augmentation_of
+from kngd_ray.clip import AnyModel, ClipModel, TuneOptions, augmentation_of
 from kngd_ray.data import Crops
 from kngd_ray.training.options import FitOptions
 
@@ -22,13 +22,41 @@ def crops_of(options: FitOptions, model: AnyModel, pictures: int) -> Crops | Non
         pictures: of the largest support set.
 
     Returns:
-        How to make them; None where the fit sees none: of features there are no crops, one pass of minibatches sees the
-        pictures as they are, and towers that start without a fitted head crop the pictures themselves.
+        How to make them; None where the fit sees none, or there are no pictures to make them of.
+    """
+    count = views_of(options, pictures)
+    return drawn(model, options.tune, count) if count and isinstance(model, ClipModel) else None
+
+
+def views_of(options: FitOptions, pictures: int) -> int:
+    """How many crops of each picture a fit asks for.
+
+    Args:
+        options: of the fit.
+        pictures: of the largest support set.
+
+    Returns:
+        V; 0 where the fit sees none: one pass of minibatches sees the pictures as they are, and towers that start
+        without a fitted head crop the pictures themselves.
     """
     tune = options.tune
-    if not pictures or not isinstance(model, ClipModel) or (tune.images and tune.start != "head"):
-        return None
+    if not pictures or tune.augment == "none" or (tune.images and tune.start != "head"):
+        return 0
     if not (tune.images or options.at_mode or options.epochs > 1):
-        return None
-    crop, count = augmentation_of(model.preprocess_cfg, tune), min(tune.views, _MOST // pictures - 1)
-    return None if crop is None or count < 1 else Crops(count, crop.drawn, repr(crop))
+        return 0
+    return max(0, min(tune.views, _MOST // pictures - 1))
+
+
+def drawn(model: ClipModel, tune: TuneOptions, count: int) -> Crops | None:
+    """Crops as a model takes them.
+
+    Args:
+        model: encodes them.
+        tune: how they are drawn.
+        count: V, of each picture.
+
+    Returns:
+        How to make them; None where pictures are left as they are.
+    """
+    crop = augmentation_of(model.preprocess_cfg, tune)
+    return None if crop is None else Crops(count, crop.drawn, repr(crop))

@@ -18,6 +18,7 @@ from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_ta
 from kngd_ray.training.classifier import Classifier
 
 FAILED, USAGE = 1, 2
+VIEWS = 3  # crops of a picture
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "features"
 
@@ -268,6 +269,148 @@ def test_encode_writes_what_gives_the_same_figures(command, tmp_path) -> None:
     refused(command("encode", command.data, "model.name=precomputed", *local), USAGE, "model with towers")
 
 
+@pytest.fixture(scope="module")
+def with_crops(tmp_path_factory):
+    """A function that encodes pictures with three crops of each, once; returns the settings of the files."""
+    made = {}
+
+    def encoded(command):
+        if not made:
+            out = tmp_path_factory.mktemp("crops") / "out"
+            local = [f"data.cache_dir={command.cache}", "trainer.num_workers=0"]
+            made.update(command("encode", command.data, "--out", out, "--views", VIEWS, *local, "--json").json)
+        return made["settings"]
+
+    return encoded
+
+
+@pytest.mark.parametrize(
+    ("more", "views", "told"),
+    [
+        ([f"tune.views={VIEWS}"], VIEWS, "3 random crops of it, which count"),
+        (["tune.views=2", "seeds=[0,1]"], 2, "2 random crops of it, which count"),
+        (["tune.views=2", "preset=adamw", "epochs=3"], 2, "2 random crops of it, which count"),
+        ([], VIEWS, "3 random crops of it (its file holds no more, and tune.views asks for 8), which count"),
+        (["tune.augment=none"], 0, None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_crops_in_the_file_are_those_of_the_pictures(command, with_crops, more, views, told) -> None:
+    """Figures are equal to the last digit: shots, features and crops are the same numbers."""
+    settings = [*command.settings(*more), *with_crops(command)]
+    found = command("train", "--json", *settings)
+    own = command("train", "--json", *command.settings(*more, f"tune.views={views}"))
+    for part in ("id", "ood", "zero_shot"):
+        assert found.json[part] == own.json[part]
+    assert told is None or told in " ".join(found.err.split())
+    if told is None:
+        assert "random crop" not in found.err
+
+
+def test_shots_and_crops_of_a_file_are_those_of_the_pictures_bit_for_bit(command, with_crops) -> None:
+    from kngd_ray.config import load_config
+    from kngd_ray.experiment.task import open_task, prepare
+
+    options = [*command.settings(f"tune.views={VIEWS - 1}", "data.shots=3", "seeds=[0,1]")]
+    given = prepare(open_task(load_config(overrides=[*options, *with_crops(command)])))
+    own = prepare(open_task(load_config(overrides=options)))
+    for seed in (0, 1):
+        assert given.support(seed).views == VIEWS
+        assert given.support(seed).digest() == own.support(seed).digest()
+
+
+def test_encode_says_what_becomes_of_crops(command, tmp_path) -> None:
+    local = [f"data.cache_dir={command.cache}", "trainer.num_workers=0"]
+    shown = " ".join(command("encode", command.data, "--out", tmp_path / "none", *local).err.split())
+    assert "as by tune.views=0; --views 8 writes crops as well, in 9 times the time and space" in shown
+    scale = "tune.crop_scale=[0.6,0.9]"
+    report = command("encode", command.data, "--out", tmp_path / "one", "--views", 1, scale, *local, "--json")
+    assert "and 1 crop of each picture" in " ".join(report.err.split())
+    assert report.json["settings"][-1] == scale
+    plain = command.settings(*report.json["settings"][:-1])
+    refused(command("train", *plain), USAGE, "tune.crop_scale is [0.5,1]", f"set {scale}", "tune.views=0")
+    assert command("train", *plain, "tune.views=0").code == 0
+    assert command("train", *plain, scale).code == 0
+    refused(
+        command("encode", command.data, "--views", 1, "tune.augment=none", *local),
+        USAGE,
+        "tune.augment=none",
+        "--views",
+    )
+
+
+def _kept(table, about=None, crops=None):
+    """The table with other crops, or another description of them."""
+    if crops is not None:
+        table = table.set_column(table.column_names.index("crops"), "crops", crops)
+    return table.replace_schema_metadata({b"kngd_ray.crops": json.dumps(about).encode()} if about else None)
+
+
+ABOUT = {"views": VIEWS, "scale": [0.5, 1.0], "crop": "", "rule": 1}
+
+
+@pytest.mark.parametrize(
+    ("about", "spoil", "words"),
+    [
+        (ABOUT, lambda row: row[:-1], ["row 1", "numbers, and 3 crops of"]),
+        (ABOUT, lambda row: None, ["row 1", "has 0 numbers"]),
+        (ABOUT, lambda row: [*row[:-1], math.nan], ["row 1", "crop 2", "holds NaN"]),
+        (ABOUT, lambda row: [0.0] * (len(row) // VIEWS) + row[-2 * (len(row) // VIEWS) :], ["row 1", "crop 0", "zero"]),
+        (ABOUT, "narrow", ["column `crops` has", "3 crops of"]),
+        (ABOUT, "text", ["column `crops` is string", "lists of floats"]),
+        (ABOUT | {"views": 0}, None, ["what its schema says", "damaged"]),
+        (ABOUT | {"views": True}, None, ["damaged"]),
+        (ABOUT | {"scale": 3}, None, ["damaged"]),
+        (ABOUT | {"scale": ["a", 1]}, None, ["damaged"]),
+        (ABOUT | {"rule": 9}, None, ["drawn by rule 9", "tune.views=0"]),
+        ([], None, ["damaged"]),
+    ],
+)
+def test_damaged_crops_are_refused_at_the_door(command, with_crops, tmp_path, about, spoil, words) -> None:
+    settings = with_crops(command)
+    table = pq.read_table(settings[0].removeprefix("data.path="))
+    rows = table["crops"].to_pylist()
+    crops = None
+    if spoil == "narrow":
+        crops = pa.array([row[:-1] for row in rows], pa.list_(pa.float32(), len(rows[0]) - 1))
+    elif spoil == "text":
+        crops = pa.array(["x"] * len(rows))
+    elif spoil is not None:
+        rows[1] = spoil(rows[1])
+        crops = pa.array(rows, pa.list_(pa.float32()))
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(_kept(table, about or [1], crops), bad)
+    given = command.settings(*settings[1:], "data.draw=first", data=bad)
+    sentence = refused(command("train", *given), FAILED, "bad.parquet", *words)
+    assert sentence.count("\n") == 0
+
+
+def test_shots_in_files_with_and_without_crops(command, with_crops, tmp_path) -> None:
+    """Mixed shots are refused; files of test pictures need no crops; a file that tells nothing of them has none."""
+    settings = with_crops(command)
+    table = pq.read_table(settings[0].removeprefix("data.path="))
+    bare = table.drop_columns(["crops"]).replace_schema_metadata(None)
+    train = pc.equal(table["split"], "train")
+    parts = {
+        "a": table.filter(pc.equal(table["domain"], "noto")),
+        "b": bare.filter(pc.equal(bare["domain"], "twemoji")),
+        "train": table.filter(train),
+        "test": bare.filter(pc.invert(train)),
+        "untold": table.replace_schema_metadata(None),
+    }
+    for name, part in parts.items():
+        pq.write_table(part, tmp_path / f"{name}.parquet", row_group_size=7)
+
+    def run(*names, more=()):
+        path = f"[{','.join(str(tmp_path / f'{name}.parquet') for name in names)}]"
+        return command("train", *command.settings(*settings[1:], "data.train_domain=null", *more, data=path))
+
+    refused(run("a", "b"), FAILED, "b.parquet has no crops", "a.parquet has", "tune.views=0")
+    assert run("a", "b", more=["tune.views=0"]).code == 0
+    assert "3 random crops" in run("train", "test").err
+    assert "random crop" not in run("untold").err
+
+
 def test_encode_keeps_the_split_that_a_run_would_draw(command, tmp_path) -> None:
     data = tmp_path / "unsplit.parquet"
     pq.write_table(pq.read_table(command.data).drop_columns(["split", "domain"]), data)
@@ -369,7 +512,7 @@ def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
     exec(made, names)
     local = ["trainer.num_workers=0", "tracking.enabled=false"]
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("kngd-ray ")]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         _, name, *arguments = shlex.split(line)
         where = {
@@ -381,7 +524,8 @@ def test_what_the_documentation_shows(command, tmp_path, monkeypatch) -> None:
         outcome = command(name, *arguments, *where)
         assert outcome.code == 0, (line, outcome.err)
         if name == "encode":
-            shown = (tmp_path / "encoded" / "features.parquet", tmp_path / "encoded" / "class_embeddings.npy")
+            folder = tmp_path / arguments[arguments.index("--out") + 1]
+            shown = (folder / "features.parquet", folder / "class_embeddings.npy")
             expected = f"data.path={shown[0]} model.name=precomputed model.class_embeddings={shown[1]}"
             assert outcome.out == f"{expected} model.logit_scale=18.0\n"
             for copy in ("others.parquet", "new.parquet"):

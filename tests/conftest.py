@@ -25,6 +25,9 @@ for _name, _bytes in _KEEP_MEMORY.items():
 # Ray's workers are nice to others by default (15): beside tests that keep all cores busy they would hardly move.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# No test needs a model hub: a client that cannot reach one would try again and again.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # A cluster that somebody runs on this machine is not ours to use: its cores are taken, and it may end at any time.
 os.environ["RAY_ADDRESS"] = "local"
 

@@ -20,7 +20,7 @@ from kngd_ray.estimator import NotFittedError
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import nested
 
-QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3}
+QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3, "tune.views": 0}
 
 
 def rows(split: str, domain: str = "noto") -> tuple[list[bytes], list[str]]:

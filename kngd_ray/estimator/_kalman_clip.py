@@ -45,6 +45,7 @@ from kngd_ray.training.settled import Settled, read_settled
 from kngd_ray.training.stream import Stream
 
 _ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
+_CROPS = ("tune.views", "tune.augment", "tune.crop_scale")
 
 
 class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -71,7 +72,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             like code are spelled out, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` keeps them.
         class_names: name of each label in prompts; None uses the label itself.
         preset: settings of the fit: a shipped preset or a YAML file.
-        settings: settings that override the preset, by dotted key: ``{"filter.mean.gamma": 0.5, "epochs": 3}``.
+        settings: settings that override the preset, by dotted key: ``{"filter.mean.gamma": 0.5, "tune.views": 0}``.
         random_state: seed of the shuffles: a number, numpy's ``RandomState`` or ``Generator``, or None for a
             random one.
         device: where to compute; None is this machine's GPU if there is one.
@@ -364,7 +365,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
     def _config(self) -> Config:
         settings = dict(self.settings or {})
         for key in settings:
-            if key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
+            if key not in _CROPS and key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
                 raise UsageError(f"settings has {key}, which KalmanCLIP does not take there: leave it out.")
         model = plain(self._inputs.source)
         if self.class_embeddings is not None:

@@ -233,7 +233,7 @@ def test_a_prior_that_is_not_there(command, first: Path) -> None:
         "did you mean first?",
     )
     refused(command.train("prior=''"), USAGE, "prior is empty")
-    refused(command.train(f"prior={first / 'fits' / 'adamw-seed0'}"), FAILED, "holds no checkpoint")
+    refused(command.train(f"prior={first / 'fits' / 'adamw-seed0'}"), FAILED, "holds no usable checkpoint")
 
 
 def test_a_prior_that_is_not_finished(command, first: Path) -> None:
@@ -251,5 +251,5 @@ def test_a_damaged_prior(command, first: Path, name: str) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    refused(command.train(f"prior={copy}"), FAILED, "holds no checkpoint that can be believed")
+    refused(command.train(f"prior={copy}"), FAILED, "holds no usable checkpoint")
     refused(command.train(f"prior={file.parent}"), FAILED, str(file))

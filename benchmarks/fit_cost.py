@@ -17,6 +17,10 @@ products each, for a fold of two thirds of the shots under three variances, and 
 14 + 32 products, and as many float64 products of the same size for gradients and what a direction leads to. Whitening
 and the nearest Kronecker product are six products of (N, d) with (d, d) and seven factorisations of (r, r).
 
+Then half of AdamW's time was the aim, from 0.55, 0.64 and 0.52 of it. Predicted of 100 x 4: the nearest product in
+the space of the samples saves 7 of 93 ms, folds in single precision 8, memory that is kept between tensors a quarter of
+all. It came to 0.48, 0.47 and 0.44.
+
 **The race** is of the emoji that the package ships, 20 classes: each method's seconds of fitting alone, at settings
 that the same budget of search chose from the shots (the default is not searched), and its accuracy on the test
 pictures. AdamW's is followed over its passes.

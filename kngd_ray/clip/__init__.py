@@ -6,7 +6,7 @@ What needs torch is imported when it is asked for: whoever reads the settings ne
 from typing import TYPE_CHECKING
 
 from kngd_ray._deferred import on_demand
-from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers
+from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers, public_name
 from kngd_ray.clip._prompts import expand, resolve_templates, same_sentences, worded
 from kngd_ray.clip._tuning import TuneOptions
 
@@ -37,6 +37,7 @@ __all__ = [
     "given_precomputed",
     "load_model",
     "load_precomputed",
+    "public_name",
     "read_class_embeddings",
     "resolve_templates",
     "same_sentences",

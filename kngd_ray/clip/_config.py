@@ -31,7 +31,8 @@ class ModelConfig:
             untrained weights. None for the models that have no others.
         class_embeddings: Of ``precomputed``, a ``.npy`` file (C, d) with the text embeddings of all classes of the data
             in order of their labels, or (C, T, d) of T prompts. None learns a linear classifier from the shots alone.
-        logit_scale: Of ``precomputed``, the factor from cosines to logits; None is 100.
+        logit_scale: Of ``precomputed``, the factor from cosines to logits. None takes it from the features' file, where
+            ``encode`` writes it, or else is 100.
     """
 
     name: str = EMBEDDED
@@ -68,6 +69,11 @@ class ModelConfig:
         if self.class_embeddings is not None:
             found = replace(found, class_embeddings=_absolute(self.class_embeddings))
         return found
+
+
+def public_name(name: str) -> str:
+    """A model's name for files that others read: of a folder its last part, as its place says more than it should."""
+    return Path(name).name if name.startswith(LOCAL_DIR) else name
 
 
 def check_without_towers(

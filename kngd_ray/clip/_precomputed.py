@@ -36,6 +36,7 @@ class PrecomputedModel:
         embeddings: Unit class embeddings (C, d); None is none.
         embed_dim: d.
         logit_scale: Factor from cosines to logits.
+        encoded_by: Fingerprint of the model that computed the features, where it is known.
 
     Attributes:
         name: ``precomputed``.
@@ -44,15 +45,24 @@ class PrecomputedModel:
         zero_shot: Whether classes can be told apart before anything is learned.
         embed_dim: d.
         logit_scale: The factor.
+        encoded_by: The fingerprint of the model that computed the features; None where it is not known.
         device: The CPU.
     """
 
-    def __init__(self, classes: Sequence[str], embeddings: Vectors | None, embed_dim: int, logit_scale: float) -> None:
+    def __init__(
+        self,
+        classes: Sequence[str],
+        embeddings: Vectors | None,
+        embed_dim: int,
+        logit_scale: float,
+        encoded_by: str | None = None,
+    ) -> None:
         self.name = PRECOMPUTED
         self.classes = tuple(classes)
         self.zero_shot = embeddings is not None
         self.embed_dim = embed_dim
         self.logit_scale = float(logit_scale)
+        self.encoded_by = encoded_by
         self.device = torch.device("cpu")
         digest = hashlib.sha256(json.dumps([PRECOMPUTED, embed_dim, self.logit_scale]).encode())
         if embeddings is None:
@@ -69,7 +79,9 @@ class PrecomputedModel:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells it from other models, as JSON data; rows of the class embeddings belong to names."""
-        known = {"classes": list(self.classes)} if self.zero_shot else {}
+        known: dict[str, Any] = {"classes": list(self.classes)} if self.zero_shot else {}
+        if self.encoded_by is not None:
+            known["encoded_by"] = self.encoded_by
         return {"fingerprint": self.fingerprint, "embed_dim": self.embed_dim, **known}
 
     def encode_classes(
@@ -110,13 +122,16 @@ class PrecomputedModel:
                 np.save(path, self._embeddings)
 
 
-def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int) -> PrecomputedModel:
+def load_precomputed(
+    config: ModelConfig, classes: Sequence[str], embed_dim: int, encoded_by: str | None = None
+) -> PrecomputedModel:
     """Read class embeddings and check them against the data that they are to serve.
 
     Args:
         config: The file, and the logit scale.
         classes: Names of all C classes of the data set, in order of its labels.
         embed_dim: Length d of its features.
+        encoded_by: Fingerprint of the model that computed the features, where it is known.
 
     Returns:
         The model.
@@ -126,13 +141,19 @@ def load_precomputed(config: ModelConfig, classes: Sequence[str], embed_dim: int
     """
     scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale
     if config.class_embeddings is None:
-        return PrecomputedModel(classes, None, embed_dim, scale)
+        return PrecomputedModel(classes, None, embed_dim, scale, encoded_by)
     path = Path(config.class_embeddings).expanduser()
-    return given_precomputed(read_class_embeddings(path), classes, embed_dim, scale, f"model.class_embeddings: {path}")
+    place = f"model.class_embeddings: {path}"
+    return given_precomputed(read_class_embeddings(path), classes, embed_dim, scale, place, encoded_by)
 
 
 def given_precomputed(
-    array: npt.NDArray[Any], classes: Sequence[str], embed_dim: int, logit_scale: float, place: str
+    array: npt.NDArray[Any],
+    classes: Sequence[str],
+    embed_dim: int,
+    logit_scale: float,
+    place: str,
+    encoded_by: str | None = None,
 ) -> PrecomputedModel:
     """Check class embeddings, and average over prompts as a zero-shot head does.
 
@@ -142,6 +163,7 @@ def given_precomputed(
         embed_dim: Length d of the features that they are to serve.
         logit_scale: Factor from cosines to logits.
         place: What the array is called in messages.
+        encoded_by: Fingerprint of the model that computed the features, where it is known.
 
     Returns:
         The model.
@@ -173,7 +195,7 @@ def given_precomputed(
         _check(mean, f"the mean over prompts of {place}", [f"{name!r}" for name in classes])
         embeddings = unit(mean)
     check_distinct(embeddings, classes, place)
-    return PrecomputedModel(classes, embeddings, embed_dim, logit_scale)
+    return PrecomputedModel(classes, embeddings, embed_dim, logit_scale, encoded_by)
 
 
 def read_class_embeddings(path: Path) -> npt.NDArray[Any]:

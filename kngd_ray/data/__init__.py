@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         fill_cache,
         read_batches,
     )
-    from kngd_ray.data._features import FeatureFiles, GivenFeatures, read_features
+    from kngd_ray.data._encoded_by import EncodedBy
+    from kngd_ray.data._features import FeatureFiles, GivenFeatures, encoder_of, read_features
     from kngd_ray.data._files import data_files
     from kngd_ray.data._given_crops import GivenCrops
     from kngd_ray.data._images import ImageSet, arrange, open_images
@@ -46,6 +47,7 @@ __all__ = [
     "Crops",
     "DataConfig",
     "EncodedBatch",
+    "EncodedBy",
     "EncodedStream",
     "Encoder",
     "FeatureCache",
@@ -62,6 +64,7 @@ __all__ = [
     "decode",
     "encode_batch",
     "encode_missing",
+    "encoder_of",
     "file_bytes",
     "fill_cache",
     "halves",
@@ -81,6 +84,7 @@ __all__ = [
 _HOMES = {
     "Crops": "_crops",
     "EncodedBatch": "_encode",
+    "EncodedBy": "_encoded_by",
     "EncodedStream": "_encode",
     "Encoder": "_encode",
     "FeatureCache": "_cache",
@@ -98,6 +102,7 @@ _HOMES = {
     "decode": "_decode",
     "encode_batch": "_encode",
     "encode_missing": "_encode",
+    "encoder_of": "_features",
     "file_bytes": "_decode",
     "fill_cache": "_encode",
     "halves": "_pictures",

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from kngd_ray._vectors import Vectors, flaw, lengths, unit
 from kngd_ray.data._config import ColumnNames
+from kngd_ray.data._encoded_by import EncodedBy, encoded_by, one_encoder
 from kngd_ray.data._given_crops import GivenCrops, StoredCrops, crops_in, read_crops
 from kngd_ray.data._parquet import BATCH_BYTES, ParquetFiles, chunks, open_parquet, scan_parquet
 from kngd_ray.data._schema import lacks_content, vector_column
@@ -36,12 +37,14 @@ class FeatureFiles(ParquetFiles):
         shortest: Euclidean length of the shortest feature as it is stored.
         longest: that of the longest.
         crops: what each file has of crops; None is nothing.
+        encoded_by: the model that computed the features; None where no file says which.
     """
 
     width: int
     shortest: float
     longest: float
     crops: tuple[StoredCrops | None, ...]
+    encoded_by: EncodedBy | None
 
     @property
     def rescaled(self) -> bool:
@@ -170,9 +173,17 @@ def scan_features(paths: Sequence[Path], names: ColumnNames) -> Rows:
     assert isinstance(rows.source, ParquetFiles)
     shortest, longest = float(content.shortest), float(content.longest)
     width = content.width or 0
-    crops = tuple(crops_in(Path(path), width) for path in rows.source.paths)
-    source = FeatureFiles(rows.source.paths, rows.source.starts, names, width, shortest, longest, crops)
+    paths_read = rows.source.paths
+    crops = tuple(crops_in(Path(path), width) for path in paths_read)
+    model = one_encoder(paths_read, [encoder_of(Path(path)) for path in paths_read])
+    source = FeatureFiles(paths_read, rows.source.starts, names, width, shortest, longest, crops, model)
     return rows._replace(source=source)
+
+
+def encoder_of(path: Path) -> EncodedBy | None:
+    """What a parquet file says of the model that computed its features; a DataError tells of a damaged file."""
+    with open_parquet(path) as file:
+        return encoded_by(file.schema_arrow.metadata, path)
 
 
 def read_features(path: Path, width: int, names: ColumnNames | None = None) -> Iterator[tuple[int, Vectors]]:

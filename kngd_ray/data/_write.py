@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from kngd_ray.data._cache import FeatureCache
 from kngd_ray.data._crops import Crops
+from kngd_ray.data._encoded_by import EncodedBy
 from kngd_ray.data._given_crops import COLUMN, described
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._pictures import _in_one_move
@@ -22,6 +23,7 @@ def write_features(
     images: ImageSet,
     rows: Ints,
     cache: FeatureCache,
+    model: EncodedBy,
     crops: Crops | None = None,
     scale: tuple[float, float] = (1.0, 1.0),
 ) -> None:
@@ -34,6 +36,7 @@ def write_features(
         images: the data set.
         rows (N,): which pictures.
         cache: where their features are, and those of their crops.
+        model: that computed them.
         crops: of each picture, in a column of their own; None writes none.
         scale: least and greatest part of the picture's area that they are of.
     """
@@ -46,7 +49,7 @@ def write_features(
     ]
     if crops is not None:
         fields.append((COLUMN, pa.list_(pa.float32(), crops.count * cache.dim)))
-    schema = pa.schema(fields, None if crops is None else described(crops, scale))
+    schema = pa.schema(fields, model.metadata() | ({} if crops is None else described(crops, scale)))
     at_once = max(1, _AT_ONCE // (1 if crops is None else 1 + crops.count))
     names = np.array(images.class_names, object)
     with _in_one_move(path) as file, pq.ParquetWriter(file, schema) as writer:

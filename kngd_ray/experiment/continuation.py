@@ -76,6 +76,12 @@ def _obstacle(manifest: Mapping[str, Any], options: FitOptions, identity: Mappin
             f"was trained on the features of another model: fingerprint {its[:12]}, this run's has {now[:12]}; "
             "name the model it was trained with by the settings of model, as model.name"
         )
+    its, now = (found["model"].get("encoded_by") for found in (manifest, identity))
+    if None not in (its, now) and its != now:
+        return (
+            f"learned from features of another model: fingerprint {its[:12]}, this run's are of {now[:12]}; encode the"
+            " pictures with the model that it learned from"
+        )
     its, now = (found["model"].get("classes") for found in (manifest, identity))
     if its != now:
         return (

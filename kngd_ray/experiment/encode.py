@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kngd_ray.clip import PRECOMPUTED, ClipModel, TuneOptions, load_model, worded
+from kngd_ray.clip import PRECOMPUTED, ClipModel, TuneOptions, load_model, public_name, worded
 from kngd_ray.config import Config
 from kngd_ray.console import Display
-from kngd_ray.data import Crops, FeatureCache, ImageSet, open_images, write_features
+from kngd_ray.data import Crops, EncodedBy, FeatureCache, ImageSet, open_images, write_features
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.features import encode_pictures
@@ -125,7 +125,8 @@ def _write(
         out.mkdir(parents=True, exist_ok=True)
         np.save(embeddings, texts.numpy())
     least, greatest = config.tune.crop_scale
-    write_features(features, images, rows, cache, crops, (least, greatest))
+    encoder = EncodedBy(public_name(model.name), model.fingerprint, model.logit_scale)
+    write_features(features, images, rows, cache, encoder, crops, (least, greatest))
     settings = [
         f"data.path={features}",
         f"model.name={PRECOMPUTED}",

@@ -1,15 +1,27 @@
 """Features of pictures and of crops of them: computed where they are not in the cache yet, or given in files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kngd_ray.clip import AnyModel, ClipModel, best_device, load_model
+from kngd_ray.clip import AnyModel, ClipModel, ModelConfig, PrecomputedModel, best_device, load_model, load_precomputed
 from kngd_ray.config import Config
-from kngd_ray.data import Crops, FeatureCache, FeatureFiles, GivenFeatures, ImageSet, encode_missing, fill_cache
+from kngd_ray.data import (
+    Crops,
+    EncodedBy,
+    FeatureCache,
+    FeatureFiles,
+    GivenFeatures,
+    ImageSet,
+    encode_missing,
+    fill_cache,
+)
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
+from kngd_ray.training.restoring import load_fitted
+from kngd_ray.training.resumable import SOURCE
 from kngd_ray.training.views import views_of
 
 Progress = Callable[[int, int], None]
@@ -60,6 +72,82 @@ def encode_pictures(
         on_bad_image=skip,
         progress=progress,
     )
+
+
+def stated_model(config: ModelConfig, source: FeatureFiles, manifest: Mapping[str, Any] | None) -> ModelConfig:
+    """What stands for the model of given features, with the logit scale of the model that computed them.
+
+    Args:
+        config: as it was asked for.
+        source: the features' files.
+        manifest: of a checkpoint that is to be used on them, whose logit scale is kept; None of a new fit.
+
+    Returns:
+        The same, its logit scale known where a file or the checkpoint states it.
+
+    Raises:
+        UsageError: the one that is asked for is another than the features' model has.
+    """
+    encoder, asked = source.encoded_by, config.logit_scale
+    if asked is None and manifest is not None:
+        return replace(config, logit_scale=manifest[SOURCE].get("logit_scale"))
+    if encoder is None or manifest is not None:
+        return config
+    if asked is not None and not encoder.scales(asked):
+        raise UsageError(
+            f"model.logit_scale is {asked:g}, and the model that computed the features in {', '.join(source.paths)},"
+            f" {encoder.name}, has {encoder.logit_scale:g}: leave model.logit_scale out, and it is taken from the file."
+        )
+    return config if asked is not None else replace(config, logit_scale=encoder.logit_scale)
+
+
+def given_model(
+    config: ModelConfig, source: FeatureFiles, names: tuple[str, ...], manifest: Mapping[str, Any] | None
+) -> PrecomputedModel:
+    """What stands for the model of given features.
+
+    Args:
+        config: as :func:`stated_model` has it.
+        source: the features' files.
+        names: of all classes of the data, in order of the labels.
+        manifest: of a checkpoint that is to be used on them; None of a new fit.
+
+    Returns:
+        The model.
+
+    Raises:
+        DataError: the features are of another length or model than those that the checkpoint's fit learned from.
+    """
+    if manifest is None:
+        encoder = source.encoded_by
+        return load_precomputed(config, names, source.width, None if encoder is None else encoder.fingerprint)
+    model = load_fitted(manifest, config)
+    assert isinstance(model, PrecomputedModel)
+    if model.embed_dim != source.width:
+        raise DataError(
+            f"{', '.join(source.paths)} has features of length {source.width}, and the fit learned from features of "
+            f"length {model.embed_dim}: compute them with the same model"
+        )
+    check_encoder(source.encoded_by, model, ", ".join(source.paths))
+    return model
+
+
+def check_encoder(encoder: EncodedBy | None, model: PrecomputedModel, place: str) -> None:
+    """Refuse features of another model than a fit learned from, where both are known.
+
+    Args:
+        encoder: the model that computed the features.
+        model: what stands for the model in the fit.
+        place: where the features are, for the message.
+
+    Raises:
+        DataError: they are of another model.
+    """
+    if encoder is not None and model.encoded_by not in (None, encoder.fingerprint):
+        raise DataError(
+            f"{place} has features of the model {encoder}, and the fit learned from features of another one, of"
+            f" fingerprint {str(model.encoded_by)[:12]}: encode the pictures with that model"
+        )
 
 
 def given_views(config: Config, source: FeatureFiles, rows: np.ndarray[Any, np.dtype[np.int64]], pictures: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kngd_ray import __version__
+from kngd_ray.clip import public_name
 from kngd_ray.config import Config, flatten
 from kngd_ray.console import cell
 from kngd_ray.data import EMBEDDED
@@ -69,8 +70,7 @@ def write_card(
 def _model(config: Config, prepared: TaskData, steps: int) -> str:
     model = prepared.model
     what, of = "a CLIP model adapted to a few labelled pictures per class", "pictures"
-    folder = model.name.startswith("local-dir:")  # of which the place says more than it should
-    source = f"CLIP model: {_plain(Path(model.name).name if folder else model.name)}"
+    source = f"CLIP model: {_plain(public_name(model.name))}"
     if config.model.pretrained is not None:
         source += f", weights {_plain(Path(config.model.pretrained).name)}"
     if config.model.precomputed:

@@ -15,9 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from kngd_ray._run_layout import CONFIG
+from kngd_ray.clip import PrecomputedModel
 from kngd_ray.console import Display
-from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, read_features, unread
+from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, encoder_of, read_features, unread
 from kngd_ray.errors import DataError, UsageError
+from kngd_ray.experiment.features import check_encoder
 from kngd_ray.experiment.gallery import Card, gallery
 from kngd_ray.experiment.html import check_path
 from kngd_ray.experiment.run_folder import find_fit, read_config
@@ -126,8 +128,12 @@ def _classify_features(
     run = next((folder for folder in (fit, *fit.parents) if (folder / CONFIG).is_file()), None)
     columns = None if run is None else read_config(run).data.columns
     rows: list[dict[str, Any]] = []
+    model = classifier.model
+    assert isinstance(model, PrecomputedModel)
     for name in files:
-        for first, vectors in read_features(Path(name), classifier.model.embed_dim, columns):
+        if Path(name).is_file():
+            check_encoder(encoder_of(Path(name)), model, name)
+        for first, vectors in read_features(Path(name), model.embed_dim, columns):
             for n, said in enumerate(_said(classifier, torch.from_numpy(vectors))):
                 rows.append({"file": name, "row": first + n, **said})
     if not rows:

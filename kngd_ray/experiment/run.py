@@ -58,6 +58,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
     configs = [config, *(baseline_config(config, name) for name in config.baselines)]
     priors = [find_priors(c) for c in configs]
     task = open_task(config)
+    configs = [replace(c, model=task.config.model) for c in configs]  # the features' files may state a logit scale
     for note in task.notes:
         display.say(note)
     unseen = open_protocol(config, task)

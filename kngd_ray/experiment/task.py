@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from kngd_ray.clip import (
+    LOGIT_SCALE,
     AnyModel,
     ClipModel,
     CLIPNetwork,
     TuneOptions,
     best_device,
     load_model,
-    load_precomputed,
     resolve_templates,
     same_sentences,
     worded,
@@ -41,14 +41,14 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.features import Progress, encode_pictures, given_views
+from kngd_ray.experiment.features import Progress, encode_pictures, given_model, given_views, stated_model
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
 from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
-from kngd_ray.training.restoring import identity_of, load_fitted
+from kngd_ray.training.restoring import identity_of
 from kngd_ray.training.views import crops_of, views_of
 
 PICTURES = "pictures.arrow"  # the shots of a run that learns from pictures
@@ -203,6 +203,12 @@ class Task:
             lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
+        model = self.config.model
+        if model.precomputed and model.class_embeddings is not None and model.logit_scale is None:
+            lines.append(
+                f"the logit scale of the features' model is not known, and {LOGIT_SCALE:g} is taken, that of OpenAI's"
+                " models: model.logit_scale sets it"
+            )
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
         if count := self.given_views or (0 if self.crops is None else self.crops.count):
             several = f"{count} random crops" if count > 1 else "1 random crop"
@@ -351,8 +357,13 @@ def _known_domains(data: DataConfig, known: set[str], given: Collection[str]) ->
 def _task(
     config: Config, images: ImageSet, whole: ImageSet, choose: Choose, manifest: Mapping[str, Any] | None = None
 ) -> Task:
-    splits, model = choose(frozenset()), _model(config, whole, manifest)
-    if not config.model.precomputed:
+    splits, source = choose(frozenset()), whole.source
+    model: AnyModel
+    if isinstance(source, FeatureFiles):
+        config = replace(config, model=stated_model(config.model, source, manifest))
+        model = given_model(config.model, source, whole.all_names, manifest)
+    else:
+        model = load_model(config.model)
         config = replace(config, data=replace(config.data, templates=_templates(config, whole, manifest)))
     from_pictures = isinstance(model, ClipModel) and config.tune.images and _trains_image_tower(config, images, model)
     return Task(config, images, whole, choose, splits, model, from_pictures, manifest is not None)
@@ -365,26 +376,6 @@ def _templates(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | No
         return worded(given, whole.class_names)
     kept = tuple(manifest["templates"])
     return kept if same_sentences(kept, given) else given
-
-
-def _model(config: Config, whole: ImageSet, manifest: Mapping[str, Any] | None) -> AnyModel:
-    """The model of a run on some data.
-
-    Raises:
-        DataError: the data has features of another length than the fit's.
-    """
-    source = whole.source
-    if not isinstance(source, FeatureFiles):
-        return load_model(config.model)
-    if manifest is None:
-        return load_precomputed(config.model, whole.all_names, source.width)
-    model = load_fitted(manifest, config.model)
-    if model.embed_dim != source.width:
-        raise DataError(
-            f"{', '.join(source.paths)} has features of length {source.width}, and the fit learned from features of "
-            f"length {model.embed_dim}: compute them with the same model"
-        )
-    return model
 
 
 def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> bool:

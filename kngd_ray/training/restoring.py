@@ -75,7 +75,8 @@ def load_fitted(manifest: Mapping[str, Any], config: ModelConfig | None = None) 
         return load_model(config, best_device())
     known = manifest["model"]
     try:
-        return load_precomputed(config, known.get("classes", manifest["class_names"]), int(known["embed_dim"]))
+        names, encoded_by = known.get("classes", manifest["class_names"]), known.get("encoded_by")
+        return load_precomputed(config, names, int(known["embed_dim"]), encoded_by)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the manifest's model is damaged ({error}): use another checkpoint.") from error
 

@@ -1,6 +1,8 @@
 """Data sets of features: kinds of columns, keys and splits, and what is refused of them."""
 
 import hashlib
+import json
+import math
 import pickle
 import re
 
@@ -176,3 +178,42 @@ def test_a_file_that_changed_is_noticed(write):
     write(feature_table().slice(0, 20))
     with pytest.raises(DataError, match=r"changed while in use|damaged"):
         images.features.read(images.keys)
+
+
+MODEL = {"name": "ViT-S", "fingerprint": "a" * 64, "logit_scale": 20}
+
+
+def stating(model):
+    """A table that says which model computed its features."""
+    stated = model if isinstance(model, bytes) else json.dumps(model).encode()
+    return feature_table().replace_schema_metadata({b"kngd_ray.encoded_by": stated})
+
+
+def test_the_model_that_computed_features(write):
+    stated = opened(write(stating(MODEL)), write(feature_table(), "untold.parquet")).source.encoded_by
+    assert (stated.name, stated.logit_scale) == ("ViT-S", 20)
+    assert str(stated) == "ViT-S (fingerprint aaaaaaaaaaaa)"
+    assert [stated.scales(s) for s in (20.0, 20.001, 20.1, 18.0)] == [True, True, False, False]
+    assert opened(write(feature_table())).source.encoded_by is None
+    other = write(stating(MODEL | {"fingerprint": "b" * 64}), "other.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet has features of the model ViT-S .*other.parquet of ViT-S"):
+        opened(write(stating(MODEL)), other)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        b"{",
+        b"[1]",
+        b"\xff",
+        {"name": "ViT-S"},
+        *(MODEL | {"logit_scale": scale} for scale in (0, True, "20", math.nan, 10**400)),
+        MODEL | {"fingerprint": 3},
+        MODEL | {"name": "a\nb"},
+        MODEL | {"more": 1},
+    ],
+    ids=lambda stated: str(stated)[:40],
+)
+def test_damaged_statements_of_the_model_are_refused(write, stated):
+    with pytest.raises(DataError, match="what its schema says of the model of its features is damaged"):
+        opened(write(stating(stated)))

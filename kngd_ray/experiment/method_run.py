@@ -19,14 +19,14 @@ from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
-from kngd_ray.training.calibration import Calibration, below_zero_shot, calibrate
+from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask, head_task
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.network_predictor import NetworkPredictor
-from kngd_ray.training.novelty import Novelty, calibrate_and_compare
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare, compare_towers
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
@@ -201,13 +201,15 @@ class MethodRun:
         assert stream is not None
         return Streamed(stream, self._records[self.fit(seed)].steps())
 
-    def _calibrated(self, task: FitTask, state: MethodState) -> tuple[Calibration, Novelty | None]:
+    def _calibrated(
+        self, task: FitTask, state: MethodState, predictor: AnyPredictor
+    ) -> tuple[Calibration, Novelty | None]:
         """What the shots say of tau and T; of a stream, tau is the one that has predicted it best."""
         if task.stream is not None:
             foreseen = state.replicated.get(FORESEEN)
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
         if task.head is not None and self.config.method == "kalman" and not self.config.posterior.folds:
-            return self._of_head(task), None
+            return self._of_head(task), compare_towers(task, predictor, self._prepared.device)
         if task.towers is not None and self._unasked:
             return Calibration(0.0, 1.0), None
         try:
@@ -253,7 +255,7 @@ class MethodRun:
             class_embeddings=task.class_embeddings,
             device=device,
         )
-        calibration, novelty = self._calibrated(task, checkpoint.state)
+        calibration, novelty = self._calibrated(task, checkpoint.state, predictor)
         save_settled(fit_folder, Settled(calibration, posterior, kept, novelty))
         if (warning := below_zero_shot(task, calibration, posterior.folds)) is not None:
             self.warnings.append(f"{name}: {warning}")

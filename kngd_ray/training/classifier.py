@@ -164,9 +164,7 @@ class Classifier:
         inputs = self._inputs(images)
         found = self.predictor.predict(inputs, self.calibration.tau)
         interval = probability_interval(self.predictor, inputs, found, interval_scale(self.novelty))
-        novelty = None
-        if self.novelty is not None and isinstance(self.predictor, Predictor):
-            novelty = self.novelty.score(total_variance(self.predictor, inputs))
+        novelty = None if self.novelty is None else self.novelty.score(total_variance(self.predictor, inputs))
         interval = None if interval is None else interval.cpu()
         return Classification(found.probabilities.cpu(), found.logit_std.cpu(), interval, novelty)
 

@@ -53,23 +53,20 @@ def probability_interval(
 
     Returns:
         (m, 2) low and high; None where there is no posterior or no scale, where it has no part in the prediction, and
-        of networks, whose gradients for each picture are dear.
+        of networks that predict by draws, whose gradients for each picture are dear.
     """
-    if not isinstance(predictor, Predictor) or predictor.belief is None or predictor.options.predict == "mean":
-        return None
-    if scale is None:
+    if scale is None or not predictor.linearises:
         return None
     p = prediction.probabilities.double()
     top = p.argmax(1, keepdim=True)
     best = p.gather(1, top).squeeze(1)
-    with torch.no_grad():
-        logits: Tensor = predictor.head(features)
+    logits = predictor.mean_logits(features)
     chosen = one_hot(top.squeeze(1), logits.shape[1]).to(logits)
     others = logits.masked_fill(chosen.bool(), -torch.inf)
     # d u / d l: 1 for the class itself, and minus the share that each of the others has among them
     cotangent = (chosen - others.softmax(1)).unsqueeze(1)
     u = (logits.gather(1, top).squeeze(1) - others.logsumexp(1)).double()
-    sigma = (scale * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double()
+    sigma = (scale * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double().to(u)
     low, high = torch.sigmoid(u - _Z * sigma), torch.sigmoid(u + _Z * sigma)
     return torch.stack([torch.minimum(low, best), torch.maximum(high, best)], 1)
 

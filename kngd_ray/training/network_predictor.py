@@ -6,12 +6,13 @@ batch, in the direction that decides: the most probable class t against the othe
 
     r = e_t - sum_{c != t} p_c / (1 - p_t) e_c      v = r^T J P J^T r      covariance of the towers' part  v / |r|^2 I
 
-What J P J^T is along other directions is not looked at. Where the text tower is trained on class logits, the towers'
+What J P J^T is along other directions is not looked at. Intervals and novelty percentiles are of the same covariance.
+Where the text tower is trained on class logits, the towers'
 part would take a pass through all prompts for each picture, and is left out.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,29 @@ from kngd_ray.training.streamed import ADAPTERS
 
 _AT_ONCE = 64  # pictures
 _LINEARISED = 32  # likewise, whose activations are kept
+
+
+class _Linearised(NamedTuple):
+    """Logits of pictures, and their covariance at tau = 1: of the head's part ``along B``, of the towers' ``spread I``.
+
+    On the CPU, but for B.
+    """
+
+    logits: Tensor  # (m, C)
+    along: Tensor  # (m,)
+    B: Tensor  # (C, C)
+    spread: Tensor  # (m,)
+
+    def variance(self) -> Tensor:
+        """(m, C) of the logits less their mean over classes."""
+        own = centred_variances(self.B).to(self.along)
+        return (torch.outer(self.along, own) + self.spread.unsqueeze(1) * (1 - 1 / len(own))).to(self.logits)
+
+    def variance_along(self, cotangent: Tensor) -> Tensor:
+        """(m, k) of linear functions (m, k, C) of the logits."""
+        V = cotangent.to(self.along)
+        head = self.along.unsqueeze(1) * ((V @ self.B.to(V)) * V).sum(2)
+        return (head.clamp_min(0) + self.spread.unsqueeze(1) * V.square().sum(2)).to(cotangent)
 
 
 class NetworkPredictor:
@@ -57,11 +81,19 @@ class NetworkPredictor:
         self.belief = belief
         self.options = options
         self._linearizer: Linearizer | None = None
+        self._known: tuple[Any, _Linearised] | None = (
+            None  # pictures and what was found: taus are tried on the same ones
+        )
+
+    @property
+    def linearises(self) -> bool:
+        """Whether the variance of logits has a part in predictions, and is known for what it costs."""
+        return self.belief is not None and self.options.predict == "linearised"
 
     @property
     def left_out(self) -> bool:
         """Whether predictions have the head's part of the posterior alone."""
-        return self.belief is not None and self.options.predict == "linearised" and self.head.live_text
+        return self.linearises and self.head.live_text
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +114,9 @@ class NetworkPredictor:
             logits = self._logits(inputs)
             return Prediction(logits.softmax(1), torch.zeros_like(logits))
         if self.options.predict == "linearised":
-            logits, variance = self._linearised(inputs)
-            variance = tau * variance
-            return Prediction(moderated(logits, variance).softmax(1), variance.sqrt())
+            found = self._linearised(inputs)
+            variance = tau * found.variance()
+            return Prediction(moderated(found.logits, variance).softmax(1), variance.sqrt())
         assert self.family is not None
         parameters = trainable(self.head)
         kept = {name: p.detach().clone() for name, p in parameters.items()}
@@ -117,20 +149,58 @@ class NetworkPredictor:
         """
         if self.belief is None:
             return torch.zeros_like(self._logits(inputs))
-        return self._linearised(inputs)[1]
+        return self._linearised(inputs).variance()
 
-    def _linearised(self, inputs: Pixels | Tensor) -> tuple[Tensor, Tensor]:
-        """(m, C) logits and their variances at tau = 1, on the CPU."""
+    def mean_logits(self, inputs: Pixels | Tensor) -> Tensor:
+        """Logits at the mean of the belief.
+
+        Args:
+            inputs: as of :meth:`predict`.
+
+        Returns:
+            (m, C) on the CPU.
+        """
+        return self._logits(inputs) if self.belief is None else self._linearised(inputs).logits
+
+    def variance_along(self, inputs: Pixels | Tensor, cotangent: Tensor) -> Tensor:
+        """Posterior variance of linear functions of the logits.
+
+        Args:
+            inputs: as of :meth:`predict`.
+            cotangent: (m, k, C) the functions.
+
+        Returns:
+            (m, k) variances at tau = 1, on the CPU; zeros without a posterior.
+        """
+        if self.belief is None:
+            return torch.zeros_like(cotangent[:, :, 0])
+        return self._linearised(inputs).variance_along(cotangent)
+
+    def _linearised(self, inputs: Pixels | Tensor) -> _Linearised:
+        """Of pictures, some at a time."""
+        if self._known is not None and self._known[0] is inputs:
+            return self._known[1]
+        factors = self._head_factors()
+        parts = [
+            self._of_batch(self.head.received(some), factors)
+            for pixels in self._pixels(inputs)
+            for some in pixels.split(_LINEARISED)
+            if len(some)
+        ]
         C = self.head.classes
-        found = [(torch.empty(0, C), torch.empty(0, C))]
-        for pixels in self._pixels(inputs):
-            for some in pixels.split(_LINEARISED):
-                logits, variance = self._of_batch(self.head.received(some))
-                found.append((logits.cpu(), variance.to(logits).cpu()))
-        return torch.cat([logits for logits, _ in found]), torch.cat([variance for _, variance in found])
+        B = torch.zeros(C, C) if factors is None else factors["B"].detach()
+        logits, along, spread = torch.empty(0, C), torch.empty(0), torch.empty(0)
+        if parts:
+            logits, along, spread = (torch.cat([part[n].cpu() for part in parts]) for n in range(3))
+        found = _Linearised(logits, along, B.cpu(), spread)
+        self._known = inputs, found
+        return found
 
-    def _of_batch(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of a few pictures, or of features where the image tower is frozen."""
+    def _of_batch(self, images: Tensor, factors: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(m, C) logits, (m,) of the head's part, (m,) of the towers', of a few pictures or of features.
+
+        Pictures are features where the image tower is frozen.
+        """
         network, C = self.head, self.head.classes
         assert self.belief is not None
         assert self.family is not None
@@ -140,9 +210,9 @@ class NetworkPredictor:
         part = {"feature": images} if images.dim() == 2 else {"image": images}
         passed = self._linearizer.run(network.inputs(labels, **part))
         logits = passed.logits[:, :C].detach()
-        P, factors = self.belief.covariance, self._head_factors()
+        P = self.belief.covariance
         names = [layer.name for layer in self._linearizer.layers]
-        variance = torch.zeros_like(logits)
+        along = torch.zeros_like(logits[:, 0])
         if factors is not None:
             names = [name for name in names if not name.startswith(ADAPTERS)]
             with torch.no_grad():
@@ -150,18 +220,15 @@ class NetworkPredictor:
                 assert residual is not None
                 x = residual.inputs(images if images.dim() == 2 else network.encode(images)).to(factors["A"])
             along = network.logit_scale**2 * ((x @ factors["A"]) * x).sum(1).clamp_min(0)
-            variance = torch.outer(along, centred_variances(factors["B"])).to(logits)
             if network.live_text:
-                return logits, variance
+                return logits, along, torch.zeros_like(along)
         r = decisive(logits)
         with tower_products(self.device):
             H = passed.jacobian(pad(r, (0, passed.logits.shape[1] - C)).unsqueeze(1))
-        like = logits[:, :1]
-        total = torch.zeros_like(like)
+        total = torch.zeros_like(logits[:, :1])
         for name in names:  # one layer's rows at a time
-            total = total + variances(self.family, {name: P[name]}, {name: H[name]}, like)
-        spread = total.clamp_min(0) / r.square().sum(1, keepdim=True) * (1 - 1 / C)
-        return logits, variance + spread
+            total = total + variances(self.family, {name: P[name]}, {name: H[name]}, logits[:, :1])
+        return logits, along, (total.clamp_min(0) / r.square().sum(1, keepdim=True)).squeeze(1).to(along)
 
     def _head_factors(self) -> Mapping[str, Tensor] | None:
         """B and A of a class residual that keeps them; None of other adapters and beliefs."""

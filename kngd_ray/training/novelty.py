@@ -5,11 +5,16 @@ tau. Each shot's own must be that of a belief which has not seen it. A posterior
 up a shot in closed form (:mod:`kngd_ray.filters.left_out`). Other fits are measured by those of the cross-validation
 that chooses tau. These have seen less than the one that predicts, and are less sure of everything; a few fits that lack
 a single shot say by how much.
+
+Fits of towers that started from a head are not repeated: that head gives up a shot in closed form, and the variance by
+the towers' belief, which has seen the shot, grows by the same factor. If towers are fitted by folds, those fits measure
+the shots, and nothing says how much surer the whole fit is.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +26,16 @@ from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batched_fits import fit_together, shape_of
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import (
+    AnyPredictor,
     Calibration,
     calibrate,
     calibration_of,
     calibration_tasks,
     decided_task,
     held_out_tasks,
+    predictor_of,
 )
-from kngd_ray.training.fit import FitTask, begin, fit
+from kngd_ray.training.fit import FitTask, begin, fit, head_task
 from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState
@@ -104,18 +111,53 @@ def calibrate_and_compare(
         fitted: what came of the fit, if it was run.
 
     Returns:
-        The calibration, and what pictures are compared with; None without folds or without a belief, and where towers
-        are trained, whose logits' variance would take a pass through the network for each draw.
+        The calibration, and what pictures are compared with; None without folds or without a belief, and of towers that
+        do not predict by the linearised variance of the logits.
     """
     if min(options.folds, len(task.support)) < 2:
         return calibrate(task, options, device, fitted), None
     task = decided_task(task, fitted, device)
-    if task.options.at_mode and task.options.tune.alpha == 1 and task.sampler.steps == 1:
+    if _gives_up_shots(task):
         calibration = calibrate(task, options, device)
         variance = variance_left_out(task, device, fitted)
         if variance is not None:
             return calibration, Novelty.of(variance)
     return _by_folds(task, options, device)
+
+
+def _gives_up_shots(task: FitTask) -> bool:
+    """Whether the belief that comes of a fit is known without each of its shots."""
+    return task.options.at_mode and task.options.tune.alpha == 1 and task.sampler.steps == 1
+
+
+def compare_towers(task: FitTask, predictor: AnyPredictor, device: torch.device | str = "cpu") -> Novelty | None:
+    """What pictures are compared with by towers that started from a head.
+
+    Args:
+        task: the fit of the towers.
+        predictor: what came of it.
+        device: where the head is fitted again.
+
+    Returns:
+        Variances of the shots, as of a fit without them; None where they are not known in closed form, and of towers
+        that do not predict by the linearised variance of the logits.
+    """
+    if not predictor.linearises:
+        return None
+    first = head_task(task)
+    if not _gives_up_shots(first):
+        return None
+    head = fit(first, device=device)
+    assert isinstance(head, KalmanNGD)
+    shots = first.to(device).support
+    assert isinstance(shots, Support)
+    without = variance_left_out(decided_task(first, head.state(), device), device, head.state())
+    if without is None:
+        return None
+    within = _variance(head, shots, 1.0)
+    grown = without.cpu().double() / within.double().clamp_min(torch.finfo(torch.float64).tiny)
+    seen = total_variance(predictor, task.support.to(predictor.device).inputs)
+    return Novelty.of(seen.cpu().double() * grown)
 
 
 def variance_left_out(
@@ -171,11 +213,19 @@ def _by_folds(
         for part, held in parts:
             method = fit(part, device=device)
             yield method, held
-            # after it was predicted with: weight ensembling has then moved its head
-            if isinstance(method, KalmanNGD) and task.towers is None:
-                rows.append((fold == len(seen)).nonzero().squeeze(1))
-                seen.append(_variance(method, held, task.options.tune.alpha))
-                sizes.append(covariance_bytes(method.belief.covariance))
+            if not isinstance(method, KalmanNGD):
+                continue
+            if task.towers is None:
+                # after it was predicted with: weight ensembling has then moved its head
+                found = _variance(method, held, task.options.tune.alpha)
+            elif options.predict == "linearised" and task.options.tune.alpha == 1:
+                predictor = predictor_of(method, options)
+                found = total_variance(predictor, held.to(predictor.device).inputs).cpu()
+            else:
+                continue
+            rows.append((fold == len(seen)).nonzero().squeeze(1))
+            seen.append(found)
+            sizes.append(covariance_bytes(method.belief.covariance))
 
     if single(task.support.labels):
         calibration = calibrate(task, options, device)
@@ -189,7 +239,7 @@ def _by_folds(
         return calibration, None
     variance = torch.full((len(task.support),), nan, dtype=seen[0].dtype)
     variance[torch.cat(rows)] = torch.cat(seen)
-    smaller = _shrinkage(task, variance, device, max(sizes))
+    smaller = 1.0 if task.towers is not None else _shrinkage(task, variance, device, max(sizes))
     return calibration, Novelty.of(variance[~variance.isnan()] * smaller)
 
 
@@ -237,12 +287,12 @@ def _variance(method: KalmanNGD, shots: Shots, alpha: float) -> Tensor:
     return alpha**2 * total_variance(predictor, shots.to(predictor.device).inputs).cpu()
 
 
-def total_variance(predictor: Predictor, features: Tensor) -> Tensor:
+def total_variance(predictor: AnyPredictor, features: Any) -> Tensor:
     """Mean variance of the logits of pictures at tau = 1: what tells pictures out of distribution from others.
 
     Args:
-        predictor: a head and its belief.
-        features: (m, d) unit image embeddings.
+        predictor: a head or a network, and its belief.
+        features: (m, d) unit image embeddings, or what the network takes.
 
     Returns:
         (m,) variances; zeros without a posterior.

@@ -62,6 +62,11 @@ class Predictor:
         """Where features have to be."""
         return next(chain(self.head.buffers(), self.head.parameters())).device
 
+    @property
+    def linearises(self) -> bool:
+        """Whether the variance of logits has a part in predictions, and is known for what it costs."""
+        return self.belief is not None and self.options.predict != "mean"
+
     def predict(self, features: Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
 
@@ -72,8 +77,7 @@ class Predictor:
         Returns:
             Probabilities and the spread of the logits behind them.
         """
-        with torch.no_grad():
-            logits: Tensor = self.head(features)
+        logits = self.mean_logits(features)
         if self.belief is None or tau == 0 or self.options.predict == "mean":
             return Prediction(logits.softmax(1), torch.zeros_like(logits))
         if self.options.predict == "linearised":
@@ -82,6 +86,19 @@ class Predictor:
         chunk = max(1, _ENTRIES // (self.options.draws * logits.shape[1]))
         parts = [self._over_draws(x, tau) for x in features.split(chunk)]
         return Prediction(torch.cat([p for p, _ in parts]), torch.cat([spread for _, spread in parts]))
+
+    def mean_logits(self, features: Tensor) -> Tensor:
+        """Logits at the mean of the belief.
+
+        Args:
+            features: (m, d) unit image embeddings.
+
+        Returns:
+            (m, C).
+        """
+        with torch.no_grad():
+            logits: Tensor = self.head(features)
+        return logits
 
     def logit_variance(self, features: Tensor) -> Tensor:
         """Linearised posterior variance of the class logits around their mean over classes, which no softmax sees.
@@ -94,8 +111,7 @@ class Predictor:
         """
         if self._known is not None and self._known[0] is features:
             return self._known[1]
-        with torch.no_grad():
-            logits: Tensor = self.head(features)
+        logits = self.mean_logits(features)
         C = logits.shape[1]
         if (product := self.product(features)) is not None:
             found = torch.outer(product[0], centred_variances(product[1])).to(logits)

@@ -284,8 +284,8 @@ def test_a_run_says_where_its_towers_begin(tiny, method) -> None:
         assert said in " ".join((outcome.out + outcome.err).split())
 
 
-def test_towers_that_may_not_move_are_the_heads_run(tiny, command) -> None:
-    """Figures and tau of the run of the default preset on the same shots and the same crops of them."""
+def test_towers_that_may_not_move_are_the_heads_run(tiny, command, pictures) -> None:
+    """Figures, tau, intervals and novelty of the default preset's run on the same shots and the same crops of them."""
     assert tiny(LORA, "filter.tower_logit_variance=0", "tune.views=2", "trainer.name=towers").code == 0
     told = (
         "trainer.name=head",
@@ -298,6 +298,10 @@ def test_towers_that_may_not_move_are_the_heads_run(tiny, command) -> None:
     assert tiny(*told).code == 0
     found, expected = (command("evaluate", command.run(name), "--json").json for name in ("towers", "head"))
     assert_figures(found, {key: expected[key] for key in ("id", "ood")})
+    moved, plain = (command("predict", command.run(name), *pictures, "--json").json for name in ("towers", "head"))
+    for row, wanted in zip(moved, plain, strict=True):
+        for key in ("probability_low", "probability_high", "novelty"):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5)
 
 
 def test_the_shots_of_all_seeds_are_kept_in_the_run(tiny, command) -> None:

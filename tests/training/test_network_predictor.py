@@ -14,10 +14,12 @@ from kngd_ray.errors import UsageError
 from kngd_ray.filters import Belief
 from kngd_ray.observations import flatten, trainable, unflatten
 from kngd_ray.training.batches import seeded
-from kngd_ray.training.calibration import predictor_of
+from kngd_ray.training.calibration import decided_task, predictor_of
 from kngd_ray.training.fit import fit, head_task
+from kngd_ray.training.interval import probability_interval
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.network_predictor import NetworkPredictor, check_affordable, decisive
+from kngd_ray.training.novelty import Novelty, compare_towers, total_variance, variance_left_out
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions
 
@@ -199,6 +201,8 @@ def test_linearised_is_the_variance_along_what_decides(shots) -> None:
         of_head = network.logit_scale**2 * (x @ head["A"] @ x) * (centre @ head["B"] @ centre).diagonal()
         assert max_error(variance, of_head + v / r.square().sum() * (1 - 1 / C)) < 1e-4
         assert float(v) > 0
+        along = predictor.variance_along(image.unsqueeze(0), r.view(1, 1, C))
+        assert max_error(along[0, 0], network.logit_scale**2 * (x @ head["A"] @ x) * (r @ head["B"] @ r) + v) < 1e-4
     tempered = predictor.predict(images, TAU)
     assert max_error(tempered.logit_std.square(), TAU * found) < 1e-4
     plain = predictor.predict(images, 0.0).probabilities
@@ -213,10 +217,56 @@ def test_linearised_without_towers_is_the_heads(shots) -> None:
     task = started(replace(task, options=replace(task.options, filter=narrow, tune=tune), head=None))
     assert task.head is not None
     options = PosteriorOptions(predict="linearised")
-    own = predictor_of(fit(head_task(task)), options).predict(task.head.support.features, TAU)
-    found = predictor_of(fit(task), options).predict(shots.subset(torch.arange(7)), TAU)
+    head = predictor_of(fit(head_task(task)), options)
+    own = head.predict(task.head.support.features, TAU)
+    pictures = shots.subset(torch.arange(7))
+    predictor = predictor_of(fit(task), options)
+    found = predictor.predict(pictures, TAU)
     assert max_error(found.probabilities, own.probabilities) < 1e-5
     assert max_error(found.logit_std, own.logit_std) < 1e-4
+    of_head, of_towers = (
+        probability_interval(p, x, prediction, 0.1)
+        for p, x, prediction in ((head, task.head.support.features, own), (predictor, pictures, found))
+    )
+    assert max_error(of_towers, of_head) < 1e-4
+
+
+def test_towers_give_up_a_shot_as_their_head_does(shots) -> None:
+    """Shots are measured as by the head where towers add nothing, and grow by the same factors where they do."""
+    task = make_task("start-lora", shots.subset(torch.arange(7)))
+    tune = replace(task.options.tune, views=0)
+    task = started(replace(task, options=replace(task.options, tune=tune), head=None))
+    narrow = replace(task.options, filter=replace(task.options.filter, tower_logit_variance=0.0))
+    first = head_task(task)
+    head = fit(first)
+    without = variance_left_out(decided_task(first, head.state()), fitted=head.state())
+    options = PosteriorOptions(predict="linearised")
+    still = compare_towers(replace(task, options=narrow), predictor_of(fit(replace(task, options=narrow)), options))
+    assert still is not None
+    assert still.quantiles == pytest.approx(Novelty.of(without).quantiles, rel=1e-3)
+    towers = predictor_of(fit(task), options)
+    found = compare_towers(task, towers)
+    assert found is not None
+    pictures = task.support.inputs
+    grown = without / total_variance(predictor_of(head, options), first.support.features)
+    assert bool((grown > 1).all())
+    assert found.quantiles == pytest.approx(Novelty.of(grown * total_variance(towers, pictures)).quantiles, rel=1e-3)
+    assert compare_towers(task, predictor_of(fit(task), OPTIONS)) is None, "draws take a pass for each"
+
+
+def test_a_picture_is_linearised_once(shots, monkeypatch) -> None:
+    """Probabilities at every tau, interval and novelty percentile take one backward pass."""
+    task = make_task("start-lora", shots.subset(torch.arange(7)))
+    predictor = predictor_of(fit(started(replace(task, head=None))), PosteriorOptions(predict="linearised"))
+    images, passes = pixels(shots, predictor.head, 4), []
+    own = NetworkPredictor._of_batch
+    monkeypatch.setattr(NetworkPredictor, "_of_batch", lambda *args: passes.append(1) or own(*args))
+    at_taus = [predictor.predict(images, tau) for tau in (0.1, TAU)]
+    assert probability_interval(predictor, images, at_taus[0], 0.1).shape == (4, 2)
+    assert total_variance(predictor, images).shape == (4,)
+    assert len(passes) == 1
+    predictor.predict(pixels(shots, predictor.head, 3), TAU)
+    assert len(passes) == 2
 
 
 def test_draws_have_the_covariance_of_the_belief(shots) -> None:

@@ -45,9 +45,11 @@ _LONG = frozenset(
     f"test_{name}.py"
     for name in (
         "compare",
+        "estimator",
         "examples",
         "few_shot_bench",
         "hostile_files",
+        "model",
         "on_a_device",
         "readme",
         "sharded_filter",

@@ -20,7 +20,6 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +33,7 @@ from kngd_ray._allocator import keep_freed_memory
 from kngd_ray._rgb import to_rgb
 from kngd_ray.clip._config import ModelConfig
 from kngd_ray.clip._context import Reading
+from kngd_ray.clip._copies import copied
 from kngd_ray.clip._locate import Source, first_line, locate
 from kngd_ray.clip._precomputed import PrecomputedModel, check_distinct
 from kngd_ray.clip._prompts import called_missing, check_names, said_otherwise
@@ -86,7 +86,7 @@ class ClipModel:
 
     def copied(self, device: torch.device | str) -> "ClipModel":
         """The same model with weights of its own, which may be trained."""
-        network = deepcopy(self._network)
+        network = copied(self._network)
         return ClipModel(
             self.name, network, self._transform, self._tokenizer, self.architecture, device, self.fingerprint
         )

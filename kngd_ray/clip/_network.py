@@ -1,6 +1,5 @@
 """The whole of CLIP as one trainable module: towers, class texts and adapters, from pictures to logits."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from kngd_ray.clip import lora
+from kngd_ray.clip._copies import copied
 from kngd_ray.clip._head import CLIPHead, check_alpha
 from kngd_ray.clip._model import ClipModel
 from kngd_ray.clip._prompts import expand
@@ -78,7 +78,7 @@ class CLIPNetwork(nn.Module):
         self.started: dict[str, Tensor] = {}
         # In a tuple, so that it is no submodule: its parameters are not this network's.
         self._pretrained = (model.network,)
-        self.clip = copy.deepcopy(model.network)
+        self.clip = copied(model.network)
         self.adapted = choose(self.clip, options, seed)
         trained = [name for name, weight in self.clip.named_parameters() if weight.requires_grad]
         self.image_trained = any(name.startswith("visual.") for name in trained)
@@ -322,7 +322,7 @@ class CLIPNetwork(nn.Module):
         if self.pairs and self.image_trained:
             here, there = next(self.clip.parameters()), next(self._pretrained[0].parameters())
             if (here.device, here.dtype) != (there.device, there.dtype):
-                self._pretrained = (copy.deepcopy(self._pretrained[0]).to(here.device, here.dtype),)
+                self._pretrained = (copied(self._pretrained[0]).to(here.device, here.dtype),)
         return self
 
 

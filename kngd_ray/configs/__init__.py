@@ -1,5 +1,6 @@
 """Settings in YAML files: those that come with the package, presets and searches, are in folders here."""
 
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,13 @@ Kind = Literal["presets", "searches"]
 
 def names(kind: Kind) -> list[str]:
     """Name the files of a kind, sorted, without their suffix."""
+    return list(_names(kind))
+
+
+@cache
+def _names(kind: Kind) -> tuple[str, ...]:
     folder = resources.files(__name__) / kind
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
 def text(kind: Kind, name: str) -> str:

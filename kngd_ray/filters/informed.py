@@ -48,8 +48,15 @@ def within_class_covariance(x: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (i, i) pooled covariance; 0 where no class has two inputs.
     """
-    rest = x - class_means(x, labels)[labels]
-    return rest.mT @ rest / max(len(x) - len(labels.unique()), 1)
+    scatter, _, freedom = _within(x, labels)
+    return scatter / freedom
+
+
+def _within(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The scatter (i, i) of inputs within their classes, the means (C, i) of these and the degrees of freedom."""
+    means = class_means(x, labels)
+    rest = x - means[labels]
+    return rest.mT @ rest, means, max(len(x) - len(labels.unique()), 1)
 
 
 def typical(P: Tensor) -> Tensor:
@@ -138,11 +145,9 @@ def _scatters(centred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     In all is what they vary within classes and what the classes' means do: a sum, which loses no digits. Where no class
     has two inputs, the first is exactly 0.
     """
-    means, sizes = class_means(centred, labels), torch.bincount(labels).to(centred)
-    rest = centred - means[labels]
-    within = rest.mT @ rest
+    within, means, freedom = _within(centred, labels)
+    sizes = torch.bincount(labels).to(centred)
     total = torch.addmm(within, (means * sizes.unsqueeze(1)).mT, means)
-    freedom = max(len(centred) - int((sizes > 0).sum()), 1)
     return within / freedom, total / len(centred)
 
 
@@ -169,7 +174,8 @@ def measured_without(
     pictures, of_picture = len(x) // views, labels[::views]
     constant = x.shape[1] > 1 and bool((x[:, -1] == 1).all())
     features, metric = (x[:, :-1], A[:-1, :-1]) if constant else (x, A)
-    W, k = within_class_covariance(features, labels), torch.bincount(labels)[of_picture].to(x)
+    scatter, means, freedom = _within(features, labels)
+    W, k = scatter / freedom, torch.bincount(labels)[of_picture].to(x)
     by_picture = features.unflatten(0, (pictures, views))
     ridge = shrinkage * typical(W)
     precision = torch.cholesky_inverse(torch.linalg.cholesky(metric))
@@ -177,10 +183,10 @@ def measured_without(
     if _tells(ridge, features):
         # A's metric is a multiple of (W / ridge + I)^-1
         unit = precision.diagonal().sum() / (W.diagonal().sum() / ridge + len(W))
-        unit = unit / (max(len(x) - len(labels.unique()), 1) * ridge)
+        unit = unit / (freedom * ridge)
         own_mean = by_picture.mean(1)
         between = torch.where(k > views, views * k / (k - views).clamp_min(1), 0.0)
-        vectors.append((own_mean - class_means(features, labels)[of_picture]).unsqueeze(1))
+        vectors.append((own_mean - means[of_picture]).unsqueeze(1))
         weights.append((-unit * between).unsqueeze(1))
         if views > 1:
             vectors.append(by_picture - own_mean.unsqueeze(1))

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ def tiny_architecture(tmp_path_factory):
     file = tmp_path_factory.mktemp("architectures") / f"{SMALL}.json"
     file.write_text(json.dumps({"embed_dim": 256, "vision_cfg": vision, "text_cfg": text}))
     open_clip.add_model_config(file)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_vocabulary():
+    """Read once for each name: every load of another model would read it again, and take longest over that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "get_tokenizer", cache(open_clip.get_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -403,6 +403,19 @@ def test_every_preset_loads_and_is_tested() -> None:
         assert settings <= set(FitOptions.__dataclass_fields__), "a preset decides a fit, nothing else"
 
 
+def test_a_preset_is_for_its_reader_alone() -> None:
+    """It is parsed once, and stays as it is whatever one who has read it does."""
+    before, options = read_preset("kalman"), load_config(None, ["preset=kalman"]).fit_options
+    changed = read_preset("kalman")
+    for key, value in changed.items():
+        if isinstance(value, dict):
+            value.clear()
+        changed[key] = None
+    names("presets").clear()
+    assert read_preset("kalman") == before
+    assert load_config(None, ["preset=kalman"]).fit_options == options
+
+
 @pytest.mark.parametrize("method", ["kalman", "adamw", "sgd"])
 @pytest.mark.parametrize("parameters", ["lora", "norm", "full"])
 @pytest.mark.parametrize("nested", [False, True])

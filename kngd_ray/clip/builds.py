@@ -18,6 +18,7 @@ def torchvision_errors() -> Iterator[None]:
 
     Raises:
         KngdError: torchvision was built for another torch.
+        RuntimeError: any other, as it was raised.
     """
     try:
         yield

@@ -92,8 +92,8 @@ def encode(
         )
         if not views and config.tune.views and config.tune.augment != "none":
             display.say(
-                "runs on it learn from the shots alone, as by tune.views=0; to write crops as well, encode with `views` "
-                f"at {config.tune.views}, which takes {config.tune.views + 1} times the time and space"
+                "runs on it learn from the shots alone, as by tune.views=0; to write crops as well, encode with `views`"
+                f" at {config.tune.views}, which takes {config.tune.views + 1} times the time and space"
             )
         display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)

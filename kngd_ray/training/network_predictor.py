@@ -2,12 +2,12 @@ r"""Predictions of a network whose towers are trained: from pictures, at the mea
 
 Linearised, the logits f of a picture are normal around those of the mean. Where the adapters were fitted before the
 towers, their part of the covariance is a product, known without a pass. The towers' part takes one backward pass for a
-batch, in the direction that decides: the most probable class t against the others, as probable as they are ::
+batch, in the direction that decides: the most probable class t against the others, weighted by their probabilities ::
 
     r = e_t - sum_{c != t} p_c / (1 - p_t) e_c      v = r^T J P J^T r      covariance of the towers' part  v / |r|^2 I
 
-What J P J^T is along other directions is not looked at. Where the text tower is trained on class logits, the towers'
-part would take a pass through all prompts for each picture, and is left out.
+J P J^T along other directions is not looked at. Where the text tower is trained on class logits, the towers' part would
+take a pass through all prompts for each picture, and is left out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -130,7 +130,7 @@ class NetworkPredictor:
         return torch.cat([logits for logits, _ in found]), torch.cat([variance for _, variance in found])
 
     def _of_batch(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of a few pictures, or of features where the image tower is frozen."""
+        """The same for a few pictures, or for features where the image tower is frozen."""
         network, C = self.head, self.head.classes
         assert self.belief is not None
         assert self.family is not None
@@ -164,7 +164,7 @@ class NetworkPredictor:
         return logits, variance + spread
 
     def _head_factors(self) -> Mapping[str, Tensor] | None:
-        """B and A of a class residual that keeps them; None of other adapters and beliefs."""
+        """B and A of a class residual that keeps them; None for other adapters and beliefs."""
         assert self.belief is not None
         residual = self.head.head.residual if self.head.started else None
         P = None if residual is None else self.belief.covariance.get(f"{ADAPTERS}adapters.0.delta.weight")
@@ -187,7 +187,7 @@ class NetworkPredictor:
 
 
 def decisive(logits: Tensor) -> Tensor:
-    """The direction of logits that decides: the most probable class against the others, as probable as they are.
+    """The direction of logits that decides: the most probable class against the others, by their probabilities.
 
     Args:
         logits: (m, C).
@@ -201,7 +201,7 @@ def decisive(logits: Tensor) -> Tensor:
 
 
 def check_affordable(options: PosteriorOptions, network: CLIPNetwork) -> None:
-    """Refuse what takes too long where towers are trained.
+    """Refuse what would take too long where towers are trained.
 
     Args:
         options: how the posterior of a network enters.

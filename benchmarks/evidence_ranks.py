@@ -293,7 +293,10 @@ def draw(path: Path) -> None:
     columns = 4
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.7 * lines), layout="constrained")
-    for axis, problem in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis, problem in zip(axes, shown, strict=False):
         preset, *rows = problem["priors"]
         sound = [row for row in rows if "id_nll" in row]
         axis.scatter([row[problem["objective"]] for row in sound], [row["id_nll"] for row in sound], s=12, alpha=0.8)
@@ -301,6 +304,7 @@ def draw(path: Path) -> None:
         axis.set_yscale("log")
         axis.set_title(f"{problem['data']} {problem['domain']}, {problem['shots']} shots", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
+        axis.locator_params(axis="x", nbins=6)
     figure.supxlabel("objective of the search, nats per shot", fontsize=9)
     figure.supylabel("test NLL (dashed: preset)", fontsize=9)
     figure.savefig(RESULTS / "evidence_ranks.png", dpi=110)

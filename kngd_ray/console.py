@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,7 @@ from kngd_ray.errors import printable
 _LINE_SECONDS = 2.0
 _PATIENCE = 60.0  # seconds between lines that say no more than that something goes on
 _LOG_WIDTH = 120
+_ENDLESS = 100_000  # characters of a line, to find out how wide a table is
 
 # metric of a step, name on the display, format
 _SHOWN = (
@@ -193,19 +194,16 @@ class Display:
             notes: lines below.
         """
         domains = list(rows[0][1]["ood"])
-        groups = ["ID", *(["OOD"] if domains else [])]
-        main = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        main.add_column("")
-        for group in groups:
-            for figure in ("accuracy %", "NLL", "ECE"):
-                main.add_column(f"{group}\n{figure}", justify="right", no_wrap=True)
-        for name, report in rows:
-            sets = [report["id"], *([report["ood"]["mean"]] if domains else [])]
-            main.add_row(
-                escape(name),
-                *(c for s in sets for c in (stacked(s["accuracy"], 100), stacked(s["nll"]), stacked(s["ece"]))),
-            )
-        self.out.print(main)
+        groups = {"ID": [report["id"] for _, report in rows]}
+        if domains:
+            groups["OOD"] = [report["ood"]["mean"] for _, report in rows]
+        names = [name for name, _ in rows]
+        together = _results(title, names, groups)
+        if self.out.measure(together, options=self.out.options.update(max_width=_ENDLESS)).maximum <= self.out.width:
+            self.out.print(together)
+        else:  # a narrow terminal would cut figures off
+            for group, figures in groups.items():
+                self.out.print(_results(title if group == "ID" else "", names, {group: figures}))
         if len(domains) > 2:  # the mean and at least two domains
             detail = Table(title="OOD accuracy % by domain", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
             detail.add_column("")
@@ -265,6 +263,19 @@ class Display:
             console=self.console,
         ) as bar:
             yield bar
+
+
+def _results(title: str, names: Sequence[str], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Accuracy, NLL and ECE of methods, on one test set beside another."""
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for group in groups:
+        for figure in ("accuracy %", "NLL", "ECE"):
+            table.add_column(f"{group}\n{figure}", justify="right", no_wrap=True)
+    for name, *sets in zip(names, *groups.values(), strict=True):
+        figures = (c for s in sets for c in (stacked(s["accuracy"], 100), stacked(s["nll"]), stacked(s["ece"])))
+        table.add_row(escape(name), *figures)
+    return table
 
 
 def _advance(bar: Progress, name: str, done: int, total: int, figures: str) -> None:

@@ -38,6 +38,7 @@ from kngd_ray.clip._locate import Source, first_line, locate
 from kngd_ray.clip._precomputed import PrecomputedModel, check_distinct
 from kngd_ray.clip._prompts import called_missing, check_names, said_otherwise
 from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
+from kngd_ray.clip.builds import torchvision_errors
 from kngd_ray.errors import ModelError
 
 Item = TypeVar("Item")
@@ -212,6 +213,7 @@ AnyModel = PrecomputedModel | ClipModel
 """What embeds classes; the second has towers that embed pictures and texts as well."""
 
 
+@torchvision_errors()
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipModel:
     """Load a CLIP model, frozen and in evaluation mode; the last one is read and hashed once in a process.
 

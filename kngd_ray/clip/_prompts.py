@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Callable, Sequence
 
+from kngd_ray.clip.builds import torchvision_errors
 from kngd_ray.errors import DataError, UsageError
 
 _PLACE = "{}"
@@ -39,7 +40,8 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if not templates:
         raise UsageError("no prompt template is given: name at least one, such as 'a photo of a {}.'")
     if len(templates) == 1 and templates[0] in _NAMED_SETS:
-        import open_clip
+        with torchvision_errors():
+            import open_clip
 
         return tuple(fill(_PLACE) for fill in getattr(open_clip, _NAMED_SETS[templates[0]]))
     for template in templates:

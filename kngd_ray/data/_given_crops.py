@@ -25,7 +25,7 @@ from kngd_ray.errors import DataError
 COLUMN = "crops"
 _METADATA = b"kngd_ray.crops"
 _AT_ONCE = 8192  # rows
-_ENCODE = "encode the pictures again with --views, or set tune.views=0"
+_ENCODE = "encode the pictures again with `views`, or set tune.views=0"
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ def encode(
     if config.model.precomputed:
         raise UsageError(f"encode needs a model with towers, and model.name is {PRECOMPUTED}: name a CLIP model.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+        raise UsageError(f"{out} is not an empty folder: name another one.")
     if views < 0 or (views and config.tune.augment == "none"):
-        wrong = f"--views is {views}" if views < 0 else f"--views is {views}, and tune.augment=none leaves no crops"
+        wrong = f"views is {views}" if views < 0 else f"views is {views}, and tune.augment=none leaves no crops"
         raise UsageError(f"{wrong}: give 0 or more crops of each picture, or leave it out.")
     images = open_images(config.data)
     for note in images.notes:
@@ -92,8 +92,8 @@ def encode(
         )
         if not views and config.tune.views and config.tune.augment != "none":
             display.say(
-                f"runs on it learn from the shots alone, as by tune.views=0; --views {config.tune.views} writes crops"
-                f" as well, in {config.tune.views + 1} times the time and space"
+                "runs on it learn from the shots alone, as by tune.views=0; to write crops as well, encode with `views`"
+                f" at {config.tune.views}, which takes {config.tune.views + 1} times the time and space"
             )
         display.say("to train, tune and evaluate on them, here or elsewhere, use the settings")
         display.out.print(shlex.join(report["settings"]), highlight=False, markup=False, soft_wrap=True)

@@ -176,7 +176,7 @@ def given_views(config: Config, source: FeatureFiles, rows: np.ndarray[Any, np.d
     if len(found) < len(by_file):
         without = next(path for path in by_file if path not in found)
         raise DataError(
-            f"{without} has no crops of its pictures, and {next(iter(found))} has: encode both with --views, or set"
+            f"{without} has no crops of its pictures, and {next(iter(found))} has: encode both with `views`, or set"
             " tune.views=0"
         )
     for path, held in found.items():

@@ -275,7 +275,7 @@ class MethodRun:
         refused = sum(int(step.get("train/refused", 0)) for step in steps)
         record.log_metrics(
             flat_metrics(report)
-            | flat_metrics(zero_shot, "zero_shot/")
+            | flat_metrics(zero_shot, "zero_shot/")  # in every run: they tell `compare` which ones it may compare
             | {
                 "calibration/tau": calibration.tau,
                 "calibration/temperature": calibration.scaling,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -30,6 +31,9 @@ _FEATURES = ".parquet"
 _REMEDY = "replace it, or name its folder, of which it is left out"
 _BATCH = 64  # decoded pictures held at once
 _ENDLESS = 100_000  # characters of a line
+_INTERVAL = "90 % interval"
+_FIGURES = ("probability", _INTERVAL, "novelty", "logit std", "uncertainty (nats)")
+_WIDE = 2  # of the figures, at the end, that only a wide terminal shows
 
 
 def predict(
@@ -202,26 +206,33 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _show(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, display: Display) -> None:
-    """Print the table, without a terminal as wide as it needs to be, so nothing is cut off."""
-    table, out = _table(rows, names, kind), display.out
+    """Print the table: as wide as it needs to be in a log, with fewer figures on a narrow terminal, none cut off."""
+    table, out = _table(rows, names, kind, _FIGURES), display.out
     width = out.width
+    wanted = out.measure(table, options=out.options.update(max_width=_ENDLESS)).maximum
     if not out.is_terminal:
-        out.width = max(width, out.measure(table, options=out.options.update(max_width=_ENDLESS)).maximum)
+        out.width = max(width, wanted)
+    elif wanted > width:
+        table = _table(rows, names, kind, _FIGURES[:-_WIDE])
     out.print(table)
     out.width = width
+    if out.is_terminal and wanted > width:
+        left_out = " and ".join(_FIGURES[-_WIDE:])
+        display.say(f"{left_out} are left out, as this terminal has under {wanted} columns; CSV and JSON have them")
 
 
-def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str) -> Table:
-    table = Table(kind, "class", "probability", "90 % interval", "novelty", "logit std", "uncertainty (nats)")
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], kind: str, figures: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (kind, "class", *figures):  # names and intervals are told in several lines before a figure is cut
+        table.add_column(column, no_wrap=column in figures and column != _INTERVAL, overflow="fold")
     for name, row in zip(names, rows, strict=True):
         low, high, novelty = row["probability_low"], row["probability_high"], row["novelty"]
-        table.add_row(
-            escape(name),
-            escape(row["class"]),
+        shown = (
             f"{row['probability']:.3f}",
             "–" if low is None else f"{low:.3f} to {high:.3f}",
             "–" if novelty is None else f"{novelty:.2f}",
             f"{row['logit_std']:.3f}",
             f"{row['uncertainty']:.3f}",
         )
+        table.add_row(escape(name), escape(row["class"]), *shown[: len(figures)])
     return table

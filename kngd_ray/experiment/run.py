@@ -226,7 +226,8 @@ def _show(
     count = f"{config.data.shots} shots per class"
     if config.protocol == "stream":
         count = f"a stream of {len(shots)}"
-    title = f"{config.data.name}, {len(prepared.images.class_names)} classes, trained on {trained_on}, {count}"
+    domains = "" if trained_on == "all" else f"trained on {trained_on}, "  # data without domains have one of that name
+    title = f"{config.data.name}, {len(prepared.images.class_names)} classes, {domains}{count}"
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)

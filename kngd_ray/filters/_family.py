@@ -1,8 +1,8 @@
 """What a covariance family is: pure functions on the part of the covariance that one rank holds.
 
-A family never knows about ranks. It works on the parts of the layers that it is given, and says by
-:meth:`Family.grain` into which units a layer may be cut so that parts do not need one another.
-Observations arrive whitened, so that R = I. One update is then ::
+A family never knows about ranks. It works on the parts of the layers that it is given, and :meth:`Family.grain` says
+into which units a layer may be cut so that parts do not need one another. Observations arrive whitened, so that R = I.
+One update is then ::
 
     gram, work = family.gram(P, H, nu)          summed over the parts of all ranks
     S = family.spread(gram, M) + I              (M, M)  innovation covariance H P H^T + I
@@ -64,7 +64,7 @@ class Family(Protocol):
         ...
 
     def gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Work]:
-        """What :meth:`spread` needs the sum of, of the device and for the observations of nu (M,); and work kept."""
+        """What :meth:`spread` needs summed, for the observations of nu (M,) and on its device; and work to keep."""
         ...
 
     def spread(self, gram: Tensor, M: int) -> Tensor:
@@ -80,13 +80,13 @@ class Family(Protocol):
         ...
 
     def sample(self, P: Covariance, draws: int, generator: Generator) -> Tensor:
-        """Zero-mean deviations from N(0, P), P that of all layers: (draws, n)."""
+        """Zero-mean deviations from N(0, P), P the covariance of all layers: (draws, n)."""
         ...
 
     def diagonal(self, P: Covariance) -> Tensor:
-        """Marginal variances, P that of all layers: (n,)."""
+        """Marginal variances, from the P of all layers: (n,)."""
         ...
 
     def log_det(self, P: Covariance) -> Tensor:
-        """Logarithm of the determinant, P that of all layers: scalar."""
+        """Logarithm of the determinant, for the P of all layers: scalar."""
         ...

@@ -23,7 +23,7 @@ class Innovation:
         log_evidence: log N(nu; 0, S) in nats, summed over the M observations; in functional mode a float64 scalar.
         nis: normalised innovation squared nu^T S^-1 nu, expected value M; likewise.
         jitter: what had to be added to the diagonal of S before it would factor; normally 0.
-        seed: of the signs that estimates draw, alike on every rank and another at each update.
+        seed: of the signs that estimates draw; the same on every rank, and different at each update.
         drawn: (draws, M) those signs, where many trials advance together, each with its own; None draws by the seed.
     """
 
@@ -37,7 +37,7 @@ class Innovation:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(M, M) S^-1 in float64: M is small, and what is made of it loses digits."""
+        """(M, M) S^-1 in float64: M is small, and what is computed from it loses digits."""
         return torch.cholesky_inverse(self.cholesky.double())
 
     @cached_property
@@ -73,7 +73,7 @@ def random_signs(seed: int, draws: int, M: int, device: "torch.device") -> Tenso
     """Independent random signs; every layer and linearisation of an update asks for the same.
 
     Args:
-        seed: what they are a function of.
+        seed: what determines them.
         draws: rows.
         M: observations.
         device: where they are.
@@ -131,7 +131,7 @@ def _solved(L: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_floats(figures: Tensor) -> Any:
-    """Numbers that stay tensors, for many trials at once: arithmetic on them is that on floats."""
+    """Numbers that stay tensors, for many trials at once: arithmetic on them is as on floats."""
     return figures.unbind()
 
 

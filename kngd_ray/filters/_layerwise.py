@@ -25,7 +25,7 @@ class Layerwise(ABC):
 
     @property
     def reach(self) -> float:
-        """How many times the numbers of rows factors may be, and still be of more use."""
+        """How many times as many numbers as rows factors may have and still be of more use."""
         return 1.0
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Layerwise(ABC):
         """The layer's share of H P H^T (M, M), and what its update wants to use again."""
 
     def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
-        """What :meth:`gram_layer` keeps, where it has to be computed once more."""
+        """What :meth:`gram_layer` keeps, where it has to be computed again."""
         return self.gram_layer(P, H)[1]
 
     @abstractmethod

@@ -66,7 +66,7 @@ def variances(
     like: Tensor,
     total: Callable[[Tensor], Tensor] = lambda share: share,
 ) -> Tensor:
-    """diag(H P H^T), what a belief makes the variance of each row, some samples at a time.
+    """diag(H P H^T), the variance that a belief gives each row, a few samples at a time.
 
     Args:
         family: covariance family of the belief.

@@ -7,7 +7,7 @@ Blocks are runs of b consecutive weights of a layer (o, i), b at most `size` ::
 
 Where it does not, a block reaches over the end of a row. The last block of a layer may be shorter.
 
-Update, exact but for the covariance between blocks, which it drops; all blocks at once ::
+Update, exact except for the covariance between blocks, which it drops; all blocks at once ::
 
     U = P H^T      S = H U + I      P <- P - U S^-1 U^T
 """
@@ -27,7 +27,7 @@ _COVARIANCE = "covariance"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDiagonal(Layerwise):
-    """P as (size, b) for each layer, row j that of weight j in its block, in the weights' dtype, float32 or better.
+    """P as (size, b) for each layer, row j for weight j in its block, in the weights' dtype, float32 or better.
 
     Attributes:
         kind: the family's name.
@@ -42,7 +42,7 @@ class BlockDiagonal(Layerwise):
             raise ValueError(f"size is {self.size}; a block holds at least 1 weight")
 
     def block(self, layer: Layer) -> int:
-        """Weights of each block of the layer but, perhaps, the last."""
+        """Weights of each block of the layer, except perhaps the last."""
         if layer.i <= self.size:
             return min(layer.i * (self.size // layer.i), layer.size)
         return -(-layer.i // -(-layer.i // self.size))
@@ -127,5 +127,5 @@ def _by_block(rows: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _by_weight(blocks: Tensor, P: LayerState) -> Tensor:
-    """(size, b) rows of the blocks, size that of P."""
+    """(size, b) rows of the blocks, with P's size."""
     return blocks.flatten(0, 1)[: len(P[_COVARIANCE])]

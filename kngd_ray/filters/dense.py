@@ -16,7 +16,7 @@ from kngd_ray.filters.functional_mode import cholesky, eager
 from kngd_ray.filters.jacobian import Jacobian, Layer, Part
 
 ROUNDING = 64  # units of rounding that an update in floats is taken to lose
-_ALL = "all"  # its state is that of one layer, which all layers together are
+_ALL = "all"  # all layers together are kept as one layer's state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ def root(P: Tensor) -> Tensor:
 def symmetric(P: Tensor) -> Tensor:
     """The symmetric part of matrices.
 
-    Not even X^T X is symmetric to the last bit on every processor, and no later update would take an antisymmetric part
-    away.
+    Not even X^T X is symmetric to the last bit on every processor, and no later update would remove an antisymmetric
+    part.
 
     Args:
         P: (..., n, n).
@@ -152,8 +152,8 @@ def less_outer(P: Tensor, X: Tensor, times: Tensor | None = None) -> Tensor:
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:
     """Give back to the variances what rounding may have taken from them, so that a covariance stays definite.
 
-    The entries of ``prior - X X^T`` carry rounding errors in proportion to the standard deviations of the prior,
-    which a direction that confident observations pin down does not outlast.
+    The entries of ``prior - X X^T`` carry rounding errors in proportion to the standard deviations of the prior. These
+    may exceed the variance that is left along a direction which confident observations pin down.
 
     Args:
         posterior: (..., n, n) covariance, changed in place.

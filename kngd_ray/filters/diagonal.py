@@ -20,25 +20,25 @@ With factors, h_m = g_m (x) x_m, no row is formed. P (o, i) as a matrix, over pa
     S_ab             = (g_a * g_b)^T P (x_a * x_b)
     diag(H^T S^-1 H) = sum_ab (S^-1)_ab (g_a * g_b) (x_a * x_b)^T
 
-each a product over the s(s+1)/2 different pairs: M^2 n multiply-adds in all, the floor of an exact update,
-and nothing of n numbers is written but the result. k observations of a sample share x, and cost no more.
+each a product over the s(s+1)/2 different pairs: M^2 n multiply-adds in all, the floor of an exact update, and no array
+of n numbers is written except the result. k observations of a sample share x, and cost no more.
 
 With T tokens a row is a sum of T outer products. Pairs of tokens would take (s T)^2 n multiply-adds; rows take
-M T n to form and M^2 n to use, which is fewer for all T > 1 but a few tokens of very many observations. So rows
-are formed, for a tile c of the weight at a time that fits a budget, once for S and once for the update ::
+M T n to form and M^2 n to use, which is fewer for all T > 1, except for a few tokens of very many observations. So rows
+are formed for one tile c of the weight at a time, which fits a budget, once for S and once for the update ::
 
     S += h_c P_c h_c^T        diag(H^T S^-1 H)_c = sum of squares of the columns of L^-1 h_c,  S = L L^T
 
 ``samples=q`` replaces that sum of M squares by the mean of q: with random signs z, E[(H^T L^-T z)^2] is the
-diagonal of H^T S^-1 H, and E[(H^T z)^2] that of H^T H. S itself, and with it the mean, stays exact. M^2 n becomes
-q M n, and where q is less than k (or T = 1) no row is formed. An estimate e of ``ekf``'s information may exceed
-1/P, and a variance clamped there would be lost for good, so that the posterior is taken as ::
+diagonal of H^T S^-1 H, and E[(H^T z)^2] is the diagonal of H^T H. S itself, and with it the mean, stays exact. M^2 n
+becomes q M n, and where q is less than k (or T = 1) no row is formed. An estimate e of ``ekf``'s information may exceed
+1/P. A variance clamped there would be lost for good, so the posterior is taken as ::
 
     P <- P / (1 + e P)
 
-which lies above 0 whatever e is, and by Jensen's inequality above P (1 - E[e] P) on average: estimates never make
-the filter surer than ``ekf``. The two forms differ by (e P)^2, and sum_j P_j diag(H^T S^-1 H)_j = tr(I - S^-1) < M:
-for n weights e P is M / n on average, so that nothing is lost where n is large, which is what samples are for.
+which lies above 0 whatever e is, and by Jensen's inequality above P (1 - E[e] P) on average: estimates never make the
+filter more certain than ``ekf``. The two forms differ by (e P)^2, and sum_j P_j diag(H^T S^-1 H)_j = tr(I - S^-1) < M:
+for n weights, e P is M / n on average. So nothing is lost where n is large, and that is where samples are used.
 """
 
 from collections.abc import Iterator
@@ -164,7 +164,7 @@ class Diagonal(Layerwise):
         return step.mul_(variance), {_VARIANCE: self._posterior(variance, posterior)}
 
     def _without_rows(self, H: Factors | Rows, work: Any, innovation: Innovation, like: Tensor) -> Tensor | None:
-        """(size,) what the observations tell about each weight, where factors say it for less."""
+        """(size,) what the observations tell about each weight, where factors give it at less cost."""
         if self.samples and isinstance(H, Factors) and (H.single or self.samples < H.g.shape[1]):
             left = self._left(innovation, like)
             assert left is not None
@@ -187,7 +187,7 @@ class Diagonal(Layerwise):
         return None if self.rule == "vdekf" else innovation.inverse_root.to(like)
 
     def _posterior(self, variance: Tensor, information: Tensor) -> Tensor:
-        """The variances after so much information, which is overwritten."""
+        """The variances after this much information, which is overwritten."""
         if self.rule == "vdekf" or self.samples:
             return 1.0 / (1.0 / variance + information)
         # Exact arithmetic keeps the posterior above 0; in float32 a weight seen by many confident
@@ -228,7 +228,7 @@ def column_energies(H: Factors | Rows) -> Tensor:
 def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Views of flat tensors (size,) as tiles of the weight, and H (M, numbers) of each tile, in their dtype.
 
-    The rows of one tile may lie in the memory of those of the tile before it.
+    The rows of one tile may reuse the memory of the previous tile's rows.
     """
     i = H.x.shape[-1] if isinstance(H, Factors) else 1
     wide = [tensor.view(-1, i) for tensor in flat]
@@ -249,7 +249,7 @@ def _tiles(H: Factors | Rows, *flat: Tensor) -> Iterator[tuple[list[Tensor], Ten
 
 
 class _Scratch:
-    """Memory that products are written to in turn: to allocate some for each takes longer than to fill it."""
+    """Memory that products are written to in turn: allocating it anew for each takes longer than filling it."""
 
     def __init__(self) -> None:
         self._numbers: Tensor | None = None
@@ -264,12 +264,12 @@ class _Scratch:
 
 
 def _formed(H: Factors | Rows) -> bool:
-    """Whether rows of tiles are new tensors that may be written over; of a batch of fits some may be one for all."""
+    """Whether rows of tiles are new tensors that may be written over; in a batch of fits, some may be shared by all."""
     return isinstance(H, Factors) and eager()
 
 
 def _run(most: int, columns: int) -> int:
-    """Rows of the weight in a tile, at most so many, such that the rows of H in it do not compete for a cache."""
+    """Rows of the weight in a tile, up to a limit, chosen so that the rows of H in it do not compete for a cache."""
     for run in range(most, max(most - 8, most // 2), -1):
         if _APART <= run * columns % _PERIOD <= _PERIOD - _APART:
             return run
@@ -300,7 +300,7 @@ def slices_pay(H: Factors) -> bool:
         H: a layer's factors.
 
     Returns:
-        The form of fewer numbers.
+        The form with fewer numbers.
     """
     s, k, _, o = H.g.shape
     i = H.x.shape[-1]
@@ -339,7 +339,7 @@ class _Pairs:
         return x, g
 
     def against(self, a: slice, spread: Tensor) -> Tensor:
-        """(pairs, k, k) sums over o of g_a * g_b * spread, for spread (pairs, o) and each two observations."""
+        """(pairs, k, k) sums over o of g_a * g_b * spread, for spread (pairs, o) and each pair of observations."""
         spread, g, other = spread.unflatten(0, (-1, self.reach)), self.g[a].unsqueeze(1), self._windows[0][a]
         if self.k > _FEW:
             return ((g * spread.unsqueeze(2)) @ other.mT).flatten(0, 1)
@@ -347,7 +347,7 @@ class _Pairs:
         return torch.stack([(row.unsqueeze(2) * other).sum(3) for row in rows], 2).flatten(0, 1)
 
     def mixed(self, a: slice, weights: Tensor) -> Tensor:
-        """(pairs, o) sums over each two observations of weights (pairs, k, k) times g_a * g_b."""
+        """(pairs, o) sums over all pairs of observations of weights (pairs, k, k) times g_a * g_b."""
         weights, g, other = weights.unflatten(0, (-1, self.reach)), self.g[a].unsqueeze(1), self._windows[0][a]
         if self.k > _FEW:
             return ((weights @ other) * g).sum(2).flatten(0, 1)
@@ -356,7 +356,7 @@ class _Pairs:
 
 
 class _Circle(NamedTuple):
-    """Which samples the pairs (a, a + d) around a circle of s are of, and where a pair of samples is among them."""
+    """Which samples the pairs (a, a + d) around a circle of s consist of, and where a given pair is among them."""
 
     a: Tensor  # (s, reach)
     b: Tensor  # (s, reach)
@@ -378,7 +378,7 @@ class _Circle(NamedTuple):
 
 
 def _window(values: Tensor, reach: int) -> Tensor:
-    """(s, reach, ...) views of values (s, ...): for each sample itself and those after it, around the circle."""
+    """(s, reach, ...) views of values (s, ...): for each sample, itself and the samples after it around the circle."""
     return torch.cat([values, values[: reach - 1]]).unfold(0, reach, 1).movedim(-1, 1)
 
 

@@ -1,9 +1,9 @@
-"""Filter functions under ``torch.func.vmap``, which cannot branch on numbers: nothing is looked at until all is done.
+"""Filter functions under ``torch.func.vmap``, which cannot branch on numbers: no number is looked at until all is done.
 
 What goes wrong rarely (a matrix that does not factor, numbers that are not finite) is looked for where it may happen,
 and dealt with there. A transform that advances many trials together has no answer to such a question. In functional
-mode it is not asked: what cannot be computed is NaN, and the caller, who sees the trials side by side again, does those
-that are not finite once more, alone and eagerly.
+mode it is not asked: what cannot be computed is NaN. The caller, who sees the trials side by side again, repeats those
+that are not finite, each alone and eagerly.
 """
 
 from collections.abc import Iterator

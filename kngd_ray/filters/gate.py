@@ -9,14 +9,14 @@ A gate tests residuals of unit noise, each against all others of its batch ::
     z_i^2 = c  where D_i > 0,      z_i^2 <= c  elsewhere
 
 One outlier alone needs ``1 + D_i (S^-1)_ii = z_i^2 / c``. Outliers hide one another, and make others look like
-outliers, so the condition is solved for all of them: it is that of a maximum of ``log N(nu; 0, c (S + D))`` over
-D >= 0, which is climbed one coordinate at a time, the farthest first, each to its own maximum. ``skip`` leaves out
-the observations with D_i > 0.
+outliers, so the condition is solved for all of them. It describes a maximum of ``log N(nu; 0, c (S + D))`` over D >= 0,
+which is climbed one coordinate at a time, the farthest first, each to its own maximum. ``skip`` leaves out the
+observations with D_i > 0.
 
 A gate need not test what the filter conditions on. The innovation of ``log_likelihood`` is 1 by definition,
-so the probability of the label is tested in its place. Nor is tempered noise: it counts a shot once over all
-passes, and says nothing about how far a residual may lie. And a label that is wrong is wrong for all observations
-of its sample, so they share the smallest factor among them.
+so the probability of the label is tested in its place. Tempered noise is not tested with either: it makes a shot count
+once over all passes, and says nothing about how far a residual may lie. A label that is wrong is wrong for all
+observations of its sample, so they share the smallest factor among them.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class GateResiduals:
 
     Attributes:
         nu: (M,) residuals, the k of a sample together.
-        scale: (M,) what takes each whitened row of H to that of its residual; 0 for an observation that is not
+        scale: (M,) factor from each whitened row of H to the row of its residual; 0 for an observation that is not
             tested by itself.
     """
 
@@ -48,7 +48,7 @@ class GateResiduals:
         return GateResiduals(self.nu[rows], self.scale[rows])
 
     def shifted(self, by: Tensor) -> "GateResiduals":
-        """The residuals at a mean where the whitened innovations are smaller by so much."""
+        """The residuals at a mean where the whitened innovations are smaller by this much."""
         return GateResiduals(self.nu - self.scale * by, self.scale)
 
 

@@ -5,14 +5,14 @@ Here it is taken from the shots so that it means the same in any coordinates of 
 
     k(x, x') = (x - c)^T M (x' - c) / r^2 + bias          x with a constant 1 behind it
 
-* ``M = (W + shrinkage w I)^-1`` is the metric in which pictures of one class are a ball: W their covariance within
-  classes, w its typical eigenvalue, tr(W^2) / tr(W). It does not change when features are rotated, or get further
-  coordinates in which nothing varies.
-* ``c`` is the offset that all images share, the cone of a CLIP. The mean of a few shots has more in it, such as their
-  drawing style, which images out of distribution do not share; measured from it, they would be moved by all that was
-  learned. But shots vary along what is particular to them. So c is their mean less what they themselves vary along,
-  the ridge regression's point of least norm in their affine hull: ``c = reach t (V + reach t I)^-1 mean``, V the
-  covariance of all shots and t its typical eigenvalue.
+* ``M = (W + shrinkage w I)^-1`` is the metric in which pictures of one class form a ball: W their covariance within
+  classes, w its typical eigenvalue, tr(W^2) / tr(W). It does not change when features are rotated, or gain coordinates
+  in which nothing varies.
+* ``c`` is the offset that all images share, the cone of a CLIP. The mean of a few shots contains more, such as their
+  drawing style, which images out of distribution do not share. Measured from that mean, such images would be moved by
+  all that was learned. But shots vary along what is particular to them. So c is their mean less the directions along
+  which they vary, ridge regression's point of least norm in their affine hull: ``c = reach t (V + reach t I)^-1 mean``,
+  V the covariance of all shots and t its typical eigenvalue.
 * ``r^2`` is the mean of ``(x - mean)^T M (x - mean)`` over the shots: k varies by 1 around them.
 """
 
@@ -20,7 +20,7 @@ from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.filters.dense import symmetric
 from kngd_ray.filters.left_out import PriorWithout
 
-_FEW = 64  # shots, of which each tells of the offset
+_FEW = 64  # shots, so few that each matters to the offset
 
 
 def class_means(x: Tensor, labels: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def class_means(x: Tensor, labels: Tensor) -> Tensor:
         labels: (N,) int64 classes.
 
     Returns:
-        (C, i), C the largest label and one; 0 of a class without inputs.
+        (C, i), with C one more than the largest label; 0 for a class without inputs.
     """
     # as a product, whose sums are in the same order on every device and in every run
     members = functional.one_hot(labels).to(x)
@@ -60,7 +60,7 @@ def _within(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def typical(P: Tensor) -> Tensor:
-    """Typical eigenvalue of a covariance: their mean, each weighed by itself.
+    """Typical eigenvalue of a covariance: the mean of all, each weighted by itself.
 
     Args:
         P: (i, i) covariance.
@@ -73,11 +73,11 @@ def typical(P: Tensor) -> Tensor:
 
 
 def common_offset(x: Tensor, reach: float) -> Tensor:
-    """The offset that all images share, as far as shots tell.
+    """The offset that all images share, as far as shots can tell.
 
     Args:
         x: (N, i) inputs.
-        reach: variance, in typical ones, along which half of the mean counts as particular to the shots.
+        reach: variance, in units of the typical one, along which half of the mean counts as particular to the shots.
 
     Returns:
         (i,) c.
@@ -96,7 +96,7 @@ def common_offset(x: Tensor, reach: float) -> Tensor:
 
 
 def _offset(mean: Tensor, V: Tensor, reach: float) -> Tensor:
-    """The common offset (i,) of shots of a mean (i,) and a covariance V (i, i), which is changed in place."""
+    """The common offset (i,) of shots with mean (i,) and covariance V (i, i), which is changed in place."""
     ridge = reach * typical(V)
     if not ridge > 0:
         return mean
@@ -110,9 +110,9 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
     Args:
         x: (N, i) inputs of the layer; where their last column is 1, offset and bias are part of it.
         labels: (N,) int64 classes.
-        shrinkage: of the metric towards that of the features, in typical variances within classes.
+        shrinkage: of the metric towards the features' Euclidean one, in typical variances within classes.
         reach: as of :func:`common_offset`.
-        bias: variance of the output at the offset, where that around the shots' mean is 1.
+        bias: variance of the output at the offset, in units of its variance around the shots' mean.
 
     Returns:
         (i, i) A with tr(A) = i; the identity where the shots do not vary.
@@ -142,8 +142,8 @@ def measured_columns(x: Tensor, labels: Tensor, *, shrinkage: float, reach: floa
 def _scatters(centred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The covariances (i, i) of centred inputs (N, i) within classes and in all, from one product.
 
-    In all is what they vary within classes and what the classes' means do: a sum, which loses no digits. Where no class
-    has two inputs, the first is exactly 0.
+    The covariance in all is the one within classes plus that of the classes' means: a sum, which loses no digits. Where
+    no class has two inputs, the first is exactly 0.
     """
     within, means, freedom = _within(centred, labels)
     sizes = torch.bincount(labels).to(centred)
@@ -156,9 +156,9 @@ def measured_without(
 ) -> PriorWithout:
     """How a covariance that :func:`measured_columns` took from pictures would change without each of them.
 
-    Without a picture of v views, W lacks their deviations from their own mean, and this mean's from the class's, times
-    v k / (k - v) of k samples of the class. The offset is measured anew of a handful of pictures; of more it hardly
-    moves.
+    Without a picture of v views, W lacks the views' deviations from their own mean. It also lacks that mean's deviation
+    from the class's, times v k / (k - v) where the class has k samples. The offset is measured anew where there are
+    only a handful of pictures; with more it hardly moves.
 
     Args:
         A: (i, i) float64, a multiple of the measured covariance.
@@ -211,5 +211,5 @@ def measured_without(
 
 
 def _tells(ridge: Tensor, features: Tensor) -> bool:
-    """Whether shots say how pictures vary: not where those of a class are alike to rounding."""
+    """Whether shots say how pictures vary: not where the shots of a class are equal up to rounding."""
     return bool(ridge > torch.finfo(torch.float32).eps * features.square().sum(1).mean())

@@ -5,8 +5,8 @@ and g_t the derivative of the observed scalar with respect to its output there :
 
     d h / d W = sum_t g_t x_t^T
 
-So H is kept as (g, x) where it has that form, m T (o + i) numbers instead of m o i, and as plain rows
-where it has not. The k observations of one sample share its x.
+So H is kept as (g, x) where it has that form, m T (o + i) numbers instead of m o i, and as plain rows where it does
+not. The k observations of one sample share its x.
 
 All observations of a batch are ordered by sample, the k of a sample together: M = s k rows.
 """
@@ -102,7 +102,7 @@ class Factors:
         return self.g.shape[2] == 1 and self.own_x
 
     def within(self, reach: float) -> bool:
-        """Whether the factors are fewer numbers than `reach` times those of the rows."""
+        """Whether the factors have fewer numbers than `reach` times the rows."""
         _, k, T, o = self.g.shape
         i = self.x.shape[-1]
         return T * (k * o + (i if self.own_x else 0)) < reach * k * o * i

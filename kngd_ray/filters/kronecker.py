@@ -10,25 +10,25 @@ With one token per sample h_m = g_m (x) x_m; G and X are the g_m and x_m as rows
     P h_m = B g_m (x) A x_m      K = G B G^T      N = X A X^T
     H P H^T = K * N              P H^T w = (G B)^T diag(w) (X A)
 
-so that nothing of o i numbers is formed but the mean step. The posterior Sigma = P - P H^T S^-1 H P is not a
+so the mean step is the only array of o i numbers that is formed. The posterior Sigma = P - P H^T S^-1 H P is not a
 Kronecker product. The nearest one in KL(Sigma || B' (x) A') satisfies (set its derivatives to zero) ::
 
     B' = 1/i Tr_A[Sigma (I (x) A'^-1)]            A' = 1/o Tr_B[Sigma (B'^-1 (x) I)]
 
-Each half is the exact minimiser given the other factor. One sweep starts from the prior's A. Of P the first
-trace leaves i B, of P h_m h_n^T P it leaves (x_m^T A x_n) B g_m g_n^T B, hence ::
+Each half is the exact minimiser given the other factor. One sweep starts from the prior's A. The first trace of P is
+i B, and of P h_m h_n^T P it is (x_m^T A x_n) B g_m g_n^T B, hence ::
 
     E  = (S^-1 * N) / i
     B' = B - (G B)^T E (G B)
 
-Of P the second trace leaves tr(B B'^-1) A, of P h_m h_n^T P it leaves K'_mn A x_m x_n^T A with
-K' = G B B'^-1 B G^T. By Woodbury B B'^-1 B = B + B G^T (E^-1 - K)^-1 G B, so that ::
+The second trace of P is tr(B B'^-1) A, and of P h_m h_n^T P it is K'_mn A x_m x_n^T A with K' = G B B'^-1 B G^T. By
+Woodbury B B'^-1 B = B + B G^T (E^-1 - K)^-1 G B, so that ::
 
     K' = K + K (E^-1 - K)^-1 K = (I - K E)^-1 K        tr(B B'^-1) = o + tr(E K')
     A' = [(o + tr(E K')) A - (X A)^T (S^-1 * K') (X A)] / o
 
-Sigma, and with it B' and A', is positive definite. The second half makes tr(A^-1 A') = i: A keeps its scale,
-B carries that of P, and the two need no balancing against the range of floats.
+Sigma, and with it B' and A', is positive definite. The second half makes tr(A^-1 A') = i: A keeps its scale, B carries
+the scale of P, and the two need no balancing to stay in the range of floats.
 
 T tokens, h_m = sum_t g_mt (x) x_mt, are T terms for one term above: K and N are then over pairs of tokens, S^-1
 is repeated over the tokens, and H P H^T is the sum of K * N over the tokens of a pair. The k observations of a
@@ -40,25 +40,25 @@ M matrices h_m of o i numbers are fewer, they are formed: with Y_a = sum_m (L^-1
 ``tokens=reduced`` puts one token in the place of a sample's T, g = sum_t g_t and x = mean_t x_t, in the update of B
 and A and in H P H^T between different samples. What the mean step and each sample's own variance are made of stays
 exact: P H^T w = B (H^T w) A, and the blocks of H P H^T on its diagonal, from T^2 pairs of each sample instead of
-(s T)^2 of all. Both matter: where tokens are alike they are one token, but where they are not their sum forgets up to
-all but 1 / T of what the rows hold, and a mean step of full rows against an S that knows of so little overshoots by as
-much. What is given up is the covariance between samples, and what the factors learn, that single tokens hold. Where
+(s T)^2 of all. Both matter. Tokens that are alike are one token, but the sum of tokens that differ may keep as little
+as 1 / T of what the rows hold. A mean step of full rows against an S that knows of so little would overshoot by as
+much. What is given up is what single tokens hold of the covariance between samples and of what the factors learn. Where
 the single token is larger than the sum that it stands for, S keeps the larger variance: it always exceeds the H P H^T
-that B and A are updated by, which keeps them definite. Where
-T (o + i) is over four times o i, matrices h_m are less work than a forward pass, and the layer is left exact.
+that B and A are updated by, which keeps them definite. Where T (o + i) is over four times o i, matrices h_m are less
+work than a forward pass, and the layer is left exact.
 
 Prior: B = p0 I and A = I, or A = (W + c I)^-1 up to its scale, W the covariance of the layer's inputs within the
-classes of the shots and c their mean variance times `shrinkage`: Delta x of a linear classifier is then as certain a
-priori in directions in which pictures of one class differ as in those in which they do not. It is the prior under which
-a Gaussian classifier with a shared covariance is an ordinary point. Around the offset that all images share it is a
-prior over functions (:mod:`~kngd_ray.filters.informed`).
+classes of the shots and c their mean variance times `shrinkage`: Delta x of a linear classifier is then equally certain
+a priori in directions in which pictures of one class differ and in others. It is the prior under which a Gaussian
+classifier with a shared covariance is an ordinary point. Around the offset that all images share it is a prior over
+functions (:mod:`~kngd_ray.filters.informed`).
 
 Predict: scale B (x) A + q I is no Kronecker product either; the one with the same two partial traces is ::
 
     a = tr(A) / i      B' = scale B + (q / a) I      A' = (scale tr(B) A + q o I) / (scale tr(B) + q o / a)
 
 A share of the prior P_0 = B_0 (x) A_0 is added likewise, in the coordinates in which P_0 is the identity, so that the
-result does not depend on those of the features ::
+result does not depend on the features' coordinates ::
 
     a = tr(A_0^-1 A) / i      b = tr(B_0^-1 B)
     B' = B + (share / a) B_0      A' = (b A + share o A_0) / (b + share o / a)
@@ -101,11 +101,12 @@ class Kronecker(Layerwise):
         columns: the prior's A: ``identity``; ``within_class``, the inverse of how the inputs that the shots give to a
             layer vary within classes; or ``function``, that metric around the offset that all images share, see
             :mod:`~kngd_ray.filters.informed`.
-        shrinkage: of the metric towards the identity, in mean variances within classes, of ``function`` in typical
-            ones; large is the identity.
-        offset: of ``function``, the variance of the shots, in typical ones, along which half of their mean counts as
-            particular to them; 0 takes all of their mean for the common offset.
-        bias: of ``function``, the prior variance of a logit at the common offset, where that around the shots is 1.
+        shrinkage: of the metric towards the identity, in mean variances within classes, or for ``function`` in typical
+            ones; a large value gives the identity.
+        offset: for ``function``, the variance of the shots, in units of the typical one, along which half of their mean
+            counts as particular to them; 0 takes all of their mean for the common offset.
+        bias: for ``function``, the prior variance of a logit at the common offset, in units of the one around the
+            shots.
     """
 
     kind: Literal["kronecker"] = "kronecker"
@@ -159,7 +160,7 @@ class Kronecker(Layerwise):
         return {**P, "A": symmetric(self.columns_of(x.double(), labels)).to(P["A"]).contiguous()}
 
     def columns_of(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The prior's A, as inputs of a layer tell it.
+        """The prior's A, measured on inputs of a layer.
 
         Args:
             x: (m, i) inputs of the layer, m at least 1.
@@ -215,7 +216,7 @@ class Kronecker(Layerwise):
         return {**P, "B": B, "A": A}
 
     def with_prior(self, P: LayerState) -> LayerState:
-        """A layer's prior covariance that is kept beside what becomes of it, for :meth:`drifted_layer`.
+        """A layer's prior covariance with a copy of itself that stays, for :meth:`drifted_layer`.
 
         Args:
             P: B (o, o) and A (i, i).
@@ -318,7 +319,7 @@ class Kronecker(Layerwise):
 
 
 def _solved_trace(prior: Tensor, P: Tensor) -> Tensor:
-    """The trace of P_0^-1 P, where P_0 is not 0; it was measured in single precision perhaps."""
+    """The trace of P_0^-1 P, where P_0 is not 0; it may have been measured in single precision."""
     ridge = torch.finfo(torch.float32).eps * prior.diagonal().mean()
     definite = prior + ridge * torch.eye(len(prior), dtype=prior.dtype, device=prior.device)
     return torch.cholesky_solve(P, torch.linalg.cholesky(definite)).diagonal().sum()

@@ -1,14 +1,14 @@
 r"""What a softmax posterior would be without one of its pictures, in closed form: nothing is fitted again.
 
 A product B' (x) A' at the mode has ``A'^-1 = b A^-1 + sum_n s^2 / (r o) tr(H_n B') x_n x_n^T``, see
-:mod:`~kngd_ray.filters.softmax`. Without a picture the terms of its views go, and where
-the prior's A was measured on the samples, so does what the picture told of it: a change of A^-1 by a few vectors. The
-variance along x_n is then Woodbury's ::
+:mod:`~kngd_ray.filters.softmax`. Without a picture, the terms of its views go. Where the prior's A was measured on the
+samples, so does what the picture contributed to A, which changes A^-1 by a few vectors. The variance along x_n is then
+Woodbury's ::
 
     A'_-n^-1 = A'^-1 + E D E^T          x^T A'_-n x = x^T A' x - x^T A' E (I + D E^T A' E)^-1 D E^T A' x
 
-What B' and the other samples' curvatures would change by is left out; against fits that lack the sample the variances
-agree within a few percent.
+The changes of B' and of the other samples' curvatures are left out. The variances agree with those of fits without the
+picture within a few percent.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class PriorWithout:
 
     @classmethod
     def unchanged(cls, pictures: int, x: Tensor) -> "PriorWithout":
-        """Of a prior that none of some pictures has told of, for inputs (m, i)."""
+        """For a prior that was measured on none of some pictures, of inputs (m, i)."""
         return cls(x.new_zeros(pictures, 0, x.shape[1]), x.new_zeros(pictures, 0))
 
 

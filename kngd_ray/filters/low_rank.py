@@ -2,20 +2,21 @@ r"""LO-FI: a precision that is diagonal plus low-rank (Chang et al., arXiv 2305.
 
     P^-1 = diag(lam) + W W^T        W (n, r)
 
-All layers meet in W, yet each weight has a row of W and an entry of lam of its own, so that parts of P lie anywhere
-and only sums over them of a few columns are needed. By Woodbury, with C = I + W^T lam^-1 W ::
+All layers share the columns of W, yet each weight has its own row of W and its own entry of lam. So parts of P may lie
+anywhere, and only sums of a few columns over them are needed. By Woodbury, with C = I + W^T lam^-1 W ::
 
     P = lam^-1 - lam^-1 W C^-1 W^T lam^-1
 
-Update. With A = [H; W^T] (M + r, n) the sums G0 = A lam^-1 A^T and G1 = A A^T are all that parts need of one
-another, h and w their blocks ::
+Update. With A = [H; W^T] (M + r, n) the sums G0 = A lam^-1 A^T and G1 = A A^T are all that parts need from one another;
+h and w are their blocks ::
 
     H P H^T     = G0_hh - G0_hw (I + G0_ww)^-1 G0_wh
     P H^T v     = lam^-1 (H^T v - W (I + G0_ww)^-1 G0_wh v)
     P^-1 + H^T H = diag(lam) + A^T A
 
-Of A^T A the r leading eigenvectors are kept, A^T V for the leading V of G1, and what the others had on the diagonal
-goes back to it. The diagonal of the precision is therefore exact, and all of it is until W is full ::
+The r leading eigenvectors of A^T A are kept, A^T V for the leading V of G1, and what the others contributed to the
+diagonal is returned to it. The diagonal of the precision is therefore exact, and all of the precision is until W is
+full ::
 
     W <- A^T V        lam <- lam + rowsum((A^T)^2) - rowsum(W^2)
 

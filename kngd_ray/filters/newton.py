@@ -8,8 +8,8 @@ which is convex. Each linearisation is an iterated-EKF step (Bell and Cathey 199
 Its S has (N C)^2 numbers; so the step is found by conjugate gradients, and S never formed. A step that raises the
 objective is halved, and one that would move a logit so far that the softmax saturates is shortened.
 
-Directions are computed in float32, which costs half; what they lead to in the problem's own precision. So rounding
-slows the last steps down a little, and the mode is as exact as the problem is given.
+Directions are computed in float32, which costs half, and their outcomes in the problem's own precision. So rounding
+slows the last steps down a little, but the mode is as exact as the problem is given.
 
 A linearisation reads one small tensor back to the host, whether the problem is on a GPU or not.
 """
@@ -21,9 +21,9 @@ from kngd_ray._deferred import Tensor, functional, torch
 from kngd_ray.filters.dense import root, symmetric
 
 _HALVINGS = 30
-_REACH = 16.0  # nats by which a step moves a logit at most: further the linearisation knows nothing
+_REACH = 16.0  # nats by which a step moves a logit at most: the linearisation says nothing beyond
 _PRODUCTS = 400  # of the Hessian with a direction, at most in a linearisation
-_UNREAD = 5  # of them to begin with on a GPU, where to ask after each whether they are enough costs more than they do
+_UNREAD = 5  # of them to begin with on a GPU, where asking after each whether they suffice costs more than they do
 _FORCING = 0.5  # how much of the gradient conjugate gradients may leave, less as it falls
 _FINEST = 1e-3  # of it, at the least: float32 knows no more
 _COARSEST = 0.1  # of it, where the mode itself is asked for no more exactly
@@ -73,7 +73,7 @@ class RowRoot:
 
 @dataclass(frozen=True)
 class Problem:
-    """F problems of one size, some of whose samples may count nothing.
+    """F problems of one size, in which some samples may count for nothing.
 
     Attributes:
         Z: (F, N, r) whitened inputs in their principal axes: Z^T Z is diagonal.
@@ -93,7 +93,7 @@ class Problem:
 
     @classmethod
     def stacked(cls, parts: Sequence["Problem"]) -> "Problem":
-        """Several as one; samples and axes that some lack count nothing, or are zero."""
+        """Several as one; samples and axes that some lack count for nothing, or are zero."""
         r = max(part.Z.shape[2] for part in parts)
         padded = [torch.nn.functional.pad(part.Z, (0, r - part.Z.shape[2])) for part in parts]
         return cls(
@@ -134,7 +134,7 @@ class Mode:
 class Whitened:
     """Inputs of a layer in coordinates in which their weights are independent a priori, of variance 1.
 
-    They are the principal axes of the batch: nothing of the size of the inputs is left where there are few of them.
+    They are the principal axes of the batch: where there are few inputs, nothing of their length is left.
 
     Attributes:
         Z: (N, r) inputs, r at most N and i; Z Z^T = x A x^T, and Z^T Z is diagonal.
@@ -229,7 +229,7 @@ def mode(
                 settled = most[1] <= tolerance and not halved and whole
                 break
             size = torch.where(rise.view(F, 1, 1) <= 0, size, size / 2)
-        else:  # of some nothing goes down any more: what is left of them is rounding, and they stay
+        else:  # some do not go down any more: only rounding is left of them, and they stay
             falls = rise.view(F, 1, 1) <= 0
             logits, U = torch.where(falls, there, logits), torch.where(falls, far, U)
             log_p, cost, distance = costs(logits, U)
@@ -258,17 +258,17 @@ class _Linear:
         return cls(Z, left, counts, Z.square().sum(1, keepdim=True), (counts > 0).sum(1))
 
     def solve(self, p: Tensor, gradient: Tensor, products: int, finest: float, *, stops: bool) -> tuple[Tensor, Tensor]:
-        """Conjugate gradients, scaled by about the Hessian's diagonal.
+        """Conjugate gradients, preconditioned by roughly the Hessian's diagonal.
 
         Args:
             p: (F, N, C) probabilities.
             gradient: (F, C, r).
             products: with the Hessian, at most.
-            finest: how much of the gradient may be left at the least.
-            stops: whether to stop before, as soon as they are enough: which takes a read for each.
+            finest: the smallest part of the gradient that is asked to be left, near a mode.
+            stops: whether to stop before, as soon as they suffice; asking takes a read for each.
 
         Returns:
-            (F, C, r) direction, the more exact the smaller its gradient; and by what it misses that, 0 or less if not.
+            (F, C, r) direction, more exact the smaller its gradient; and by how much it falls short, 0 or less if not.
         """
         p = p.float()
         weighed = self.counts * p

@@ -111,8 +111,8 @@ class Fixed(_ByChannel):
 class Ema(_ByChannel):
     """R <- beta R + (1 - beta) (nu nu^T + H P H^T), LoKO's moving average (arXiv 2410.11551).
 
-    Of prior innovations this is an estimate from above, since E[nu nu^T] = H P H^T + R already: it tends
-    to R + 2 H P H^T, and to R as P contracts. Models without residuals keep their r0.
+    From prior innovations this estimate is too large, since E[nu nu^T] = H P H^T + R already: it tends to
+    R + 2 H P H^T, and to R as P contracts. Models without residuals keep their r0.
 
     Attributes:
         kind: the model's name.
@@ -215,7 +215,7 @@ class Whitening:
 
     @property
     def log_volume(self) -> Tensor:
-        """Scalar sum of log |L|, by which the log-density of whitened innovations exceeds that of the innovations."""
+        """Scalar sum of log |L|, by which the log-density of whitened innovations exceeds their own."""
         if self.R.dim() == 2:
             return 0.5 * self.R.log().sum()
         return self._root.diagonal(dim1=1, dim2=2).log().sum()

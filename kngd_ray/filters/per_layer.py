@@ -1,7 +1,7 @@
 """A covariance family for most layers, and Kronecker factors for a few: a head that was fitted before its towers move.
 
-Families whose layers are independent given S need not be the same for all of them. What a layer's covariance is can be
-told from its state, so that a state which was written by one family is read by the same.
+Layers that are independent given S need not have the same family. A layer's state tells which family wrote it, and the
+same family reads it.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ _FACTORS, _DIAGONAL = Kronecker(), Diagonal()
 
 @dataclass(frozen=True)
 class PerLayer(Layerwise):
-    """One family for all layers but some, which keep Kronecker factors.
+    """One family for all layers except a few, which keep Kronecker factors.
 
     Attributes:
-        base: the family of the others.
+        base: the family of the other layers.
         factored: beginnings of the names of layers that keep Kronecker factors, whole on one rank.
     """
 
@@ -31,12 +31,12 @@ class PerLayer(Layerwise):
 
     @property
     def kind(self) -> str:
-        """That of most layers."""
+        """As the base family has it."""
         return self.base.kind
 
     @property
     def reach(self) -> float:
-        """That of most layers."""
+        """As the base family has it."""
         return self.base.reach
 
     def _named(self, layer: Layer) -> Layerwise:
@@ -54,47 +54,47 @@ class PerLayer(Layerwise):
         return layer.o if self._named(layer) is _FACTORS else self.base.grain(layer)
 
     def cost(self, layer: Layer) -> int:
-        """That of the layer's family."""
+        """As the layer's family does."""
         return self._named(layer).cost(layer)
 
     def init_layer(self, part: Part, p0: float, like: Tensor) -> LayerState:
-        """That of the layer's family."""
+        """As the layer's family does."""
         return self._named(part.layer).init_layer(part, p0, like)
 
     def predict_layer(self, P: LayerState, scale: float, q: float) -> LayerState:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).predict_layer(P, scale, q)
 
     def gram_layer(self, P: LayerState, H: Factors | Rows) -> tuple[Tensor, Any]:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).gram_layer(P, H)
 
     def work_layer(self, P: LayerState, H: Factors | Rows) -> Any:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).work_layer(P, H)
 
     def gain_layer(self, P: LayerState, H: Factors | Rows, work: Any, weights: Tensor) -> Tensor:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).gain_layer(P, H, work, weights)
 
     def update_layer(self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation) -> LayerState:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).update_layer(P, H, work, innovation)
 
     def condition_layer(
         self, P: LayerState, H: Factors | Rows, work: Any, innovation: Innovation
     ) -> tuple[Tensor, LayerState]:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).condition_layer(P, H, work, innovation)
 
     def sample_layer(self, P: LayerState, draws: int, generator: Generator) -> Tensor:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).sample_layer(P, draws, generator)
 
     def diagonal_layer(self, P: LayerState) -> Tensor:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).diagonal_layer(P)
 
     def log_det_layer(self, P: LayerState) -> Tensor:
-        """That of the state's family."""
+        """As the state's family does."""
         return self._of(P).log_det_layer(P)

@@ -1,10 +1,10 @@
 r"""The prior's mean: how much of the zero-shot logits is believed before any shot is learned from.
 
 The weights start where they were pretrained, so the prior's mean of the logits is gamma times those of the zero-shot
-head. Where CLIP does not know the classes a gamma near 0 serves best, a linear probe; where it does, one near 1. The
-zero-shot head has seen no shot, so the shots say without any fit how far its logits can be believed: gamma_0, at which
-they give the shots' labels the highest probability, is near 0 for labels that they know nothing of, and above 1 for
-logits that are too timid.
+head. Where CLIP does not know the classes, a gamma near 0 serves best, which is a linear probe; where it does, one near
+1. The zero-shot head has seen no shot, so the shots say without any fit how far its logits can be believed: gamma_0, at
+which they give the shots' labels the highest probability, is near 0 for labels that they know nothing of, and above 1
+for logits that are too timid.
 """
 
 from dataclasses import dataclass

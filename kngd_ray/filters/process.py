@@ -5,8 +5,8 @@ A model gives the three numbers of the predict equations for a step::
     mu- = F mu + (1-F) mu_0          P- = F^2 P / lambda + Q
 
 Q is a variance of every weight, q I, or a share of the prior's covariance P_0. The latter is a drift of functions: what
-the weights may become after many steps is as likely as it was a priori, in whatever coordinates. Where P_0 = p0 I
-both are one.
+the weights may become after many steps is as likely as it was a priori, in whatever coordinates. Where P_0 = p0 I, the
+two are the same.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Transition(NamedTuple):
 
     @classmethod
     def towards(cls, decay: float, scale: float, share: float, p0: float | None) -> "Transition":
-        """One that adds a share of P_0.
+        """A transition that adds a share of P_0.
 
         Args:
             decay: F.
@@ -70,9 +70,8 @@ class RandomWalk:
     Attributes:
         kind: the model's name.
         q: variance that each weight gains per step; 0 keeps the weights constant.
-        drift: share of the prior's covariance that the belief gains per step, in the place of `q`. It means the same
-            on any CLIP, and where the prior was measured (``filter.covariance.columns``), functions drift as they may
-            vary.
+        drift: share of the prior's covariance that the belief gains per step, instead of `q`. It means the same on any
+            CLIP, and where the prior was measured (``filter.covariance.columns``), functions drift as they may vary.
     """
 
     kind: Literal["random_walk"] = "random_walk"
@@ -137,7 +136,7 @@ class Forgetting:
 
         lambda_{t+1} = rate lambda_t + (1 - rate)      1 - lambda_t = (1 - lambda_0) rate^t
 
-    The memory grows towards that of the Kalman filter as the weights settle.
+    The memory grows towards the Kalman filter's as the weights settle.
 
     Attributes:
         kind: the model's name.

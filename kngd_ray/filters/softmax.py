@@ -73,7 +73,7 @@ class Classified:
     noise: float = 1.0
 
     def problem(self, Z: Tensor) -> Problem:
-        """What Newton's method is asked, of whitened inputs Z (N, r) and in their precision."""
+        """The problem for Newton's method, from whitened inputs Z (N, r) and in their precision."""
         counts = torch.full_like(self.labels, 1.0 / self.noise, dtype=Z.dtype)
         return Problem(Z.unsqueeze(0), self.logits.to(Z).unsqueeze(0), self.labels.unsqueeze(0), counts.unsqueeze(0))
 
@@ -130,7 +130,7 @@ def condition(B: Tensor, A: Tensor, batch: Classified, *, tolerance: float, line
 class HeldOut:
     """Folds of a batch, fitted together under one prior variance after another.
 
-    Each fit is begun at the one before.
+    Each fit starts from the one before.
 
     Args:
         folds: of each, (i, i) covariance of columns, what is observed, and (k, i) inputs that are held out.
@@ -191,7 +191,7 @@ def nearest_product(B: Tensor, A: Tensor, white: Whitened, p: Tensor, noise: flo
     """The Kronecker product nearest to a softmax posterior.
 
     The two equations are solved in turn. With ``b = tr(B^-1 B')`` and D the weights ``tr(H_n B') / r`` of the samples,
-    the second is ``A' = o (b A^-1 + x^T D x)^-1``: found in the space of the samples where they are at most as many as
+    the second is ``A' = o (b A^-1 + x^T D x)^-1``: found in the space of the samples where these are no more than the
     inputs, else along the axes of the batch.
 
     Args:
@@ -240,7 +240,7 @@ class _Samples:
         self.prior = white.K.diagonal()
 
     def condition(self, seen: Tensor, b: Tensor) -> float:
-        """Take weights D (N,) and b; what tr(A^-1 A') becomes."""
+        """Take weights D (N,) and b; returns the new tr(A^-1 A')."""
         self._by, self._b = seen.sqrt().unsqueeze(1), b
         S = self._by * self._K * self._by.mT
         S.diagonal().add_(b)
@@ -283,7 +283,7 @@ class _Axes:
         self.prior = self._Z.square().sum(1)
 
     def condition(self, seen: Tensor, b: Tensor) -> float:
-        """Take weights D (N,) and b; what tr(A^-1 A') becomes."""
+        """Take weights D (N,) and b; returns the new tr(A^-1 A')."""
         self._inner = _inverse((b * self._identity + (self._Z * seen.unsqueeze(1)).mT @ self._Z) / self._o)
         across = self._o / b
         self._across, traced = torch.stack([

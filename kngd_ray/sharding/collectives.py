@@ -14,7 +14,7 @@ class Group(Protocol):
     Attributes:
         rank: this rank.
         world_size: number of ranks.
-        bytes_moved: bytes that this rank has received from others; for a sum, those of a ring.
+        bytes_moved: bytes that this rank has received from others; for a sum, as many as a ring moves.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class Group(Protocol):
         ...
 
     def spread_slices(self, whole: Tensor, bounds: Sequence[int]) -> None:
-        """Write each rank's slice [bounds[r], bounds[r + 1]) of a flat tensor into that of all others, in place."""
+        """Write each rank's slice [bounds[r], bounds[r + 1]) of a flat tensor into all others' tensors, in place."""
         ...
 
 
@@ -114,7 +114,7 @@ class ProcessGroup:
         return list(received.split(list(incoming)))
 
     def spread_slices(self, whole: Tensor, bounds: Sequence[int]) -> None:
-        """One broadcast from each rank that has a slice: an all_gather would need all of it once more."""
+        """One broadcast from each rank that has a slice: an all_gather would need the whole tensor once more."""
         for rank in range(self.world_size):
             piece = whole[bounds[rank] : bounds[rank + 1]]
             if len(piece):

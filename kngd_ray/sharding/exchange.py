@@ -1,12 +1,12 @@
 """Bringing each rank the observations' Jacobian of its own parts, in whichever form is fewer bytes.
 
-A rank needs, of all M rows of H, the columns of the parts that it owns. Of a sample with k observations
-and T tokens that is, for o rows of a weight of i columns ::
+A rank needs all M rows of H, but only the columns of the parts that it owns. For a sample with k observations and T
+tokens, and o rows of a weight of i columns, that is ::
 
     as factors      T (k o + i) numbers; T k o where all samples share x, which every rank has
     as rows         k o i numbers
 
-All parts of the layers given go in one all_to_all. What a rank sends itself is not moved.
+All parts of the given layers go in one all_to_all. What a rank sends itself is not moved.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class _Form:
         k: observations per sample.
         tokens: T of the layer's factors.
         own_x: whether each sample has an x of its own.
-        reach: how many times the numbers of rows factors may be, to travel as such.
+        reach: how many times as many numbers as rows factors may have and still travel as factors.
     """
 
     part: Part
@@ -91,10 +91,10 @@ def exchange(
         H: of the local samples, of some layers or all, the same on every rank.
         samples: number of samples on each rank.
         k: observations per sample.
-        reach: factors travel as such while they are fewer numbers than so many times those of rows.
+        reach: factors travel as factors while they have fewer numbers than this many times the rows.
 
     Returns:
-        Of the samples of all ranks in rank order, the parts that this rank owns.
+        The parts that this rank owns, for the samples of all ranks in rank order.
     """
     H = dict(H)  # each layer's is built once, where it is built when asked for
     if group.world_size == 1 or not H:

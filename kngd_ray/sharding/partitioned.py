@@ -23,11 +23,11 @@ class Observed:
         gate_residuals: the global batch as a gate sees it; None where there is no gate.
         samples: number of samples on each rank.
         k: observations per sample.
-        noise: their own noise variance in units of the one that they are weighed by: below 1 where R is tempered.
-        seed: of the signs that a family may draw; the same on every rank, and another at each step.
-        signs: of each run of :meth:`~kngd_ray.sharding.ShardedFilter.runs` those signs (draws, M), where many trials
-            advance together, each with its own; empty draws by the seed.
-        held_out: whether it was observed where settled layers have not seen the sample, see
+        noise: their own noise variance, in units of the one that they are weighted by; below 1 where R is tempered.
+        seed: of the signs that a family may draw; the same on every rank, and different at each step.
+        signs: for each run of :meth:`~kngd_ray.sharding.ShardedFilter.runs`, these signs (draws, M), where many trials
+            advance together, each with its own; if empty, they are drawn by the seed.
+        held_out: whether it was observed as if settled layers had not seen the sample, see
             :mod:`~kngd_ray.sharding.streamed`.
     """
 

@@ -115,8 +115,8 @@ class ShardedFilter(PartitionedFilter[Family]):
     def update(self, belief: Belief, observed: Observed) -> ShardedUpdate:
         """Condition on the observations of all ranks, `serial` samples at a time.
 
-        By the chain rule of probability this is conditioning on all at once, up to what the family gives up
-        each time that it comes back to its form.
+        By the chain rule of probability this is conditioning on all at once, up to what the family loses each time that
+        it returns to its form.
 
         Args:
             belief: predicted belief.
@@ -128,7 +128,7 @@ class ShardedFilter(PartitionedFilter[Family]):
         Raises:
             FilterError: non-finite innovations, an indefinite S or an update that is not finite. Every rank refuses
                 together, and the arguments are left as they were.
-            LinAlgError: in place of it, on the rank whose part of the update could not be computed.
+            LinAlgError: instead, on the rank whose part of the update could not be computed.
         """
         k, total = observed.k, sum(observed.samples)
         H = exchange(self.group, self.ownership, observed.jacobian, observed.samples, k, self._reach)
@@ -203,7 +203,7 @@ class ShardedFilter(PartitionedFilter[Family]):
         return _Conditioned(posterior, step, first, by_sample(predicted, k), weight, innovation.weights, failed)
 
     def _gram(self, P: Covariance, H: Jacobian, nu: Tensor) -> tuple[Tensor, Any]:
-        """The family's sums for H P H^T of all ranks, and what it keeps of its own; NaN if one rank could not.
+        """The family's sums for H P H^T of all ranks, and what it keeps of its own; NaN if one rank has none.
 
         Raises:
             LinAlgError: a matrix did not factor, in one process.
@@ -227,7 +227,7 @@ class ShardedFilter(PartitionedFilter[Family]):
 
         Raises:
             FilterError: with several ranks, a part is not finite; on all of them.
-            LinAlgError: in place of it, on the rank that could not compute its part.
+            LinAlgError: instead, on the rank that could not compute its part.
         """
         flat = torch.cat([part.to(mu.dtype) for part in step.values()]) if step else mu.new_zeros(0)
         if self.group.world_size == 1:
@@ -244,12 +244,12 @@ class ShardedFilter(PartitionedFilter[Family]):
 
 
 def factored(predicted: Tensor, nu: Tensor, noise: float = 1.0) -> tuple[Innovation, Innovation]:
-    """The innovation that an update goes by, and the one that its evidence is reported of.
+    """The innovation that an update uses, and the one whose evidence is reported.
 
     Args:
         predicted: (M, M) H P H^T of the whitened observations.
         nu: (M,) innovations.
-        noise: their own noise variance in units of the one that they are weighed by.
+        noise: their own noise variance, in units of the one that they are weighted by.
 
     Returns:
         Both, from S = H P H^T + I and from H P H^T + noise I.

@@ -13,17 +13,18 @@ What is predicted is predicted on the fly, in both passes. So nothing is written
 refused there leaves the belief as it was.
 
 Layers may be *settled*: their belief N(mu_h, P_h) has been conditioned on these very shots, by a fit before the others
-were let go. To observe the shots again would count them twice. So the batch's own evidence is taken out of the settled
-layers' belief before it is put in again together with that of the others. With K = H P_h H^T of the settled layers, G
-that of the others and whitened observations, the belief without the batch predicts them with covariance (I - K)^-1 - I
-and innovation (I - K)^-1 nu, from which follows ::
+were free to move. To observe the shots again would count them twice. So the batch's own evidence is taken out of the
+settled layers' belief before it is put in again, together with the others. Let K = H P_h H^T be of the settled layers,
+G the same of the others, and the observations whitened. Then the belief without the batch predicts them with covariance
+(I - K)^-1 - I and innovation (I - K)^-1 nu, from which follows ::
 
     S = G + (I - K)^-1      w = S^-1 (I - K)^-1 nu = (I + (I - K) G)^-1 nu
     others     mu += P H^T w               P = P - P H^T S^-1 H P
     settled    mu -= P_h H^T G w           they give way to what the others explain, G w; P_h stays
 
 Where the others may not move, G = 0, the settled layers do not either: all stays as that fit left it. Where it is known
-what the settled layers would say had they not seen the sample, it is observed there, and nu is that innovation itself.
+what the settled layers would predict without having seen the sample, it is observed there, and nu is already that
+innovation.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -56,15 +57,15 @@ _Own = dict[str, Factors | Rows]
 class StreamedFilter(PartitionedFilter[Layerwise]):
     """A covariance family placed on a group of ranks, updated in place and layer by layer.
 
-    H is asked for each layer once in each pass, in the order of the layers, and not kept. It must not depend on the
-    weights by then: they move while the second pass goes on.
+    H is requested once for each layer in each pass, in the order of the layers, and not kept. By then it must not
+    depend on the weights, which move during the second pass.
 
     Args:
         family: the covariance family.
         layers: all layers, in the order of theta.
         group: the ranks.
         gate: what is done about outlying observations.
-        units: of some layers, their prior variance and process noise in units of the others'; at 0 they do not move.
+        units: for some layers, their prior variance and process noise in units of the others'; at 0 they do not move.
         settled: names of layers whose belief has been conditioned on these shots before.
 
     Raises:
@@ -124,11 +125,11 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
 
     @torch.no_grad()
     def variances(self, belief: Belief, observed: Observed, names: Collection[str]) -> Tensor:
-        """What some layers make the variance of each observation.
+        """The variance of each observation that some layers account for.
 
         Args:
             belief: covariance of the own parts.
-            observed: rows of the local samples; of the innovations only their number counts.
+            observed: rows of the local samples; only the number of its innovations matters.
             names: of the layers.
 
         Returns:
@@ -143,7 +144,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         return self.group.sum(found)
 
     def predict_mean(self, belief: Belief, transition: Transition, anchor: Tensor) -> None:
-        """The mean's part of the time update, in place: before the batch is observed, at the mean that this leaves.
+        """The mean's part of the time update, in place; the batch is then observed at the mean that this leaves.
 
         Args:
             belief: mean of all weights, written into.
@@ -161,7 +162,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         Args:
             belief: predicted mean of all weights, covariance of the own parts as the last step left it; both are
                 written into.
-            transition: of the process model; its pull on the mean is that of :meth:`predict_mean`.
+            transition: of the process model; its pull on the mean is left to :meth:`predict_mean`.
             observed: what was observed at the predicted mean.
 
         Returns:
@@ -219,7 +220,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
     def _gram(self, P: Mapping[str, Tensor], H: Factors | Rows) -> tuple[Tensor | float, Any]:
         """A layer's share of H P H^T, and what the family keeps of it; NaN where it cannot be computed.
 
-        Other ranks go on to the next exchange, so that this one must too. S is then refused by all.
+        Other ranks go on to the next exchange, so this one must too. All of them then refuse S.
         """
         try:
             return self.family.gram_layer(P, H)
@@ -293,7 +294,7 @@ class _Held:
         predicted: (M, M) S - I.
         nu: (M,) innovations of the belief without the batch.
         moving: (M, M) G, H P H^T of layers that learn.
-        shrinkage: (M, M) which makes of K = H P_h H^T what is believed of it; None where nothing is settled.
+        shrinkage: (M, M) that turns K = H P_h H^T into what is believed of it; None where nothing is settled.
     """
 
     predicted: Tensor
@@ -302,7 +303,7 @@ class _Held:
     shrinkage: Tensor | None
 
     def given_way(self, weights: Tensor) -> Tensor:
-        """(M,) by which settled layers move, in the place of w."""
+        """(M,) by which settled layers move, instead of w."""
         return weights if self.shrinkage is None else -(self.shrinkage @ (self.moving @ weights))
 
 
@@ -312,7 +313,7 @@ def _without_own(grams: Tensor, nu: Tensor, *, held_out: bool) -> _Held:
     Args:
         grams: H P H^T (M, M) of layers that learn, and of settled ones if there are any.
         nu: (M,) innovations.
-        held_out: whether these are those of the belief without the batch already.
+        held_out: whether these are already the innovations of the belief without the batch.
 
     Returns:
         What is left of the batch.
@@ -347,7 +348,7 @@ class _Kept:
 
 
 def _rounds(layers: Sequence[Layer], M: int) -> Iterator[list[Layer]]:
-    """Layers to bring at once: any one, and beside the largest no more than the budget."""
+    """Layers to bring at once: one of any size, and others whose sum fits the budget."""
     found: list[Layer] = []
     total = largest = 0
     for layer in layers:

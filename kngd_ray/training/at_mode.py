@@ -1,7 +1,7 @@
 """A Kalman step that ends at the mode: of a class residual, whose logits are linear in its weights.
 
-Nothing of the size of H is formed. What a step needs of a batch, inputs of the layer, logits and labels, is gathered.
-The rank that owns the layer's covariance conditions it (:mod:`kngd_ray.filters.softmax`), and every rank takes over its
+Nothing of the size of H is formed. A step gathers what it needs of a batch: inputs of the layer, logits and labels. The
+rank that owns the layer's covariance conditions it (:mod:`kngd_ray.filters.softmax`), and every rank takes over its
 mean and its figures ::
 
     rank r    x (m, i), logits (m, C), labels (m,)      of its own samples                      all_gather
@@ -46,7 +46,7 @@ class ModePosterior(InMemoryPosterior):
         return any(self._family.keeps_prior(P) for P in self.belief.covariance.values())
 
     def keep_prior(self) -> None:
-        """Let the covariance as it is be the P_0 that a process adds a share of."""
+        """Make the present covariance the P_0 that a process adds a share of."""
         kept = {name: self._family.with_prior(P) for name, P in self.belief.covariance.items()}
         self.belief = Belief(self.belief.mu, kept)
 

@@ -1,14 +1,14 @@
 """Many small fits that advance together: one step of all of them is one step on tensors with a trial axis.
 
-A search of noise priors runs hundreds of fits that differ in numbers (variances, noise, memory), seed and shots alone,
-each dominated by the cost of calling operations on tensors so small. Here the functions that a step is made of are
-transformed by ``torch.func.vmap``, so that the mathematics stays written once, in those of a fit alone ::
+A search of noise priors runs hundreds of fits that differ only in numbers (variances, noise, memory), seed and shots.
+Their tensors are so small that calling the operations is what costs most. Here the functions that a step is made of are
+transformed by ``torch.func.vmap``, so that the mathematics is written only once, for a single fit ::
 
     mu (n,)      P of its family      r           one fit
     mu (B, n)    P (B, ...)           r (B, ...)  B fits
 
 What depends on the numbers themselves cannot be decided inside. A trial whose step did not end in finite numbers (a
-batch to be refused, an S that needs jitter) does this step once more, alone, by the ordinary code and its rules.
+batch to be refused, an S that needs jitter) repeats this step alone, by the ordinary code and its rules.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class BatchedFit:
 
     Attributes:
         method: the trained filter, as :func:`~kngd_ray.training.fit.fit` gives it.
-        records: its steps; their time is the fit's share of that of all.
+        records: its steps; their time is the fit's share of the time of all.
     """
 
     method: KalmanNGD
@@ -61,7 +61,7 @@ class BatchedFit:
 
 
 class _Given(NamedTuple):
-    """What a step is given, with a trial axis in front."""
+    """What goes into a step, with a trial axis in front."""
 
     anchor: Tensor
     transition: Tensor  # F, F^2 / lambda, q
@@ -74,7 +74,7 @@ class _Given(NamedTuple):
 
 
 class _Figures(NamedTuple):
-    """What a step tells in numbers; `sound` is finite where all that it computed is."""
+    """The numbers that a step reports; `sound` is finite where all that it computed is."""
 
     log_predictive: tuple[float, ...] | None
     nll: float
@@ -86,7 +86,7 @@ class _Figures(NamedTuple):
 
 
 class _Trial:
-    """One fit on its way. Its method is up to date when it steps alone, and at the end."""
+    """One fit in progress. Its method is up to date when it steps alone, and at the end."""
 
     def __init__(self, task: FitTask, device: torch.device | str) -> None:
         self.options = task.options
@@ -207,7 +207,7 @@ def fit_together(
 def _stepped(
     trials: Sequence[_Trial], state: _State, step: int
 ) -> tuple[_State, list[tuple[StepStats | None, str | None]]]:
-    """One step of all trials: what becomes of them, and of each the figures or why it was refused."""
+    """One step of all trials: their new states, and for each its figures or why it was refused."""
     batches = [trial.sampler.batch(step) for trial in trials]
     after, rows = _tried(trials, state, batches) or (
         {key: tensor.clone() for key, tensor in state.items()},
@@ -230,7 +230,7 @@ def _stepped(
 def _tried(
     trials: Sequence[_Trial], state: _State, batches: Sequence[Batch]
 ) -> tuple[_State, Sequence[_Figures | None]] | None:
-    """One step of all trials at once; None where an operation refused, of one of them, and does not say of which."""
+    """One step of all trials at once; None where an operation refused one of them, without saying which."""
     leader, first = trials[0].posterior, batches[0]
     transitions = [trial.options.noise.process.transition(first.step, trial.method.p0) for trial in trials]
     noises = [trial.options.noise.observation for trial in trials]
@@ -262,7 +262,7 @@ def _advance(
 
     Args:
         leader: any of the trials' posteriors, for what all have in common.
-        like: any of the trials' batches, of which all have size and number.
+        like: any of the trials' batches; all have its size and number.
         still: whether no trial's belief moves between steps.
         state: the trial's, before the step.
         given: the trial's batch and numbers.

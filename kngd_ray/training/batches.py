@@ -31,7 +31,7 @@ class Shots(Protocol):
     def __len__(self) -> int: ...
 
     def subset(self, keep: Tensor) -> Self:
-        """Those that a boolean or index tensor selects."""
+        """The shots that a boolean or index tensor selects."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
@@ -39,7 +39,7 @@ class Shots(Protocol):
         ...
 
     def digest(self) -> bytes:
-        """What they are, in few bytes that other samples do not have."""
+        """A few bytes that identify these samples."""
         ...
 
 
@@ -50,8 +50,8 @@ class Support:
     Attributes:
         features: (N, d) unit image embeddings.
         labels: (N,) int64 classes.
-        crops: (N, V, d) unit embeddings of crops of each picture, V at least 1; None without. They are learned from
-            beside the picture, of which they are views; what is held out or predicted is the picture as it is.
+        crops: (N, V, d) unit embeddings of crops of each picture, V at least 1; None without. They are views of the
+            picture that are learned from beside it; what is held out or predicted is the picture as it is.
     """
 
     features: Tensor
@@ -98,7 +98,7 @@ class Support:
         return Support(self.crops[:, number - 1], self.labels)
 
     def all_views(self) -> "Support":
-        """All views of each picture as samples, those of a picture one after another."""
+        """All views of each picture as samples, a picture's views one after another."""
         if self.crops is None:
             return self
         views = torch.cat([self.features.unsqueeze(1), self.crops.to(self.features)], 1)
@@ -116,7 +116,7 @@ class Batch:
         rank: whose run this is.
         step: number of the step, from 0.
         scored: whether its labels are to be predicted before they are learned from; see ``BatchSampler``.
-        shots: (m,) numbers of the local samples among the shots; None where they are none of them.
+        shots: (m,) numbers of the local samples among the shots; None where they are not shots.
     """
 
     inputs: Any
@@ -148,10 +148,11 @@ class BatchSampler:
         epochs: passes over the shots.
         seed: of the shuffles; each epoch has its own.
         prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
-            another order, in which every batch but the first is met by a fit that has learned all those before it.
+            another order, in which every batch except the first is met by a fit that has learned from all batches
+            before it.
         in_order: take the shots in the order in which they are, without shuffling them.
-        all_views: give all views of each picture at once, as samples; else another one in each epoch, first the picture
-            as it is.
+        all_views: give all views of each picture at once, as samples; otherwise a different one in each epoch, first
+            the picture as it is.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
 """Choosing tau and a scaling temperature on the training shots alone, by cross-validation.
 
-A model is right about nearly all of the shots it was fitted on, so they say nothing about its
-calibration. Here the shots are cut into folds, each fold is predicted by a fit on the others, and
-the held-out predictions choose the posterior temperature tau on a grid (least NLL, or the most
-probable tau where it has a prior) and fit the temperature T of ``p^(1/T)`` for what tau leaves. The test
-split is never touched.
+A model is right about nearly all of the shots that it was fitted on, so they say nothing about its calibration. Here
+the shots are cut into folds, each fold is predicted by a fit on the others, and the held-out predictions choose the
+posterior temperature tau on a grid (least NLL, or the most probable tau where it has a prior) and fit the temperature T
+of ``p^(1/T)`` for what tau leaves. The test split is never touched.
 """
 
 from collections.abc import Iterable, Mapping
@@ -111,12 +110,12 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
 
 
 def decided_task(task: FitTask, fitted: MethodState | None = None, device: torch.device | str = "cpu") -> FitTask:
-    """The fit with what its shots decide of the prior's variance given: parts of the shots need not decide it again.
+    """The fit with its prior variance fixed to what its shots decide: parts of the shots need not decide it again.
 
     Args:
         task: the fit.
-        fitted: what came of it, if it was run: it says what was decided.
-        device: where to decide it otherwise.
+        fitted: its result, if it was run, which says what was decided.
+        device: where to decide it if not.
 
     Returns:
         The fit.
@@ -137,9 +136,9 @@ def decided_task(task: FitTask, fitted: MethodState | None = None, device: torch
 def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     """The fits that choose tau, and the shots that each has not seen.
 
-    Those of a cross-validation, no more folds of it than have shots enough. But where no class has two shots every fold
-    would lack its classes altogether, and say nothing of a fit that knows them. Then it is the belief before the first
-    step, which has seen none of the shots.
+    These are the fits of a cross-validation, with no more folds than the shots are enough for. But where no class has
+    two shots, every fold would lack its classes altogether, and say nothing about a fit that knows them. Then it is the
+    belief before the first step, which has seen none of the shots.
 
     Args:
         task: the fit.
@@ -167,7 +166,7 @@ def calibrate(
         task: the fit to calibrate; its folds are fitted in this process.
         options: posterior options; a given temperature is kept as tau.
         device: where the folds are fitted.
-        fitted: what came of the fit, if it was run.
+        fitted: the fit's result, if it was run.
 
     Returns:
         The choice. Without folds, tau is the given temperature, or the median of its prior, or 1; nothing is scaled.
@@ -191,8 +190,8 @@ def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None
         folds: number of folds.
 
     Returns:
-        A sentence; None where it is not so, where nothing was held out, and where towers are trained, whose shots are
-        no embeddings.
+        A sentence; None where it is not, where nothing was held out, and where towers are trained, whose shots are not
+        embeddings.
     """
     if found.held_out_accuracy is None or task.towers is not None:
         return None
@@ -215,7 +214,7 @@ def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptio
 
     Args:
         fits: fits of one task on parts of its shots, each with the shots held out from it.
-        options: posterior options; a given temperature is kept as tau. Of fits without a posterior tau is 0.
+        options: posterior options; a given temperature is kept as tau. For fits without a posterior, tau is 0.
         alpha: weight ensembling with the pretrained model.
 
     Returns:

@@ -8,9 +8,9 @@ A checkpoint is one folder::
     manifest.json                         sizes and SHA-256 of the above, written last, and what the
                                           weights belong to: task, options, seed, step, who owns what
 
-The manifest names every file with its checksum, and has one of its own, so a folder that lacks a file, or holds one cut
-short or altered, is never believed. Because P is stored under parameter names with the bounds of
-each piece, any number of ranks can load what any other number wrote. Nothing is ever unpickled.
+The manifest names every file with its checksum, and has one of its own, so a folder that lacks a file, or holds a file
+that was cut short or altered, is never believed. Because P is stored under parameter names with the bounds of each
+piece, any number of ranks can load what any other number wrote. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -229,7 +229,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _to_disk(path: Path) -> None:
-    """Have a file's bytes on the disk before a manifest vouches for them."""
+    """Get a file's bytes onto the disk before a manifest vouches for them."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -1,6 +1,6 @@
 """A finished fit as a classifier of pictures: CLIP's image tower, the trained head and its belief.
 
-Of a fit on features that were computed elsewhere there is no tower: it classifies features.
+A fit on features that were computed elsewhere has no tower: it classifies features.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ class Classification:
     Attributes:
         probabilities: (m, C) posterior predictive probabilities.
         logit_std: (m, C) posterior standard deviation of the logits; zeros without a posterior.
-        interval: (m, 2) 90 % interval of the most probable class's probability, should shots be added; None where no
+        interval: (m, 2) 90 % interval of the most probable class's probability, if shots were added; None where no
             shots were held out, or the posterior has no part in the prediction.
-        novelty: (m,) novelty percentile, 0 to 1: share of the held-out training shots that the fit is surer of; None if
-            it is not known.
+        novelty: (m,) novelty percentile, 0 to 1: share of the held-out training shots that the fit is more certain of;
+            None if it is not known.
     """
 
     probabilities: Tensor

@@ -1,4 +1,4 @@
-"""Pictures decoded by threads, while what was decoded before is being learned from.
+"""Pictures decoded by threads, while those decoded before are learned from.
 
 PictureFile --read--> bytes --decode--> PIL --augment or transform--> (3, H, W) --stack--> (m, 3, H, W)
 `------------- a thread for each picture ---------------'
@@ -92,7 +92,7 @@ class Prefetcher:
     Args:
         pictures: the shots.
         plan: gives the samples of a step, of this rank alone; see ``augmentation`` for their numbers.
-        steps: the steps, from the one at which a run begins or goes on.
+        steps: the steps, from the one at which a run begins or continues.
         transform: what the image tower takes, where nothing is augmented.
         augment: instead of `transform`; None leaves the pictures as they are.
         threads: how many pictures are decoded at once.

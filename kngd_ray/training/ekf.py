@@ -1,4 +1,4 @@
-"""The extended Kalman filter, iterated: a batch conditioned on where its own result was linearised."""
+"""The extended Kalman filter, iterated: a batch is linearised again at its own result."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ class IteratedEKF(InMemoryPosterior):
     """
 
     def conditioned(self, predicted: Belief, batch: Batch) -> Update:
-        """Observe a batch as often as it is linearised."""
+        """Observe a batch once for each linearisation."""
 
         def observe(mu: Tensor, displaced: Tensor | None) -> BatchSeen:
             if mu is not self.belief.mu:
@@ -47,13 +47,13 @@ class IteratedEKF(InMemoryPosterior):
         """Condition on a batch, relinearised at its own result as often as is asked for: a function of tensors.
 
         An iterated EKF whose steps are halved until the objective, ``|mu - mu-|^2 / 2`` in the norm of P-^-1 plus what
-        the data cost, does not rise. Every point is a mixture of updates P- H^T w, so that its norm takes products of
-        M numbers alone.
+        the data cost, does not rise. Every point is a mixture of updates P- H^T w, so its norm takes only products of M
+        numbers.
 
         Args:
             predicted: the belief before.
-            observe: the batch at weights (n,), and what the predicted mean has more; None where they are it.
-            learn: the noise state after the batch, of what was seen at the predicted mean and the update there.
+            observe: the batch at weights (n,), and the predicted mean less these weights; None where they are equal.
+            learn: the noise state after the batch, from what was seen at the predicted mean and the update there.
 
         Returns:
             What the batch made of the belief.
@@ -114,13 +114,13 @@ class _Aim(NamedTuple):
 
     @classmethod
     def of(cls, update: ShardedUpdate, seen: BatchSeen) -> "_Aim":
-        """From w = S^-1 nu: mu - mu- = P- H^T w, and H P- H^T w = nu - w, nu those of the linear model at mu-."""
+        """From w = S^-1 nu: mu - mu- = P- H^T w, and H P- H^T w = nu - w, where nu is of the linear model at mu-."""
         assert update.weights is not None
         w, nu = update.weights.double(), seen.observed.nu.double()
         return cls(w @ (nu - w), w @ (nu - seen.plain.double()))
 
     def distance(self, here: Tensor, size: Any) -> Tensor:
-        """Squared distance after a part of the step, begun at a squared distance."""
+        """Squared distance after a part of the step, from the squared distance at its start."""
         return (1 - size) ** 2 * here + 2 * size * (1 - size) * self.across + size**2 * self.whole
 
 

@@ -23,7 +23,7 @@ def set_name(domain: str) -> str:
         domain: its name in the data.
 
     Returns:
-        The same name; ``domain mean`` and the like where it would be taken for the figures in distribution or for a
+        The same name; ``domain mean`` and the like where it could be mistaken for the figures in distribution or for a
         mean. Different domains have different names.
     """
     return f"domain {domain}" if _KEPT.fullmatch(domain) else domain
@@ -48,8 +48,8 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """The figures as ``{"id": {...}, "ood": {"mean": {...}, "<domain>": {...}}}``.
 
-        Each set's figures are those of the plain predictions, and those after scaling under
-        ``temperature_scaled``. Without OOD domains, ``ood`` is empty.
+        Each set has the figures of the plain predictions, and under ``temperature_scaled`` the figures after scaling.
+        Without OOD domains, ``ood`` is empty.
         """
         domains = [name for name in self.plain if name != ID]
         report: dict[str, Any] = {ID: self._of(self.plain[ID], self.scaled[ID]), "ood": {}}

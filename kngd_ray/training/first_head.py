@@ -38,15 +38,15 @@ def _without_a_fold(task: FitTask, device: torch.device | str) -> Iterator[tuple
 
 
 def fitted_head(task: FitTask, device: torch.device | str) -> tuple[MethodState, Tensor | None]:
-    """The head that towers start from, and for the filter what heads without a shot say of it.
+    """The head that towers start from, and for the filter what heads that have not seen a shot say of it.
 
     Args:
         task: of towers.
         device: where to compute.
 
     Returns:
-        What came of the head's fit; and (N, C) logits of the shots by heads that have not seen them, less those of the
-        head, if any were held out.
+        The head's fit; and (N, C) logits of the shots by heads that have not seen them, less the head's own, if any
+        were held out.
     """
     first = head_task(task)
     method = fit(first, device=device)

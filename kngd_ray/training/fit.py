@@ -30,7 +30,7 @@ from kngd_ray.training.tower_prior import widen_towers
 
 @dataclass(frozen=True)
 class Towers:
-    """Where a fit that trains towers has them from: each rank loads its own.
+    """Where a fit that trains towers gets them from: each rank loads its own.
 
     Attributes:
         model: the CLIP model.
@@ -55,7 +55,7 @@ class FitTask:
         logit_scale: factor from cosines to logits.
         prior: the earlier fit from whose posterior this one starts; None starts at CLIP's own weights.
         prequential: take the batches in the order in which each can be predicted before it is learned from.
-        towers: of a fit that trains them.
+        towers: of a fit that trains them; None of others.
         stream: of a fit whose shots come in an order; they are in that order, and their batches are predicted before
             they are learned from.
         head: of a fit of towers that starts where a head ends (``tune.start=head``), the fit of that head.
@@ -126,8 +126,8 @@ class StepRecord:
         milliseconds: wall time of the step.
         stats: figures of the batch; None when the step was refused.
         refused: why the step was refused, in one sentence; None when it was taken.
-        met: of the step that meets a batch of a stream, how it was predicted; None of others.
-        look: of the step after which the tests of a stream are looked at, what they say; None of others.
+        met: for the step that meets a batch of a stream, how it was predicted; None for others.
+        look: for the step after which the tests of a stream are looked at, what they say; None for others.
     """
 
     step: int
@@ -199,7 +199,7 @@ def begin(
         task: the fit.
         group: the ranks.
         device: where to compute.
-        resumed: a later state of the fit, which is to be loaded: what it tells is not computed again.
+        resumed: a later state of the fit, which is to be loaded: what it holds is not computed again.
 
     Returns:
         The optimiser with its head.
@@ -371,7 +371,7 @@ class _Meeting:
         self._foresight = Foresight(stream, None if self._kalman is None else self._kalman.foreseen)
 
     def meet(self, batch: Batch, stats: StepStats | None) -> tuple[StepStats | None, Met | None]:
-        """What a step says of its batch.
+        """What a step says about its batch.
 
         Args:
             batch: this rank's part of it.

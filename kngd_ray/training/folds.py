@@ -1,4 +1,4 @@
-"""Shots cut into folds, to be predicted by those who have not seen them."""
+"""Shots cut into folds, to be predicted by fits that have not seen them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ ENOUGH = 256
 
 
 def fold_of(labels: Tensor, folds: int) -> Tensor:
-    """Cut shots into folds, each class spread over them as evenly as it goes.
+    """Cut shots into folds, each class spread over them as evenly as possible.
 
     Args:
         labels: (N,) classes.

@@ -114,6 +114,6 @@ class GradientDescent:
 
 
 def wider(tune: TuneOptions) -> str:
-    """What else there is to do about activations that are not finite, for the end of a message."""
+    """What else can be done about activations that are not finite, for the end of a message."""
     narrow = tune.images and tune.precision != "float32"
     return " or set tune.precision=float32" if narrow else ""

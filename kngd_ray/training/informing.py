@@ -1,7 +1,7 @@
 """What a fit takes from its shots before the first step: the prior.
 
 Four things, each only where the options ask for it: what features are measured from (``centred``), how far the
-zero-shot logits are believed (``filter.mean``), with what the outputs of a layer may vary
+zero-shot logits are believed (``filter.mean``), with which inputs the outputs of a layer may vary
 (``filter.covariance.columns``), and by how much (``filter.logit_variance``).
 """
 
@@ -71,7 +71,7 @@ def inform(method: KalmanNGD, options: FilterOptions, shots: Support, learned: S
 
 
 def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: bool) -> tuple[float, float | None]:
-    """What shots decide of a prior by numbers.
+    """The numbers of a prior that shots decide.
 
     Args:
         head: untrained.
@@ -139,7 +139,7 @@ def likeliest_variance(head: CLIPHead, options: FilterOptions, shots: Support, l
 
 
 def _climbed(scores: Sequence[Callable[[], float]], start: int) -> int:
-    """Where a row of scores has its top, sought from a place upwards, as far as scores are not lower there."""
+    """The place of a highest score in a row, climbed to from a place for as long as scores rise."""
     found = {start: scores[start]()}
     for step in (-1, 1):
         here = start

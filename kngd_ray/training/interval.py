@@ -1,10 +1,10 @@
-"""How sure a fit is of a probability: its credible interval and its standard deviation.
+"""How certain a fit is of a probability: its credible interval and its standard deviation.
 
 Both come from the belief N(mu, P) of the weights, through the linearised variance V H P H^T V^T of functions of the
-logits. tau, the posterior temperature that serves the predicted probabilities, makes them far too narrow: what it
-calls 90 % holds a tenth of where more shots take the probabilities. So they have a scale of their own: P says which
-pictures are surer than others, and how far logits move when shots are added is known from other tasks. It is much the
-same for all of them (``benchmarks/interval_coverage.py``).
+logits. tau, the posterior temperature that serves the predicted probabilities, makes them far too narrow: an interval
+that it calls 90 % holds a tenth of the probabilities after more shots. So they have a scale of their own: P says which
+pictures are more certain than others, and how far logits move when shots are added is known from other tasks. It is
+much the same for all of them (``benchmarks/interval_coverage.py``).
 """
 
 import torch
@@ -29,7 +29,7 @@ def interval_scale(novelty: Novelty | None) -> float | None:
         novelty: the variances of held-out shots' logits at P.
 
     Returns:
-        It; None where nothing was held out, or the fit is sure of everything.
+        The factor; None where nothing was held out, or the fit is certain of everything.
     """
     if novelty is None or not novelty.median:
         return None
@@ -52,8 +52,8 @@ def probability_interval(
         scale: of :func:`interval_scale`.
 
     Returns:
-        (m, 2) low and high; None where there is no posterior or no scale, where it has no part in the prediction, and
-        of networks that predict by draws, whose gradients for each picture are dear.
+        (m, 2) low and high; None where there is no posterior or no scale, where the posterior has no part in the
+        prediction, and for networks that predict by draws, whose gradients for each picture are expensive.
     """
     if scale is None or not predictor.linearises:
         return None
@@ -74,7 +74,7 @@ def probability_interval(
 def probability_std(predictor: Predictor, features: Tensor, scale: float | None) -> Tensor:
     """Posterior standard deviation of each class's probability, linearised at the mean of the weights.
 
-    Where the straight line leaves [0, 1] it is cut off at the most that a probability of that mean can have.
+    Where the straight line leaves [0, 1], it is cut off at the largest value possible for a probability of that mean.
 
     Args:
         predictor: a head and its belief.

@@ -118,7 +118,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _thriftier(options: FitOptions) -> str:
-    """What takes less memory."""
+    """What to do to take less memory."""
     ways = ["lower batch_size", "raise trainer.num_workers, over which a batch is spread"]
     if options.tune.images:
         if options.tune.precision == "float32":

@@ -26,7 +26,7 @@ FORESEEN = "stream/foreseen"
 NOISE = "noise"
 TOWERS_BY = "prior/towers"
 HELD_OUT = "start/held_out"
-_KEY = "|"  # between a layer's name and that of a tensor of its covariance, in checkpoints
+_KEY = "|"  # between a layer's name and the name of a tensor of its covariance, in checkpoints
 
 
 class KalmanNGD:
@@ -40,7 +40,7 @@ class KalmanNGD:
         options: observation models, covariance family, prior and noise.
         seed: of the random numbers that sampling observation models use.
         group: the ranks that advance together.
-        streamed: update layer by layer and in place, as towers need it, of which no second copy fits.
+        streamed: update layer by layer and in place, which towers need, as no second copy of them fits.
 
     Raises:
         FilterError: towers whose activations are not finite.
@@ -96,7 +96,7 @@ class KalmanNGD:
         Args:
             covariance: P of the own parts.
             gamma: how much of the zero-shot logits is believed.
-            p0: prior variance of a weight, as far as one number says it; what a process relaxes to.
+            p0: prior variance of a weight, as far as one number can say it; what a process relaxes to.
             logit_variance: prior variance of a logit that the shots chose, nats^2.
         """
         assert isinstance(self.head, CLIPHead)
@@ -189,13 +189,13 @@ class KalmanNGD:
 
     @property
     def _of_start(self) -> dict[str, Tensor]:
-        """What heads that were fitted before the towers say of shots that they have not seen."""
+        """What heads that were fitted before the towers say about shots that they have not seen."""
         if not isinstance(self.posterior, StreamedPosterior):
             return {}
         return {} if self.posterior.held_out is None else {HELD_OUT: self.posterior.held_out}
 
     def load(self, state: MethodState) -> None:
-        """Continue from a state; its covariance is that of all parameters, on whatever ranks it was written."""
+        """Continue from a state; its covariance is of all parameters, whatever ranks wrote it."""
         self.posterior.noise = state.replicated[NOISE].to(self.noise)
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
@@ -220,7 +220,7 @@ def chosen_variance(state: MethodState) -> float | None:
         state: of the fit.
 
     Returns:
-        Nats^2; None where it was given, or the state is of a version that did not tell.
+        Nats^2; None where it was given, or the state is from a version that did not say.
     """
     found = state.replicated.get(LOGIT_VARIANCE)
     return None if found is None else float(found)

@@ -26,9 +26,10 @@ class StepStats:
         nis: nu^T S^-1 nu, expected value M.
         nis_per_observation: nis / M; for observations that are residuals (cosine, probability), well above 1
             says that the noise is underestimated. Others do not reach 1 by construction.
-        log_evidence: log N(nu; 0, S), nats, summed over the M observations; S holds their own noise, not the tempered.
+        log_evidence: log N(nu; 0, S), nats, summed over the M observations; S holds their own noise, not the tempered
+            one.
         jitter: what S needed on its diagonal to factor; normally 0.
-        gated: observations that the gate weighed down or left out.
+        gated: observations that the gate gave less weight or left out.
         bytes_moved: bytes that this rank received from others.
         covariance_bytes: bytes of the covariance that this rank holds.
         log_predictive: of a batch that is scored, the log-probability of its labels under the belief before the step,
@@ -55,7 +56,7 @@ class MethodState:
     Attributes:
         weights: trainable weights by name, replicated.
         replicated: the method's own tensors that every rank has alike.
-        covariance: by layer and key, the piece of this rank's own; when loaded, the whole.
+        covariance: by layer and key, this rank's own piece; when loaded, the whole.
         pieces: (start, stop) of the flattened parameter that each rank's pieces cover.
     """
 
@@ -130,7 +131,7 @@ def centres(head: CLIPHead) -> dict[str, Tensor]:
         head: of a fit.
 
     Returns:
-        The buffers of the adapters that measure them from anything, by name.
+        The buffers of the adapters that measure features from something, by name.
     """
     return {name: buffer for name, buffer in head.named_buffers() if name.endswith(".centre")}
 

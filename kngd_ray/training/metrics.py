@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
 
-from kngd_ray.errors import KngdError
+from kngd_ray.clip.builds import torchvision_errors
 
-try:
+with torchvision_errors():  # torchmetrics imports torchvision
     from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
-except RuntimeError as error:  # torchmetrics imports torchvision, whose operators need the torch it was built for
-    if "torchvision" not in str(error):
-        raise
-    raise KngdError(
-        f"torchvision was built for another torch than {torch.__version__} ({error}): install both again, together and "
-        "from one package index."
-    ) from error
 
 ECE_BINS = 15
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing

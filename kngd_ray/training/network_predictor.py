@@ -2,13 +2,13 @@ r"""Predictions of a network whose towers are trained: from pictures, at the mea
 
 Linearised, the logits f of a picture are normal around those of the mean. Where the adapters were fitted before the
 towers, their part of the covariance is a product, known without a pass. The towers' part takes one backward pass for a
-batch, in the direction that decides: the most probable class t against the others, as probable as they are ::
+batch, in the direction that decides: the most probable class t against the others, weighted by their probabilities ::
 
     r = e_t - sum_{c != t} p_c / (1 - p_t) e_c      v = r^T J P J^T r      covariance of the towers' part  v / |r|^2 I
 
-What J P J^T is along other directions is not looked at. Intervals and novelty percentiles are of the same covariance.
-Where the text tower is trained on class logits, the towers'
-part would take a pass through all prompts for each picture, and is left out.
+J P J^T along other directions is not looked at. Intervals and novelty percentiles come from the same covariance. Where
+the text tower is trained on class logits, the towers' part would take a pass through all prompts for each picture, and
+is left out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -231,7 +231,7 @@ class NetworkPredictor:
         return logits, along, (total.clamp_min(0) / r.square().sum(1, keepdim=True)).squeeze(1).to(along)
 
     def _head_factors(self) -> Mapping[str, Tensor] | None:
-        """B and A of a class residual that keeps them; None of other adapters and beliefs."""
+        """B and A of a class residual that keeps them; None for other adapters and beliefs."""
         assert self.belief is not None
         residual = self.head.head.residual if self.head.started else None
         P = None if residual is None else self.belief.covariance.get(f"{ADAPTERS}adapters.0.delta.weight")
@@ -254,7 +254,7 @@ class NetworkPredictor:
 
 
 def decisive(logits: Tensor) -> Tensor:
-    """The direction of logits that decides: the most probable class against the others, as probable as they are.
+    """The direction of logits that decides: the most probable class against the others, by their probabilities.
 
     Args:
         logits: (m, C).
@@ -268,7 +268,7 @@ def decisive(logits: Tensor) -> Tensor:
 
 
 def check_affordable(options: PosteriorOptions, network: CLIPNetwork) -> None:
-    """Refuse what takes too long where towers are trained.
+    """Refuse what would take too long where towers are trained.
 
     Args:
         options: how the posterior of a network enters.

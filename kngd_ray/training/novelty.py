@@ -1,14 +1,14 @@
-"""The novelty percentile of a picture: the rank of its logits' variance among those of the training shots.
+"""The novelty percentile of a picture: the rank of its logits' variance among the training shots'.
 
-The variance is that of the belief N(mu, P) of the weights, through the linearised H P H^T of the logits; it needs no
-tau. Each shot's own must be that of a belief which has not seen it. A posterior at the mode of a class residual gives
-up a shot in closed form (:mod:`kngd_ray.filters.left_out`). Other fits are measured by those of the cross-validation
-that chooses tau. These have seen less than the one that predicts, and are less sure of everything; a few fits that lack
-a single shot say by how much.
+The variance follows from the belief N(mu, P) of the weights, through the linearised H P H^T of the logits; it needs no
+tau. The variance of a shot must come from a belief that has not seen it. A posterior at the mode of a class residual
+gives up a shot in closed form (:mod:`kngd_ray.filters.left_out`). For other fits, the cross-validation that chooses tau
+measures the shots. Its fits have seen less than the one that predicts, and are less certain of everything; a few fits
+that lack a single shot say by how much.
 
-Fits of towers that started from a head are not repeated: that head gives up a shot in closed form, and the variance by
-the towers' belief, which has seen the shot, grows by the same factor. If towers are fitted by folds, those fits measure
-the shots, and nothing says how much surer the whole fit is.
+Fits of towers that started from a head are not repeated. The head gives up a shot in closed form, and the shot's
+variance under the towers' belief is taken to grow by the same factor. If towers are fitted by folds, those fits measure
+the shots, and nothing says how much more certain the whole fit is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,10 +49,10 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class Novelty:
-    """What the variance of a picture's logits is measured by.
+    """What the variance of a picture's logits is compared with.
 
     Attributes:
-        quantiles: variances of held-out training shots at tau = 1, ascending; of many, evenly spaced ones.
+        quantiles: variances of held-out training shots at tau = 1, ascending; of many shots, evenly spaced quantiles.
     """
 
     quantiles: tuple[float, ...]
@@ -69,7 +69,7 @@ class Novelty:
             variance: (N,) of held-out shots.
 
         Returns:
-            Their quantiles; None where there is no variance to tell by.
+            Their quantiles; None where there is no variance to compare.
         """
         ordered = variance.double().cpu().sort().values
         if not len(ordered) or not bool(ordered.isfinite().all()) or not float(ordered[-1]) > 0:
@@ -244,11 +244,11 @@ def _by_folds(
 
 
 def _shrinkage(task: FitTask, by_fold: Tensor, device: torch.device | str, size: int) -> float:
-    """How much smaller the variance of new pictures is than by fits that lack a fold: by a few that lack one shot.
+    """How much smaller the variance is for new pictures than for fits that lack a fold, by a few that lack one shot.
 
     Args:
         task: the fit.
-        by_fold: (N,) variance of each shot by a fit without its fold; NaN of those that were in none.
+        by_fold: (N,) variance of each shot by a fit without its fold; NaN for shots that were in none.
         device: where to compute.
         size: bytes of a covariance.
 

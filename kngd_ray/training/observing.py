@@ -46,7 +46,7 @@ class BatchSeen:
 
     @cached_property
     def energy(self) -> Tensor:
-        """What the data cost there, a scalar of the local samples in float64.
+        """The cost of the data there, a scalar of the local samples in float64.
 
         Half the squares of whitened residuals, and negative log-likelihoods over their noise. Only steps that are tried
         at several points ask for it.
@@ -85,7 +85,7 @@ class Observer:
 
     @cached_property
     def linearizer(self) -> Linearizer:
-        """Of the head, tried out once it is asked for: a fit that ends at the mode does not."""
+        """Of the head, tried out on first use: a fit that ends at the mode never uses it."""
         return Linearizer(self._head, self._head.example(_EXAMPLES))
 
     @cached_property
@@ -113,8 +113,8 @@ class Observer:
         Args:
             batch: this rank's part of the global batch.
             noise: the noise state.
-            displaced: (n,) mu- less the weights, where these are not the predicted mean: the innovations are then
-                those of the linear model at mu-.
+            displaced: (n,) mu- less the weights, where these are not the predicted mean: the linear model at mu- then
+                gives the innovations.
 
         Returns:
             What was seen.
@@ -138,7 +138,7 @@ class Observer:
             uniforms: random numbers of each model, of :meth:`uniforms`.
             noise: the noise state.
             displaced: as in :meth:`observe`.
-            offset: (m, C) which makes of the local logits those of weights that have not seen the sample.
+            offset: (m, C) from the local logits to the logits by weights that have not seen the sample.
 
         Returns:
             What was seen.
@@ -178,7 +178,7 @@ class Observer:
         return BatchSeen(logits, observed, whitening, nu, base, channel, plain, cost)
 
     def _energy(self, outputs: Tensor, batch: Batch, whitened: Tensor, R: Tensor) -> Tensor:
-        """What the local samples cost: outputs (m, D), whitened innovations (m, k), noise (m, k) or (m, k, k)."""
+        """The cost of the local samples: outputs (m, D), whitened innovations (m, k), noise (m, k) or (m, k, k)."""
         variances = R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)
         logits, row = outputs[:, : self._classes], 0
         found = outputs.new_zeros((), dtype=torch.float64)
@@ -200,7 +200,7 @@ class Observer:
             noise: the noise state before.
             seen: what was seen.
             outcome: the update.
-            model: how it is estimated; None is as the options say.
+            model: how it is estimated; None follows the options.
 
         Returns:
             The noise state.
@@ -228,7 +228,7 @@ class Observer:
         return [self._uniforms(number, batch) for number in range(len(self._models))]
 
     def _observations(self, outputs: Tensor, batch: Batch, uniforms: Sequence[Tensor]) -> list[Observation]:
-        """What each model sees of the local outputs (m, D): the logits, and after them the pairs of those that ask."""
+        """What each model sees of the local outputs (m, D): the logits, then the pairs for models that ask."""
         logits = outputs[:, : self._classes]
         seen = []
         for model, u in zip(self._models, uniforms, strict=True):
@@ -264,7 +264,7 @@ class Observer:
         return [column.to(mine.dtype) for column, mine in zip(gathered, columns, strict=True)]
 
     def _gate_residuals(self, whitened: Tensor, R: Tensor, nu: Tensor, factor: Tensor) -> GateResiduals:
-        """Residuals as they are, less the tempering of their noise; in the place of the others nu and factor (s, k)."""
+        """Residuals as they are, without the tempering of their noise; for the others nu and factor (s, k) instead."""
         tempering = self._passes**0.5
         deviation = (R if R.dim() == 2 else R.diagonal(dim1=1, dim2=2)).double().sqrt()
         return GateResiduals(

@@ -37,22 +37,22 @@ class FilterOptions:
         covariance: covariance family.
         p0: prior variance of every weight around its initial value; of a tower's own weights, see `towers`. None is
             0.1, or what `logit_variance` asks for.
-        logit_variance: prior variance of a logit around its mean over the shots, nats^2, in the place of `p0`, which
-            follows from it and the shots: the same on any CLIP, whatever its logit scale. None takes `p0`.
+        logit_variance: prior variance of a logit around its mean over the shots, nats^2. `p0` then follows from it and
+            the shots: the same on any CLIP, whatever its logit scale. None takes `p0`.
         logit_spread: standard deviation of log `logit_variance` under a log-normal prior: where fits go to their mode
             (``FitOptions.at_mode``) it is the median, and folds over the shots choose; other fits take the value two
             standard deviations below it. 0 keeps it.
         mean: how much of the zero-shot logits is believed a priori.
         towers: prior variance of a tower's own weights (``tune.parameters=full``) as a part of the mean square of their
-            layer: 0.01 takes each for off by a tenth of what is usual there. Process noise is in proportion.
-        tower_logit_variance: prior variance of a logit, less the mean over classes, that all trained weights of the
-            towers give it together, nats^2, a mean over the shots: the same on any architecture, width and logit scale,
-            in the place of `towers`, and of `p0` for LoRA's factors. Weights share it in proportion to the mean square
+            layer: 0.01 takes each to be off by a tenth of what is usual there. Process noise is in proportion.
+        tower_logit_variance: prior variance, nats^2, that all trained weights of the towers together give a logit less
+            its mean over classes, averaged over the shots. It means the same on any architecture, width and logit
+            scale, and replaces `towers`, and `p0` for LoRA's factors. Weights share it in proportion to the mean square
             of their layer. At 0 the towers stay as they are; None states the prior in weights.
         gate: what is done about observations that the belief finds too surprising.
-        serial: samples conditioned on at once within a batch, each run knowing those before it (so does the gate);
-            0 is all of them. The work of the exact diagonal and of
-            the block-diagonal form grows with the square of it, so a large batch is cheaper in small runs.
+        serial: samples conditioned on at once within a batch, each run knowing the samples before it (so does the
+            gate); 0 is all of them. The work of the exact diagonal and of the block-diagonal form grows with the square
+            of it, so a large batch is cheaper in small runs.
         iterations: linearisations per step, at most; above 1 the batch is linearised again at the new mean (iterated
             EKF), and a step that raises the objective is halved.
         tolerance: change of a logit in nats below which a step is at its mode, and is linearised no further.
@@ -111,9 +111,9 @@ class NoiseOptions:
     Attributes:
         process: how the belief moves between steps.
         observation: how observation noise is estimated; it starts at each observation model's r0.
-        tempering: ``passes`` multiplies R by the number of passes over the shots, so that all passes together
-            count each shot once: on linear observations the posterior is then that of a single pass.
-            ``none`` counts a shot again each time that it is seen, and the posterior is too narrow by so much.
+        tempering: ``passes`` multiplies R by the number of passes over the shots, so that all passes together count
+            each shot once: on linear observations, the posterior then equals a single pass's. ``none`` counts a shot
+            again each time that it is seen, which makes the posterior too narrow by as much.
     """
 
     process: ProcessModel = field(default_factory=RandomWalk)
@@ -273,9 +273,9 @@ class FitOptions:
 def counted_once(options: FitOptions, views: int) -> FitOptions:
     """Options of a filter that observes several views of each picture at once.
 
-    A crop says nothing of the labels that its picture does not say. What it says is which features of a picture do not
-    matter to its label. So each view is observed with as many times the noise as there are views, and the posterior is
-    as wide as that of the pictures.
+    A crop says nothing about the labels that its picture does not say. What it says is which features of a picture do
+    not matter to its label. So the noise of each view is multiplied by the number of views, and the posterior is as
+    wide as from the pictures alone.
 
     Args:
         options: as they were given.

@@ -1,7 +1,7 @@
 """Shots as pictures in a file, read at random and augmented.
 
-A sample's crop is a function of the fit's seed, the turn and the number of the picture: of neither the ranks, nor the
-threads, nor the step at which a run was resumed.
+A sample's crop is a function of the fit's seed, the turn and the number of the picture. It depends neither on the
+ranks, nor on the threads, nor on the step at which a run was resumed.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ def _opened(path: Path, *_version: int) -> PictureFile:
 
 
 def preparation(transform: Transform, augment: Augment | None) -> Prepare:
-    """The way of a picture from its bytes to what the image tower takes.
+    """What turns a picture's bytes into what the image tower takes.
 
     Args:
         transform: where nothing is augmented.
@@ -169,7 +169,7 @@ def stacked(pictures: Sequence[Tensor], prepare: Prepare) -> Tensor:
         prepare: that made them.
 
     Returns:
-        (m, 3, H, W), also for a rank without samples, which takes part in a step all the same.
+        (m, 3, H, W), also for a rank without samples, which still takes part in a step.
     """
     if pictures:
         return torch.stack(list(pictures))

@@ -51,7 +51,7 @@ class TestPictures:
         return len(self.rows)
 
     def subset(self, keep: Tensor) -> "TestPictures":
-        """Those that a boolean or ascending index tensor selects."""
+        """The pictures that a boolean or ascending index tensor selects."""
         return TestPictures(self.images, self.rows[keep.numpy()])
 
     def to(self, device: torch.device | str) -> "TestPictures":

@@ -33,7 +33,7 @@ class Update:
         observations: M of the global batch.
         log_evidence: log N(nu; 0, S) of the innovations as they were before whitening, nats, a scalar.
         jitter: what S needed on its diagonal to factor.
-        gated: observations that the gate weighed down or left out, a scalar.
+        gated: observations that the gate gave less weight or left out, a scalar.
         log_predictive: of a batch that is scored, the log-probability of its labels at each of the posterior's taus.
     """
 
@@ -50,7 +50,7 @@ class Update:
 
     @classmethod
     def of(cls, belief: Belief, noise: Tensor, seen: BatchSeen, outcome: StreamedOutcome) -> "Update":
-        """Of a batch that was linearised: as seen at the predicted mean, and the update there."""
+        """From a batch that was linearised: as seen at the predicted mean, and the update there."""
         return cls(
             belief,
             noise,
@@ -96,7 +96,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def keep(self, transition: Transition) -> Tensor | None:
-        """What a step that is refused would have to be undone with."""
+        """What is needed to undo a step that is refused."""
 
     @abstractmethod
     def undo(self, kept: Tensor | None) -> None:

@@ -131,7 +131,7 @@ class Predictor:
             features: (m, d) unit image embeddings.
 
         Returns:
-            (m,) s^2 x^T A x and (C, C) B, at tau = 1; None of other heads and families.
+            (m,) s^2 x^T A x and (C, C) B, at tau = 1; None for other heads and families.
         """
         residual = self.head.residual if isinstance(self.head, CLIPHead) else None
         if residual is None or self.belief is None or not isinstance(self.family, Kronecker):
@@ -191,11 +191,11 @@ class Predictor:
 
 
 def moderated(logits: Tensor, variance: Tensor) -> Tensor:
-    """Logits whose softmax is about the mean of that of uncertain ones, which are jointly Gaussian.
+    """Logits whose softmax is about the mean softmax of uncertain logits, which are jointly Gaussian.
 
-    Of two classes it is MacKay's probit moderation (arXiv 2002.10118, eq. 8) of the difference of their logits, of more
-    that of the mean variance of all differences. What a softmax does not see, a constant added to all logits and its
-    variance, has no part in it; and the most probable class stays the same.
+    For two classes it is MacKay's probit moderation (arXiv 2002.10118, eq. 8) of the difference of their logits, for
+    more classes the same with the mean variance of all differences. A constant added to all logits, which a softmax
+    does not see, has no part in it, nor has its variance. The most probable class stays the same.
 
     Args:
         logits: (m, C) means.
@@ -223,7 +223,7 @@ def centred_variances(B: Tensor) -> Tensor:
 
 
 def centring(classes: int, like: Tensor) -> Tensor:
-    """The matrix that takes from logits their mean over classes.
+    """The matrix that subtracts from logits their mean over classes.
 
     Args:
         classes: C.

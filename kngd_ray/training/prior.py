@@ -1,8 +1,8 @@
 """The posterior becomes a prior: a fit that starts where an earlier one ended.
 
-The new fit begins at the N(mu, P) of the earlier one, so that on linear observations both together learn what one
-pass over all their shots would; shots that both have seen count twice. Only the belief continues: the observation
-noise was estimated from the earlier data and an optimiser's moments belong to its loss, so both start anew.
+The new fit begins at the N(mu, P) of the earlier one, so on linear observations both together learn what one pass over
+all their shots would. Shots that both have seen count twice. Only the belief continues: the observation noise was
+estimated from the earlier data and an optimiser's moments belong to its loss, so both start anew.
 """
 
 import hashlib

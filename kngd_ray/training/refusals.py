@@ -8,7 +8,7 @@ _MAX_REFUSED = 10
 
 
 class Refusals:
-    """How often a fit may go on without a step that was refused.
+    """Counts refused steps, and ends a fit that has too many in a row.
 
     Args:
         steps: of the whole fit.

@@ -58,7 +58,7 @@ def identity_of(
 
 
 def load_fitted(manifest: Mapping[str, Any], config: ModelConfig | None = None) -> AnyModel:
-    """The model that a fit was trained on, by whatever data it is to be used on now.
+    """The model that a fit was trained on, whatever data it is now used on.
 
     Args:
         manifest: of a checkpoint of the fit.

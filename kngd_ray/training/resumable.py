@@ -205,7 +205,7 @@ def _listed(value: Any) -> Any:
 
 
 def _differing(found: Any, expected: Any) -> tuple[Any, Any]:
-    """The innermost entries at which two nested values part."""
+    """The innermost entries at which two nested values differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in expected:
             if found.get(key) != expected[key]:

@@ -1,9 +1,10 @@
 """Where a fit of towers begins: at a head that was fitted on the features of the pretrained ones.
 
-Towers that move while a head is learned from nothing are moved by errors that the head alone would have mended; LP-FT
-(Kumar et al., arXiv 2202.10054) fits the head first. For the filter this is a sequence of posteriors: theta starts at
-the head's mean, and the head's covariance is kept, Kronecker factors as they are, while the towers are at their prior.
-The shots are not counted twice, see :mod:`~kngd_ray.sharding.streamed`. Gradient methods take the weights.
+Towers that move while a head is learned from scratch are moved by errors that the head alone would have corrected.
+LP-FT (Kumar et al., arXiv 2202.10054) therefore fits the head first. For the filter this is a sequence of posteriors:
+theta starts at the head's mean, and the head's covariance is kept, Kronecker factors as they are, while the towers are
+at their prior. The shots are not counted twice, see :mod:`~kngd_ray.sharding.streamed`. Gradient methods take the
+weights.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class HeadStart:
             support: features of its shots.
 
         Returns:
-            The head's fit; None where the towers' starts elsewhere, or there are no towers.
+            The head's fit; None where the fit of the towers starts elsewhere, or there are no towers.
         """
         if not options.tune.images or options.tune.start != "head":
             return None
@@ -89,7 +90,7 @@ def begin_at(network: CLIPNetwork, fitted: MethodState, group: Group) -> None:
 
     Args:
         network: before its optimiser is built.
-        fitted: what came of the head's fit on this rank; processors of several kinds may round differently.
+        fitted: the head's fit on this rank; processors of different kinds may round differently.
         group: the ranks.
     """
     like = network.class_embeddings
@@ -102,18 +103,18 @@ def begin_at(network: CLIPNetwork, fitted: MethodState, group: Group) -> None:
 
 @torch.no_grad()
 def put_start(network: CLIPNetwork) -> None:
-    """Let the adapters have the weights that the fit of the towers starts from, if there are any."""
+    """Give the adapters the weights that the fit of the towers starts from, if there are any."""
     for name, weight in network.head.named_parameters():
         if name in network.started:
             weight.copy_(network.started[name])
 
 
 def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: Tensor | None) -> None:
-    """Let the belief of a fit of towers have the head's covariance, before its first step.
+    """Give the belief of a fit of towers the head's covariance, before its first step.
 
     Args:
         method: at its prior, on the head's weights.
-        fitted: what came of the head's fit on this rank.
+        fitted: the head's fit on this rank.
         held_out: (N, C) logits of the shots by heads that have not seen them, less the head's; None if not known.
     """
     assert isinstance(method.posterior, StreamedPosterior)

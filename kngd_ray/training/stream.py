@@ -5,10 +5,10 @@
     first batch     predicted by the zero-shot head     then it informs the prior, and is learned from
     each later one  predicted by the belief before it   then it is learned from
 
-Nothing that a batch is predicted by has seen it, nor what comes after it. So tau is the one that has predicted the
-latest batches best, under its prior; in the beginning it is the prior's median. What changes may change how sure a
-belief should be of itself, so that a batch counts half as much when 50 samples have come after it. The figures are
-prequential: those of a method that is judged as it is used.
+Whatever predicts a batch has seen neither this batch nor anything after it. So tau is the one that has predicted the
+latest batches best, under its prior; in the beginning it is the prior's median. A change in the stream may change how
+certain a belief should be of itself, so a batch counts half as much when 50 samples have come after it. The figures are
+prequential: the method is judged as it is used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Stream:
 
     @property
     def taus(self) -> tuple[float, ...]:
-        """Those that may be chosen."""
+        """The taus that may be chosen."""
         if self.posterior.predict == "mean":
             return (0.0,)
         return TAU_GRID if self.posterior.temperature is None else (self.posterior.temperature,)
@@ -103,11 +103,11 @@ class Foresight:
         """Learn of a batch.
 
         Args:
-            log_predictive: (T,) of its labels, nats; one of a method without a posterior.
+            log_predictive: (T,) of its labels, nats; a single one for a method without a posterior.
             size: its samples.
 
         Returns:
-            That at the tau which was chosen before.
+            The one at the tau that was chosen before.
         """
         told = log_predictive if len(log_predictive) == len(self.taus) else [log_predictive[0]] * len(self.taus)
         found = told[self._best]
@@ -140,7 +140,7 @@ class Met:
         size: its samples.
         accuracy: share of them that was predicted right.
         nll: of their labels, nats per sample, at tau.
-        tau: chosen by what the batches before were like; 0 of a method without a posterior.
+        tau: chosen on the batches before; 0 for a method without a posterior.
     """
 
     size: int
@@ -184,16 +184,16 @@ def prequential(met: Sequence[Met]) -> dict[str, float]:
 
 
 def retention(stages: Sequence[Stage], looks: Sequence[Look]) -> dict[str, float]:
-    """What is kept of domains when others follow, as of their test samples.
+    """What is kept of domains when others follow, measured on their test samples.
 
     Args:
         stages: of the stream.
         looks: at the end of each, and of the stream.
 
     Returns:
-        ``learned``, the mean accuracy on a domain right after its last stage, ``final``, that after the end of the
-        stream, and ``forgetting``, the former less the latter over all domains but that of the last stage; nothing
-        where there are no stages, and no ``forgetting`` of a single domain.
+        ``learned``, the mean accuracy on a domain right after its last stage; ``final``, the same after the end of the
+        stream; and ``forgetting``, the former less the latter over all domains except the last stage's. Nothing where
+        there are no stages, and no ``forgetting`` for a single domain.
     """
     if not stages:
         return {}

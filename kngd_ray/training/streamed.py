@@ -1,7 +1,7 @@
 """A belief over whole towers: the same filter, a layer at a time and in place.
 
-A tower has so many weights that a second copy of theta or P is what does not fit. So theta is one flat buffer of which
-the network's parameters are views, and :class:`~kngd_ray.sharding.StreamedFilter` writes into it and into P. Beside the
+A tower has so many weights that a second copy of theta or P does not fit. So theta is one flat buffer of which the
+network's parameters are views, and :class:`~kngd_ray.sharding.StreamedFilter` writes into it and into P. Beside the
 activations and their derivatives a step holds n numbers of theta, the rank's share of P, and one layer's rows of H.
 """
 
@@ -35,7 +35,7 @@ def family_of(head: Head, options: FitOptions) -> Family:
         options: likewise.
 
     Returns:
-        The family that the options name, or it and the other for the adapters.
+        The family that the options name, with Kronecker factors for such adapters.
     """
     family = options.filter.covariance
     if not isinstance(head, CLIPNetwork) or not head.started or not isinstance(family, Layerwise):
@@ -44,7 +44,7 @@ def family_of(head: Head, options: FitOptions) -> Family:
 
 
 def check_activations(head: Head, options: FitOptions) -> None:
-    """Refuse towers that compute no numbers: how they are linearised is found out by comparing numbers.
+    """Refuse towers whose activations are not finite: how towers are linearised is found out by comparing numbers.
 
     Args:
         head: before the first step.
@@ -87,7 +87,7 @@ class StreamedPosterior(Posterior):
         return cls(head, options, observer, StreamedFilter(family, observer.layers, group, prior.gate, units, settled))
 
     def unsettle(self) -> None:
-        """Let adapters learn as all else does: what is to be observed is not what they were fitted on."""
+        """Let adapters learn as everything else does: what is to be observed is not what they were fitted on."""
         self.filter.unsettle()
 
     @property
@@ -135,7 +135,7 @@ class StreamedPosterior(Posterior):
         return replace(update, log_predictive=(-nll * batch.total,))
 
     def _offset(self, batch: Batch) -> Tensor | None:
-        """(m, C) what makes of the local logits those of a head without the sample, where that is known."""
+        """(m, C) from the local logits to the logits of a head without the sample, where that is known."""
         if self.held_out is None or batch.shots is None or not self.filter.settled:
             return None
         return self.held_out[batch.shots.to(self.held_out.device)]
@@ -168,8 +168,9 @@ class StreamedPosterior(Posterior):
 def _units(head: Head, options: FitOptions) -> dict[str, float]:
     """Prior variances of the towers' layers in units of the adapters': in proportion to the mean square of weights.
 
-    Weights of a normalisation that shift go by those that scale: they act on the same outputs. LoRA's factors B start
-    at 0, and are the unit; its A go by their own mean square where a logit's variance is given, else they are as B.
+    A normalisation's shifting weights take the mean square of its scaling ones: they act on the same outputs. LoRA's
+    factors B start at 0, and are the unit; its A go by their own mean square where a logit's variance is given, else
+    they are as B.
     """
     prior, towers = options.filter, {n: p for n, p in trainable(head).items() if n.startswith(TOWERS)}
     relative = prior.tower_logit_variance is not None

@@ -1,4 +1,4 @@
-"""How wide the prior of towers is, said of functions: the variance of a logit on the shots.
+"""How wide the prior of towers is, in terms of functions: the variance of a logit on the shots.
 
 One number of nats^2 for all trained weights of the towers together, which share it in proportion to the mean square of
 their layers. The factor follows from the Jacobian where the fit starts ::
@@ -27,12 +27,12 @@ _SIGNS = 4  # stream of random numbers, apart from those of batches, labels and 
 
 
 def widen_towers(method: KalmanNGD, shots: Shots, variance: float) -> float:
-    """Give the towers the prior under which a logit varies by so much, before the first step.
+    """Give the towers the prior under which a logit varies by this much, before the first step.
 
     Args:
         method: a fit of towers, at its start; every rank calls this alike.
         shots: all of the fit, pictures as they are, or features where the image tower is frozen.
-        variance: of a logit less the mean over classes, nats^2; 0 lets the towers be.
+        variance: of a logit less the mean over classes, nats^2; 0 keeps the towers as they are.
 
     Returns:
         By how much the prior was widened.
@@ -77,7 +77,7 @@ def measured_variance(method: KalmanNGD, shots: Shots) -> float:
 
 
 def _directions(C: int, k: int, seed: int, shot: int) -> Tensor:
-    """(k, C) directions of logits e, the sum of whose e e^T is the identity in the mean."""
+    """(k, C) directions e of logits, whose sum of e e^T is the identity on average."""
     if k == C:
         return torch.eye(C)
     return (torch.randint(2, (k, C), generator=seeded(seed, shot, _SIGNS)) * 2.0 - 1) / k**0.5

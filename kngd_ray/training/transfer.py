@@ -18,8 +18,8 @@ def transferred(
 ) -> AnyPredictor:
     """A predictor over other classes by the same weights.
 
-    Towers and the adapters of embeddings serve any class. What is about single classes, a class residual, is left out:
-    a fit that trained nothing else predicts the others as the pretrained model does.
+    Towers and the adapters of embeddings serve any class. A class residual, which is about single classes, is left out:
+    a fit that trained nothing else predicts other classes as the pretrained model does.
 
     Args:
         predictor: of the fit.
@@ -28,7 +28,7 @@ def transferred(
         class_embeddings: (C', d) unit embeddings of the other classes by the pretrained text tower.
 
     Returns:
-        The predictor, its posterior that of the weights that carry over.
+        The predictor, with the posterior of the weights that carry over.
     """
     if isinstance(predictor, NetworkPredictor):
         return _NetworkTransfer(predictor, class_names, templates, class_embeddings)

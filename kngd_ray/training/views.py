@@ -1,9 +1,9 @@
 """Crops that a head on frozen features learns from in addition to each picture.
 
-A crop says nothing of the labels that its picture does not say. What it says is which features of a picture do not
+A crop says nothing about the labels that its picture does not say. What it says is which features of a picture do not
 matter to its label: a head that has seen crops is not surprised by them, nor by other pictures. A step to the mode sees
 all views of a picture at once and counts them as one (:func:`~kngd_ray.training.options.counted_once`); other methods
-see another view in each epoch.
+see a different view in each epoch.
 """
 
 from kngd_ray.clip import AnyModel, ClipModel, TuneOptions, augmentation_of

@@ -224,6 +224,39 @@ def test_a_model_that_cannot_be_loaded(doctor: Doctor, command: Any) -> None:
     assert "absent.safetensors" in found["model", "here"]["found"]
 
 
+FIT = """
+import sys
+import kngd_ray
+from kngd_ray.errors import KngdError
+try:
+    kngd_ray.KalmanCLIP().fit(["a.png", "b.png"], ["a", "b"])
+except KngdError as error:
+    sys.exit(f"kngd-ray: {error}")
+"""
+
+
+def test_a_torchvision_for_another_torch_is_the_same_sentence_everywhere(command: Any, token: Path) -> None:
+    package = command.folder / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    path = os.pathsep.join([str(command.folder), str(Path(kngd_ray.__file__).parents[1])])
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, *words]
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    settings = command.settings()
+    looked = run("-m", "kngd_ray.cli", "doctor", "--json", *settings)
+    (found,) = (check["found"] for check in json.loads(looked.stdout)["checks"] if check["check"] == "model")
+    assert found.startswith("torchvision was built for another torch than ")
+    assert "(operator torchvision::nms does not exist): install both again" in found
+    for done in (run("-m", "kngd_ray.cli", "train", *settings), run("-c", FIT)):
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == f"kngd-ray: {found}"
+        assert "Traceback" not in done.stderr
+
+
 def test_a_check_that_hangs_or_breaks_ends_no_other(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_checks, "write", lambda *_: time.sleep(600))
     monkeypatch.setattr(doctor_checks, "_NODE_SECONDS", 0.5)

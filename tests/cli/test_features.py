@@ -322,7 +322,7 @@ def test_shots_and_crops_of_a_file_are_those_of_the_pictures_bit_for_bit(command
 def test_encode_says_what_becomes_of_crops(command, tmp_path) -> None:
     local = [f"data.cache_dir={command.cache}", "trainer.num_workers=0"]
     shown = " ".join(command("encode", command.data, "--out", tmp_path / "none", *local).err.split())
-    assert "as by tune.views=0; --views 8 writes crops as well, in 9 times the time and space" in shown
+    assert "as by tune.views=0; to write crops as well, encode with `views` at 8, which takes 9 times the time" in shown
     scale = "tune.crop_scale=[0.6,0.9]"
     report = command("encode", command.data, "--out", tmp_path / "one", "--views", 1, scale, *local, "--json")
     assert "and 1 crop of each picture" in " ".join(report.err.split())
@@ -335,7 +335,7 @@ def test_encode_says_what_becomes_of_crops(command, tmp_path) -> None:
         command("encode", command.data, "--views", 1, "tune.augment=none", *local),
         USAGE,
         "tune.augment=none",
-        "--views",
+        "views is 1",
     )
 
 

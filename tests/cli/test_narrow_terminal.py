@@ -1,0 +1,76 @@
+"""Tables on a terminal narrower than they are: no figure and no name is cut off."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from kngd_ray.console import Display
+from kngd_ray.experiment.predict import _show
+
+Printed = Callable[[Callable[[Display], None], int], str]
+
+
+@pytest.fixture
+def printed() -> Printed:
+    """What is printed on a terminal of some width."""
+
+    def shown(show: Callable[[Display], None], width: int) -> str:
+        display, stream = Display(), io.StringIO()
+        display.out = display.console = Console(file=stream, width=width, force_terminal=True, color_system=None)
+        show(display)
+        return stream.getvalue()
+
+    return shown
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+
+
+def test_results_in_and_out_of_distribution_stand_below_one_another(printed: Printed) -> None:
+    inside = {"accuracy": interval(0.495), "nll": interval(1.791), "ece": interval(0.075)}
+    outside = {"accuracy": interval(0.32), "nll": interval(2.374), "ece": interval(0.096)}
+    report = {"id": inside, "ood": {"mean": outside, "twemoji": outside}}
+
+    def show(display: Display) -> None:
+        display.table("emoji", [("zero-shot", report), ("adamw, 150 steps", report)], ["seeds 0, 1"])
+
+    narrow, wide = printed(show, 60), printed(show, 120)
+    for text in (narrow, wide):
+        assert "…" not in text
+        assert text.count("emoji") == text.count("seeds 0, 1") == 1
+        for figure in ("49.5±2.0", "1.791±0.020", "0.075±0.020", "32.0±2.0", "2.374±0.020", "0.096±0.020"):
+            assert text.count(figure) == 2
+    assert narrow.count("adamw, 150 steps") == 2
+    assert wide.count("adamw, 150 steps") == 1
+    assert max(map(len, narrow.splitlines())) <= 60
+
+
+def test_predictions_keep_their_names_and_leave_figures_out(printed: Printed) -> None:
+    row = {
+        "class": "elephant",
+        "probability": 0.683,
+        "probability_low": 0.018,
+        "probability_high": 0.996,
+        "novelty": 0.06,
+        "logit_std": 0.329,
+        "uncertainty": 0.633,
+    }
+    name = "new_pictures/elephant/23.jpg"
+
+    def show(display: Display) -> None:
+        _show([row], [name], "image", display)
+
+    narrow, wide = printed(show, 60), printed(show, 120)
+    for text in (narrow, wide):
+        assert "…" not in text
+        assert all(figure in text for figure in ("0.683", "0.018 to", "0.996", "0.06", "elephant"))
+    assert name in wide
+    assert "0.329" in wide
+    assert "0.633" in wide
+    assert name in "".join(line[1:].split("  ")[0].strip() for line in narrow.splitlines())
+    assert "0.329" not in narrow
+    assert "logit std and uncertainty (nats) are left out, as this terminal has under" in " ".join(narrow.split())
+    assert "left out" not in wide

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from kngd_ray.errors import printable
@@ -71,7 +71,7 @@ class Display:
         Yields:
             A function to call with pictures done and to do.
         """
-        with self._progress(TextColumn("pictures")) as bar:
+        with self._progress("pictures") as bar:
             last = [0.0]
 
             def advance(done: int, total: int) -> None:
@@ -101,7 +101,7 @@ class Display:
                     return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: starting"
             return "fits are done"
 
-        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar, self._alive(going) as said:
+        with self._progress("{task.fields[figures]}") as bar, self._alive(going) as said:
             last: dict[str, float] = {}
             if bar is not None:
                 for fit, steps in fits.items():
@@ -149,7 +149,7 @@ class Display:
         Yields:
             A function to call with trials done, number of the latest, its objectives, the best so far, why it failed.
         """
-        with self._progress(TextColumn("{task.fields[figures]}", markup=False)) as bar:
+        with self._progress("{task.fields[figures]}") as bar:
             last = [0.0]
 
             def advance(
@@ -250,7 +250,7 @@ class Display:
             watcher.join()
 
     @contextmanager
-    def _progress(self, *columns: TextColumn) -> Iterator[Progress | None]:
+    def _progress(self, figures: str) -> Iterator[Progress | None]:
         if not self._live:
             yield None
             return
@@ -259,8 +259,9 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            *columns,
+            TextColumn(figures, markup=False, table_column=Column(ratio=1, no_wrap=True)),  # what room there is left
             console=self.console,
+            expand=True,
         ) as bar:
             yield bar
 

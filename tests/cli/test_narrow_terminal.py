@@ -74,3 +74,18 @@ def test_predictions_keep_their_names_and_leave_figures_out(printed: Printed) ->
     assert "0.329" not in narrow
     assert "logit std and uncertainty (nats) are left out, as this terminal has under" in " ".join(narrow.split())
     assert "left out" not in wide
+
+
+def test_progress_keeps_the_names_of_fits(printed: Printed) -> None:
+    stats = {"innovation_rms": 0.561, "nis_per_observation": 0.0, "log_evidence": -23.6, "nll": 0.65, "accuracy": 0.76}
+    record = {"step": 2, "steps": 3, "milliseconds": 1234.5, "refused": None, "stats": stats}
+
+    def show(display: Display) -> None:
+        display._live = True
+        with display.steps({"kalman-seed0": 3}) as advance:
+            advance("kalman-seed0", record)
+
+    for width in (50, 160):
+        last = [line for line in printed(show, width).splitlines() if "kalman-seed0 ━" in line][-1]
+        assert "2/3" in last
+        assert ("1234.5 ms/step" in last) == (width == 160)

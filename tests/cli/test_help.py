@@ -58,7 +58,7 @@ def test_help_names_every_command() -> None:
 
 def test_wrong_usage_is_exit_code_2_and_a_sentence() -> None:
     for arguments in (["trian"], ["train", "--resum", "x"], ["predict"]):
-        command = [sys.executable, "-m", "kngd_ray.cli", *arguments]
+        command = [sys.executable, "-m", "kngd_ray", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr

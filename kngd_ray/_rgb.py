@@ -24,7 +24,7 @@ REPLACE = "replace it"
 
 _WHITE_16 = 65_535
 _DARK_16 = 4096  # of 65,536: twelve bits in the place of sixteen, of which none would be brighter than 15 of 255
-# Fourteen bits in the place of sixteen end here if anything is white. Whatever ends lower may be just dark, as at night.
+# Fourteen bits in the place of sixteen end here if anything is white; what ends lower may be just dark, as at night.
 _WHITE_14 = (15 << 10, (1 << 14) - 1)
 _WHITE_IS_ZERO = 0  # of a TIFF's tag 262
 _UPRIGHT = {
@@ -212,7 +212,7 @@ def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return np.rint(255 * values).astype(np.uint8)
     if low < 0 or high > _WHITE_16:
         raise ValueError(f"its whole numbers lie between {low} and {high}: scale them to 8 bits, between 0 and 255")
-    if 0 < high and values.itemsize == 1:
+    if high > 0 and values.itemsize == 1:
         raise ValueError(f"its numbers are int8, whose white is not known, and end at {high}: give uint8, 0 to 255")
     if 0 < high < 256:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kngd_ray._vectors import Vectors, flaw, unit
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
-from kngd_ray.clip._prompts import called_missing
+from kngd_ray.clip._prompts import called_alike, called_missing
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors
 
@@ -112,8 +112,7 @@ class PrecomputedModel:
 
     def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> list[str]:
         """What is to be said of the classes; there are no prompts."""
-        note = called_missing(class_names)
-        return [] if note is None else [note]
+        return [note for note in (called_missing(class_names), called_alike(class_names)) if note is not None]
 
     def save(self, path: Path) -> None:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kngd_ray.data._classes import resolve_classes
+from kngd_ray.data._classes import named_as_splits, resolve_classes
 from kngd_ray.data._config import EMBEDDED, ColumnNames, DataConfig
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
 from kngd_ray.data._files import data_files
@@ -142,7 +142,7 @@ def open_images(
         rows=kept,
         source=rows.source,
         all_names=all_names,
-        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept])),
+        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept]), *named_as_splits(class_names)),
     )
 
 

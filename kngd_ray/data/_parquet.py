@@ -202,7 +202,9 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
     notes = (f"columns: {', '.join(other)}",) if other else ()
     if 0 < len(silent) < len(paths):
         held = "its rows are" if len(silent) == 1 else "their rows are"
-        notes += (f"no domain is stated in {listing(silent, 6)}, as others do: {held} of the domain {DEFAULT_DOMAIN!r}",)
+        notes += (
+            f"no domain is stated in {listing(silent, 6)}, as others do: {held} of the domain {DEFAULT_DOMAIN!r}",
+        )
     return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins, notes)
 
 

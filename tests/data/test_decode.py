@@ -95,7 +95,10 @@ UNKNOWN = {
     "14 bits of 16": (RAMP >> 2, "16 bits end at 16380 of 65,535, where those of 14 bits do"),
     "14 bits of 16 in a PNG": (encoded(Image.fromarray(RAMP >> 2)), "16 bits end at 16380 of 65,535"),
     "14 bits of 32": ((RAMP >> 2).astype(np.int32), "32 bits end at 16380 of 65,535"),
-    "int8": ((SHADES // 2).astype(np.int8), "its numbers are int8, whose white is not known, and end at 127: give uint8"),
+    "int8": (
+        (SHADES // 2).astype(np.int8),
+        "its numbers are int8, whose white is not known, and end at 127: give uint8",
+    ),
     "a mask": ((SHADES > 99).astype(np.uint8), "numbers are uint8 and all 0 or 1, .* or give a mask as booleans"),
     "a mask of 32 bits": ((SHADES > 99).astype(np.int32), "its numbers are int32 and all 0 or 1"),
     "colours of 0 and 1": (np.stack([SHADES > 99] * 3, 2).astype(np.uint8), "numbers are uint8 and all 0 or 1"),

@@ -328,8 +328,14 @@ def test_no_image_column(tmp_path):
         ({"label": [0, 1], "class_name": ["a", "a"]}, "class 'a' has several labels: give each"),
         ({"label": ["a", "b"], "split": ["train", "extra"]}, "set.parquet, row 1 states the split 'extra': use"),
         ({"label": ["a", "b"], "split": ["train", None]}, "row 1 states no split, though others do"),
-        ({"label": ["a", "b"], "domain": ["photo", None]}, "set.parquet, row 1 has no domain in the column `domain`: name"),
-        ({"label": ["a"] * 3, "domain": [None, "x", None]}, "set.parquet, row 0 has no domain in the column `domain`, as"),
+        (
+            {"label": ["a", "b"], "domain": ["photo", None]},
+            "set.parquet, row 1 has no domain in the column `domain`: name",
+        ),
+        (
+            {"label": ["a"] * 3, "domain": [None, "x", None]},
+            "set.parquet, row 0 has no domain in the column `domain`, as",
+        ),
         ({"label": pa.array([], pa.int32())}, "has no rows"),
     ],
 )

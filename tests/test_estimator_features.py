@@ -133,6 +133,19 @@ def test_class_embeddings_in_the_order_of_classes(train, tests, tmp_path) -> Non
         assert other.predict_proba(tests[0]) == pytest.approx(found[0].predict_proba(tests[0]), abs=1e-5)
 
 
+def test_rows_in_another_order_are_warned_of(train, recwarn) -> None:
+    estimator().fit(*train)
+    assert not [w for w in recwarn if "order" in str(w.message)]
+    match = r"another order of the rows of class_embeddings much better: .* with row 0 of 'bee', row 1 of 'cow'"
+    with pytest.warns(UserWarning, match=match):
+        estimator(class_embeddings=class_embeddings()[[1, 2, 0]]).fit(*train)
+    digits = [("1", "10", "2")[CLASSES.index(name)] for name in train[1]]
+    with pytest.warns(UserWarning, match="whole numbers as text, which are sorted as text, '1', '10', '2' and so on"):
+        estimator().fit(train[0], digits)
+    with pytest.warns(UserWarning, match="differ by case or spaces alone, 'Ant' and 'ant '"):
+        estimator().fit(train[0], [{"ant": "Ant", "bee": "ant "}.get(name, name) for name in train[1]])
+
+
 def test_without_class_embeddings(train, tests) -> None:
     clf = KalmanCLIP(model="precomputed").fit(*train)
     assert clf.score(*tests) > 0.75

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from kngd_ray.data._source import Ints, Rows, hint, listing
 from kngd_ray.data._words import JOINED, SPLIT_WORDS
 from kngd_ray.errors import DataError
 
+LabelOrder = Literal["numbers", "text", "digits"]
 _BETWEEN_WORDS = re.compile(r"[\s_.\-]+")
 
 
@@ -64,6 +66,22 @@ def resolve_classes(
             )
     number = {name: n for n, name in enumerate(chosen)}
     return np.array([number.get(str(name), -1) for name in rows.names], np.int64), chosen, tuple(ordered)
+
+
+def order_of(labels: Sequence[int | str | None]) -> LabelOrder:
+    """Tell how labels are ordered.
+
+    Args:
+        labels: of N rows, numbers or text.
+
+    Returns:
+        `text` of text; `digits` if it is all whole numbers, which are in another order as text.
+    """
+    distinct = sorted({label for label in labels if isinstance(label, str)})
+    if not distinct:
+        return "numbers"
+    numbers = [int(label) for label in distinct if label.removeprefix("-").isdecimal()]
+    return "digits" if len(numbers) == len(distinct) and numbers != sorted(numbers) else "text"
 
 
 def named_as_splits(class_names: Sequence[str]) -> list[str]:

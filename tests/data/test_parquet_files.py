@@ -86,6 +86,24 @@ def test_names_from_string_labels(write_parquet):
     assert set(images.domains.tolist()) == {"all"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ([2, 10], "numbers"),
+        (["b", "a"], "text"),
+        (["2", "10"], "digits"),
+        (["-1", "2", "10", "-2"], "digits"),
+        (["2", "9"], "text"),
+        (["02", "10"], "text"),
+        (["2", "10", "x"], "text"),
+        ([b"2", b"10"], "digits"),
+    ],
+)
+def test_how_labels_are_ordered(write_parquet, labels, order):
+    names = {"class_name": [f"n{label}" for label in labels]} if order == "numbers" else {}
+    assert opened(write_parquet(label=labels, **names)).label_order == order
+
+
 def test_names_from_dictionary_encoded_labels(write_parquet):
     images = opened(write_parquet(label=pa.array(["dog", "cat"]).dictionary_encode()))
     assert images.class_names == ("cat", "dog")

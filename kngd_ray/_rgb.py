@@ -4,7 +4,8 @@ Pillow alone clips what has more than 8 bits, shows grey floats as black, and le
 says are to be turned. Here
 
 - more than 8 bits are scaled by their range: 16 bits by 65,535, floats from 0 to 1, a bit from black to white. What
-  would come out black, or lies outside of its range, is refused: nobody knows what its white is;
+  would come out black, ends at the white of another range, or lies outside of its own is refused: nobody knows what its
+  white is. A picture that is black all over is black;
 - transparent parts are white;
 - a picture is upright, as its EXIF or XMP says. Where these cannot be read, it stays as it is, as viewers show it.
 """
@@ -23,6 +24,8 @@ REPLACE = "replace it"
 
 _WHITE_16 = 65_535
 _DARK_16 = 4096  # of 65,536: twelve bits in the place of sixteen, of which none would be brighter than 15 of 255
+# Fourteen bits in the place of sixteen end here if anything is white; what ends lower may be just dark, as at night.
+_WHITE_14 = (15 << 10, (1 << 14) - 1)
 _WHITE_IS_ZERO = 0  # of a TIFF's tag 262
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,6 +95,7 @@ def from_array(given: Any, place: str = "a picture", remedy: str = REPLACE) -> I
             f"{place} is an array of shape {pixels.shape}: a picture has (H, W) or (H, W, 3), none of them 0"
         )
     try:
+        _check_no_mask(pixels)
         narrow = np.ascontiguousarray(_eight_bits(pixels))
     except ValueError as error:
         raise BadImage(undecodable(place, str(error), remedy)) from error
@@ -134,10 +138,16 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()  # which turns a TIFF, and strikes what said so
     if deep and picture.mode in {"RGB", "RGBA", "RGBX", "LA"}:  # Pillow keeps the upper eight of them
         bands: Any = picture.getextrema()
-        if max(high for _, high in bands[: 1 if picture.mode == "LA" else 3]) <= _DARK_16 >> 8:
+        highest = max(high for _, high in bands[: 1 if picture.mode == "LA" else 3])
+        if highest <= _DARK_16 >> 8:
             raise ValueError(
                 "of its numbers of 16 bits the upper four are empty, which is next to black: scale them to 8 bits,"
                 " between 0 and 255"
+            )
+        if _WHITE_14[0] >> 8 <= highest <= _WHITE_14[1] >> 8:
+            raise ValueError(
+                "its numbers of 16 bits end where those of 14 bits do, which would be a quarter as bright as they are:"
+                " scale them to 8 bits, between 0 and 255"
             )
     drawn = _grey(picture, negative) if picture.mode[0] in "IF" else _coloured(picture)
     method = _UPRIGHT.get(_orientation(picture))
@@ -202,6 +212,8 @@ def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         return np.rint(255 * values).astype(np.uint8)
     if low < 0 or high > _WHITE_16:
         raise ValueError(f"its whole numbers lie between {low} and {high}: scale them to 8 bits, between 0 and 255")
+    if high > 0 and values.itemsize == 1:
+        raise ValueError(f"its numbers are int8, whose white is not known, and end at {high}: give uint8, 0 to 255")
     if 0 < high < 256:
         raise ValueError(
             f"its numbers of {8 * values.itemsize} bits end at {high}, as those of 8 bits do, and would be black as"
@@ -212,7 +224,28 @@ def _eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
             f"its numbers of {8 * values.itemsize} bits end at {high} of {_WHITE_16:,}, which is next to black: scale"
             " them to 8 bits, between 0 and 255"
         )
+    if _WHITE_14[0] <= high <= _WHITE_14[1]:
+        raise ValueError(
+            f"its numbers of {8 * values.itemsize} bits end at {high} of {_WHITE_16:,}, where those of 14 bits do, and"
+            " would be a quarter as bright as they are: scale them to 8 bits, between 0 and 255"
+        )
     return (values >> 8).astype(np.uint8)
+
+
+def _check_no_mask(pixels: npt.NDArray[Any]) -> None:
+    """Refuse whole numbers that are all 0 or 1: a mask, or a picture scaled to [0, 1], which would be black.
+
+    A file of 8 bits may be that, as a dark frame with a little noise is.
+
+    Raises:
+        ValueError: they are, and some of both.
+    """
+    colours = pixels[..., :-1] if pixels.ndim == 3 and pixels.shape[2] in {2, 4} else pixels
+    if colours.dtype.kind in "iu" and colours.min() == 0 and colours.max() == 1:
+        raise ValueError(
+            f"its numbers are {pixels.dtype} and all 0 or 1, which would be black: scale them to 0 and 255, or give a"
+            " mask as booleans"
+        )
 
 
 def _named(given: Any, pixels: npt.NDArray[Any]) -> str:

@@ -68,6 +68,47 @@ def test_matrices_of_every_kind(fitted, tests) -> None:
         assert fitted.predict_proba(same) == pytest.approx(p, abs=1e-6)
 
 
+def test_floats_that_numpy_lacks(train) -> None:
+    X = torch.from_numpy(train[0]).bfloat16()
+    p = estimator().fit(X.float(), train[1]).predict_proba(X.float())
+    for same in (X, list(X), X.clone().requires_grad_()):
+        assert np.array_equal(estimator().fit(same, train[1]).predict_proba(same), p)
+    bare = estimator(class_embeddings=torch.from_numpy(class_embeddings()).bfloat16()).fit(*train)
+    assert bare.score(*train) > 0.75
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [
+        (np.array([2, 3, 7], np.uint64) + np.uint64(2**63 - 5), np.uint64),
+        ([5, 2**63 + 1, 2**63 + 3], np.uint64),
+        ([-1, 2**63 + 1, 2**63 + 3], object),
+        ([-1, 2**63, 2**70], object),
+        ([0, 2**53 + 1, 2**63 - 1], np.int64),
+        (["a", "a\0", "b"], object),
+        ([False, True, "b"], object),
+    ],
+)
+def test_labels_stay_what_they_are(train, labels, dtype) -> None:
+    """Whatever numpy would make of them as one array."""
+    plain = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    y = [plain[CLASSES.index(name)] for name in train[1]]
+    clf = estimator(class_embeddings=None).fit(train[0], np.array(y, labels.dtype) if hasattr(labels, "dtype") else y)
+    assert clf.classes_.dtype == dtype
+    assert [(type(label), label) for label in clf.classes_.tolist()] == [(type(label), label) for label in plain]
+    named = estimator(class_embeddings=None).fit(*train)
+    assert clf.score(train[0], y) == named.score(*train) > 0.7
+    assert set(clf.predict(train[0]).tolist()) <= set(plain)
+
+
+def test_labels_in_tensors(train) -> None:
+    numbers = [CLASSES.index(name) for name in train[1]]
+    for same in ([torch.tensor(n) for n in numbers], [np.array(n) for n in numbers], torch.tensor(numbers)):
+        assert estimator().fit(train[0], same).classes_.tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match=r"label 0 is tensor\(\[2, 2\]\): a label must be"):
+        estimator().fit(train[0], [torch.tensor([n, n]) for n in numbers[::-1]])
+
+
 @pytest.mark.parametrize("preset", ["kalman", "kalman_diagonal"])
 def test_agrees_with_the_head_on_the_same_features(train, tests, preset) -> None:
     """What it says before the first step is what a zero-shot head says, as far as the prior's mean believes it."""
@@ -90,6 +131,19 @@ def test_class_embeddings_in_the_order_of_classes(train, tests, tmp_path) -> Non
     assert found[0].score(tests[0], [names[name] for name in tests[1]]) > 0.75
     for other in found[1:]:
         assert other.predict_proba(tests[0]) == pytest.approx(found[0].predict_proba(tests[0]), abs=1e-5)
+
+
+def test_rows_in_another_order_are_warned_of(train, recwarn) -> None:
+    estimator().fit(*train)
+    assert not [w for w in recwarn if "order" in str(w.message)]
+    match = r"another order of the rows of class_embeddings much better: .* with row 0 of 'bee', row 1 of 'cow'"
+    with pytest.warns(UserWarning, match=match):
+        estimator(class_embeddings=class_embeddings()[[1, 2, 0]]).fit(*train)
+    digits = [("1", "10", "2")[CLASSES.index(name)] for name in train[1]]
+    with pytest.warns(UserWarning, match="whole numbers as text, which are sorted as text, '1', '10', '2' and so on"):
+        estimator().fit(train[0], digits)
+    with pytest.warns(UserWarning, match="differ by case or spaces alone, 'Ant' and 'ant '"):
+        estimator().fit(train[0], [{"ant": "Ant", "bee": "ant "}.get(name, name) for name in train[1]])
 
 
 def test_without_class_embeddings(train, tests) -> None:

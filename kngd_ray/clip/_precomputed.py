@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kngd_ray._vectors import Vectors, flaw, unit
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
-from kngd_ray.clip._prompts import called_missing
+from kngd_ray.clip._prompts import called_alike, called_missing
+from kngd_ray.clip._rows import better_order, order_note, rows_note
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors
 
@@ -112,8 +113,35 @@ class PrecomputedModel:
 
     def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> list[str]:
         """What is to be said of the classes; there are no prompts."""
-        note = called_missing(class_names)
-        return [] if note is None else [note]
+        return [note for note in (called_missing(class_names), called_alike(class_names)) if note is not None]
+
+    def row_notes(
+        self,
+        class_names: Sequence[str],
+        features: Tensor,
+        labels: Tensor,
+        place: str = "model.class_embeddings",
+        *,
+        text: bool = False,
+    ) -> list[str]:
+        """What is to be said of which row of the class embeddings is whose.
+
+        Args:
+            class_names: k of the classes.
+            features: (m, d) unit vectors of shots.
+            labels: (m,) their classes by their number in `class_names`.
+            place: What the class embeddings are called.
+            text: Whether labels are text, whose order is to be named.
+
+        Returns:
+            Lines: the order of text, and whether the shots match another order much better.
+        """
+        if not self.zero_shot:
+            return []
+        own = np.array([self._row[name] for name in class_names])
+        found = better_order(features.cpu().numpy(), labels.cpu().numpy(), own, self._embeddings)
+        said = [rows_note(self.classes, place)] if text else []
+        return said if found is None else [*said, order_note(found, own, class_names, place)]
 
     def save(self, path: Path) -> None:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""

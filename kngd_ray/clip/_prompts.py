@@ -158,6 +158,19 @@ def called_missing(class_names: Sequence[str]) -> str | None:
     return f"there is a class called {found!r}, as text that was made of missing values is: look at the labels"
 
 
+def called_alike(class_names: Sequence[str]) -> str | None:
+    """The line on classes whose names differ by case or spaces alone; None where there are none."""
+    alike: dict[str, list[str]] = {}
+    for name in class_names:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    found = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    if not found:
+        return None
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    shown = ", ".join(found[:_SHOWN])
+    return f"names of classes differ by case or spaces alone, {shown}{more}: if they are one class, give it one name"
+
+
 def _plain(name: str) -> str:
     return name.replace("_", " ")
 

@@ -1,12 +1,19 @@
 """Class names and labels: from what the rows carry, and from the class list of the configuration."""
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from kngd_ray.data._source import Ints, Rows, hint, listing
+from kngd_ray.data._words import JOINED, SPLIT_WORDS
 from kngd_ray.errors import DataError
+
+LabelOrder = Literal["numbers", "text", "digits"]
+_BETWEEN_WORDS = re.compile(r"[\s_.\-]+")
 
 
 def resolve_classes(
@@ -59,6 +66,61 @@ def resolve_classes(
             )
     number = {name: n for n, name in enumerate(chosen)}
     return np.array([number.get(str(name), -1) for name in rows.names], np.int64), chosen, tuple(ordered)
+
+
+def order_of(labels: Sequence[int | str | None]) -> LabelOrder:
+    """Tell how labels are ordered.
+
+    Args:
+        labels: of N rows, numbers or text.
+
+    Returns:
+        `text` of text; `digits` if it is all whole numbers, which are in another order as text.
+    """
+    distinct = sorted({label for label in labels if isinstance(label, str)})
+    if not distinct:
+        return "numbers"
+    numbers = [int(label) for label in distinct if label.removeprefix("-").isdecimal()]
+    return "digits" if len(numbers) == len(distinct) and numbers != sorted(numbers) else "text"
+
+
+def named_as_splits(class_names: Sequence[str]) -> list[str]:
+    """Return a sentence on classes whose names differ by the word of a split alone, `Forest_train` and `Forest_test`.
+
+    Args:
+        class_names: the classes.
+
+    Returns:
+        None or one.
+    """
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in class_names:
+        rest, split = _beside_split(name)
+        alike[rest][split].append(name)
+    found = []
+    for by_split in alike.values():
+        bare = by_split.pop("", [])
+        stated = [name for names in by_split.values() for name in names]
+        # "toy" and "toy train" are two things, "toy" and "toy_train" hardly
+        if len(by_split) > 1 or (bare and any(" " not in name for name in stated)):
+            found.append(bare + stated)
+    if not found:
+        return []
+    shown = listing([" and ".join(repr(name) for name in names) for names in found], 3)
+    return [
+        f"classes differ by the word of a split alone, {shown}: if it is one, put them in folders train/ and test/, or"
+        " state it in a column `split`"
+    ]
+
+
+def _beside_split(name: str) -> tuple[tuple[str, ...], str]:
+    """The words of a name but for that of a split at either end, and the split; empty where there is none."""
+    words = tuple(word.casefold() for word in _BETWEEN_WORDS.split(name.strip()))
+    for word, rest in ((words[-1], words[:-1]), (words[0], words[1:])):
+        split = SPLIT_WORDS.get(word) or JOINED.get(word)
+        if split is not None and rest:
+            return rest, split
+    return words, ""
 
 
 def _check_labels(rows: Rows) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kngd_ray.data._classes import resolve_classes
+from kngd_ray.data._classes import LabelOrder, named_as_splits, order_of, resolve_classes
 from kngd_ray.data._config import EMBEDDED, ColumnNames, DataConfig
 from kngd_ray.data._features import FeatureFiles, GivenFeatures, holds_pictures, scan_features
 from kngd_ray.data._files import data_files
@@ -39,6 +39,7 @@ class ImageSet:
         source: the files.
         all_names: names of all classes of the files in order of their labels, of which `class_names` are some.
         notes: sentences on how the data set was read: what states its splits, what was left out, what is there twice.
+        label_order: whether labels are numbers or text, or text that is all digits and in another order than numbers.
     """
 
     labels: Ints
@@ -50,6 +51,7 @@ class ImageSet:
     source: Source
     all_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    label_order: LabelOrder = "numbers"
 
     def __post_init__(self) -> None:
         for array in (self.labels, self.domains, self.splits, self.keys, self.rows):
@@ -142,7 +144,8 @@ def open_images(
         rows=kept,
         source=rows.source,
         all_names=all_names,
-        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept])),
+        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept]), *named_as_splits(class_names)),
+        label_order=order_of(rows.labels),
     )
 
 

@@ -184,6 +184,7 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
     columns: dict[str, list[Any]] = {role: [] for role in ROLES}
     keys: list[bytes] = []
     origins: list[str | None] = []
+    silent: list[str] = []  # files without domains
     base = os.path.commonpath([path.parent for path in paths])
     for path, named in zip(paths, file_splits(paths), strict=True):
         sizes, found, hashes = _scan_file(path, names, content)
@@ -191,12 +192,19 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
         keys += hashes
         shown = os.path.relpath(path, base)
         origins += [f"column {names.split} of {shown}" if "split" in found else shown] * len(hashes)
+        if hashes and all(value is None for value in found.get("domain", [None])):
+            silent.append(shown)
         for role in ROLES:
             columns[role] += found.get(role, [named if role == "split" else None] * len(hashes))
     domains = [DEFAULT_DOMAIN if value is None else str(value) for value in columns["domain"]]
     source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts), names)
     other = [f"{role} from {name}" if name else f"no {role}" for role, name in names.renamed.items()]
-    notes = (f"columns: {', '.join(other)}",) if other else ()
+    notes: tuple[str, ...] = (f"columns: {', '.join(other)}",) if other else ()
+    if 0 < len(silent) < len(paths):
+        held = "its rows are" if len(silent) == 1 else "their rows are"
+        notes += (
+            f"no domain is stated in {listing(silent, 6)}, as others do: {held} of the domain {DEFAULT_DOMAIN!r}",
+        )
     return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins, notes)
 
 
@@ -259,8 +267,25 @@ def _scan_file(path: Path, names: ColumnNames, content: Content) -> tuple[list[i
             known = hugging_face_names(schema, column)
             if role == "class_name" and known:
                 _check_named_all(columns[role], known, column, path)
+            if role == "domain":
+                _check_domains(columns[role], column, path)
             columns[role] = [_name(value, known, bare=role in stored) for value in columns[role]]
     return sizes, columns, keys
+
+
+def _check_domains(values: Sequence[Any], column: str, path: Path) -> None:
+    """Refuse a column that states the domain of some rows alone; one without any is as good as none.
+
+    Raises:
+        DataError: for the first row without.
+    """
+    lost = [row for row, value in enumerate(values) if value is None]
+    if lost and len(lost) < len(values):
+        others = f", as have {len(lost)} of {len(values)} rows" if len(lost) > 1 else ""
+        raise DataError(
+            f"{path}, row {lost[0]} has no domain in the column `{column}`{others}: name the domain of every row, or"
+            " read no domain, data.columns.domain=null"
+        )
 
 
 def _check_named_all(values: Sequence[Any], known: Sequence[str], column: str, path: Path) -> None:

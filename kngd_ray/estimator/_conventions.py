@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from kngd_ray.errors import InputError, UsageError
 
@@ -140,11 +141,20 @@ def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:
     Raises:
         InputError: it does not, or lists are of different lengths.
     """
-    detached = given.detach().cpu() if hasattr(given, "detach") else given
     try:
-        return np.asarray(detached)
+        if isinstance(given, (list, tuple)):
+            given = [numpy_of(row) for row in given]
+        return np.asarray(numpy_of(given))
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} is not a table of numbers ({error}): give rows of one length.") from error
+
+
+def numpy_of(given: Any) -> Any:
+    """A tensor as an array, of 32 bits where numpy lacks its floats; anything else as it is."""
+    if not isinstance(given, torch.Tensor):
+        return given
+    tensor = given.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def columns_of(X: Any) -> np.ndarray[Any, Any] | None:

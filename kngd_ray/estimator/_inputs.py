@@ -24,6 +24,7 @@ from kngd_ray.clip import (
 )
 from kngd_ray.errors import InputError
 from kngd_ray.estimator._conventions import array_of, conversion_warning
+from kngd_ray.estimator._naming import said_of, said_of_digits
 from kngd_ray.estimator.given import encode_crops, encode_pictures, labels_of, listed
 from kngd_ray.training.batches import Support
 from kngd_ray.training.options import FitOptions
@@ -54,6 +55,11 @@ class Inputs(Protocol):
 
     def support(self, model: Any, samples: Any, labels: Tensor, options: FitOptions | None) -> Support:
         """Shots of classes (m,), with the crops that a fit with these options sees; None sees none."""
+
+    def notes(
+        self, model: Any, classes: Sequence[Any], names: Sequence[str], templates: Sequence[str], support: Support
+    ) -> list[str]:
+        """What is to be said of labels, their names and how they go with the model."""
 
 
 class Pictures:
@@ -97,6 +103,12 @@ class Pictures:
         crops = None if options is None else crops_of(options, model, len(samples))
         encoded = None if crops is None else encode_crops(model, samples, crops)
         return Support(self.encode(model, samples), labels, encoded)
+
+    def notes(
+        self, model: ClipModel, classes: Sequence[Any], names: Sequence[str], templates: Sequence[str], support: Support
+    ) -> list[str]:
+        """What is to be said of labels and of the prompts that are made of them."""
+        return [*said_of(classes, names), *model.prompt_notes(names, templates)]
 
 
 class Matrix:
@@ -197,6 +209,18 @@ class Matrix:
     def support(self, model: PrecomputedModel, samples: Any, labels: Tensor, options: FitOptions | None) -> Support:
         """Shots of classes (m,): of features there are no crops."""
         return Support(self.encode(model, samples), labels)
+
+    def notes(
+        self,
+        model: PrecomputedModel,
+        classes: Sequence[Any],
+        names: Sequence[str],
+        templates: Sequence[str],
+        support: Support,
+    ) -> list[str]:
+        """What is to be said of labels and of which class embedding is whose."""
+        order = model.row_notes(names, support.features, support.labels, "class_embeddings")
+        return [*model.prompt_notes(names), *(said_of_digits(classes) if model.zero_shot else ()), *order]
 
 
 def _table(X: Any) -> npt.NDArray[Any]:

@@ -29,7 +29,7 @@ from kngd_ray.estimator._conventions import (
 )
 from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
-from kngd_ray.estimator._naming import listed_templates, names_of, said_of, templates_of
+from kngd_ray.estimator._naming import listed_templates, names_of, templates_of
 from kngd_ray.estimator._saved import fit_in, write_run
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
@@ -65,8 +65,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         model: ``embedded`` for the mini CLIP of this package, a model name of open_clip, or ``precomputed``.
         pretrained: for an open_clip model, a tag or the path of a checkpoint.
         class_embeddings: for ``precomputed``, an array (C, d), or (C, T, d) for T prompts, in the order of
-            ``classes_``, or the path of a ``.npy`` file with one. None learns a linear classifier from the samples
-            alone.
+            ``classes_`` (sorted labels; of text ``"10"`` is before ``"2"``), or the path of a ``.npy`` file with one.
+            None learns a linear classifier from the samples alone.
         logit_scale: for ``precomputed``, the factor from cosines to logits; None is 100.
         templates: prompts, each with one ``{}`` for the class name, or the name of a set of prompts. Labels that look
             like code are spelled out, ``AnnualCrop`` as ``Annual Crop``, with a warning; ``{name}`` keeps them.
@@ -326,12 +326,11 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             None if before is None else before.manifest["templates"],
             names if self.class_names is None and self.model != PRECOMPUTED else (),
         )
-        for note in (said_of(classes, names, inputs.width(samples)), *model.prompt_notes(names, templates)):
-            if note is not None:
-                warnings.warn(note, UserWarning, stacklevel=3)
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
+        for note in inputs.notes(model, classes, names, templates, support):
+            warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,
             seed_of(self.random_state),

@@ -82,23 +82,38 @@ def name_of(label: Any, what: str = "the label") -> str:
     raise InputError(f"{what}, {label!r}, cannot be used in a prompt: name each label by class_names=.")
 
 
-def said_of(classes: Sequence[Any], names: Sequence[str], width: int | None) -> str | None:
-    """What is to be said of labels that are numbers.
+def said_of(classes: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """What is to be said of labels that are numbers, of which prompts are made.
 
     Args:
         classes: labels.
         names: what they are called.
-        width: numbers of a sample; None is of pictures, whose prompts say the names.
 
     Returns:
-        A sentence, or None.
+        None or one sentence.
     """
-    if (
-        width is None
-        and all(isinstance(label, (int, float)) for label in classes)
-        and list(names) == [*map(str, classes)]
-    ):
-        return (
+    if all(isinstance(label, (int, float)) for label in classes) and list(names) == [*map(str, classes)]:
+        return [
             f"labels are numbers, and prompts say them, as {names[0]!r}: name them by class_names= if they have names"
-        )
-    return None
+        ]
+    return []
+
+
+def said_of_digits(classes: Sequence[Any]) -> list[str]:
+    """What is to be said of labels to which class embeddings belong, where text has another order than its numbers.
+
+    Args:
+        classes: labels in their order.
+
+    Returns:
+        None or one sentence.
+    """
+    if not all(isinstance(label, str) and label.removeprefix("-").isdecimal() for label in classes):
+        return []
+    if list(classes) == sorted(classes, key=int):
+        return []
+    shown = ", ".join(repr(label) for label in classes[:3])
+    return [
+        f"labels are whole numbers as text, which are sorted as text, {shown} and so on, and so must be the rows of"
+        " class_embeddings: give labels as integers if the rows follow the numbers"
+    ]

@@ -15,6 +15,7 @@ from kngd_ray._vectors import flaw, unit
 from kngd_ray.clip import ClipModel
 from kngd_ray.data import Crops, content_key, file_bytes, picture_of
 from kngd_ray.errors import DataError, InputError
+from kngd_ray.estimator._conventions import numpy_of
 from kngd_ray.storage import address
 
 Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
@@ -80,7 +81,7 @@ def _array(given: Any, what: str) -> Any:
     Raises:
         InputError: it is a single item.
     """
-    array = given.detach().cpu().numpy() if hasattr(given, "detach") else given
+    array = numpy_of(given)
     if array.ndim == 0:
         raise InputError(f"{what} is {_shown(given)} alone: give a list.")
     if what != "X":
@@ -204,7 +205,7 @@ def labels_of(y: Any, what: str = "y") -> list[Any]:
     Raises:
         InputError: one is missing, cannot be hashed, or there is none.
     """
-    labels = [label.item() if isinstance(label, np.generic) else label for label in listed(y, what)]
+    labels = [_plain(label) for label in listed(y, what)]
     lost = [n for n, label in enumerate(labels) if is_missing(label)]
     if lost:
         rows = ", ".join(map(str, lost[:_NAMED])) + (", ..." if len(lost) > _NAMED else "")
@@ -214,11 +215,17 @@ def labels_of(y: Any, what: str = "y") -> list[Any]:
             f"position {rows} counted from 0: give each sample its class, or leave it out."
         )
     for n, label in enumerate(labels):
-        if not isinstance(label, Hashable):
+        if not isinstance(label, Hashable) or isinstance(label, Tensor):  # of several numbers
             raise InputError(f"label {n} is {label!r}: a label must be a string, a number or something hashable.")
     if not labels:
         raise InputError("there is no label: give one for each picture.")
     return labels
+
+
+def _plain(label: Any) -> Any:
+    """A label of numpy's types or in a tensor of no axis, which is told apart by where it lies, as Python has it."""
+    single = isinstance(label, (np.ndarray, Tensor)) and label.ndim == 0
+    return label.item() if single or isinstance(label, np.generic) else label
 
 
 def is_missing(value: Any) -> bool:
@@ -229,7 +236,7 @@ def is_missing(value: Any) -> bool:
         return not isfinite(value)
     try:
         return bool(value != value)  # what NaN is known by
-    except (TypeError, ValueError, ArithmeticError):  # no truth, as of arrays
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # no truth, as of arrays and tensors
         return False
 
 
@@ -256,11 +263,19 @@ def label_array(labels: Sequence[Any]) -> npt.NDArray[Any]:
         labels: C of them.
 
     Returns:
-        (C,) of strings or numbers, or of objects.
+        (C,) of strings or numbers, or of objects where these would not be the labels: numpy makes floats of whole
+        numbers beyond 63 bits, and strips zeros off the end of a string.
     """
     kinds = {type(label) for label in labels}
     if len(kinds) == 1 and kinds <= {str, int, float, bool}:
-        return np.array(labels)
+        (kind,) = kinds
+        for dtype in (None, np.uint64) if kind is int else (None,):
+            try:
+                array = np.array(labels, dtype)
+            except OverflowError:  # negative, or beyond 64 bits
+                continue
+            if array.dtype != object and array.tolist() == list(labels) and isinstance(array[0].item(), kind):
+                return array
     found = np.empty(len(labels), dtype=object)
     found[:] = list(labels)
     return found

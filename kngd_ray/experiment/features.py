@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from kngd_ray.clip import AnyModel, ClipModel, ModelConfig, PrecomputedModel, best_device, load_model, load_precomputed
 from kngd_ray.config import Config
@@ -102,22 +103,30 @@ def stated_model(config: ModelConfig, source: FeatureFiles, manifest: Mapping[st
 
 
 def given_model(
-    config: ModelConfig, source: FeatureFiles, names: tuple[str, ...], manifest: Mapping[str, Any] | None
+    config: ModelConfig, source: FeatureFiles, images: ImageSet, manifest: Mapping[str, Any] | None
 ) -> PrecomputedModel:
     """What stands for the model of given features.
 
     Args:
         config: as :func:`stated_model` has it.
         source: the features' files.
-        names: of all classes of the data, in order of the labels.
+        images: the whole data set.
         manifest: of a checkpoint that is to be used on them; None of a new fit.
 
     Returns:
         The model.
 
     Raises:
-        DataError: the features are of another length or model than those that the checkpoint's fit learned from.
+        DataError: the features are of another length or model than those that the checkpoint's fit learned from, or
+            nobody knows which class embedding is whose.
     """
+    names = images.all_names
+    if manifest is None and config.class_embeddings is not None and images.label_order == "digits":
+        raise DataError(
+            f"{', '.join(source.paths)} has whole numbers as text for labels, which sort as text, '10' before '2', and"
+            " nobody knows whether the rows of model.class_embeddings are: write the labels as integers, with their"
+            " names in a column `class_name`, and the rows in order of the integers"
+        )
     if manifest is None:
         encoder = source.encoded_by
         return load_precomputed(config, names, source.width, None if encoder is None else encoder.fingerprint)
@@ -130,6 +139,24 @@ def given_model(
         )
     check_encoder(source.encoded_by, model, ", ".join(source.paths))
     return model
+
+
+def row_notes(images: ImageSet, model: AnyModel, shots: np.ndarray[Any, np.dtype[np.int64]]) -> list[str]:
+    """What is to be said of which row of given class embeddings is whose, in lines.
+
+    Args:
+        images: the classes that are trained on.
+        model: of a new fit.
+        shots: indices of the shots.
+
+    Returns:
+        The order of text labels, and whether the shots match another order.
+    """
+    if not isinstance(model, PrecomputedModel) or not model.zero_shot or images.features is None:
+        return []
+    features = torch.from_numpy(images.features.read(images.keys[shots]))
+    labels = torch.from_numpy(images.labels[shots].copy())
+    return model.row_notes(images.class_names, features, labels, text=images.label_order != "numbers")
 
 
 def check_encoder(encoder: EncodedBy | None, model: PrecomputedModel, place: str) -> None:

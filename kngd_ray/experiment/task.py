@@ -41,7 +41,7 @@ from kngd_ray.data import (
 )
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.features import Progress, encode_pictures, given_model, given_views, stated_model
+from kngd_ray.experiment.features import Progress, encode_pictures, given_model, given_views, row_notes, stated_model
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
@@ -209,6 +209,7 @@ class Task:
                 f"the logit scale of the features' model is not known, and {LOGIT_SCALE:g} is taken, that of OpenAI's"
                 " models: model.logit_scale sets it"
             )
+        lines += [] if self.known else row_notes(self.images, self.model, supports(self.splits))
         lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
         if count := self.given_views or (0 if self.crops is None else self.crops.count):
             several = f"{count} random crops" if count > 1 else "1 random crop"
@@ -361,7 +362,7 @@ def _task(
     model: AnyModel
     if isinstance(source, FeatureFiles):
         config = replace(config, model=stated_model(config.model, source, manifest))
-        model = given_model(config.model, source, whole.all_names, manifest)
+        model = given_model(config.model, source, whole, manifest)
     else:
         model = load_model(config.model)
         config = replace(config, data=replace(config.data, templates=_templates(config, whole, manifest)))

@@ -476,6 +476,28 @@ def test_refused_features_and_class_embeddings(command, train, files) -> None:
     assert not command.runs.exists()
 
 
+def test_which_row_is_whose(command, train, files) -> None:
+    """Rows are in the order of labels; of text the order is named, refused or doubted in the first lines."""
+    named, doubted = "row 0 of model.class_embeddings is 'ant', row 1 'bee', row 2 'cow'", "match another order"
+    shots = ["data.shots=12", "data.train_domain=null"]
+    numbered = feature_table()
+    assert named not in (said := train(*shots).err)
+    assert doubted not in said
+    as_text = numbered.drop_columns(["label"]).rename_columns({"class_name": "label"})
+    pq.write_table(as_text, files[0])
+    outcome = train(*shots, "trainer.name=text")
+    assert named + ": text labels are sorted" in outcome.err
+    assert doubted not in outcome.err
+    assert named not in command("evaluate", command.run("text")).err, "a fit knows whose its rows are"
+    np.save(files[1], class_embeddings()[[1, 2, 0]])
+    assert f"the shots {doubted} of the rows of model.class_embeddings much better" in (said := train(*shots).err)
+    assert "with row 0 of 'bee', row 1 of 'cow', row 2 of 'ant': give the rows in order of the labels" in said
+    digits = pa.array([("2", "10", "1")[label] for label in numbered["label"].to_pylist()])
+    pq.write_table(numbered.drop_columns(["class_name"]).set_column(1, "label", digits), files[0])
+    refused(train(), FAILED, "rows.parquet has whole numbers as text for labels", "'10' before '2'", "as integers")
+    assert train(classes=None).code == 0
+
+
 def test_doctor_looks_at_class_embeddings(command, files) -> None:
     given = ["--json", *command.settings("model.name=precomputed")]
     found = command("doctor", *given, f"model.class_embeddings={files[1]}").json

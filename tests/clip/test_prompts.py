@@ -1,6 +1,7 @@
 import pytest
 
 from kngd_ray.clip._prompts import (
+    called_alike,
     called_missing,
     check_names,
     expand,
@@ -99,3 +100,13 @@ def test_what_is_no_name_is_refused(name):
     with pytest.raises(DataError, match="a class is called"):
         check_names(["dog", name])
     check_names(["[x]", "bird (male)", "{}"])
+
+
+def test_names_that_differ_by_case_or_spaces() -> None:
+    assert called_alike(["cat", "catfish", "sea bird", "seabird"]) is None
+    line = called_alike(["Cat", "cat ", "dog", "sea  bird", "Sea bird"])
+    assert line is not None
+    assert line.startswith(
+        "names of classes differ by case or spaces alone, 'Cat' and 'cat ', 'sea  bird' and 'Sea bird':"
+    )
+    assert line.endswith(": if they are one class, give it one name")

@@ -92,6 +92,20 @@ UNKNOWN = {
     "8 bits of 64": (SHADES.astype(np.int64), "64 bits end at 255, as those of 8 bits do"),
     "a list of whole numbers": (SHADES.tolist(), "64 bits end at 255, as those of 8 bits do"),
     "PIL, 8 bits of 32": (Image.fromarray(SHADES.astype(np.int32)), "32 bits end at 255, as those of 8 bits do"),
+    "14 bits of 16": (RAMP >> 2, "16 bits end at 16380 of 65,535, where those of 14 bits do"),
+    "14 bits of 16 in a PNG": (encoded(Image.fromarray(RAMP >> 2)), "16 bits end at 16380 of 65,535"),
+    "14 bits of 32": ((RAMP >> 2).astype(np.int32), "32 bits end at 16380 of 65,535"),
+    "int8": (
+        (SHADES // 2).astype(np.int8),
+        "its numbers are int8, whose white is not known, and end at 127: give uint8",
+    ),
+    "a mask": ((SHADES > 99).astype(np.uint8), "numbers are uint8 and all 0 or 1, .* or give a mask as booleans"),
+    "a mask of 32 bits": ((SHADES > 99).astype(np.int32), "its numbers are int32 and all 0 or 1"),
+    "colours of 0 and 1": (np.stack([SHADES > 99] * 3, 2).astype(np.uint8), "numbers are uint8 and all 0 or 1"),
+    "opaque colours of 0 and 1": (
+        np.stack([SHADES > 99] * 3 + [255 * np.ones_like(SHADES)], 2).astype(np.uint8),
+        "numbers are uint8 and all 0 or 1",
+    ),
     "32 bits": (tiff(32, 1, RAMP.astype(np.uint32) << 15), "between 0 and 2146959360"),
     "below zero": (tiff(16, 2, RAMP.astype(np.int16)), "between -32768 and 32752"),
     "floats up to 255": (RAMP / 257, "floats lie between 0 and 254.9"),
@@ -111,6 +125,22 @@ def test_what_has_no_known_range_is_refused(kind):
     with pytest.raises(BadImage, match=reason) as caught:
         picture_of(given, "row 3")
     assert str(caught.value).startswith("row 3: the picture cannot be decoded (")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.float32, bool])
+def test_black_is_black(dtype):
+    black = np.zeros((64, 64), dtype)
+    assert grey(black).max() == 0
+    assert grey(np.stack([black] * 3, 2)).max() == 0
+
+
+def test_what_is_merely_dark_passes():
+    """Night in sixteen bits, and the noise of a closed shutter in a file of eight."""
+    assert grey(RAMP >> 3).max() == 31
+    assert grey((RAMP * 0.2).astype(np.uint16)).max() == 51
+    assert grey((RAMP * 0.3).astype(np.uint16)).max() == 76
+    assert grey((SHADES > 99).astype(np.uint8) * np.uint8(2)).max() == 2
+    assert grey(encoded(Image.fromarray((SHADES > 99).astype(np.uint8)))).max() == 1
 
 
 def png_of_16_bits(values, colour):
@@ -135,6 +165,9 @@ def test_16_bits_of_colour(colour, opaque, channels):
         for given in (data(bits), Image.open(io.BytesIO(data(bits)))):
             with pytest.raises(BadImage, match="of its numbers of 16 bits the upper four are empty"):
                 picture_of(given, "here")
+    with pytest.raises(BadImage, match="its numbers of 16 bits end where those of 14 bits do"):
+        picture_of(data(2), "here")
+    assert grey(data(3)).max() == 31
 
 
 @pytest.mark.parametrize("bits", [4, 8])

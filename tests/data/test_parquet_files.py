@@ -86,6 +86,24 @@ def test_names_from_string_labels(write_parquet):
     assert set(images.domains.tolist()) == {"all"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ([2, 10], "numbers"),
+        (["b", "a"], "text"),
+        (["2", "10"], "digits"),
+        (["-1", "2", "10", "-2"], "digits"),
+        (["2", "9"], "text"),
+        (["02", "10"], "text"),
+        (["2", "10", "x"], "text"),
+        ([b"2", b"10"], "digits"),
+    ],
+)
+def test_how_labels_are_ordered(write_parquet, labels, order):
+    names = {"class_name": [f"n{label}" for label in labels]} if order == "numbers" else {}
+    assert opened(write_parquet(label=labels, **names)).label_order == order
+
+
 def test_names_from_dictionary_encoded_labels(write_parquet):
     images = opened(write_parquet(label=pa.array(["dog", "cat"]).dictionary_encode()))
     assert images.class_names == ("cat", "dog")
@@ -328,11 +346,28 @@ def test_no_image_column(tmp_path):
         ({"label": [0, 1], "class_name": ["a", "a"]}, "class 'a' has several labels: give each"),
         ({"label": ["a", "b"], "split": ["train", "extra"]}, "set.parquet, row 1 states the split 'extra': use"),
         ({"label": ["a", "b"], "split": ["train", None]}, "row 1 states no split, though others do"),
+        (
+            {"label": ["a", "b"], "domain": ["photo", None]},
+            "set.parquet, row 1 has no domain in the column `domain`: name",
+        ),
+        (
+            {"label": ["a"] * 3, "domain": [None, "x", None]},
+            "set.parquet, row 0 has no domain in the column `domain`, as",
+        ),
         ({"label": pa.array([], pa.int32())}, "has no rows"),
     ],
 )
 def test_columns_that_cannot_be_used(write_parquet, columns, sentence):
     assert sentence in refusal(write_parquet(**columns))
+
+
+def test_a_column_without_any_domain_is_as_good_as_none(write_parquet):
+    none = write_parquet("none.parquet", label=["a", "b"], domain=pa.array([None, None], pa.string()))
+    assert set(opened(none).domains.tolist()) == {"all"}
+    assert not any("domain" in note for note in opened(none).notes[:-1])
+    images = opened(write_parquet("a.parquet", label=["a", "b"], domain=["x", "y"]), none)
+    assert images.domains.tolist() == ["x", "y", "all", "all"]
+    assert "no domain is stated in none.parquet, as others do: its rows are of the domain 'all'" in images.notes
 
 
 def test_numbers_in_one_file_and_names_in_another(write_parquet):

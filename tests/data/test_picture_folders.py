@@ -257,3 +257,28 @@ def test_a_few_files_of_a_class_are_counted(write_folder):
     found = opened(write_folder(*(f"cat/{n}.png" for n in range(19)), "cat/x.tga"))
     assert len(found) == 19
     assert "skipped because of their suffix: .tga (1)" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"),
+    [
+        (
+            ("Forest_test", "Forest_train", "Sea_test", "Sea_train"),
+            "'Forest_test' and 'Forest_train', 'Sea_test' and 'S",
+        ),
+        (("train.bird", "val.bird", "cow"), "'train.bird' and 'val.bird':"),
+        (("test bird", "train bird", "cow"), "'test bird' and 'train bird':"),
+        (("bird", "bird-validation", "cow"), "'bird' and 'bird-validation':"),
+        (("crash 1 test", "crash 2 train", "cow"), None),
+        (("toy", "toy train", "train", "test"), None),
+        (("bird_train", "cow_test", "dog"), None),
+    ],
+)
+def test_classes_that_differ_by_a_split(write_folder, classes, shown):
+    root = write_folder(*(f"{name}/{n}.png" for name in classes for n in range(2)))
+    images = opened(root, layout="classes")
+    assert images.class_names == tuple(sorted(classes))
+    said = [note for note in images.notes if "the word of a split alone" in note]
+    assert len(said) == (shown is not None)
+    for sentence in said:
+        assert sentence.startswith(f"classes differ by the word of a split alone, {shown}")

@@ -4,6 +4,8 @@ Scalars are read as YAML 1.2 reads them: ``010`` is ten, ``0x10`` sixteen and ``
 ``2024-01-05`` are texts. Numbers remember how they were written, since only the setting that they are for knows whether
 a number is meant: a domain may be called 2019, and a run 007.
 
+A key comes once, since of two one would win without a word; ``data: {shots: 4}`` and ``data.shots: 8`` are one key.
+
 Aliases are counted each time: nine levels of ten of them are a billion entries that a page of text asks for.
 """
 
@@ -20,6 +22,7 @@ _MAX_ENTRIES = 100_000  # keys and values, what an alias repeats counted each ti
 _MAX_DEPTH = 50
 _MAX_KEY = 1000
 _MAX_NUMBER = 100  # characters of a number, date or whatever else is no text
+_MARKS = tuple("#&*!|>%@`")  # with which a text may begin, and YAML begins what is none
 _FOREIGN = re.compile("[\0\ud800-\udfff]")  # which escapes may spell, and no file system or UTF-8 takes
 
 
@@ -46,6 +49,25 @@ class Real(float):
 
 class LimitError(ComposerError):
     """YAML that is well formed, and refused all the same."""
+
+
+class RepeatedError(LimitError):
+    """A key that comes twice.
+
+    Args:
+        key: with those above it.
+        first: where it is.
+        second: where it is again.
+
+    Attributes:
+        key: with those above it.
+        lines: where it is, counted from 1.
+    """
+
+    def __init__(self, key: str, first: Any, second: Any) -> None:
+        super().__init__(None, None, f"{key} twice", second)
+        self.key = key
+        self.lines = sorted((first.line + 1, second.line + 1))
 
 
 def read_text(path: Path) -> str:
@@ -136,6 +158,65 @@ def plain_data(text: str) -> Any:
         loader.dispose()
 
 
+def typed(text: str) -> Any:
+    """Read a value that was typed: YAML without comments.
+
+    What YAML would drop or refuse is text where nothing else can be meant: ``run #2``, ``#x``, ``*.parquet``, ``@x``.
+
+    Args:
+        text: as it was typed.
+
+    Returns:
+        Nested mappings, lists and scalars.
+
+    Raises:
+        LimitError: part of it would be dropped.
+    """
+    text = text.strip()
+    one_line = "\n" not in text
+    if one_line and text.startswith(_MARKS) and not text.startswith("!!"):  # !!str 007 says what it is
+        if text.startswith("&"):
+            _refuse_beyond_limits(text)
+        return plain_data(_quoted(text))
+    data = plain_data(text)
+    tokens = list(yaml.scan(text, Loader=_Loader))[1:-1]  # without the stream's beginning and end
+    left = list(text)
+    for token in tokens:
+        left[token.start_mark.index : token.end_mark.index] = " " * (token.end_mark.index - token.start_mark.index)
+    commented = bool("".join(left).strip())
+    plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
+    marked = any(isinstance(token, (yaml.DocumentStartToken, yaml.DocumentEndToken)) for token in tokens)
+    if one_line and (marked or (commented and plain)):
+        return plain_data(_quoted(text))
+    if commented:
+        raise LimitError(None, None, "what follows a # is a comment there", None)
+    referred = {token.value for token in tokens if isinstance(token, yaml.AliasToken)}
+    unused = [token.value for token in tokens if isinstance(token, yaml.AnchorToken) and token.value not in referred]
+    if unused:
+        raise LimitError(None, None, f"&{unused[0]} is an anchor there", None)
+    return data
+
+
+def _refuse_beyond_limits(text: str) -> None:
+    """Refuse what is YAML and too much of it; what is no YAML passes.
+
+    Raises:
+        LimitError: it is too much.
+    """
+    try:
+        plain_data(text)
+    except LimitError:
+        raise
+    except yaml.YAMLError:
+        return
+
+
+def _quoted(text: str) -> str:
+    """A text of one line as YAML."""
+    doubled = text.replace("'", "''")
+    return f"'{doubled}'"
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would take for no text."""
 
@@ -199,10 +280,54 @@ class _Loader(yaml.SafeLoader):
             self._sizes[id(node)] = self._entries - before
         return node
 
+    def get_single_node(self) -> Any:
+        """Build the document.
+
+        Returns:
+            Its node; None of an empty one. A key that it has twice is a :class:`RepeatedError`.
+        """
+        node: Any = super().get_single_node()
+        _refuse_repeated(node, "", {})
+        return node
+
     @staticmethod
     def _refuse(wrong: bool, reason: str, event: Any) -> None:
         if wrong:
             raise LimitError(None, None, reason, event.start_mark)
+
+
+def _refuse_repeated(node: Any, above: str, settings: dict[str, Any]) -> None:
+    """Refuse a document that has a key twice, or the same setting by a dotted key and by nested ones.
+
+    Args:
+        node: of the document, or a part of it.
+        above: dotted keys that lead there, with a dot at the end.
+        settings: what was met, and where; settings of this part are added.
+
+    Raises:
+        RepeatedError: there is one.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, "", {})
+    if not isinstance(node, yaml.MappingNode):
+        return
+    keys: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        path = f"{above}{key.value}"
+        if key.value in keys:
+            raise RepeatedError(path, keys[key.value], key.start_mark)
+        keys[key.value] = key.start_mark
+        if isinstance(value, yaml.MappingNode):
+            _refuse_repeated(value, f"{path}.", settings)
+            continue
+        setting = path.removesuffix(".kind")  # of a choice its bare name is short for
+        if setting in settings:
+            raise RepeatedError(setting, settings[setting], key.start_mark)
+        settings[setting] = key.start_mark
+        _refuse_repeated(value, "", {})
 
 
 def _construct_number(loader: _Loader, node: Any) -> Any:

@@ -27,7 +27,7 @@ import yaml
 
 from kngd_ray import configs
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
-from kngd_ray._yaml import LimitError, dumped, plain_data
+from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
@@ -359,7 +359,7 @@ def _shipped_preset(name: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``key=value`` and read the value as YAML.
+    """Split ``key=value`` and read the value as YAML, which has no comments there.
 
     Args:
         text: the override.
@@ -368,15 +368,17 @@ def parse_override(text: str) -> tuple[str, Any]:
         Dotted key and value.
 
     Raises:
-        UsageError: there is no ``=`` or the value is not YAML.
+        UsageError: there is no ``=``, no value, or one that is not YAML.
     """
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UsageError(f"{text!r} is neither a command's option nor of the form key=value.")
-    if value.startswith("*"):  # a pattern of files: of YAML's aliases none could have been defined
-        return key.strip(), value
+    if not value.strip():  # as of a variable of the shell that is not set
+        raise UsageError(f"{key.strip()}= has no value: give one, null for none, or \"''\" for an empty text.")
     try:
-        return key.strip(), plain_data(value)
+        return key.strip(), typed(value)
+    except RepeatedError as error:
+        raise UsageError(f"the value of {key} has {error.key!r} twice: leave one of them out.") from error
     except yaml.YAMLError as error:
         why = f" ({error.problem})" if isinstance(error, LimitError) else ""
         raise UsageError(f"the value of {key} is not valid YAML{why}: {shortened(value)}; quote it.") from error

@@ -269,6 +269,7 @@ PUBLIC = {
         "save_pyfunc",
         "stream_curve",
         "trial_plot",
+        "without_reading",
     ],
     "kngd_ray.tuning": [
         "JOURNAL",

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from kngd_ray.clip import ClipModel
 from kngd_ray.config import load_config
 from kngd_ray.errors import CheckpointError, DataError, InputError, UsageError
 from kngd_ray.estimator import NotFittedError
+from kngd_ray.estimator._conventions import weighted_accuracy
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import nested
 
@@ -252,6 +254,28 @@ def test_tables_of_several_columns_are_refused(train, fitted) -> None:
         KalmanCLIP().fit(frame["picture"], frame)
     with pytest.raises(InputError, match="2 pictures and 3 labels"):
         fitted.score(iter(train[0][:2]), train[1][:3])
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (["a", "b"], "2 numbers of 0 or more that are not all 0, and it holds something else: could not convert"),
+        ([None, 1], "2 numbers of 0 or more that are not all 0"),
+        ([{}, 1], "and it holds something else"),
+        (np.array([1j, 1]), "and it holds something else: values of type complex128"),
+        ([0, 0], "2 numbers of 0 or more that are not all 0"),
+        ([1, np.nan], "2 numbers of 0 or more that are not all 0"),
+        ([1], "2 numbers of 0 or more that are not all 0"),
+        ([[1], [1, 2]], "sample_weight is not a table of numbers"),
+    ],
+)
+def test_weights_that_are_none_are_refused_by_a_sentence(weights, words: str) -> None:
+    with pytest.raises(InputError, match=rf"sample_weight .*{re.escape(words.removeprefix('sample_weight '))}.*\.$"):
+        weighted_accuracy(["x", "y"], ["x", "x"], weights)
+
+
+def test_weights_may_be_written_as_texts() -> None:
+    assert weighted_accuracy(["x", "y"], ["x", "x"], ["3", "1"]) == 0.75
 
 
 def missing():

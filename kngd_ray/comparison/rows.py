@@ -1,8 +1,10 @@
 """From MLflow runs to the rows of a comparison: grouping by method, comparability, names.
 
 A row is one method of one run: its parent run and a child per seed, or one run alone. Rows are put in one group
-when they were scored on the same thing. CLIP's own zero-shot figures tell: every run logs them, and they agree on a
-seed only if model, prompts, shots and test pictures do. Runs without a common seed have their settings for it.
+when they learned from the same data and were scored on the same thing. Of the data, the digest tells that a run logs
+as its input; runs of earlier versions have none, and none to be held against. Of the rest, CLIP's own zero-shot
+figures tell: every run logs them, and they agree on a seed only if model, prompts, shots and test pictures do. Runs
+without a common seed, and those without class embeddings, have their settings for it.
 """
 
 import math
@@ -15,7 +17,7 @@ from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError, closest
 from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
-from kngd_ray.tracking import LoggedRun
+from kngd_ray.tracking import LoggedRun, without_reading
 
 _PREFIX = "zero_shot/"
 _SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
@@ -41,6 +43,7 @@ class Row:
         seeds: metrics by seed, of the fits that came to their end.
         unfinished: fits that did not, by their status.
         name: what tells it from the other rows.
+        data: digest of the data set that it learns from; None where it did not say.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Row:
     seeds: dict[int, Mapping[str, float]]
     unfinished: Counter[str] = field(default_factory=Counter)
     name: str = ""
+    data: str | None = None
 
     def values(self, metric: str) -> dict[int, float]:
         """A metric by seed, where it was logged."""
@@ -76,10 +80,14 @@ class Row:
         return self.params.get("data.order"), self.params.get("data.time")
 
     @property
+    def on_features(self) -> bool:
+        """Whether it learned from precomputed features: their digest is not that of the pictures."""
+        return self.params.get("model.name") == PRECOMPUTED
+
+    @property
     def knows_nothing(self) -> bool:
         """Whether it started without class embeddings: then zero-shot figures say nothing of the data."""
-        named = self.params.get("model.class_embeddings", "None") != "None"
-        return self.params.get("model.name") == PRECOMPUTED and not named
+        return self.on_features and self.params.get("model.class_embeddings", "None") == "None"
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,9 @@ def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
         for row in group:
             zero_shot |= {seed: figures for seed in row.seeds if (figures := _zero_shot(row, seed))}
         if zero_shot:
-            group.insert(0, Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot))
+            digest = next((row.data for row in group if row.data is not None), None)
+            shown = Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot, data=digest)
+            group.insert(0, shown)
     return groups
 
 
@@ -267,9 +277,9 @@ def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
             seeds[int(seed)] = fit.metrics
     tags = first.tags
     name = first.name if owner else first.name.rpartition("-seed")[0] or first.name
-    return Row(
-        first.id, name, tags["kngd_ray.method"], tags.get("kngd_ray.preset", "None"), first.params, seeds, unfinished
-    )
+    method, preset = tags["kngd_ray.method"], tags.get("kngd_ray.preset", "None")
+    digest = next((run.data for run in (first, *fits) if run.data is not None), None)
+    return Row(first.id, name, method, preset, first.params, seeds, unfinished, data=digest)
 
 
 def _trials(runs: Sequence[LoggedRun], search: LoggedRun) -> Found:
@@ -295,14 +305,23 @@ def _comparable(row: Row, other: Row) -> bool:
     figures = [(_zero_shot(row, seed), _zero_shot(other, seed)) for seed in common]
     known = [(a, b) for a, b in figures if a and b]
     shots = row.params.get("data.shots") == other.params.get("data.shots")
-    if row.stream != other.stream:
+    same_data = _same_data(row, other)
+    if row.stream != other.stream or same_data is False:
         return False
     if not known or row.knows_nothing or other.knows_nothing:
-        return row.task == other.task
+        tasks = [without_reading(each.task) if same_data else each.task for each in (row, other)]
+        return tasks[0] == tasks[1]
     return shots and all(
         a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k))
         for a, b in known
     )
+
+
+def _same_data(row: Row, other: Row) -> bool | None:
+    """Whether two rows learned from the same data; None where their digests cannot tell."""
+    if row.data is None or other.data is None or row.on_features != other.on_features:
+        return None
+    return row.data == other.data
 
 
 def _exact(metric: str) -> bool:

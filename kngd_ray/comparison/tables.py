@@ -26,6 +26,7 @@ from kngd_ray.experiment.aggregate import ZERO_SHOT, interval
 from kngd_ray.tracking import LoggedRun
 
 _NAMED = 8  # metrics that a message lists at most
+_DIGITS = 8  # of a digest, enough to find it among the inputs that MLflow shows
 
 
 @dataclass(frozen=True)
@@ -359,6 +360,16 @@ def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
         twins = [other for other, t in zip(tasks, plain, strict=True) if t == title]
         differing = [key for key in task if len({twin.get(key) for twin in twins}) > 1]
         titles.append(", ".join([title, *(f"{key}={task[key]}" for key in differing)]))
+    digests = [next((row.data for row in group if row.data is not None), None) for group in groups]
+    shared = [
+        {other for other, t in zip(digests, titles, strict=True) if t == title and other is not None}
+        for title in titles
+    ]
+    titles = [
+        # the same settings, and yet other data: files were replaced
+        f"{title}, data {digest[:_DIGITS]}" if digest is not None and len(others) > 1 else title
+        for title, digest, others in zip(titles, digests, shared, strict=True)
+    ]
     return [
         # the same settings, and yet CLIP's own figures differ
         f"{title}, version {titles[:i].count(title) + 1} of these pictures or this model"

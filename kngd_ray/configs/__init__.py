@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
-from kngd_ray._yaml import plain_data, read_text
+from kngd_ray._yaml import RepeatedError, plain_data, read_text
 from kngd_ray.errors import UsageError, nearest
 
 Kind = Literal["presets", "searches"]
@@ -70,10 +70,14 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         The nested settings.
 
     Raises:
-        UsageError: it is not a YAML mapping.
+        UsageError: it is not a YAML mapping, or has a key twice.
     """
     try:
         parsed = plain_data(text)
+    except RepeatedError as error:
+        one, other = error.lines
+        places = f"lines {one} and {other}" if one != other else f"line {one}"
+        raise UsageError(f"{source} has {error.key} twice, at {places}: leave one of them out.") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""

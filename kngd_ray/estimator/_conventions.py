@@ -122,9 +122,16 @@ def weighted_accuracy(found: Sequence[Any], labels: Sequence[Any], sample_weight
     right = np.array([a == b for a, b in zip(found, labels, strict=True)], dtype=np.float64)
     if sample_weight is None:
         return float(right.mean()) if len(right) else 0.0
-    weights = np.asarray(array_of(sample_weight, "sample_weight"), dtype=np.float64)
+    asked = f"sample_weight must be {len(right)} numbers of 0 or more that are not all 0"
+    given = array_of(sample_weight, "sample_weight")
+    if given.dtype.kind in "cmM":  # complex numbers, of which numpy would drop a part, and dates
+        raise InputError(f"{asked}, and it holds something else: values of type {given.dtype}.")
+    try:
+        weights = given.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{asked}, and it holds something else: {error}.") from error
     if weights.shape != right.shape or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise InputError(f"sample_weight must be {len(right)} numbers of 0 or more that are not all 0.")
+        raise InputError(f"{asked}.")
     return float(np.average(right, weights=weights))
 
 

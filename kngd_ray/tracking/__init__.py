@@ -20,6 +20,7 @@ from kngd_ray.tracking._publisher import Publisher
 from kngd_ray.tracking._pyfunc import save_pyfunc
 from kngd_ray.tracking._record import Record, Status, artifacts_of, read_metrics
 from kngd_ray.tracking._runs import LoggedRun, read_runs
+from kngd_ray.tracking._server import without_reading
 from kngd_ray.tracking._system import SystemMonitor
 from kngd_ray.tracking._uri import resolve_uri
 
@@ -43,4 +44,5 @@ __all__ = [
     "save_pyfunc",
     "stream_curve",
     "trial_plot",
+    "without_reading",
 ]

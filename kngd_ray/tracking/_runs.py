@@ -10,7 +10,7 @@ from typing import Any
 from kngd_ray.errors import TrackingError, closest
 from kngd_ray.tracking._quiet import quiet
 from kngd_ray.tracking._reason import _LATER
-from kngd_ray.tracking._server import Server
+from kngd_ray.tracking._server import Server, digest_of
 from kngd_ray.tracking._uri import sqlite_file
 
 _PAGE = 1000  # runs of one answer
@@ -31,6 +31,7 @@ class LoggedRun:
         params: name to value.
         metrics: name to latest value; those that are not finite are left out.
         tags: name to value.
+        data: digest of the data set that it learns from; None where it did not say.
     """
 
     id: str
@@ -41,6 +42,7 @@ class LoggedRun:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    data: str | None = None
 
 
 def read_runs(uri: str, experiment: str) -> list[LoggedRun]:
@@ -166,4 +168,5 @@ def _logged(run: Any) -> LoggedRun:
         dict(run.data.params),
         {name: value for name, value in run.data.metrics.items() if math.isfinite(value)},
         dict(run.data.tags),
+        digest_of(run),
     )

@@ -21,6 +21,10 @@ _PROBE_SECONDS = 5.0
 _EVIDENCE = "calibration/held_out_nll"
 _TASK = ("data.", "model.", "protocol", "seeds")  # settings that decide what held-out shots are
 _NOT_TASK = ("data.cache_dir", "data.on_bad_image")
+_CONTEXT = "mlflow.data.context"
+_LEARNED = "training"  # what of a run's inputs it learns from
+# settings that say where data is and how it is read: runs whose data has one digest may differ in them
+_READING = ("data.path", "data.columns.", "data.layout", "data.val", "data.test_fraction", "data.classes")
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ class Server:
 
         try:
             champion = self.client.get_model_version_by_alias(name, "champion")
-            reigning = self.client.get_run(champion.run_id).data
+            reigning = self.client.get_run(champion.run_id)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
@@ -122,7 +126,7 @@ class Server:
             return
         if champion.version == version.version:
             return
-        why = _no_better(self.client.get_run(version.run_id).data, reigning)
+        why = _no_better(self.client.get_run(version.run_id), reigning)
         if why is None:
             self.client.set_registered_model_alias(name, "champion", version.version)
             return
@@ -192,7 +196,7 @@ class Server:
             profile=json.dumps(data["profile"]),
         )
         with self.refusals():
-            self.client.log_inputs(run_id, [DatasetInput(found, [InputTag("mlflow.data.context", "training")])])
+            self.client.log_inputs(run_id, [DatasetInput(found, [InputTag(_CONTEXT, _LEARNED)])])
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -266,27 +270,59 @@ class Server:
         return None if path is None else (Path(path.parent) / "mlruns" / quote(experiment, safe=" ")).as_uri()
 
 
+def digest_of(run: Any) -> str | None:
+    """The digest of the data set that a run learns from.
+
+    Args:
+        run: as MLflow returns it.
+
+    Returns:
+        The digest; of several data sets, all of theirs. None of a run that logged none, as those of earlier versions.
+    """
+    logged = run.inputs.dataset_inputs if run.inputs is not None else []
+    learned = {each.dataset.digest for each in logged if _LEARNED in {t.value for t in each.tags if t.key == _CONTEXT}}
+    return " ".join(sorted(learned)) or None
+
+
+def without_reading(settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings without those that say where data is and how it is read, which its digest stands for.
+
+    Args:
+        settings: by dotted key.
+
+    Returns:
+        The others.
+    """
+    return {key: value for key, value in settings.items() if not key.startswith(_READING)}
+
+
 def _no_better(new: Any, reigning: Any) -> str | None:
     """Why a run is not known to be better than the champion's; None if it is.
 
     Only what was held out of the training shots counts, and only on the same task: a search of two trials, or fewer
-    shots, dethrone nobody. Of runs that held nothing out the newer one is taken for better.
+    shots, dethrone nobody. Nor does a run on other data, wherever it is. Of runs that held nothing out the newer one
+    is taken for better.
 
     Args:
-        new: params and metrics of its run.
-        reigning: of the champion's.
+        new: its run, as MLflow returns it.
+        reigning: the champion's.
 
     Returns:
         The end of a sentence.
     """
     tasks = [
-        {key: value for key, value in run.params.items() if key.startswith(_TASK) and key not in _NOT_TASK}
+        {key: value for key, value in run.data.params.items() if key.startswith(_TASK) and key not in _NOT_TASK}
         for run in (new, reigning)
     ]
+    digests = [digest_of(run) for run in (new, reigning)]
+    if None not in digests and digests[0] == digests[1]:
+        tasks = [without_reading(task) for task in tasks]
     if tasks[0] != tasks[1]:
         keys = sorted(key for key in tasks[0].keys() | tasks[1].keys() if tasks[0].get(key) != tasks[1].get(key))
         return f"it was trained on another task ({', '.join(keys[:3])}); move the alias in MLflow if you want it"
-    scores = [run.metrics.get(_EVIDENCE) for run in (new, reigning)]
+    if None not in digests and digests[0] != digests[1]:
+        return "it was trained on other data, as its digest in MLflow says; move the alias there if you want it"
+    scores = [run.data.metrics.get(_EVIDENCE) for run in (new, reigning)]
     if scores[0] is None and scores[1] is not None:
         return "nothing was held out to judge the new one by (posterior.folds)"
     if scores[0] is not None and scores[1] is not None and scores[0] >= scores[1]:

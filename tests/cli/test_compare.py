@@ -17,6 +17,7 @@ from scipy import stats
 
 from kngd_ray.comparison.compare import compare
 from kngd_ray.comparison.rows import find_rows, group_rows, name_rows
+from kngd_ray.comparison.tables import build_tables
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
 from kngd_ray.experiment.run import train
@@ -399,6 +400,56 @@ def test_rounding_of_another_device_does_not_part_rows() -> None:
     runs = [run("a", metrics=zero_shot(1.0)), run("b", metrics=zero_shot(1.000001)), run("c", metrics=zero_shot(1.01))]
     groups = group_rows(find_rows(runs, None).rows)
     assert [[row.run for row in group if row.id] for group in groups] == [["a", "b"], ["c"]]
+
+
+def grouped(*runs: LoggedRun) -> list[list[str]]:
+    return [[row.run for row in group if row.id] for group in group_rows(find_rows(runs, None).rows)]
+
+
+FEATURES = {"model.name": "precomputed", "model.class_embeddings": "None", "data.columns.label": "label"}
+
+
+def on_features(id: str, path: str, data: str | None, **more: str) -> LoggedRun:
+    """A run without class embeddings: as it starts, all classes are alike on any data."""
+    return run(id, params={**FEATURES, "data.path": path, **more}, metrics=zero_shot(1.609), data=data)
+
+
+def test_data_that_was_replaced_and_data_that_was_copied_are_told_by_their_digest() -> None:
+    runs = [
+        on_features("A", "d", "1" * 32),
+        on_features("B", "d", "2" * 32),
+        on_features("C", "d2", "2" * 32, **{"data.columns.label": "y", "data.classes": "a,b"}),
+        on_features("other domain", "d", "2" * 32, **{"data.train_domain": "sketch"}),
+    ]
+    assert grouped(*runs) == [["A"], ["B", "C"], ["other domain"]]
+    titles = [table.title for table in build_tables(find_rows(runs, None), runs, ["zero_shot/id/nll"], None)]
+    assert sorted(title.partition("embeddings")[2] for title in titles) == ["", ", data 11111111", ", data 22222222"]
+
+
+def test_data_that_differs_where_zero_shot_figures_do_not_look() -> None:
+    runs = [run(id, metrics=zero_shot(1.0), data=data) for id, data in zip("abc", ("1", "2", "1"), strict=True)]
+    assert grouped(*runs) == [["a", "c"], ["b"]], "labels of the training rows, for one"
+    assert grouped(*runs, run("d", metrics=zero_shot(1.1), data="1")) == [["a", "c"], ["b"], ["d"]]
+
+
+def test_rows_of_earlier_versions_have_no_digest_and_are_grouped_as_before() -> None:
+    old, new = on_features("old", "d", None), on_features("new", "d", "1")
+    assert grouped(old, new, on_features("elsewhere", "e", None)) == [["old", "new"], ["elsewhere"]]
+    assert grouped(run("a", metrics=zero_shot(1.0)), run("b", metrics=zero_shot(1.0), data="1")) == [["a", "b"]]
+
+
+def test_features_of_pictures_have_a_digest_of_their_own_and_zero_shot_figures_in_common() -> None:
+    texts = {**FEATURES, "model.class_embeddings": "texts.npy"}
+    pictures = run("pictures", metrics=zero_shot(1.0), data="1")
+    assert grouped(pictures, run("features", params=texts, metrics=zero_shot(1.0), data="2")) == [
+        ["pictures", "features"]
+    ]
+
+
+def test_a_digest_of_the_fits_is_that_of_their_parent() -> None:
+    fits = [run(f"s{n}", parent="gone", params={"seeds": str(n)}, data="1") for n in range(2)]
+    (row,) = find_rows(fits, None).rows
+    assert row.data == "1"
 
 
 def test_where_a_run_ran_is_no_part_of_its_name() -> None:

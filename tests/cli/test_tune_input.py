@@ -9,6 +9,7 @@ import yaml
 import kngd_ray
 from kngd_ray.config import load_config
 from kngd_ray.configs import names
+from kngd_ray.errors import UsageError
 from kngd_ray.tuning import plain_space
 from kngd_ray.tuning.file import load_search, search_yaml
 
@@ -125,11 +126,11 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
         (["search.samplr=tpe"], ["search: unknown key 'samplr'; did you mean sampler?"]),
         (["search.num_samples=0"], ["search: num_samples is 0"]),
         (
-            ["search.objective="],
+            ["search.objective=null"],
             ["objective is []; name one or more (log_posterior, evidence, held_out_nll, held_out_accuracy)"],
         ),
         (["search.objective=[]"], ["name one or more (log_posterior, evidence, held_out_nll, held_out_accuracy)"]),
-        (["search.seeds="], ["search: seeds is []; name at least one"]),
+        (["search.seeds=null"], ["search: seeds is []; name at least one"]),
         (["search=3"], ["'search=3' changes the whole of search", "search.KEY=VALUE"]),
         (["space={filter.p0: {low: 1, high: 2}}"], ["changes the whole of space"]),
         (["space.filter.p=null"], ["drops what the space does not have; did you mean filter.p0?"]),
@@ -188,6 +189,13 @@ def test_wrong_settings(command, search, settings: list[str], words: list[str]) 
 )
 def test_wrong_files(command, search, content: dict[str, Any], word: str) -> None:
     refused(command, search(content=content), word)
+
+
+def test_a_search_file_has_a_key_once(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("space:\n  epochs: {low: 1, high: 3}\n  epochs: {low: 5, high: 9}\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml has space\.epochs twice, at lines 2 and 3: leave one of them"):
+        load_search(path, [])
 
 
 def test_what_only_held_out_shots_can_judge_may_be_searched_with_them() -> None:

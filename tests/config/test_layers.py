@@ -272,9 +272,31 @@ def test_flat_names() -> None:
 
 def test_overrides_are_yaml() -> None:
     assert parse_override("a.b=[1, x]") == ("a.b", [1, "x"])
-    assert parse_override("a=") == ("a", None)
+    assert parse_override("a=null") == ("a", None)
+    assert parse_override("a=''") == ("a", "")
     assert parse_override("a=b=c") == ("a", "b=c")
     assert parse_override("data.path=*.parquet") == ("data.path", "*.parquet")
+    assert parse_override("a=!!str 007") == ("a", "007")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run #2", "/sets/set.parquet #2", "it's #1", "5 #b", "a#b", "#x", "# x", "&x", "&x 1", "& co", "*.parquet",
+        "!x", "|x", ">x", ">", "%x", "@home", "`x`", "--- x", "---",
+    ],
+)  # fmt: skip
+def test_what_yaml_would_drop_of_a_text_stays(text: str) -> None:
+    """As it is typed, so that no comment cuts a path short and no mark turns a domain into null."""
+    assert parse_override(f"a={text}") == ("a", text)
+    assert load_config(None, [f"data.train_domain={text}"]).data.train_domain == text
+
+
+def test_quotes_lists_and_mappings_are_still_yaml() -> None:
+    assert parse_override("a='b #c'") == ("a", "b #c")
+    assert parse_override("a=['#b', c#d, &e 1, *e] ") == ("a", ["#b", "c#d", 1, 1])
+    assert parse_override("a={kind: '#x', b: [1]}") == ("a", {"kind": "#x", "b": [1]})
+    assert parse_override("a=|\n b #c\n d") == ("a", "b #c\nd")
 
 
 # Presets and baselines

@@ -112,6 +112,14 @@ def test_wrong_setting(subtests: pytest.Subtests) -> None:
         ("=3", ["'=3' is neither"]),
         ("epochs=[1", ["the value of epochs is not valid YAML", "quote it"]),
         ("trainer.name=[", ["the value of trainer.name is not valid YAML", "quote it"]),
+        # of which a part would be dropped
+        ("data.classes=[a, b] #c", ["the value of data.classes", "what follows a # is a comment there", "quote it"]),
+        ("data.train_domain='a' #b", ["the value of data.train_domain", "is a comment there", "quote it"]),
+        ("data.classes=[a #b, c]", ["the value of data.classes is not valid YAML", "quote it"]),
+        ("data.classes=[&a b, c]", ["the value of data.classes", "&a is an anchor there", "quote it"]),
+        ("data.train_domain=", ["data.train_domain= has no value", "null for none"]),
+        ("data.train_domain= ", ["data.train_domain= has no value", "null for none"]),
+        ("adapter={kind: linear, kind: bottleneck}", ["the value of adapter has 'kind' twice", "leave one"]),
     ]:
         with subtests.test(setting):
             sentence = refusal(setting)
@@ -153,6 +161,16 @@ def test_bounds_of_choices() -> None:
         ("trainer: {name: !!int x}", ["not valid YAML"]),
         ("data: {shot: 3}", ["unknown key 'data.shot'", "did you mean data.shots?"]),
         ("data:\n", ["data: expected settings", "None"]),
+        ("data:\n  shots: 4\n  shots: 8\n", ["has data.shots twice, at lines 2 and 3", "leave one of them out"]),
+        ("epochs: 4\nseeds: 1\n'epochs': 8\n", ["has epochs twice, at lines 1 and 3"]),
+        ("data: {shots: 4}\ndata.shots: 8\n", ["has data.shots twice, at lines 1 and 2"]),
+        ("data.shots: 8\nseeds: 1\ndata:\n  path: x\n  shots: 4\n", ["has data.shots twice, at lines 1 and 5"]),
+        ("data: {shots: 4}\ndata: {path: x}\n", ["has data twice, at lines 1 and 2"]),
+        (
+            "filter: {covariance: {kind: dense}}\nfilter.covariance: diagonal\n",
+            ["has filter.covariance twice, at lines 1 and 2"],
+        ),
+        ("adapter:\n- kind: linear\n- kind: bottleneck\n  kind: linear\n", ["has kind twice, at lines 3 and 4"]),
     ],
 )
 def test_wrong_file(tmp_path, text: str, words: list[str]) -> None:
@@ -161,8 +179,20 @@ def test_wrong_file(tmp_path, text: str, words: list[str]) -> None:
     sentence = refusal(file=path)
     for word in words:
         assert word in sentence, sentence
-    if "YAML" in words[0] or "must hold" in words[0]:
+    if "YAML" in words[0] or "must hold" in words[0] or "twice" in words[0]:
         assert str(path) in sentence
+
+
+def test_parts_of_one_setting_in_several_places_are_no_repetition(tmp_path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "filter: {covariance: diagonal}\nfilter.covariance.rule: vdekf\ndata: {shots: 4}\ndata.path: x\n"
+        "adapter: [linear, bottleneck]\nadapter.1.width: 32\nnoise: {process: &q {kind: random_walk, q: 0.1}}\n"
+    )
+    config = load_config(path)
+    assert (config.filter.covariance.rule, config.data.shots, config.data.path) == ("vdekf", 4, "x")
+    path.write_text("data: {<<: {shots: 4, path: x}, shots: 8}\n")
+    assert load_config(path).data.shots == 8, "a merge gives what the mapping does not say"
 
 
 def test_missing_file_names_the_nearest(tmp_path) -> None:

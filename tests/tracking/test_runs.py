@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from kngd_ray.errors import TrackingError
 from kngd_ray.tracking import _runs, publish, read_runs
@@ -44,6 +45,19 @@ def test_every_run_comes_back_as_it_was_logged(store, logged, monkeypatch, page:
     assert child.params == {"seeds": "1"}
     assert child.metrics == {"id/accuracy": 0.6, "train/nll": 1.0}
     assert (child.status, failed.status) == ("FINISHED", "FAILED")
+
+
+def test_what_a_run_learns_from_comes_back_as_its_digest(store, experiment, open_record, run_folder, client) -> None:
+    for id, digest in (("one", "1" * 32), ("other", "2" * 32)):
+        record = open_record(id)
+        record.log_input("pets", digest, "data/pets.parquet", {"classes": 37})
+        record.finish()
+    open_record("silent").finish()
+    ids = publish(run_folder, store, experiment)
+    evaluated = DatasetInput(Dataset("test", "3" * 32, "local", "{}"), [InputTag("mlflow.data.context", "evaluation")])
+    client.log_inputs(ids["one"], [evaluated])
+    found = {run.name: run.data for run in read_runs(store, experiment)}
+    assert found == {"one": "1" * 32, "other": "2" * 32, "silent": None}
 
 
 def test_an_experiment_without_runs(own_store) -> None:

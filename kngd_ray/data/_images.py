@@ -39,6 +39,7 @@ class ImageSet:
         source: the files.
         all_names: names of all classes of the files in order of their labels, of which `class_names` are some.
         notes: sentences on how the data set was read: what states its splits, what was left out, what is there twice.
+        numbered: whether labels are bare numbers, which the configuration names.
     """
 
     labels: Ints
@@ -50,6 +51,7 @@ class ImageSet:
     source: Source
     all_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         for array in (self.labels, self.domains, self.splits, self.keys, self.rows):
@@ -143,6 +145,7 @@ def open_images(
         source=rows.source,
         all_names=all_names,
         notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept])),
+        numbered=all(name is None for name in rows.names),
     )
 
 

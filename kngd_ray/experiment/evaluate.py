@@ -21,6 +21,7 @@ from kngd_ray.experiment.task import open_task, open_tests, prepare
 from kngd_ray.tracking import reliability_diagram
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.evaluation import evaluate as score
+from kngd_ray.training.learned import read_learned
 from kngd_ray.training.metrics import aurc, ood_auroc
 from kngd_ray.training.predict import entropy
 from kngd_ray.training.restoring import open_fit, restore_predictor
@@ -64,15 +65,15 @@ def evaluate(
     if config.data.path == IN_MEMORY:
         raise UsageError(f"{run.name} learned from pictures in memory: name data to score it on by data.path.")
     own = _same(config.data.path, trained_on.path)
+    as_it_was = own and not any(key.startswith("data.") and key != "data.cache_dir" for key in given)
     if own:
         only = config.data.classes if "data.classes" in given else None
         config = replace(config, data=replace(config.data, classes=trained_on.classes))
-        task = open_task(config, manifest, only)
+        task = open_task(config, manifest, only, draw=as_it_was or read_learned(manifest) is None)
     else:
         task = open_tests(config, given, manifest)
     if own or "data.classes" not in given:
         check_names(task, manifest, own=own)
-    as_it_was = own and not any(key.startswith("data.") and key != "data.cache_dir" for key in given)
     task = untested(task, [manifest], display.say, as_it_was=as_it_was)
     for note in task.notes:
         display.say(note)

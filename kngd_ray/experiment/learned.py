@@ -12,7 +12,7 @@ from kngd_ray.clip import TuneOptions
 from kngd_ray.data import ImageSet, Split
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.task import Task, TaskData
-from kngd_ray.training.learned import DIGITS, Learned, read_learned
+from kngd_ray.training.learned import DIGITS, MOST, Learned, read_learned
 from kngd_ray.training.prior import Prior
 
 Keys = npt.NDArray[np.bytes_]
@@ -67,8 +67,9 @@ def untested(task: Task, manifests: Iterable[Mapping[str, Any]], say: Say, *, as
             unknown.add("a fit that this one continues")
     if unknown:
         say(
-            f"{' and '.join(sorted(unknown))} keeps no record of its shots, as those of earlier versions and of"
-            " KalmanCLIP do not: copies of them in the test sets cannot be told, see that there are none"
+            f"{' and '.join(sorted(unknown))} keeps no record of its shots, as those of earlier versions, of KalmanCLIP"
+            f" and of more than {MOST:,} pictures do not: copies of them in the test sets cannot be told, see that"
+            " there are none"
         )
     return leave_out(task, known, "the fit", say)
 
@@ -171,7 +172,7 @@ def known_to(priors: Iterable[Mapping[int, Prior]]) -> dict[int, frozenset[str]]
     return found
 
 
-def learned_by(prepared: TaskData, seed: int, prior: Prior | None) -> Learned:
+def learned_by(prepared: TaskData, seed: int, prior: Prior | None) -> Learned | None:
     """What a fit of a run learns from.
 
     Args:
@@ -180,16 +181,17 @@ def learned_by(prepared: TaskData, seed: int, prior: Prior | None) -> Learned:
         prior: what it continues from.
 
     Returns:
-        The same, for its checkpoints.
+        The same, for its checkpoints; None if it is too much to be kept.
     """
     shots = begun(prepared.images.keys[prepared.splits[seed].support])
     before = None if prior is None else read_learned(prior.manifest)
-    return Learned(
-        shots,
-        frozenset() if before is None else before.all,
-        prior is None or (before is not None and before.complete),
-        prepared.images.numbered,
-    )
+    earlier: frozenset[str] = frozenset() if before is None else before.all
+    complete = prior is None or (before is not None and before.complete)
+    if len(shots) > MOST:
+        return None
+    if len(shots) + len(earlier) > MOST:
+        earlier, complete = frozenset(), False
+    return Learned(shots, earlier, complete, prepared.images.numbered)
 
 
 def begun(keys: Keys) -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from kngd_ray.errors import CheckpointError
 
 LEARNED = "learned"  # entry of a manifest; those of earlier versions, and of data in memory, lack it
+MOST = 1 << 18  # pictures that are kept: with more, a manifest would outgrow what is read of one
 DIGITS = 16  # kept of a hash: of a billion pictures, two that share them are as likely as one in forty
 
 

@@ -300,6 +300,18 @@ def test_a_prior_that_keeps_no_record(command, train, scored) -> None:
     assert f"a fit that this one continues {UNTOLD}" in scored()[1]
 
 
+def test_more_pictures_than_a_manifest_holds(command, train, monkeypatch) -> None:
+    monkeypatch.setattr("kngd_ray.experiment.learned.MOST", 2 * SHOTS - 1)
+    train("trainer.name=first")
+    train("trainer.name=second", "prior=first", "data.train_domain=sketch")
+    learned = manifest_of(command, "second")["learned"]
+    assert len(learned["shots"]) == 16 * SHOTS
+    assert (learned["earlier"], learned["complete"]) == ("", False)
+    monkeypatch.setattr("kngd_ray.experiment.learned.MOST", SHOTS - 1)
+    train("trainer.name=third")
+    assert "learned" not in manifest_of(command, "third")
+
+
 def test_one_fit_that_serves_all_seeds_is_told(train) -> None:
     train("trainer.name=one", "seeds=4")
     told = said(train("trainer.name=two", "prior=one", "seeds=0,1"))

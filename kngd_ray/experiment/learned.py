@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kngd_ray.clip import TuneOptions
+from kngd_ray._run_layout import CONFIG
+from kngd_ray.config import parse
 from kngd_ray.data import ImageSet, Split
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.task import Task, TaskData
 from kngd_ray.training.learned import DIGITS, MOST, Learned, read_learned
+from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
 
 Keys = npt.NDArray[np.bytes_]
@@ -130,7 +132,8 @@ def tell_overlap(task: Task, priors: Mapping[int, Prior], say: Say) -> None:
     """
     if not priors:
         return
-    name = next(iter(priors.values())).folder.parents[2].name
+    folder = next(iter(priors.values())).folder
+    name = next((place.name for place in folder.parents if (place / CONFIG).is_file()), folder.name)
     others = [seed for seed, prior in priors.items() if prior.manifest["seed"] != seed]
     if others:
         seeds, source = ", ".join(map(str, priors)), priors[others[0]].manifest["seed"]
@@ -251,11 +254,12 @@ def _pictures(count: int) -> str:
 def _drawn_again(prepared: TaskData, manifest: Mapping[str, Any]) -> bool:
     """Whether shots that are drawn again are those of a fit that keeps no record of them, by their features."""
     support = prepared.support(manifest["seed"])
-    if "head" in manifest:
-        return bool(manifest["head"].get("sha256") == hashlib.sha256(support.digest()).hexdigest())
-    tune: Any = manifest["options"].get("tune", {})
-    if tune.get("parameters", TuneOptions().parameters) != TuneOptions().parameters:
-        return len(support) == manifest["shots"]["count"]  # towers' shots are pictures
-    sha = hashlib.sha256(support.digest())
-    sha.update(prepared.class_embeddings.cpu().contiguous().numpy().tobytes())
-    return bool(manifest["shots"]["sha256"] == sha.hexdigest())
+    digest, shots, head = hashlib.sha256(support.digest()), manifest["shots"], manifest.get("head")
+    if not isinstance(shots, dict):
+        return False
+    if isinstance(head, dict):
+        return bool(head.get("sha256") == digest.hexdigest())
+    if parse(FitOptions, manifest["options"]).tune.images:  # their shots are pictures
+        return bool(shots.get("count") == len(support))
+    digest.update(prepared.class_embeddings.cpu().contiguous().numpy().tobytes())
+    return bool(shots.get("sha256") == digest.hexdigest())

@@ -16,7 +16,7 @@ from uuid import uuid4
 from kngd_ray.errors import StorageError
 
 _ABANDONED = 3600.0  # seconds after which nobody is still writing a file of text
-MAX_JSON = 16 << 20  # a hundred times what kngd_ray writes; as objects it takes thirty times as much
+MAX_JSON = 16 << 20  # four times the most that kngd_ray writes; as objects it takes thirty times as much
 
 
 _ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")

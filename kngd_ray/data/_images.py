@@ -40,6 +40,7 @@ class ImageSet:
         all_names: names of all classes of the files in order of their labels, of which `class_names` are some.
         notes: sentences on how the data set was read: what states its splits, what was left out, what is there twice.
         label_order: whether labels are numbers or text, or text that is all digits and in another order than numbers.
+        numbered: whether labels are bare numbers, which the configuration names.
     """
 
     labels: Ints
@@ -52,6 +53,7 @@ class ImageSet:
     all_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     label_order: LabelOrder = "numbers"
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         for array in (self.labels, self.domains, self.splits, self.keys, self.rows):
@@ -146,6 +148,7 @@ def open_images(
         all_names=all_names,
         notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept]), *named_as_splits(class_names)),
         label_order=order_of(rows.labels),
+        numbered=all(name is None for name in rows.names),
     )
 
 

@@ -17,13 +17,14 @@ from kngd_ray.errors import UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.backend import HERE, Backend
+from kngd_ray.experiment.learned import check_names, tell_changes, untested
 from kngd_ray.experiment.task import TaskData, open_task, prepare
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.restoring import open_fit, restore_predictor
-from kngd_ray.training.resumable import check_same
+from kngd_ray.training.resumable import check_scored
 from kngd_ray.training.settled import read_settled, save_settled
 
 FIGURE = "ensemble.png"
@@ -72,12 +73,16 @@ def ensemble(
         fits = [open_fit(folder) for folder in folders]
         config = replace(config, seeds=tuple(checkpoint.manifest["seed"] for checkpoint, _ in fits))
         task = open_task(config, fits[0][0].manifest)
+        for checkpoint, _ in fits:
+            check_names(task, checkpoint.manifest, own=True)
+        task = untested(task, [checkpoint.manifest for checkpoint, _ in fits], display.say, as_it_was=True)
         for note in task.notes:
             display.say(note)
         with backend.session(config.trainer), display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
         for checkpoint, _ in fits:
-            check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
+            check_scored(checkpoint.manifest, prepared.identity, checkpoint.folder)
+            tell_changes(prepared, checkpoint.manifest, display.say)
         alphas = sorted({round(n / (points - 1), 6) for n in range(points)} | ({alpha} if alpha is not None else set()))
         reports = _score(fits, alphas, prepared, display)
         if alpha is not None:

@@ -15,15 +15,17 @@ from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
+from kngd_ray.experiment.learned import check_names, tell_changes, untested
 from kngd_ray.experiment.run_folder import find_fit, read_config
 from kngd_ray.experiment.task import open_task, open_tests, prepare
 from kngd_ray.tracking import reliability_diagram
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.evaluation import evaluate as score
+from kngd_ray.training.learned import read_learned
 from kngd_ray.training.metrics import aurc, ood_auroc
 from kngd_ray.training.predict import entropy
 from kngd_ray.training.restoring import open_fit, restore_predictor
-from kngd_ray.training.resumable import check_same
+from kngd_ray.training.resumable import check_scored
 from kngd_ray.training.settled import read_settled
 
 
@@ -46,8 +48,9 @@ def evaluate(
         backend: encodes.
 
     Returns:
-        ``id`` and ``ood`` as ``train`` reports them, each with ``aurc``, and per OOD domain
-        ``auroc``: how well predictive entropy tells its pictures from the in-distribution ones.
+        ``id`` and ``ood`` as ``train`` reports them, without pictures that the fit has learned from. Each has
+        ``aurc``, and an OOD domain ``auroc``: how well predictive entropy tells its pictures from the in-distribution
+        ones.
 
     Raises:
         UsageError: the fit learned from data in memory, and no other data are named.
@@ -61,17 +64,24 @@ def evaluate(
     manifest = checkpoint.manifest
     if config.data.path == IN_MEMORY:
         raise UsageError(f"{run.name} learned from pictures in memory: name data to score it on by data.path.")
-    if _same(config.data.path, trained_on.path):
+    own = _same(config.data.path, trained_on.path)
+    as_it_was = own and not any(key.startswith("data.") and key != "data.cache_dir" for key in given)
+    if own:
         only = config.data.classes if "data.classes" in given else None
         config = replace(config, data=replace(config.data, classes=trained_on.classes))
-        task = open_task(config, manifest, only)
+        task = open_task(config, manifest, only, draw=as_it_was or read_learned(manifest) is None)
     else:
         task = open_tests(config, given, manifest)
+    if own or "data.classes" not in given:
+        check_names(task, manifest, own=own)
+    task = untested(task, [manifest], display.say, as_it_was=as_it_was)
     for note in task.notes:
         display.say(note)
     with backend.session(config.trainer), display.pictures("encoding") as progress:
         prepared = prepare(task, backend, progress)
-    check_same(checkpoint.manifest, prepared.identity, checkpoint.folder)
+    check_scored(manifest, prepared.identity, checkpoint.folder)
+    if as_it_was:
+        tell_changes(prepared, manifest, display.say)
     settled = read_settled(fit_folder)
     predictor = restore_predictor(
         checkpoint,

@@ -13,6 +13,7 @@ from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
 from kngd_ray.experiment.environment import describe_data, describe_environment, source_tags
+from kngd_ray.experiment.learned import learned_by
 from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
@@ -67,6 +68,7 @@ class MethodRun:
                 towers=prepared.towers(config.tune),
                 stream=stream_of(prepared, seed),
                 head=HeadStart.of(config.fit_options, prepared.support(seed)),
+                learned=learned_by(prepared, seed, priors.get(seed)),
             )
             for seed in config.seeds
         }

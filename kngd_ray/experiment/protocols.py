@@ -19,6 +19,7 @@ from kngd_ray.data import EMBEDDED, ImageSet, halves, open_images, restrict, sel
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
 from kngd_ray.experiment.features import Progress, encode_pictures
+from kngd_ray.experiment.learned import among, begun
 from kngd_ray.experiment.task import Task, TaskData
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
@@ -43,12 +44,13 @@ class Unseen:
     rows: np.ndarray[Any, np.dtype[np.int64]]
 
 
-def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
+def open_protocol(config: Config, task: Task, earlier: frozenset[str] = frozenset()) -> dict[str, Unseen]:
     """Find the protocol's test data, before anything expensive happens.
 
     Args:
         config: what is asked for.
         task: the run's own data.
+        earlier: beginnings of the hashes of pictures that its priors have learned from.
 
     Returns:
         Unseen classes by name: ``new`` of ``bng``, the data sets of ``cdg``, none of others.
@@ -57,7 +59,7 @@ def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
         UsageError: ``dg`` without a domain out of distribution, or a target twice.
         DataError: a target that cannot be used, or new classes without test pictures.
     """
-    shots = np.unique(np.concatenate([task.images.keys[split.support] for split in task.splits.values()]))
+    shots = earlier.union(*(begun(task.images.keys[split.support]) for split in task.splits.values()))
     if config.protocol == "dg" and not any(split.ood for split in task.splits.values()):
         raise UsageError(
             "protocol=dg needs a test domain that is not trained on, and there is none: set data.train_domain to one "
@@ -67,7 +69,7 @@ def open_protocol(config: Config, task: Task) -> dict[str, Unseen]:
         new = restrict(task.whole, halves(task.whole.class_names)[1])
         # domains are those of the whole: a half may lack one that the other has
         tested = select_tests(task.whole, replace(config.data, ood_domains=_ood(task))).id_test
-        in_test = np.isin(new.rows, task.whole.rows[tested]) & ~np.isin(new.keys, shots)
+        in_test = np.isin(new.rows, task.whole.rows[tested]) & ~among(new, shots)
         if not in_test.any():
             raise DataError(
                 "the new classes have no test pictures in the domains trained on: add some, or name others."
@@ -84,7 +86,7 @@ def _ood(task: Task) -> tuple[str, ...]:
     return tuple(next(iter(task.splits.values())).ood)
 
 
-def _target(config: Config, path: str, shots: np.ndarray[Any, Any]) -> Unseen:
+def _target(config: Config, path: str, shots: frozenset[str]) -> Unseen:
     """Index a data set with classes of its own.
 
     Raises:
@@ -95,7 +97,7 @@ def _target(config: Config, path: str, shots: np.ndarray[Any, Any]) -> Unseen:
         images = open_images(data, test_fraction=1.0)
     except DataError as error:
         raise DataError(f"the target {path} cannot be tested on: {error}".replace("data.path", "targets")) from error
-    rows = np.flatnonzero((images.splits == "test") & ~np.isin(images.keys, shots))
+    rows = np.flatnonzero((images.splits == "test") & ~among(images, shots))
     if len(images.class_names) < 2 or not len(rows):
         lacking = "test pictures" if not len(rows) else "a second class"
         raise DataError(f"the target {path} cannot be tested on: it lacks {lacking}.")

@@ -18,6 +18,7 @@ from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.continuation import check_prior, find_priors
+from kngd_ray.experiment.learned import known_to, leave_out, tell_overlap
 from kngd_ray.experiment.method_run import MethodRun
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.experiment.streams import show_streams, stream_of, zero_shot_figures
@@ -61,7 +62,10 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
     configs = [replace(c, model=task.config.model) for c in configs]  # the features' files may state a logit scale
     for note in task.notes:
         display.say(note)
-    unseen = open_protocol(config, task)
+    tell_overlap(task, priors[0], display.say)
+    known = known_to(priors)
+    task = leave_out(task, known, "the prior", display.say)
+    unseen = open_protocol(config, task, frozenset().union(*known.values()))
     for target in unseen if config.protocol == "cdg" else ():
         display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")
     for c, found in zip(configs, priors, strict=True):

@@ -242,13 +242,20 @@ class Task:
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
 
 
-def open_task(config: Config, manifest: Mapping[str, Any] | None = None, only: Collection[str] | None = None) -> Task:
+def open_task(
+    config: Config,
+    manifest: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+    *,
+    draw: bool = True,
+) -> Task:
     """Index the data set, draw the shots of every seed, load the model.
 
     Args:
         config: what is asked for.
         manifest: of a checkpoint that is to be used on the data; it knows which class embedding is whose.
         only: classes that are tested on; None is all.
+        draw: whether shots are drawn; a fit that is tested, and keeps which were its own, needs none.
 
     Returns:
         The task.
@@ -258,7 +265,10 @@ def open_task(config: Config, manifest: Mapping[str, Any] | None = None, only: C
     images = _trained(config, whole)
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
-        splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        if draw:
+            splits = {seed: select(images, config.data, seed, bad) for seed in config.seeds}
+        else:
+            splits = dict.fromkeys(config.seeds, select_tests(images, config.data, bad))
         return splits if only is None else {seed: _of_classes(images, split, only) for seed, split in splits.items()}
 
     return _task(config, images, whole, choose, manifest)

@@ -48,6 +48,7 @@ _ENTRIES: dict[str, type] = {
     "options": dict,
     "class_names": list,
     "templates": list,
+    "learned": dict,
 }
 
 

@@ -18,6 +18,7 @@ from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
 from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
+from kngd_ray.training.learned import Learned
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions, counted_once
 from kngd_ray.training.prior import Prior
@@ -59,6 +60,7 @@ class FitTask:
         stream: of a fit whose shots come in an order; they are in that order, and their batches are predicted before
             they are learned from.
         head: of a fit of towers that starts where a head ends (``tune.start=head``), the fit of that head.
+        learned: which pictures the shots are of, for its checkpoints; None where they are not known.
     """
 
     options: FitOptions
@@ -71,6 +73,7 @@ class FitTask:
     towers: Towers | None = None
     stream: Stream | None = None
     head: HeadStart | None = None
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.support, Support) and (

@@ -21,6 +21,7 @@ from kngd_ray.errors import CheckpointError
 from kngd_ray.sharding import Group
 from kngd_ray.training import checkpoint
 from kngd_ray.training.fit import FitTask, StepRecord, fit
+from kngd_ray.training.learned import LEARNED
 from kngd_ray.training.method import Method
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def run_fit(
         CheckpointError: the folder holds checkpoints of another task.
     """
     description = describe(task, identity)
+    kept = {} if task.learned is None else {LEARNED: task.learned.entry()}  # fits of earlier versions go on without
     found = latest(folder)
     _agree(found, group, device)
     final = task.sampler.steps
@@ -78,7 +80,7 @@ def run_fit(
         if before_checkpoint is not None:
             before_checkpoint()
         target = folder / f"step-{step:08d}-{_attempt(group, device)}"
-        checkpoint.save(target, method.state(), {**description, "step": step, "steps": final}, group)
+        checkpoint.save(target, method.state(), {**description, **kept, "step": step, "steps": final}, group)
         written.append(target)
         if group.rank == 0:
             _prune(folder, keep=written[-_KEPT:] if step < final else [target])
@@ -132,11 +134,37 @@ def check_same(manifest: Mapping[str, Any], description: Mapping[str, Any], plac
     """
     for key, expected in description.items():
         if key != SOURCE and manifest.get(key) != expected:
-            found, wanted = _differing(manifest.get(key), expected)
+            _, found, wanted = _differing(key, manifest.get(key), expected)
             raise CheckpointError(
                 f"{place} belongs to another task: its {key} is {found}, this one's is {wanted}; "
                 "give the run another trainer.name, or the settings that it was started with."
             )
+
+
+def check_scored(manifest: Mapping[str, Any], identity: Mapping[str, Any], place: Path) -> None:
+    """Refuse to score a checkpoint with another model, other prompts or other classes than it was trained with.
+
+    Args:
+        manifest: of the checkpoint.
+        identity: of the data and the model at hand.
+        place: the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: an entry differs; names the first.
+    """
+    for key, expected in identity.items():
+        if key == SOURCE or manifest.get(key) == expected:
+            continue
+        name, found, wanted = _differing(key, manifest.get(key), expected)
+        before, now = manifest.get(SOURCE), identity.get(SOURCE)
+        if key == "model" and before != now:  # a setting says more than a fingerprint
+            name, found, wanted = _differing(key, before, now)
+        found, wanted = (value if value is None else _brief(value) for value in (found, wanted))
+        raise CheckpointError(
+            f"{place} belongs to another task than is to be scored: it was trained with {name}={found}, and here it is"
+            f" {wanted}; a fit is scored with its own model, classes and prompts: leave out what changes it, or put"
+            " back the files that it was trained with."
+        )
 
 
 def latest(folder: Path) -> checkpoint.Checkpoint | None:
@@ -204,10 +232,16 @@ def _listed(value: Any) -> Any:
     return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _differing(found: Any, expected: Any) -> tuple[Any, Any]:
-    """The innermost entries at which two nested values differ."""
+def _brief(value: Any) -> str:
+    """A value as far as a sentence has room for it."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _differing(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+    """The innermost entries at which two nested values differ, and their dotted name."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in expected:
             if found.get(key) != expected[key]:
-                return _differing(found.get(key), expected[key])
-    return found, expected
+                return _differing(f"{name}.{key}", found.get(key), expected[key])
+    return name, found, expected

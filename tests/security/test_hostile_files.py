@@ -366,6 +366,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "a step that is a text": {"step": "4"},
     "classes that are numbers": {"class_names": [1, 2]},
     "options that are a list": {"options": []},
+    "shots that are a list": {"learned": []},
 }
 for what, entries in ENTRIES.items():
     case("checkpoint", "use an", what)(lambda folder, entries=entries: altered(folder, **entries))

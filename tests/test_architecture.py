@@ -38,6 +38,7 @@ LAYERS = (
     "results",
     "api",
     "cli",
+    "__main__",
 )
 SHARED = {
     "_allocator",

@@ -116,37 +116,21 @@ def root(P: Tensor) -> Tensor:
     return axes * variances.clamp_min(0).sqrt().unsqueeze(-2)
 
 
-def symmetric(P: Tensor) -> Tensor:
-    """The symmetric part of matrices.
+def symmetric(P: Tensor, times: Tensor | float = 1.0) -> Tensor:
+    """The symmetric part of matrices, or a multiple of it.
 
     Not even X^T X is symmetric to the last bit on every processor, and no later update would remove an antisymmetric
     part.
 
     Args:
         P: (..., n, n).
+        times: the factor, a scalar.
 
     Returns:
         (..., n, n) symmetric to the last bit.
     """
     # transposed in one go: the sum runs over memory in order, and over the copy, as large new tensors cost page faults
-    return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5)
-
-
-def less_outer(P: Tensor, X: Tensor, times: Tensor | None = None) -> Tensor:
-    """``times P - X^T X``.
-
-    Args:
-        P: (..., n, n), symmetric to the last bit.
-        X: (..., m, n).
-        times: the factor, a scalar; None is 1.
-
-    Returns:
-        (..., n, n) symmetric to the last bit.
-    """
-    # P is added last, and nothing is copied to be added to: fewer passes over what is larger than a cache
-    half = X.mT @ (X * -0.5)
-    whole = half.mT.clone(memory_format=torch.contiguous_format).add_(half)
-    return whole.add_(P) if times is None else torch.addcmul(whole, P, times)
+    return P.mT.clone(memory_format=torch.contiguous_format).add_(P).mul_(0.5 * times)
 
 
 def rounded_up(posterior: Tensor, prior: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ from typing import Any, Literal, NamedTuple
 from kngd_ray._deferred import Generator, Tensor, torch
 from kngd_ray.filters._innovation import Innovation
 from kngd_ray.filters._layerwise import LayerState, Layerwise
-from kngd_ray.filters.dense import ROUNDING, less_outer, root, rounded_up, symmetric
+from kngd_ray.filters.dense import ROUNDING, root, rounded_up, symmetric
 from kngd_ray.filters.diagonal import Diagonal
 from kngd_ray.filters.functional_mode import cholesky, eager
 from kngd_ray.filters.informed import measured_columns, measured_without, within_class_covariance
@@ -157,7 +157,7 @@ class Kronecker(Layerwise):
         """
         if self.columns == "identity" or not len(x):  # a fold may hold out all there is
             return P
-        return {**P, "A": symmetric(self.columns_of(x.double(), labels)).to(P["A"]).contiguous()}
+        return {**P, "A": self.columns_of(x.double(), labels).to(P["A"]).contiguous()}
 
     def columns_of(self, x: Tensor, labels: Tensor) -> Tensor:
         """The prior's A, measured on inputs of a layer.
@@ -389,9 +389,11 @@ def _sweep_of_tokens(B: Tensor, A: Tensor, H: Factors, work: _Tokens, inverse: T
     K_new = torch.addmm(K, W.mT, W, alpha=1.0 / i)
     trace = o + (iE * K_new).sum() / i
     F = (inverse * K_new.view(s, k, T, s, k, T)).sum_to_size(N.shape).reshape(tokens, tokens)
-    U, V = (L.mT / i**0.5).to(B.dtype) @ work.GB, (root(F).mT / o**0.5).to(A.dtype) @ work.XA
+    U, V = L.mT.to(B.dtype) @ work.GB, root(F).mT.to(A.dtype) @ work.XA
+    B_new = torch.addmm(B, U.mT, U, alpha=-1.0 / i)
     grown = (trace / o).to(A.dtype)  # tr(B B'^-1) / o, at least 1
-    return {"B": rounded_up(less_outer(B, U), B), "A": rounded_up(less_outer(A, V, grown), A)}
+    A_new = torch.addmm(A, V.mT / grown, V, alpha=-1.0 / o)
+    return {"B": rounded_up(symmetric(B_new), B), "A": rounded_up(symmetric(A_new, grown), A)}
 
 
 def _sweep_of_matrices(B: Tensor, A: Tensor, Bh: Tensor, cholesky: Tensor) -> LayerState:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kngd_ray._option import option
 from kngd_ray._run_layout import ESTIMATOR, RESULTS, SEARCH, fit_name
 from kngd_ray.config import Config
 from kngd_ray.errors import CheckpointError
@@ -321,7 +322,9 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         return dict(read_json(path))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): delete it, then continue with --resume.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}): delete it, then continue with {option('resume')}."
+        ) from error
 
 
 def _sets(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

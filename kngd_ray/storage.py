@@ -56,7 +56,7 @@ def storage_errors(place: Path, *also: type[Exception]) -> Iterator[None]:
             raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:
-            message = f"no space left while writing {place}: free some, then continue with --resume."
+            message = f"no space left while writing {place}: free some, then resume the run."
         else:
             message = f"cannot write {place} ({error}): check the path and its permissions."
         raise StorageError(message) from error

@@ -45,6 +45,7 @@ SHARED = {
     "_deferred",
     "_plugins",
     "_keywords",
+    "_option",
     "_run_layout",
     "config",
     "configs",
@@ -57,7 +58,7 @@ SHARED = {
     "storage",
     "__init__",
 }
-STANDARD_ONLY = ("_allocator", "_plugins", "_run_layout", "_streams", "errors", "storage")
+STANDARD_ONLY = ("_allocator", "_option", "_plugins", "_run_layout", "_streams", "errors", "storage")
 
 # Third-party packages that only some layers may import; what is not named here is free for all.
 ONLY_IN = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kngd_ray._keywords import names_setting
+from kngd_ray._option import option
 from kngd_ray.config import Config, load_config
 from kngd_ray.configs import names, read_yaml
 from kngd_ray.console import Display
@@ -69,7 +70,7 @@ def configured_search(
             raise UsageError(f"a continued search keeps its settings: leave out {search}.")
         return resumed_search(os.fspath(resume), overrides)
     if search is None or isinstance(search, Mapping):
-        raise UsageError("name a search, such as noise_priors or a YAML file, or --resume SEARCH.")
+        raise UsageError(f"name a search, such as noise_priors or a YAML file, or {option('resume', 'SEARCH')}.")
     return load_search(os.fspath(search), overrides)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from kngd_ray import __version__
+from kngd_ray._option import on_the_command_line, option
 from kngd_ray._streams import lasting_streams
 from kngd_ray.cli import compare, doctor, encode, ensemble, evaluate, export, predict, submit, sync, train, tune
 from kngd_ray.errors import KngdError, printable, redact
@@ -60,7 +61,7 @@ def main() -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
     if logging.lastResort is not None:  # where warnings go that nobody else takes
         logging.lastResort.setFormatter(_Shown())
-    with lasting_streams():
+    with lasting_streams(), on_the_command_line():
         _run()
 
 
@@ -73,7 +74,7 @@ def _run() -> None:
         code = getattr(end, "code", _INTERRUPTED)
         if code == _INTERRUPTED:  # which typer makes of Ctrl-C
             _fail(
-                "interrupted; finished work is kept, and --resume continues a training run or a search.",
+                f"interrupted; finished work is kept, and {option('resume')} continues a training run or a search.",
                 code,
             )
         sys.exit(code)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kngd_ray._option import option
 from kngd_ray.clip._checked import CHECKED, Exported, difference_of, logits_of, merged, random_pictures, size_of
 from kngd_ray.clip._lora_layers import LoraAttention, LoraCustomAttention, LoraLinear, LoraPointwise
 from kngd_ray.clip._model import ClipModel
@@ -128,11 +129,11 @@ def _layers(clip: nn.Module) -> Iterator[_Layer]:
                 else "attention whose q, k and v differ in width"
             )
             raise ModelError(
-                f"{name} is {what}, which peft has no LoRA for: leave out --peft, the open_clip checkpoint has the"
-                " updates merged"
+                f"{name} is {what}, which peft has no LoRA for: leave out {option('peft')}, the open_clip checkpoint"
+                " has the updates merged"
             )
     if none:
-        raise ModelError("the towers have no LoRA, and peft's layout holds nothing else: leave out --peft")
+        raise ModelError(f"the towers have no LoRA, and peft's layout holds nothing else: leave out {option('peft')}")
 
 
 def _attention(name: str, layer: LoraAttention) -> _Layer:
@@ -144,7 +145,7 @@ def _attention(name: str, layer: LoraAttention) -> _Layer:
     if "out" in layer.lora:
         raise ModelError(
             f"{name} has LoRA in the output of torch's attention (tune.targets: out), which peft adds twice: leave out"
-            " --peft, the open_clip checkpoint has the updates merged"
+            f" {option('peft')}, the open_clip checkpoint has the updates merged"
         )
     d = layer.embed_dim
     down, up = _stacked(layer, ("q", "k", "v"), 3 * d)

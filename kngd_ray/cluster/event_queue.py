@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.queue import Empty, Queue
 
+from kngd_ray._option import option
 from kngd_ray.config import TrainerConfig
 from kngd_ray.errors import KngdError
 from kngd_ray.training.job import FitEvent
@@ -62,11 +63,11 @@ class Cluster:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
             return KngdError(
                 f"the Ray cluster at {self._address} has dropped this command ({reason}): see its logs, and continue "
-                "the run with --resume."
+                f"the run with {option('resume')}."
             )
         return KngdError(
             f"the connection to the Ray cluster at {self._address} is lost, its head must have died: when there is a "
-            "cluster again, continue the run with --resume."
+            f"cluster again, continue the run with {option('resume')}."
         )
 
     def _count(self, now: float) -> None:

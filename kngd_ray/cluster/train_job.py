@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from kngd_ray._option import option
 from kngd_ray.cluster.event_queue import Cluster, EventQueue
 from kngd_ray.cluster.same_code import compared
 from kngd_ray.config import TrainerConfig
@@ -203,13 +204,15 @@ def _explained(error: TrainingFailedError) -> KngdError:
             reason = f"it lost the connection to another worker, which must have died ({_last_line(cause)})"
         else:
             reason = _last_line(cause)
-        return KngdError(f"worker {rank} failed: {reason}; the run can be continued with --resume.")
+        return KngdError(f"worker {rank} failed: {reason}; the run can be continued with {option('resume')}.")
     if isinstance(getattr(error, "controller_failure", None), RayActorError):  # Ray Train does not start these again
         return KngdError(
             "a worker died while it was handed its work (out of memory, killed, or its node is gone); the run can be "
-            "continued with --resume."
+            f"continued with {option('resume')}."
         )
-    return KngdError(f"the Ray Train job failed: {_last_line(error)}; the run can be continued with --resume.")
+    return KngdError(
+        f"the Ray Train job failed: {_last_line(error)}; the run can be continued with {option('resume')}."
+    )
 
 
 def _lost_another(error: BaseException) -> bool:

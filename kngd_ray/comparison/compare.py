@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from kngd_ray._option import option
 from kngd_ray.comparison.metrics import Metric
 from kngd_ray.comparison.page import page
 from kngd_ray.comparison.rows import Found, find_rows
@@ -54,7 +55,7 @@ def compare(
         TrackingError: nothing in the experiment can be compared.
     """
     path = out or Path(f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '_', experiment)}.html")
-    check_path(path, "--out")
+    check_path(path, option("out"))
     uri = uri or TrackingConfig().uri
     runs = read_runs(uri, experiment)
     if not runs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kngd_ray._option import option
 from kngd_ray.clip import PRECOMPUTED
 from kngd_ray.comparison.metrics import FRONT, METRICS, OBJECTIVE, STREAM_FRONT, STREAM_METRICS, Metric
 from kngd_ray.comparison.rows import (
@@ -138,7 +139,7 @@ def build_tables(found: Found, runs: Sequence[LoggedRun], metrics: Sequence[str]
             raise UsageError(f"no finished run has a metric {name!r}{_like(name, known)}")
     if found.search is not None:
         if baseline is not None:
-            raise UsageError("trials of a search cannot be paired by seed: leave out --baseline.")
+            raise UsageError(f"trials of a search cannot be paired by seed: leave out {option('baseline')}.")
         columns = [Metric(name, objectives.get(name, better(name))) for name in metrics or objectives]
         title = f"search {found.search.name}, {len(found.rows)} finished trials"
         return [_table(title, found.rows, columns, [m for m in columns if m.name in objectives], None, [])]

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import parse, parse_override
 from kngd_ray.console import Display, stacked
@@ -63,7 +64,7 @@ def ensemble(
         UsageError: an alpha outside [0, 1], another setting than those, or weights that cannot be averaged.
     """
     if points < 2:
-        raise UsageError(f"--points is {points}; a curve over alpha needs at least 2, for alpha 0 and 1.")
+        raise UsageError(f"{option('points')} is {points}; a curve over alpha needs at least 2, for alpha 0 and 1.")
     alpha, settings = _alpha(overrides)
     place = run_folder.locate(target, storage_path)
     run = next(folder for folder in (place, *place.parents) if (folder / CONFIG).is_file())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._option import option
 from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
 from kngd_ray.clip import peft as peft_layout
 from kngd_ray.clip.adapters import Linear
@@ -75,7 +76,7 @@ def export(
         UsageError: `out` is a file or holds something, or the fit has nothing for an open_clip checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder: name another one with --out.")
+        raise UsageError(f"{out} is not an empty folder: name another one with {option('out')}.")
     if push is not None:
         check_push(push)
     checkpoint, fit_folder = open_fit(find_fit(target, storage_path))
@@ -92,12 +93,12 @@ def export(
         kinds = ", ".join(adapter.kind for adapter in options.adapter)
         raise UsageError(
             f"{fit_folder.name} trained no towers, and an open_clip checkpoint has no place for its adapters "
-            f"({kinds}): add --onnx to export the classifier with them."
+            f"({kinds}): add {option('onnx', True)} to export the classifier with them."
         )
     if peft and options.tune.parameters != "lora":
         raise UsageError(
             f"{fit_folder.name} trained no LoRA (tune.parameters={options.tune.parameters}), and peft's layout holds"
-            " nothing else: leave out --peft."
+            f" nothing else: leave out {option('peft')}."
         )
     model = load_model(source)
     identity = identity_of(model, source, manifest["class_names"], manifest["templates"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray import __version__
+from kngd_ray._option import option
 from kngd_ray.errors import HubError, UsageError, redact
 from kngd_ray.storage import storage_errors
 
@@ -28,13 +29,15 @@ def check_push(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UsageError(f"--push {repository!r} names no repository: write ORGANISATION/NAME.") from error
+        raise UsageError(f"{option('push')} {repository!r} names no repository: write ORGANISATION/NAME.") from error
     if repository.count("/") != 1:
-        raise UsageError(f"--push {repository!r} names no repository: write ORGANISATION/NAME.")
+        raise UsageError(f"{option('push')} {repository!r} names no repository: write ORGANISATION/NAME.")
     if constants.HF_HUB_OFFLINE:
-        raise UsageError("--push needs the Hugging Face hub, but HF_HUB_OFFLINE is set: unset it.")
+        raise UsageError(f"{option('push')} needs the Hugging Face hub, but HF_HUB_OFFLINE is set: unset it.")
     if get_token() is None:
-        raise UsageError("--push needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN.")
+        raise UsageError(
+            f"{option('push')} needs a Hugging Face token with write access: run `hf auth login`, or set HF_TOKEN."
+        )
 
 
 def write_card(folder: Path, text: str, files: Mapping[str, tuple[str, ...]], facts: Mapping[str, Any]) -> None:

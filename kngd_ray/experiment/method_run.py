@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG, fit_name
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.config import Config, flatten, to_yaml
@@ -246,7 +247,8 @@ class MethodRun:
         fit_folder = self._folder / "fits" / name
         checkpoint = latest(fit_folder)
         if checkpoint is None or checkpoint.manifest["step"] < task.sampler.steps:
-            raise CheckpointError(f"the fit {name} did not finish: continue with --resume {self._folder.name}.")
+            how = option("resume", self._folder.name)
+            raise CheckpointError(f"the fit {name} did not finish: continue with {how}.")
         kept = read_settled(fit_folder).alpha  # of an ensemble that was settled on after the run had ended
         device = self._prepared.device
         predictor = restore_predictor(

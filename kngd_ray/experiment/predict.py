@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.console import Display
@@ -65,7 +66,7 @@ def predict(
         DataError: a file is missing or unreadable, or there is no picture or no row.
     """
     if html is not None:
-        check_path(html, "--html")
+        check_path(html, option("html"))
     if not (files := list(_files(images))) and not any(name.endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
@@ -122,7 +123,7 @@ def _classify_features(
         DataError: there is no row.
     """
     if html is not None:
-        raise UsageError(f"--html shows pictures, and {fit.name} learned from features: leave it out.")
+        raise UsageError(f"{option('html')} shows pictures, and {fit.name} learned from features: leave it out.")
     other = next((name for name in files if not name.endswith(_FEATURES)), None)
     if other is not None:
         raise UsageError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG, FITS, RESULTS, SEARCH, fit_name
 from kngd_ray.config import Config, load_config, to_yaml
 from kngd_ray.data import EMBEDDED
@@ -50,7 +51,7 @@ def create(config: Config) -> Path:
         if isinstance(error.__cause__, FileExistsError) and (folder / CONFIG).is_file():
             raise UsageError(
                 f"the run {config.trainer.name} exists in {folder.parent}: continue it with "
-                f"--resume {config.trainer.name}, or give this one another trainer.name."
+                f"{option('resume', config.trainer.name)}, or give this one another trainer.name."
             ) from error
         raise
     write_text(folder / CONFIG, to_yaml(_settled(config)))
@@ -207,7 +208,8 @@ def fit_of(run: Path, method: str, seed: int) -> Path:
     """
     fit = run / FITS / fit_name(method, seed)
     if not fit.is_dir():
-        raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with --resume {run.name}.")
+        how = option("resume", run.name)
+        raise CheckpointError(f"the run {run.name} has no finished fit yet: continue it with {how}.")
     return fit
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kngd_ray._option import option
 from kngd_ray.clip import (
     AnyModel,
     CLIPHead,
@@ -168,7 +169,7 @@ def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
     step, steps = found.manifest["step"], found.manifest["steps"]
     if step < steps or not (folder / CALIBRATION).is_file():
         raise CheckpointError(
-            f"{folder} is not finished (step {step} of {steps}): continue its run with --resume, or name "
+            f"{folder} is not finished (step {step} of {steps}): continue its run with {option('resume')}, or name "
             f"the checkpoint {found.folder} itself."
         )
     return found, folder

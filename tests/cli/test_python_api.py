@@ -196,8 +196,14 @@ def test_features_averages_and_exports_from_python(command, settings) -> None:
     run = kngd_ray.train(name="towers", **{**settings, **linear})
     exported = kngd_ray.export(run, command.folder / "exported", quiet=True)
     assert Path(exported["open_clip"]["path"]).is_file()
-    with pytest.raises(UsageError, match="is not an empty folder"):
+    with pytest.raises(UsageError, match=r"is not an empty folder: name another one with out\.$"):
         kngd_ray.export(run, command.folder / "exported", quiet=True)
+    with pytest.raises(UsageError, match=r"tune.parameters=none.*leave out peft\.$"):
+        kngd_ray.export(run, command.folder / "new", peft=True, quiet=True)
+    with pytest.raises(UsageError, match=r"^points is 1;"):
+        kngd_ray.ensemble(run, points=1, quiet=True)
+    with pytest.raises(UsageError, match="continue it with resume='towers', or give"):
+        kngd_ray.train(name="towers", **{**settings, **linear})
     with pytest.raises(UsageError, match="leave out kalman, or write alpha=kalman"):
         kngd_ray.ensemble(run, "kalman", quiet=True)
     curve = kngd_ray.ensemble(run, alpha=0.5, points=3, quiet=True)

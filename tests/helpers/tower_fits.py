@@ -98,8 +98,14 @@ def in_dtype(dtype: torch.dtype) -> Iterator[None]:
     inputs = CLIPNetwork.inputs
 
     def made(task: FitTask, device: torch.device | str = "cpu") -> Any:
-        head = build_head(task, device)  # of features that a head is fitted on first, it stays as they are
-        return head.to(dtype) if isinstance(head, CLIPNetwork) else head
+        head = build_head(task, device)
+        if not isinstance(head, CLIPNetwork):
+            return head  # of features that a head is fitted on first: it stays as they are
+        head.to(dtype)
+        if head.pairs:  # encoded as the network was built, in float32, which devices round differently
+            with torch.no_grad():
+                head.prompt_embeddings = head._unit(head.clip.encode_text, head.prompt_tokens)
+        return head
 
     def given(self: CLIPNetwork, labels: Tensor, **parts: Tensor) -> dict[str, Tensor]:
         return inputs(self, labels, **{name: part.to(dtype) for name, part in parts.items()})

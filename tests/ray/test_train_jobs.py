@@ -148,7 +148,7 @@ def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: 
     assert str(error.value).startswith(f"worker {rank} failed: ")
     assert ("its process died" if reason == "death" else "a distinctive reason") in str(error.value)
     assert type(error.value) is (StorageError if reason == "StorageError" else KngdError)
-    assert str(error.value).endswith("--resume.") == (reason != "StorageError")
+    assert str(error.value).endswith("continued with resume.") == (reason != "StorageError")
     assert "\n" not in str(error.value)
     assert steps == list(range(1, len(steps) + 1))
 
@@ -162,7 +162,7 @@ DEAD = WorkerHealthCheckFailedError("a worker is unhealthy.\nMore", ActorDiedErr
 @pytest.mark.parametrize(
     ("failures", "says"),
     [
-        ({0: GLOO, 1: ValueError("a reason.")}, "worker 1 failed: a reason; the run can be continued with --resume."),
+        ({0: GLOO, 1: ValueError("a reason.")}, "worker 1 failed: a reason; the run can be continued with resume."),
         ({0: GLOO, 2: StorageError("No space.")}, "worker 2 failed: No space."),
         ({0: torch.distributed.DistBackendError("NCCL"), 1: KeyError("x")}, "worker 1 failed: 'x'; the run can"),
         ({0: GLOO, 1: DEAD}, "worker 1 failed: its process died or stopped answering (out of memory, killed, or its"),

@@ -6,7 +6,8 @@ With z_n the whitened inputs (A = L_A L_A^T, z_n = s L_A^T x_n) and B = L_B L_B^
 
 which is convex. Each linearisation is an iterated-EKF step (Bell and Cathey 1993), for a softmax the same as Newton's.
 Its S has (N C)^2 numbers; so the step is found by conjugate gradients, and S never formed. A step that raises the
-objective is halved, and one that would move a logit so far that the softmax saturates is shortened.
+objective is halved, and one that would move a logit so far that the softmax saturates is shortened. A step within the
+tolerance can raise the objective by rounding alone: it is not taken, and its problem is at its mode.
 
 Directions are computed in float32, which costs half, and their outcomes in the problem's own precision. So rounding
 slows the last steps down a little, but the mode is as exact as the problem is given.
@@ -216,8 +217,9 @@ def mode(
         moved = rows.logits(Z @ direction.mT)
         reach = moved.abs().amax((1, 2))
         size = (_REACH / reach).clamp(max=1.0).view(F, 1, 1)
+        shorter = torch.where(reach <= tolerance, 0.0, 0.5).to(size).view(F, 1, 1)
         limit = cost * (1 + rounded)
-        for halved in range(_HALVINGS):
+        for _ in range(_HALVINGS):
             there, far = logits + size * moved, U + size * direction
             there_log_p, there_cost, there_distance = costs(there, far)
             rise = there_cost - limit
@@ -226,9 +228,9 @@ def mode(
                 logits, U, log_p, cost, distance = there, far, there_log_p, there_cost, there_distance
                 # a direction that was cut short says nothing of how far the mode is
                 whole = most[2] <= 0 or products == _PRODUCTS
-                settled = most[1] <= tolerance and not halved and whole
+                settled = most[1] <= tolerance and whole
                 break
-            size = torch.where(rise.view(F, 1, 1) <= 0, size, size / 2)
+            size = torch.where(rise.view(F, 1, 1) <= 0, size, size * shorter)
         else:  # some do not go down any more: only rounding is left of them, and they stay
             falls = rise.view(F, 1, 1) <= 0
             logits, U = torch.where(falls, there, logits), torch.where(falls, far, U)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ RUNS: dict[str, tuple[str, ...]] = {
     "adamw-cite": ("method=adamw", "preset=clip_cite", "optimizer.lr=1e-4"),
     "adamw-lora": ("method=adamw", "preset=clip_lora", "optimizer.lr=1e-2"),
 }
+
+
+QUICK = ("kalman-full", "kalman-lora")  # which other tests need too
+
+
+def some_slow(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 class Runs:
@@ -139,7 +146,7 @@ def moved(fit: Path) -> dict[str, bool]:
 # What a run leaves
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some_slow(RUNS))
 def test_a_run_is_evaluated_and_predicts_as_it_was_tested(runs, command, pictures, blobs, name) -> None:
     report = runs.report(name)
     state = final(runs.fit(name)).state
@@ -158,19 +165,19 @@ def test_a_run_is_evaluated_and_predicts_as_it_was_tested(runs, command, picture
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["kalman-full", "kalman-cite", "adamw-cite"])
+@pytest.mark.parametrize("name", some_slow(["kalman-full", "kalman-cite", "adamw-cite"]))
 def test_the_towers_have_moved(runs, name) -> None:
     found = moved(runs.fit(name))
     assert {key.startswith("visual.") for key in found} == ({True} if name == "kalman-full" else {True, False})
     assert np.mean(list(found.values())) > 0.9
 
 
-def test_lora_leaves_the_pretrained_weights_alone(runs) -> None:
-    for name in ("kalman-lora", "adamw-lora"):
-        assert not moved(runs.fit(name))
-        weights = final(runs.fit(name)).state.weights
-        assert all(".lora." in key or "adapters" in key for key in weights)
-        assert all(bool(weights[key].any()) for key in weights if key.endswith(".up"))
+@pytest.mark.parametrize("name", some_slow(["kalman-lora", "adamw-lora"]))
+def test_lora_leaves_the_pretrained_weights_alone(runs, name) -> None:
+    assert not moved(runs.fit(name))
+    weights = final(runs.fit(name)).state.weights
+    assert all(".lora." in key or "adapters" in key for key in weights)
+    assert all(bool(weights[key].any()) for key in weights if key.endswith(".up"))
 
 
 def test_a_baseline_has_its_own_preset_and_the_same_pictures(runs) -> None:

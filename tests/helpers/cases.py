@@ -1,7 +1,10 @@
 """The matrix of cases that the tests share: adapters, observation models, families, noise, gates, tiny data."""
 
-from typing import Literal
+from collections.abc import Iterable
+from itertools import product
+from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -150,3 +153,14 @@ def make_options(
 def make_task(options: FitOptions, shots: int = 15, seed: int = 0, dtype: torch.dtype = torch.float32) -> FitTask:
     """A whole fit, in float32 as adapters are built; float64 needs torch's default dtype to say so."""
     return FitTask(options, seed, make_support(shots, dtype), class_embeddings(dtype), LOGIT_SCALE)
+
+
+def in_turn(*lists: Iterable[Any]) -> list[Any]:
+    """All combinations; of two lists every name is met in those that are not slow, of three every pair of names."""
+    indexed = [list(enumerate(names)) for names in lists]
+    least = min(map(len, indexed))
+    return [
+        pytest.param(*(name for _, name in combination), marks=() if first else pytest.mark.slow)
+        for combination in product(*indexed)
+        for first in [sum(i for i, _ in combination) % least == 0]
+    ]

@@ -61,6 +61,7 @@ def test_ray_data_computes_the_features_of_one_process(ray_up: None, small_data:
     assert fill_cache(images, good, theirs, stream) == frozenset()
 
 
+@pytest.mark.slow
 def test_ray_data_computes_the_crops_of_one_process(ray_up: None, small_data: Path, tmp_path: Path) -> None:
     images, model = open_images(DataConfig(path=str(small_data), train_domain="noto")), load_model(ModelConfig())
     crops = crops_of(load_config(overrides=["method=kalman", "tune.views=2"]).fit_options, model, 8)
@@ -121,6 +122,7 @@ def test_a_worker_that_dies_is_named_with_the_way_out(
     assert "trainer.num_workers=0" in str(died)
 
 
+@pytest.mark.slow
 def test_relative_paths_reach_workers_that_are_elsewhere(
     ray_up: None, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def _helpers_travel_along() -> Iterator[None]:
         cloudpickle.unregister_pickle_by_value(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "settings", "options"),
     [

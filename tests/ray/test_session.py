@@ -213,6 +213,7 @@ def test_who_named_a_dead_cluster_is_said(tmp_path: Path) -> None:
     assert "trainer.address" not in said
 
 
+@pytest.mark.slow
 def test_a_limit_of_files_is_raised_or_said(subtests: pytest.Subtests) -> None:
     code = """
 import resource, sys

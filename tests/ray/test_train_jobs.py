@@ -120,10 +120,11 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_pat
     ("reason", "rank"),
     [
         ("ValueError", 1),
-        pytest.param("StorageError", 0, marks=pytest.mark.slow),
-        pytest.param("death", 1, marks=pytest.mark.slow),
+        ("StorageError", 0),
+        ("death", 1),
     ],
 )
+@pytest.mark.slow
 def test_the_rank_that_failed_by_its_own_fault_is_named(ray_up: None, tmp_path: Path, reason: str, rank: int) -> None:
     """In the middle of a fit, while the other rank waits in a collective for 30 minutes: no test may last so long."""
     task = long_task(200)

@@ -7,7 +7,17 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers.cases import ADAPTERS, FAMILIES, NOISES, OBSERVATIONS, PROCESSES, make_options, make_support, make_task
+from helpers.cases import (
+    ADAPTERS,
+    FAMILIES,
+    NOISES,
+    OBSERVATIONS,
+    PROCESSES,
+    in_turn,
+    make_options,
+    make_support,
+    make_task,
+)
 from helpers.compare import covariance_of, max_error
 from helpers.cones import as_shipped
 
@@ -79,8 +89,7 @@ def assert_all_alike(task: FitTask, count: int, tolerance: float = 1e-9) -> None
 
 
 @pytest.mark.usefixtures("double", "only_together")
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "adapter"), in_turn(FAMILIES, ADAPTERS))
 def test_every_family_and_adapter(family, adapter):
     assert_all_alike(make_task(make_options(family, adapter=adapter, epochs=1), dtype=torch.float64), 2)
 
@@ -176,8 +185,7 @@ def test_a_posterior_as_the_prior():
 
 
 @pytest.mark.usefixtures("double", "only_together")
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "adapter"), in_turn(FAMILIES, ADAPTERS))
 def test_predicting_labels_before_they_are_learned_from(family, adapter):
     options = make_options(family, adapter=adapter, noise="ema-scalar", process="ornstein_uhlenbeck")
     assert_all_alike(replace(make_task(options, dtype=torch.float64), prequential=True), 2)

@@ -13,6 +13,7 @@ from helpers.cases import (
     OBSERVATIONS,
     PROCESSES,
     TEMPERING,
+    in_turn,
     make_head,
     make_options,
     make_support,
@@ -115,8 +116,7 @@ def check_composition(family, observation, noise):
         assert stats.gated == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("family", "adapter"), in_turn(FAMILIES, ADAPTERS))
 def test_the_filter_learns(family, adapter):
     """After a few passes the likelihood of the shots is higher, and every variance positive."""
     options = FitOptions(

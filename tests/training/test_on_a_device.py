@@ -3,15 +3,13 @@
 With ``KNGD_TEST_DEVICE=cuda`` it is the GPU itself, and the collectives are nccl's on one rank; see ``make gpu``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from helpers.cases import ADAPTERS, FAMILIES, GATES, NOISES, OBSERVATIONS, PROCESSES, make_options, make_task
+from helpers.cases import ADAPTERS, FAMILIES, GATES, NOISES, OBSERVATIONS, PROCESSES, in_turn, make_options, make_task
 from helpers.compare import max_error
 from helpers.cones import as_shipped
 from helpers.pretended_device import REAL, Counts, DeviceGroup, Machine, RealDevice, device_to_test, pretended_device
@@ -79,21 +77,9 @@ def test_every_preset_over_frozen_towers(preset):
     assert_fits(as_shipped(2, f"method={method}", f"preset={preset}", dtype=torch.float32), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(("adapter", "family"), in_turn(ADAPTERS, FAMILIES))
 def test_every_adapter_and_family(adapter, family):
     assert_fits(make_task(make_options(family, adapter=adapter, epochs=1)))
-
-
-def in_turn(*lists: Iterable[Any]) -> list[Any]:
-    """All combinations, slow but for as many as meet every pair of names."""
-    indexed = [list(enumerate(names)) for names in lists]
-    least = min(map(len, indexed))
-    return [
-        pytest.param(*(name for _, name in combination), marks=() if first else pytest.mark.slow)
-        for combination in product(*indexed)
-        for first in [sum(i for i, _ in combination) % least == 0]
-    ]
 
 
 @pytest.mark.parametrize(("observation", "noise", "gate"), in_turn(OBSERVATIONS, NOISES, GATES))
@@ -137,7 +123,7 @@ def test_trained_towers(name, shots):
         assert_fits(make_tower_task(name, shots), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("shots_of_a_class", [1, 2])
+@pytest.mark.parametrize("shots_of_a_class", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("preset", HEADS)
 def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     method = preset if preset in ("adamw", "sgd") else "kalman"

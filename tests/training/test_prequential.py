@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.cases import ADAPTERS, CLASSES, FAMILIES, make_options, make_support, make_task
+from helpers.cases import ADAPTERS, CLASSES, FAMILIES, in_turn, make_options, make_support, make_task
 from helpers.compare import max_error
 
 from kngd_ray.errors import FilterError
@@ -32,8 +32,7 @@ def test_each_batch_is_visited_as_often_as_there_are_epochs_before_the_next():
         assert not usual.batch(step).scored
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "adapter"), in_turn(FAMILIES, ADAPTERS))
 def test_a_scored_batch_is_predicted_as_the_linearised_posterior_would(family, adapter):
     options = make_options(family, adapter=adapter, process="ornstein_uhlenbeck", epochs=2)
     task = replace(make_task(options), prequential=True)

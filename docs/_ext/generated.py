@@ -48,7 +48,10 @@ def keep_links(app: Sphinx, name: str, source: list[str]) -> None:
         if picture or path.is_relative_to(DOCS):
             return match.group(0)
         shown = path.relative_to(DOCS.parent)
-        return f"{text} (`{shown}`)" if text.strip("`") not in str(shown) else f"`{shown}`"
+        if text.startswith("`") or text in (path.name, path.stem):
+            return f"`{shown}`"
+        around = match.string[max(match.start() - 1, 0) : match.end() + 1]
+        return f"{text}: `{shown}`" if around.startswith("(") and around.endswith(")") else f"{text} (`{shown}`)"
 
     source[0] = _OUTSIDE.sub(replaced, source[0])
 

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kngd_ray.data._decode import DECODING
+from kngd_ray.data._footer import chunks
 from kngd_ray.data._source import Keys
 from kngd_ray.errors import DataError, StorageError
 
@@ -231,11 +232,9 @@ def _from_bytes(data: bytes, schema: Any) -> tuple[Keys, Features]:
     with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
         if not file.schema_arrow.equals(schema):
             raise ValueError(f"columns {file.schema_arrow.names[:9]} are not those of a feature part")
-        metadata = file.metadata
-        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        packed = {group.column(n).compression for group in groups for n in range(group.num_columns)}
+        packed = {chunk.compression for chunk in chunks(file, schema.names)}
         # ours are not compressed, and so never larger in memory than they are on the disk
-        if packed - {"UNCOMPRESSED"} or metadata.num_rows * schema.field("feature").type.list_size * 4 > len(data):
+        if packed - {"UNCOMPRESSED"} or file.metadata.num_rows * schema.field("feature").type.list_size * 4 > len(data):
             raise ValueError("it unpacks to more than it holds")
         table = file.read()
     # The footer has no checksum; a flipped bit there shows as another column name or type.

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from kngd_ray._vectors import Vectors, flaw, lengths, unit
 from kngd_ray.data._config import ColumnNames
 from kngd_ray.data._encoded_by import EncodedBy, encoded_by, one_encoder
+from kngd_ray.data._footer import chunks
 from kngd_ray.data._given_crops import GivenCrops, StoredCrops, crops_in, read_crops
-from kngd_ray.data._parquet import BATCH_BYTES, ParquetFiles, chunks, open_parquet, scan_parquet
+from kngd_ray.data._parquet import BATCH_BYTES, ParquetFiles, open_parquet, scan_parquet
 from kngd_ray.data._schema import lacks_content, vector_column
 from kngd_ray.data._source import Ints, Keys, Rows, listing
 from kngd_ray.errors import DataError

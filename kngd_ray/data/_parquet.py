@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kngd_ray.data._config import ColumnNames
+from kngd_ray.data._footer import chunks
 from kngd_ray.data._layout import file_splits, split_named
 from kngd_ray.data._schema import (
     ROLES,
@@ -312,15 +313,6 @@ def _check_rows(file: Any, path: Path) -> None:
     rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     if rows > size or min((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), default=0) < 0:
         raise DataError(f"{path} declares {rows:,} rows in {size:,} bytes: it is damaged, or no file of pictures")
-
-
-def chunks(file: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """Yield what the footer says of the parts of some columns."""
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.partition(".")[0] in columns:
-                yield chunk
 
 
 @contextmanager

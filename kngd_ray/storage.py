@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
+from kngd_ray._option import option
 from kngd_ray.errors import StorageError
 
 _ABANDONED = 3600.0  # seconds after which nobody is still writing a file of text
@@ -56,7 +57,7 @@ def storage_errors(place: Path, *also: type[Exception]) -> Iterator[None]:
             raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:
-            message = f"no space left while writing {place}: free some, then resume the run."
+            message = f"no space left while writing {place}: free some, then continue with {option('resume')}."
         else:
             message = f"cannot write {place} ({error}): check the path and its permissions."
         raise StorageError(message) from error

@@ -131,7 +131,10 @@ def export(
             "preprocess": model.preprocess_cfg,
         }
         write_text(out / CLASSES, json.dumps(classes, indent=1) + "\n")
-        _write_card(out, fit_folder, source, written)
+        # the card was written at the end of the run, and ensemble may have chosen another alpha since
+        other = f"figures on this card are those of alpha={options.tune.alpha:g}, and these weights are at {alpha:g}"
+        remark = None if alpha == options.tune.alpha else other
+        _write_card(out, fit_folder, source, written, remark)
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
     for exported in written.values():
         if exported is not None:
@@ -143,7 +146,7 @@ def export(
     if towers:
         display.say(f"to train, tune and evaluate with these towers, use model.name=local-dir:{out}")
     display.say(f"{CLASSES} ({_CLASSES_SAY})")
-    display.say(f"{CARD} (model card)")
+    display.say(f"{CARD} (model card{'' if remark is None else f'; {remark}'})")
     report = {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
     if push is None:
         return {**report, "pushed": None}
@@ -153,10 +156,13 @@ def export(
     return {**report, "pushed": address}
 
 
-def _write_card(out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None]) -> None:
-    """The fit's model card, with the folder's contents and the hub's metadata."""
+def _write_card(
+    out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None], remark: str | None
+) -> None:
+    """The fit's model card, with a remark on it, the folder's contents and the hub's metadata."""
     kept = artifacts_of(fit_folder.parents[1], fit_folder.name) / model_card.FILE
     text = kept.read_text(encoding="utf-8") if kept.is_file() else f"# {fit_folder.name}"
+    text += "" if remark is None else f"\n\n**Note:** {remark}.\n"
     files = {e.path.name: (_ARE[kind], *e.notes) for kind, e in written.items() if e is not None}
     facts = {
         "library_name": "open_clip" if written["open_clip"] is not None else "onnx",

@@ -63,6 +63,7 @@ def test_towers_at_the_kept_alpha(command, full) -> None:
         assert report[kind]["path"] == str(out / name)
         assert (out / name).is_file()
         assert report[kind]["difference"] < 1e-3
+    assert "figures on this card are those of alpha=1, and these weights are at 0.5" in (out / "README.md").read_text()
     classes = json.loads((out / "classes.json").read_text())
     assert classes["class_names"] == ["flower", "bird"]
     assert classes["templates"] == ["a photo of a {}."]

@@ -37,6 +37,7 @@ from kngd_ray.training.streamed import family_of
 
 logger = logging.getLogger(__name__)
 
+
 def identity_of(
     model: AnyModel, config: ModelConfig, class_names: Sequence[str], templates: Sequence[str]
 ) -> dict[str, Any]:

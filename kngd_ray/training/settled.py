@@ -64,4 +64,6 @@ def read_settled(folder: Path) -> Settled:
         novelty = None if compared is None else Novelty(tuple(float(q) for q in compared["quantiles"]))
         return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"), novelty)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it, and name a checkpoint to predict at its mean.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); delete it, and name a checkpoint to predict at its mean."
+        ) from error

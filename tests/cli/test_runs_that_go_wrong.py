@@ -67,6 +67,10 @@ def test_a_checkpoint_of_an_unfinished_fit_predicts_at_its_mean(command, caplog)
     outcome = command("evaluate", checkpoint, "--json")
     assert outcome.json["id"]["nll"] == pytest.approx(found["nll"], rel=1e-5)
     assert f"{checkpoint} predicts at the mean of its belief" in caplog.text
+    outcome = command("ensemble", checkpoint, "alpha=0.5")  # to keep it would settle a tau with it
+    assert outcome.code == 2
+    assert "has not ended" in outcome.err
+    assert not (fit / "calibration.json").exists()
 
 
 def test_other_shots_are_not_resumed_from(command, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _SETS = ("id", "ood")
 _BOUNDS = ("low", "high")
+_SCALED = "/temperature_scaled"
+_ZERO_SHOT = "zero_shot/"
 
 
 class _Kept:
@@ -112,7 +114,7 @@ class RunResult(_Kept):
         for report in (self.report, *self.report.get("baselines", [])):
             for seed in report.get("seeds", ()):
                 logged = read_metrics(self.folder, fit_name(report["method"], seed))
-                zero_shot.setdefault(seed, {k.removeprefix("zero_shot/"): v for k, v in logged.items() if "zero" in k})
+                zero_shot.setdefault(seed, _zero_shot(logged))
                 about = {"method": report["method"], "preset": report["preset"], "seed": seed}
                 yield from _by_set(about, logged)
         for seed, logged in zero_shot.items():
@@ -340,13 +342,19 @@ def _by_set(about: Mapping[str, Any], metrics: Mapping[str, float]) -> Iterator[
     """Figures as rows by test set; the mean over domains is left to whoever reads the rows."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in metrics.items():
-        path = name.split("/")
-        if path[0] == "id" and len(path) == 2:
-            rows.setdefault("id", {})[path[1]] = value
-        elif path[0] == "ood" and len(path) == 3 and path[1] != "mean" and path[2] not in _BOUNDS:
-            rows.setdefault(path[1], {})[path[2]] = value
+        where, _, rest = name.partition("/")
+        domain, _, figure = rest.rpartition("/")  # a domain's name may have slashes of its own
+        if where == "id" and not domain:
+            rows.setdefault("id", {})[figure] = value
+        elif where == "ood" and domain not in ("", "mean") and not domain.endswith(_SCALED) and figure not in _BOUNDS:
+            rows.setdefault(domain, {})[figure] = value
     for name, figures in rows.items():
         yield {**about, "set": name, **figures}
+
+
+def _zero_shot(logged: Mapping[str, float]) -> dict[str, float]:
+    """Figures of CLIP before the fit."""
+    return {k.removeprefix(_ZERO_SHOT): v for k, v in logged.items() if k.startswith(_ZERO_SHOT)}
 
 
 def _estimate(figure: float | Mapping[str, float | None]) -> tuple[float, float, float]:

@@ -274,6 +274,14 @@ def test_weights_that_are_none_are_refused_by_a_sentence(weights, words: str) ->
         weighted_accuracy(["x", "y"], ["x", "x"], weights)
 
 
+@pytest.mark.parametrize(("found", "labels"), [(["0", "1"], [0, 1]), ([0, 1], ["0", "1"]), (["a"], [b"a"])])
+def test_text_is_not_scored_against_labels_of_another_type(found, labels) -> None:
+    """An accuracy of 0 would be said of a classifier that is right."""
+    with pytest.raises(InputError, match=r"y has labels such as .*: text never equals anything else.*\.$"):
+        weighted_accuracy(found, labels, None)
+    assert weighted_accuracy([*found, None], [*labels, None], None) == 1 / (len(found) + 1)
+
+
 def test_weights_may_be_written_as_texts() -> None:
     assert weighted_accuracy(["x", "y"], ["x", "x"], ["3", "1"]) == 0.75
 

@@ -14,7 +14,7 @@ from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_ta
 
 from kngd_ray import KalmanCLIP
 from kngd_ray.errors import CheckpointError, InputError, ModelError, UsageError
-from kngd_ray.estimator import NotFittedError
+from kngd_ray.estimator import FittedClassifier, NotFittedError
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 
 QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3}
@@ -194,6 +194,14 @@ def test_partial_fit(train, tests) -> None:
         clf.partial_fit(X[:, :5], y)
     with pytest.raises(UsageError, match="model was changed"):
         clf.set_params(class_embeddings=class_embeddings()[::-1]).partial_fit(X, y)
+
+
+def test_a_fit_of_features_is_scored_on_a_matrix(fitted, tests, tmp_path) -> None:
+    """Which was taken for a picture."""
+    (fit,) = (fitted.save(tmp_path / "saved") / "fits").iterdir()
+    assert FittedClassifier(fit).score(*tests) == fitted.score(*tests)
+    with pytest.raises(InputError, match="y has labels such as 0"):
+        FittedClassifier(fit).score(tests[0], [0] * len(tests[0]))
 
 
 def test_save_load_and_pickle(fitted, train, tests, tmp_path) -> None:

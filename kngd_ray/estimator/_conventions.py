@@ -117,8 +117,14 @@ def weighted_accuracy(found: Sequence[Any], labels: Sequence[Any], sample_weight
         The share, weighted.
 
     Raises:
-        InputError: the weights are no m numbers of 0 or more, or all are 0.
+        InputError: the weights are no m numbers of 0 or more, or all are 0, or labels are text and classes are not.
     """
+    texts = [{isinstance(label, str) for label in each} for each in (found, labels)]
+    if len(found) and not texts[0] & texts[1]:
+        raise InputError(
+            f"y has labels such as {labels[0]!r}, and the classes are such as {found[0]!r}: text never equals anything "
+            "else, so give labels of the type of classes_."
+        )
     right = np.array([a == b for a, b in zip(found, labels, strict=True)], dtype=np.float64)
     if sample_weight is None:
         return float(right.mean()) if len(right) else 0.0

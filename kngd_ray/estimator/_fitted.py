@@ -63,7 +63,7 @@ class FittedClassifier:
         Returns:
             Share of the samples classified right.
         """
-        samples, labels = listed(X, "X"), labels_of(y)
+        samples, labels = X if self._classifier.takes_features else listed(X, "X"), labels_of(y)
         check_lengths(samples, labels)
         return weighted_accuracy(self.predict(samples).tolist(), labels, sample_weight)
 

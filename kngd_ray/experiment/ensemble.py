@@ -26,7 +26,7 @@ from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.restoring import open_fit, restore_predictor
 from kngd_ray.training.resumable import check_scored
-from kngd_ray.training.settled import read_settled, save_settled
+from kngd_ray.training.settled import CALIBRATION, read_settled, save_settled
 
 FIGURE = "ensemble.png"
 _MEAN = "OOD mean"
@@ -61,7 +61,8 @@ def ensemble(
         ``figure``.
 
     Raises:
-        UsageError: an alpha outside [0, 1], another setting than those, or weights that cannot be averaged.
+        UsageError: an alpha outside [0, 1], or of a fit that has not ended, another setting than those, or weights that
+            cannot be averaged.
     """
     if points < 2:
         raise UsageError(f"{option('points')} is {points}; a curve over alpha needs at least 2, for alpha 0 and 1.")
@@ -72,6 +73,10 @@ def ensemble(
     folders = [place] if place != run else [run_folder.fit_of(run, config.method, seed) for seed in config.seeds]
     with nullcontext() if alpha is None else run_folder.locked(run):
         fits = [open_fit(folder) for folder in folders]
+        if alpha is not None and not all((folder / CALIBRATION).is_file() for _, folder in fits):
+            raise UsageError(
+                f"{target} is of a fit that has not ended: finish its run with --resume, then keep an alpha."
+            )
         config = replace(config, seeds=tuple(checkpoint.manifest["seed"] for checkpoint, _ in fits))
         task = open_task(config, fits[0][0].manifest)
         for checkpoint, _ in fits:

@@ -36,6 +36,7 @@ _ARE = {
     "onnx": "the image tower with the classes and all adapters",
     "peft": "the towers' LoRA alone, for peft; its settings are in " + peft_layout.CONFIG,
 }
+_AT_MEAN = "its logits are those at the mean of the belief: predict counts its covariance too, and is less sure"
 _PEFT = (peft_layout.WEIGHTS, peft_layout.CONFIG)
 
 
@@ -103,8 +104,8 @@ def export(
     model = load_model(source)
     identity = identity_of(model, source, manifest["class_names"], manifest["templates"])
     check_same(manifest, identity, checkpoint.folder)
-    alpha = read_settled(fit_folder).alpha
-    alpha = options.tune.alpha if alpha is None else alpha
+    settled = read_settled(fit_folder)
+    alpha = options.tune.alpha if settled.alpha is None else settled.alpha
     # restored at the average, so that the export has none to make
     head = restore_predictor(checkpoint, model, PosteriorOptions(predict="mean"), alpha=alpha).head
     if isinstance(head, CLIPNetwork):
@@ -122,6 +123,8 @@ def export(
             "onnx": export_onnx(network, out, size if isinstance(size, int) else tuple(size)) if onnx else None,
             "peft": peft_layout.export_peft(network, model, out, _on_a_hub(source)) if peft else None,
         }
+        if alpha and checkpoint.state.covariance and settled.posterior.predict != "mean" and settled.calibration.tau:
+            written |= {kind: _at_mean(written[kind]) for kind in ("open_clip", "onnx")}
         classes = {
             "class_names": list(manifest["class_names"]),
             "templates": list(manifest["templates"]),
@@ -129,11 +132,14 @@ def export(
             "preprocess": model.preprocess_cfg,
         }
         write_text(out / CLASSES, json.dumps(classes, indent=1) + "\n")
-        _write_card(out, fit_folder, source, written)
+        # the card was written at the end of the run, and ensemble may have chosen another alpha since
+        other = f"figures on this card are those of alpha={options.tune.alpha:g}, and these weights are at {alpha:g}"
+        remark = None if alpha == options.tune.alpha else other
+        _write_card(out, fit_folder, source, written, remark)
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
     for exported in written.values():
         if exported is not None:
-            what = "its towers'" if exported.notes and exported.path.name != ONNX else "the fit's"
+            what = "its towers'" if {*exported.notes} - {_AT_MEAN} and exported.path.name != ONNX else "the fit's"
             checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
@@ -141,7 +147,7 @@ def export(
     if towers:
         display.say(f"to train, tune and evaluate with these towers, use model.name=local-dir:{out}")
     display.say(f"{CLASSES} ({_CLASSES_SAY})")
-    display.say(f"{CARD} (model card)")
+    display.say(f"{CARD} (model card{'' if remark is None else f'; {remark}'})")
     report = {"fit": str(fit_folder), "alpha": alpha, **{kind: _described(e) for kind, e in written.items()}}
     if push is None:
         return {**report, "pushed": None}
@@ -151,10 +157,13 @@ def export(
     return {**report, "pushed": address}
 
 
-def _write_card(out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None]) -> None:
-    """The fit's model card, with the folder's contents and the hub's metadata."""
+def _write_card(
+    out: Path, fit_folder: Path, source: ModelConfig, written: Mapping[str, Exported | None], remark: str | None
+) -> None:
+    """The fit's model card, with a remark on it, the folder's contents and the hub's metadata."""
     kept = artifacts_of(fit_folder.parents[1], fit_folder.name) / model_card.FILE
     text = kept.read_text(encoding="utf-8") if kept.is_file() else f"# {fit_folder.name}"
+    text += "" if remark is None else f"\n\n**Note:** {remark}.\n"
     files = {e.path.name: (_ARE[kind], *e.notes) for kind, e in written.items() if e is not None}
     facts = {
         "library_name": "open_clip" if written["open_clip"] is not None else "onnx",
@@ -169,6 +178,10 @@ def _write_card(out: Path, fit_folder: Path, source: ModelConfig, written: Mappi
 def _on_a_hub(source: ModelConfig) -> str | None:
     """The hub's name of a pretrained model, if it was named by it."""
     return source.name.removeprefix("hf-hub:") if source.name.startswith("hf-hub:") else None
+
+
+def _at_mean(exported: Exported | None) -> Exported | None:
+    return None if exported is None else replace(exported, notes=(*exported.notes, _AT_MEAN))
 
 
 def _described(exported: Exported | None) -> dict[str, Any] | None:

@@ -235,11 +235,18 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    spread = "mean and 95 % interval over seeds (Student's t)" if len(config.seeds) > 1 else "one seed, no interval"
-    display.table(title, rows, [f"seeds {seeds}; {spread}{_chosen(config)}"])
+    display.table(title, rows, [f"seeds {seeds}; {_spread(config)}{_chosen(config)}"])
     protocol.show(rows, display)
     if (stream := stream_of(prepared, config.seeds[0])) is not None:
         show_streams(rows, config.fit_options, stream, display)
+
+
+def _spread(config: Config) -> str:
+    """What the interval of a figure is of."""
+    if len(config.seeds) == 1:
+        return "one seed, no interval"
+    one = "; data.time gives all seeds one stream, so that it says nothing of other data" if config.data.time else ""
+    return f"mean and 95 % interval over seeds (Student's t){one}"
 
 
 def _chosen(config: Config) -> str:

@@ -316,7 +316,12 @@ def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, An
     halved = config.protocol == "bng" and inherited
     kept = [name for name in whole.class_names if name in known] if halved else whole.class_names
     images = arrange(restrict(whole, kept), known)
-    data = _known_domains(config.data, set(images.domains.tolist()), given)
+    domains = set(images.domains.tolist())
+    data, own = _known_domains(config.data, domains, given), config.data.train_domain
+    if own is not None and data.train_domain is None and domains != {"all"}:  # which data without domains have
+        named = ", ".join(sorted(domains - set(data.ood_domains or ())))
+        sentence = f"no picture is of the domain {own}, which the fit learned: figures in distribution are of {named}"
+        whole = replace(whole, notes=(*whole.notes, sentence))
 
     def choose(bad: frozenset[int]) -> dict[int, Split]:
         return dict.fromkeys(config.seeds, select_tests(images, data, bad))

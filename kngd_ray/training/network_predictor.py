@@ -130,13 +130,15 @@ class NetworkPredictor:
                     for name, d in unflatten(deviation.to(self.belief.mu), parameters).items():
                         parameters[name].copy_(kept[name] + tau**0.5 * d)
                 logits = self._logits(inputs)
-                total, first, second = total + logits.softmax(1), first + logits, second + logits.square()
+                centred = (logits - logits.mean(1, keepdim=True)).double()  # as of a head: no softmax sees their mean
+                total, first, second = total + logits.softmax(1), first + centred, second + centred.square()
         finally:
             with torch.no_grad():
                 for name, p in parameters.items():
                     p.copy_(kept[name])
         draws = self.options.draws
-        return Prediction(total / draws, (second / draws - (first / draws).square()).clamp_min(0).sqrt())
+        spread = (second / draws - (first / draws).square()).clamp_min(0).sqrt()
+        return Prediction(total / draws, spread.to(total))
 
     def logit_variance(self, inputs: Pixels | Tensor) -> Tensor:
         """Linearised posterior variance of the class logits around their mean over classes.

@@ -1,5 +1,6 @@
 """A finished fit from its checkpoint: the model that it was trained on, and the predictor that it holds."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,8 @@ from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.resumable import SOURCE, latest
 from kngd_ray.training.settled import CALIBRATION
 from kngd_ray.training.streamed import family_of
+
+logger = logging.getLogger(__name__)
 
 
 def identity_of(
@@ -162,7 +165,10 @@ def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
         CheckpointError: there is none that can be believed, or the fit is not finished.
     """
     if (folder / MANIFEST).is_file():
-        return load_checkpoint(folder), folder.parent
+        named = load_checkpoint(folder)
+        if named.state.covariance and not (folder.parent / CALIBRATION).is_file():
+            logger.warning("tau is not chosen before a fit has ended: %s predicts at the mean of its belief", folder)
+        return named, folder.parent
     found = latest(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no usable checkpoint.")

@@ -48,14 +48,15 @@ def read_settled(folder: Path) -> Settled:
         folder: of the fit.
 
     Returns:
-        What was chosen; tau = 1 and no scaling where nothing was kept.
+        What was chosen. Where nothing was kept, as of a fit that has not ended, the mean of the belief predicts: a tau
+        that was not chosen makes nearly all classes as probable.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     path = folder / CALIBRATION
     if not path.is_file():
-        return Settled()
+        return Settled(Calibration(0.0, 1.0), PosteriorOptions(predict="mean"))
     try:
         raw = read_json(path)
         posterior = parse(PosteriorOptions, raw["posterior"])
@@ -63,4 +64,6 @@ def read_settled(folder: Path) -> Settled:
         novelty = None if compared is None else Novelty(tuple(float(q) for q in compared["quantiles"]))
         return Settled(Calibration(**raw["calibration"]), posterior, raw.get("alpha"), novelty)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to predict with tau = 1.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); delete it, and name a checkpoint to predict at its mean."
+        ) from error

@@ -28,7 +28,7 @@ def transferred(
         class_embeddings: (C', d) unit embeddings of the other classes by the pretrained text tower.
 
     Returns:
-        The predictor, with the posterior of the weights that carry over.
+        The predictor, with the posterior of the weights that carry over; of towers only where it predicts by draws.
     """
     if isinstance(predictor, NetworkPredictor):
         return _NetworkTransfer(predictor, class_names, templates, class_embeddings)
@@ -53,7 +53,9 @@ class _LeftOut(Adapter):
 
 
 class _NetworkTransfer(NetworkPredictor):
-    """Predictions of a network for other classes.
+    """Predictions of a network for other classes: where its own are linearised, at the mean.
+
+    The linearised covariance is one of the logits of its own classes, and says nothing of others.
 
     Args:
         predictor: of its own classes.
@@ -69,7 +71,8 @@ class _NetworkTransfer(NetworkPredictor):
         templates: Sequence[str],
         class_embeddings: Tensor,
     ) -> None:
-        super().__init__(predictor.head, predictor.family, predictor.belief, predictor.options)
+        belief = None if predictor.linearises else predictor.belief
+        super().__init__(predictor.head, predictor.family, belief, predictor.options)
         self._names, self._templates = class_names, templates
         self._class_embeddings = class_embeddings.to(predictor.head.class_embeddings)
         self._over = _over(predictor.head.head, self._class_embeddings)

@@ -275,3 +275,16 @@ def test_progress_stays_off_standard_output(command) -> None:
     assert "step 9 of 9" in outcome.err
     assert "accuracy %" in outcome.err, "the table goes to standard error"
     json.load(io.StringIO(outcome.out))
+
+
+def test_evaluate_says_that_no_picture_is_of_the_domain_trained_on(command) -> None:
+    """What was out of distribution in training was reported as in distribution, without a word."""
+    command.train("trainer.name=d")
+    table = pq.read_table(command.data)
+    pq.write_table(table.filter(pc.equal(table["domain"], "twemoji")), command.folder / "other.parquet")
+    outcome = command("evaluate", command.run("d"), f"data.path={command.folder / 'other.parquet'}", "--json")
+    assert outcome.json["ood"] == {}
+    assert "no picture is of the domain noto, which the fit learned" in outcome.err
+    assert "figures in distribution are of twemoji" in outcome.err
+    outcome = command("evaluate", command.run("d"), "--json")
+    assert "no picture is of the domain" not in outcome.err

@@ -63,6 +63,7 @@ def test_towers_at_the_kept_alpha(command, full) -> None:
         assert report[kind]["path"] == str(out / name)
         assert (out / name).is_file()
         assert report[kind]["difference"] < 1e-3
+    assert "figures on this card are those of alpha=1, and these weights are at 0.5" in (out / "README.md").read_text()
     classes = json.loads((out / "classes.json").read_text())
     assert classes["class_names"] == ["flower", "bird"]
     assert classes["templates"] == ["a photo of a {}."]
@@ -102,6 +103,23 @@ def test_adapters_are_in_the_classifier_alone(command) -> None:
         features = normalize(classifier.model.network.encode_image(images), dim=-1)
     expected = classifier.predictor.predict(features, 0.0).probabilities
     torch.testing.assert_close(onnx_probabilities(out, images), expected, rtol=1e-3, atol=1e-4)
+    told = "mean of the belief" in " ".join(report["onnx"]["notes"])
+    assert told == (read_settled(command.run("a") / "fits" / "kalman-seed0").calibration.tau > 0)
+
+
+def test_an_export_says_that_it_is_surer_than_the_run(command) -> None:
+    command.train("trainer.name=b", "posterior.temperature=1", "posterior.predict=linearised")
+    out = command.folder / "out"
+    outcome = command("export", command.run("b"), "--out", out, "--onnx")
+    assert "mean of the belief" in outcome.err
+    assert "logits within" in outcome.err
+    classifier = Classifier.load(command.run("b") / "fits" / "kalman-seed0")
+    images = pixels(classifier)
+    with torch.no_grad():
+        features = normalize(classifier.model.network.encode_image(images), dim=-1)
+    found, p = onnx_probabilities(out, images), classifier.predictor.predict(features, 1.0).probabilities
+    assert (found.amax(1) > p.amax(1) + 1e-4).all()
+    assert "mean of the belief" in (out / "README.md").read_text()
 
 
 def test_a_linear_adapter_is_folded_into_the_tower(command) -> None:

@@ -1,6 +1,7 @@
 """The Python API: the settings, results and sentences of the command line, as keywords, frames and exceptions."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from kngd_ray import KalmanCLIP
 from kngd_ray._keywords import settings_of
 from kngd_ray.api.settings import configured, in_process
 from kngd_ray.errors import CheckpointError, UsageError
+from kngd_ray.results import RunResult
 
 FUNCTIONS = "compare doctor encode ensemble evaluate export load predict sync train tune"
 PUBLIC = ["KalmanCLIP", "__version__", *FUNCTIONS.split()]
@@ -234,3 +236,18 @@ def test_an_estimator_of_scikit_learn() -> None:
     base = pytest.importorskip("sklearn.base")
     assert isinstance(KalmanCLIP(), (base.ClassifierMixin, base.BaseEstimator))
     assert "KalmanCLIP" in KalmanCLIP()._repr_html_()
+
+
+def test_the_frame_has_every_domain_by_its_whole_name(tmp_path) -> None:
+    """A domain with slashes in its name was left out without a word."""
+    logged = {"id/accuracy": 0.9, "id/temperature_scaled/accuracy": 0.8, "ood/mean/accuracy": 0.5}
+    domains = {"hospital/a": 0.4, "subzero": 0.6}
+    logged |= {f"ood/{name}/{part}accuracy": p for name, p in domains.items() for part in ("", "temperature_scaled/")}
+    zero_shot = {f"zero_shot/{name}": p / 2 for name, p in logged.items()}
+    folder = tmp_path / "records" / "kalman-seed0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({**zero_shot, **logged}))
+    frame = RunResult(tmp_path, {"method": "kalman", "preset": "kalman", "seeds": [0]}).frame
+    found = {(row["method"], row["set"]): row["accuracy"] for row in frame.to_dict("records")}
+    own = {"id": 0.9, **domains}
+    assert found == {(by, name): p / part for by, part in (("kalman", 1), ("zero-shot", 2)) for name, p in own.items()}

@@ -58,6 +58,21 @@ def test_an_unfinished_fit_does_not_predict(command, monkeypatch) -> None:
     assert "--resume" in outcome.err
 
 
+def test_a_checkpoint_of_an_unfinished_fit_predicts_at_its_mean(command, caplog) -> None:
+    """At tau = 1, which nobody chose, it took most pictures for another class and was sure of none."""
+    found = command.train("trainer.name=mean", "posterior.predict=mean", "--json").json["id"]
+    fit = command.run("mean") / "fits" / "kalman-seed0"
+    (fit / "calibration.json").unlink()
+    (checkpoint,) = fit.glob("step-*")
+    outcome = command("evaluate", checkpoint, "--json")
+    assert outcome.json["id"]["nll"] == pytest.approx(found["nll"], rel=1e-5)
+    assert f"{checkpoint} predicts at the mean of its belief" in caplog.text
+    outcome = command("ensemble", checkpoint, "alpha=0.5")  # to keep it would settle a tau with it
+    assert outcome.code == 2
+    assert "has not ended" in outcome.err
+    assert not (fit / "calibration.json").exists()
+
+
 def test_other_shots_are_not_resumed_from(command, tmp_path: Path) -> None:
     command.train("trainer.name=shots", "data.shots=4")
     config = command.run("shots") / "config.yaml"

@@ -13,6 +13,7 @@ from helpers.features import SCALE, class_embeddings, feature_table, write_featu
 from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, open_images, select
 from kngd_ray.errors import DataError
+from kngd_ray.experiment.run import _spread
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.restoring import open_fit
 from kngd_ray.tuning.run import _registered
@@ -247,3 +248,11 @@ def test_the_shipped_search_is_one(command, request) -> None:
     outcome = command("tune", file, "--print-config")
     assert outcome.code == 0, outcome.err
     assert yaml.safe_load(outcome.out)["space"].keys() >= {"noise.process", "noise.process.drift"}
+
+
+def test_seeds_of_one_stream_have_an_interval_that_says_nothing() -> None:
+    """Its width is 0: all of them learn from the same rows in the same order."""
+    by_time = load_config(None, ["protocol=stream", "data.time=when", "seeds=0,1"])
+    assert "one stream" in _spread(by_time)
+    assert "one stream" not in _spread(load_config(None, ["protocol=stream", "data.order=[a,b]", "seeds=0,1"]))
+    assert _spread(load_config(None, ["protocol=stream", "data.time=when"])) == "one seed, no interval"

@@ -128,3 +128,16 @@ def test_towers_carry_over(case):
     drawn = [logits(family.sample(covariance, 1, seeded(DRAWS_SEED, n))[0]).softmax(1) for n in range(3)]
     assert max_error(other.predict(images, 0.25).probabilities, torch.stack(drawn).mean(0)) < 1e-9
     assert all(torch.equal(p, kept[name]) for name, p in parameters.items())
+
+
+def test_towers_whose_own_logits_are_linearised_predict_others_at_the_mean():
+    """The covariance is one of the logits of the classes trained on, which were taken for those of the others."""
+    method = KalmanNGD(make_network(KALMAN["full-ekf"]), KALMAN["full-ekf"])
+    pretrained = tiny_model().encode_classes(OTHERS, TEMPLATES)
+    pretrained = normalize(pretrained.double(), dim=1)
+    own = predictor_of(method, PosteriorOptions(predict="linearised"))
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = transferred(own, OTHERS, TEMPLATES, pretrained).predict(images, 0.25)
+    with torch.no_grad():
+        logits = method.head.logit_scale * normalize(method.head.clip.encode_image(images), dim=1) @ pretrained.mT
+    assert max_error(found.probabilities, logits.softmax(1)) < 1e-9

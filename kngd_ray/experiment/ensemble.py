@@ -75,7 +75,7 @@ def ensemble(
         fits = [open_fit(folder) for folder in folders]
         if alpha is not None and not all((folder / CALIBRATION).is_file() for _, folder in fits):
             raise UsageError(
-                f"{target} is of a fit that has not ended: finish its run with --resume, then keep an alpha."
+                f"{target} is of a fit that has not ended: finish its run with {option('resume')}, then keep an alpha."
             )
         config = replace(config, seeds=tuple(checkpoint.manifest["seed"] for checkpoint, _ in fits))
         task = open_task(config, fits[0][0].manifest)

@@ -69,9 +69,12 @@ def aurc(uncertainty: Tensor, wrong: Tensor) -> float:
         wrong: (m,) whether the prediction is wrong.
 
     Returns:
-        The area, 0 is best; the error rate itself is what random ranking gives.
+        The area, 0 is best; the error rate itself is what random ranking gives. Samples of one uncertainty count as in
+        a random order, and so do not depend on the rows of the data.
     """
-    errors = wrong[uncertainty.argsort(stable=True)].double().cumsum(0)
+    _, level, counts = uncertainty.unique(return_inverse=True, return_counts=True)
+    rates = level.bincount(wrong.double()) / counts
+    errors = rates.repeat_interleave(counts).cumsum(0)
     return float((errors / torch.arange(1, len(errors) + 1, device=errors.device)).mean())
 
 

@@ -1,5 +1,7 @@
 """The figures against plain numpy loops, and scikit-learn where it has them."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,17 @@ def test_aurc_equals_a_plain_loop():
     risks = [np.mean([bool(wrong[i]) for i in order[: kept + 1]]) for kept in range(50)]
     assert aurc(uncertainty, wrong) == pytest.approx(np.mean(risks), rel=1e-12)
     assert aurc(wrong.double(), wrong) < aurc(uncertainty, wrong) < aurc(-wrong.double(), wrong)
+
+
+def test_aurc_of_equal_uncertainties_is_that_of_a_random_order():
+    """It does not depend on which row comes first."""
+    wrong = torch.tensor([True, False, False, True, False])
+    for order in ([0, 1, 2, 3, 4], [1, 2, 4, 0, 3]):
+        assert aurc(torch.zeros(5), wrong[order]) == pytest.approx(0.4)
+    some = torch.tensor([0.1, 0.5, 0.5, 0.9, 0.5])
+    orders = [[0, *middle, 3] for middle in permutations([1, 2, 4])]
+    risks = [np.mean([wrong[order[: kept + 1]].double().mean() for kept in range(5)]) for order in orders]
+    assert aurc(some, wrong) == pytest.approx(np.mean(risks))
 
 
 @pytest.mark.parametrize("size", [1e-9, 1.0, 30.0], ids="size={}".format)

@@ -218,7 +218,7 @@ def commands_page() -> str:
         lines += [
             f"## kngd-ray {name}",
             "",
-            preformatted(inspect.cleandoc(command.help or "")),
+            as_markdown(inspect.cleandoc(command.help or "")),
             "",
             "```text",
             f"kngd-ray {name} [OPTIONS] {usage}".rstrip(),
@@ -228,14 +228,22 @@ def commands_page() -> str:
         options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         if options:
             lines += ["| option | |", "|---|---|"]
-            lines += [f"| {', '.join(f'`{o}`' for o in p.opts)} | {escaped(p.help or '')} |" for p in options]
+            lines += [
+                f"| {', '.join(f'`{o}`' for o in p.opts)} | {with_code(escaped(p.help or ''))} |" for p in options
+            ]
             lines.append("")
     return "\n".join(lines)
 
 
-def preformatted(text: str) -> str:
-    """A help text whose paragraphs after a backspace, which keep their lines, are blocks of Markdown."""
-    return re.sub(r"^\x08\n(.+?)(?=\n\n|\Z)", r"```text\n\1\n```", text, flags=re.MULTILINE | re.DOTALL)
+def as_markdown(text: str) -> str:
+    """A help text as Markdown; paragraphs after a backspace keep their lines."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(f"```text\n{p[2:]}\n```" if p.startswith("\x08\n") else with_code(p) for p in paragraphs)
+
+
+def with_code(text: str) -> str:
+    """Options and settings in a sentence as code: two hyphens would become a dash."""
+    return re.sub(r"(?<![\w`-])(--[a-z][a-z-]*|[a-z_.]+=[\w./-]*\w)", r"`\1`", text)
 
 
 def arguments(command: Any) -> list[Any]:

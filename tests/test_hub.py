@@ -95,7 +95,7 @@ def test_a_push_that_fails_is_one_sentence_and_keeps_the_export(hub, export, env
 def test_what_names_no_repository(hub: Hub, export: Path, name: str) -> None:
     done = pushed(hub, export, name)
     assert done.returncode == 2
-    assert f"--push {name!r} names no repository: write ORGANISATION/NAME." in done.stderr
+    assert f"push {name!r} names no repository: write ORGANISATION/NAME." in done.stderr
 
 
 def test_the_card_has_what_the_hub_sorts_by(tmp_path: Path) -> None:

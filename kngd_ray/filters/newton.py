@@ -217,7 +217,6 @@ def mode(
         moved = rows.logits(Z @ direction.mT)
         reach = moved.abs().amax((1, 2))
         size = (_REACH / reach).clamp(max=1.0).view(F, 1, 1)
-        shorter = torch.where(reach <= tolerance, 0.0, 0.5).to(size).view(F, 1, 1)
         limit = cost * (1 + rounded)
         for _ in range(_HALVINGS):
             there, far = logits + size * moved, U + size * direction
@@ -230,7 +229,8 @@ def mode(
                 whole = most[2] <= 0 or products == _PRODUCTS
                 settled = most[1] <= tolerance and whole
                 break
-            size = torch.where(rise.view(F, 1, 1) <= 0, size, size * shorter)
+            shorter = torch.where(reach <= tolerance, 0, size.flatten() / 2)
+            size = torch.where(rise <= 0, size.flatten(), shorter).view(F, 1, 1)
         else:  # some do not go down any more: only rounding is left of them, and they stay
             falls = rise.view(F, 1, 1) <= 0
             logits, U = torch.where(falls, there, logits), torch.where(falls, far, U)

@@ -200,7 +200,7 @@ def test_features_averages_and_exports_from_python(command, settings) -> None:
     assert Path(exported["open_clip"]["path"]).is_file()
     with pytest.raises(UsageError, match=r"is not an empty folder: name another one with out\.$"):
         kngd_ray.export(run, command.folder / "exported", quiet=True)
-    with pytest.raises(UsageError, match=r"tune.parameters=none.*leave out peft\.$"):
+    with pytest.raises(UsageError, match=r"trained no LoRA .*: leave out peft\.$"):
         kngd_ray.export(run, command.folder / "new", peft=True, quiet=True)
     with pytest.raises(UsageError, match=r"^points is 1;"):
         kngd_ray.ensemble(run, points=1, quiet=True)

@@ -215,3 +215,16 @@ def test_a_direction_that_was_cut_short_is_no_sign_of_having_arrived(monkeypatch
         log_p = found.log_p.cpu()
     assert found.settled
     assert float((log_p - expected).abs().max()) < 0.01
+
+
+def test_a_step_that_only_rounding_is_left_of_is_not_halved_again_and_again(monkeypatch):
+    """A head that is certain of its labels: their log-probability is 0 in float32, and any step has a length."""
+    taken = []
+    log_softmax = torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda *given: taken.append(given) or log_softmax(*given))
+    logits = torch.tensor([[17.0, 0.0, 0.0], [0.0, 17.0, 0.0]])[None]
+    problem = newton.Problem(torch.eye(2)[None], logits, torch.tensor([[0, 1]]), torch.ones(1, 2))
+    found = newton.mode(problem, newton.RowRoot(torch.tensor(30.0)), tolerance=0.3, linearisations=5)
+    assert found.settled
+    assert not found.U.any()
+    assert len(taken) == 3, "at the start, at the step that raises the objective, and without it"

@@ -60,8 +60,7 @@ audit:
 clean:
 	rm -rf $(VENV) build dist docs/_build docs/gallery examples/kngd_runs examples/mlruns examples/mlflow.db examples/*.png *.egg-info
 
-# modules are compiled as they are imported: to compile all that a CUDA build of torch brings takes minutes
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.package: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: kngd_ray needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": name another, make PYTHON=python3.11")'

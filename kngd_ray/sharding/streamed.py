@@ -88,6 +88,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             )
         super().__init__(family, layers, group, gate)
         self._places = _places(self.ownership.parts[group.rank], self._own.start)
+        self._given = dict(units)
         self._units = dict(units)
         self._settled = frozenset(settled)
 
@@ -112,10 +113,10 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         Args:
             belief: of which this rank's parts of these layers start anew.
             names: of the layers.
-            factor: of their prior variance.
+            factor: of their prior variance as the units have it; one that was given before counts no more.
             p0: as of :meth:`init`.
         """
-        self._units |= {name: factor * self._units.get(name, 1.0) for name in names}
+        self._units |= {name: factor * self._given.get(name, 1.0) for name in names}
         for part in self.ownership.parts[self.group.rank]:
             name = part.layer.name
             if name in names:

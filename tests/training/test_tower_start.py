@@ -15,12 +15,14 @@ from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
 from kngd_ray.filters import BlockDiagonal, Diagonal, Factors, Inflate, Kronecker, Layer, Rows, Transition
 from kngd_ray.observations import Categorical, Linearizer, trainable
 from kngd_ray.sharding import Group, Observed, SingleProcess, StreamedFilter
+from kngd_ray.training import checkpoint
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.first_head import fitted_head
 from kngd_ray.training.fit import FitTask, begin, fit, head_task
 from kngd_ray.training.kalman import HELD_OUT, KalmanNGD
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import run_fit
 from kngd_ray.training.tower_prior import measured_variance
 
@@ -133,6 +135,19 @@ def test_killed_and_resumed_bitwise(name, shots, tmp_path) -> None:
     resumed = run_fit(task, tmp_path / "killed", IDENTITY, SingleProcess(), "cpu", checkpoint_every=2)
     found, expected = everything_in(resumed), everything_in(straight)
     assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_run_that_continues_another_is_resumed_bitwise(shots, tmp_path) -> None:
+    """The towers' prior is widened once, not again by the checkpoint: the process noise is in its units."""
+    task = make_task(BEFORE, shots)
+    first = run_fit(task, tmp_path / "first", IDENTITY, SingleProcess(), "cpu", checkpoint_every=0)
+    task = replace(task, head=None, prior=Prior(first, checkpoint.read_manifest(first)))
+    straight = run_fit(task, tmp_path / "straight", IDENTITY, SingleProcess(), "cpu", checkpoint_every=2)
+    with pytest.raises(Killed):
+        run_fit(task, tmp_path / "killed", IDENTITY, SingleProcess(), "cpu", checkpoint_every=2, on_step=kill_after(3))
+    resumed = run_fit(task, tmp_path / "killed", IDENTITY, SingleProcess(), "cpu", checkpoint_every=2)
+    found, expected = everything_in(resumed), everything_in(straight)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ _PREFERRED = (  # as open_clip has it
     "model.pth",
 )
 
+_LEFT_OPEN = {  # by tags of open_clip, what weights may need besides their architecture
+    "quick_gelu": "activation (quick_gelu)",
+    "mean": "normalisation of pictures",
+    "std": "normalisation of pictures",
+    "interpolation": "resizing of pictures",
+    "resize_mode": "resizing of pictures",
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -42,6 +50,7 @@ class Source:
         checkpoint: its weights; None is untrained ones.
         tag: what open_clip says of these weights.
         config: the file that describes its architecture, where open_clip does not.
+        note: what its file leaves open, in a sentence; None where nothing is.
     """
 
     name: str
@@ -49,6 +58,7 @@ class Source:
     checkpoint: Path | None
     tag: dict[str, Any] = field(default_factory=dict)
     config: Path | None = None
+    note: str | None = None
 
     @property
     def key(self) -> str:
@@ -107,7 +117,7 @@ def locate(config: ModelConfig) -> Source:
         return Source(name, name, _fetch(name, config.pretrained, tag), tag)
     path = Path(config.pretrained).expanduser()
     if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or len(path.parts) > 1:
-        return Source(name, name, _check_path(path))
+        return Source(name, name, _check_path(path), note=_left_open(name, tags))
     raise ModelError(
         f"model.pretrained={config.pretrained!r} is neither a tag of {name} nor a file: set it to {choices}"
     )
@@ -233,6 +243,31 @@ def _check_path(path: Path) -> Path:
             f"{', '.join(CHECKPOINT_SUFFIXES)}"
         )
     return path
+
+
+def _left_open(name: str, tags: Sequence[str]) -> str | None:
+    """What a file of weights does not say, and tags of its architecture do: open_clip then takes its defaults."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    own = open_clip.get_model_config(name) or {}
+    taken = {**asdict(PreprocessCfg()), "quick_gelu": own.get("quick_gelu", False)}
+    found: dict[str, str] = {}
+    for tag in tags:
+        stated = open_clip.get_pretrained_cfg(name, tag)
+        for key, what in _LEFT_OPEN.items():
+            # an architecture's own quick_gelu is no tag's to take away
+            value = stated.get(key) or taken[key]
+            if (tuple(value) if isinstance(value, list) else value) != taken[key]:
+                found.setdefault(what, tag)
+    if not found:
+        return None
+    others = " and ".join(f"another {what}, as of the tag {tag}" for what, tag in found.items())
+    return (
+        f"model.pretrained is a file, which does not say how its weights are to be run: open_clip's defaults for {name}"
+        f" are taken, and some weights need {others}; if these do, name the tag, or as {LOCAL_DIR}FOLDER a folder with"
+        f" the weights and their {_CONFIG}"
+    )
 
 
 def _nearest(word: str, words: Sequence[str], n: int = 3) -> str:

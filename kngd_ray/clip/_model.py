@@ -58,6 +58,7 @@ class ClipModel:
         architecture: open_clip's configuration of the towers.
         pictures: The transform in two parts: to bytes, and from bytes to what the tower takes.
         zero_shot: That its text tower tells classes apart before anything is learned.
+        note: What the file of its weights leaves open, in a sentence; None where nothing is.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class ClipModel:
         architecture: dict[str, Any],
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,  # if it is known: to take it reads all weights
+        note: str | None = None,
     ) -> None:
         self.name = name
+        self.note = note
         self.zero_shot = True
         self.device = torch.device(device)
         self.architecture = architecture
@@ -89,7 +92,7 @@ class ClipModel:
         """The same model with weights of its own, which may be trained."""
         network = copied(self._network)
         return ClipModel(
-            self.name, network, self._transform, self._tokenizer, self.architecture, device, self.fingerprint
+            self.name, network, self._transform, self._tokenizer, self.architecture, device, self.fingerprint, self.note
         )
 
     @property
@@ -238,7 +241,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
             network, transform, tokenizer, architecture = _build(source)
             if source.checkpoint is not None:
                 _load_weights(network, source.checkpoint, source.name)
-        known = ClipModel(source.name, network, transform, tokenizer, architecture)
+        known = ClipModel(source.name, network, transform, tokenizer, architecture, note=source.note)
         _last.clear()
         _last[source.key, version] = known
     # towers are trained in place, so that nobody is given those that are kept

@@ -108,7 +108,8 @@ class Pictures:
         self, model: ClipModel, classes: Sequence[Any], names: Sequence[str], templates: Sequence[str], support: Support
     ) -> list[str]:
         """What is to be said of labels and of the prompts that are made of them."""
-        return [*said_of(classes, names), *model.prompt_notes(names, templates)]
+        left_open = [] if model.note is None else [model.note]
+        return [*left_open, *said_of(classes, names), *model.prompt_notes(names, templates)]
 
 
 class Matrix:

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import Compose, RandomInvert
@@ -130,6 +132,30 @@ def test_a_tag_gives_its_weights_preprocessing_and_activation(monkeypatch, tmp_p
     assert model.fingerprint != small.fingerprint
     assert "mean=(0.5, 0.5, 0.5)" in repr(model.transform)
     assert any(type(module).__name__ == "QuickGELU" for module in model.network.modules())
+
+
+@pytest.mark.parametrize(
+    ("tags", "says"),
+    [
+        ({"own": {"quick_gelu": False, "mean": OPENAI_DATASET_MEAN, "resize_mode": "shortest"}}, None),
+        ({"own": {}, "other": {"quick_gelu": True}}, r"another activation \(quick_gelu\), as of the tag other;"),
+        ({"siglip": {"mean": (0.5, 0.5, 0.5)}}, "another normalisation of pictures, as of the tag siglip;"),
+        (
+            {"a": {"quick_gelu": True}, "b": {"std": (1.0, 1.0, 1.0), "interpolation": "bilinear"}},
+            "as of the tag a and another normalisation of pictures, as of the tag b and another resizing",
+        ),
+    ],
+)
+def test_a_file_says_what_it_leaves_open(monkeypatch, tmp_path, weights, tags, says):
+    """A tag's weights in a file of their own are run by open_clip's defaults: another activation, or other pictures."""
+    save_file(weights, tmp_path / "downloaded.safetensors")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: list(tags))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: tags.get(tag, {}))
+    note = load_model(ModelConfig(SMALL, str(tmp_path / "downloaded.safetensors"))).note
+    if says is None:
+        assert note is None
+    else:
+        assert re.search(says, note)
 
 
 # Folders and repositories

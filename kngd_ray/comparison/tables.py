@@ -240,7 +240,7 @@ def _table(
     unknown = [metric.name for metric in columns if not metric.direction]
     if unknown:
         notes = [f"the better direction is unknown for {', '.join(unknown)}: no wins or losses", *notes]
-    notes = [*_explain(lines, baseline, seeds), *notes]
+    notes = [*_explain(lines, baseline, seeds), *_lacking(lines, columns), *notes]
     return Table(
         title, tuple(columns), tuple(front) if many else (), baseline, tuple(seeds), tuple(lines), tuple(notes)
     )
@@ -314,6 +314,18 @@ def _explain(lines: Sequence[Line], baseline: Row | None, seeds: Sequence[int]) 
     unfinished = [f"{line.row.name} {sum(line.row.unfinished.values())}" for line in lines if line.row.unfinished]
     if unfinished:
         notes.append(f"unfinished fits left out: {', '.join(unfinished)}")
+    return notes
+
+
+def _lacking(lines: Sequence[Line], columns: Sequence[Metric]) -> list[str]:
+    """Which figures are means over fewer seeds than their row has: those that are no numbers are not logged."""
+    notes = []
+    for row in (line.row for line in lines if line.row.method != ZERO_SHOT):
+        for metric in columns:
+            seeds = sorted(row.seeds.keys() - (values := row.values(metric.name)).keys())
+            if seeds and values:
+                named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+                notes.append(f"{row.name} has no {metric.label} of {named}, and its mean is over the others")
     return notes
 
 

@@ -122,13 +122,16 @@ class MethodRun:
         Returns:
             The method's part of the report, its ``run_id`` still open; None when no fit ended well.
         """
-        done = [seed for seed in self.tasks if self.fit(seed) not in self.failures]
+        by_seed = {}
+        for seed in [seed for seed in self.tasks if self.fit(seed) not in self.failures]:
+            with working(f"{self.fit(seed)}: choosing tau and evaluating"):
+                try:
+                    by_seed[seed] = self._evaluate(seed, zero_shot[seed])
+                except FilterError as error:  # it came to its end, and what came of it predicts no numbers
+                    self.failures[self.fit(seed)] = str(error)
+        done, reports = list(by_seed), list(by_seed.values())
         if not done:
             return None
-        reports = []
-        for seed in done:
-            with working(f"{self.fit(seed)}: choosing tau and evaluating"):
-                reports.append(self._evaluate(seed, zero_shot[seed]))
         refused = sum(report.pop("refused") for report in reports)
         seconds = sum(report.pop("seconds") for report in reports)
         combined = over_seeds(reports)

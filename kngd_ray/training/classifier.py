@@ -17,6 +17,7 @@ from kngd_ray.clip import AnyModel, ClipModel, ModelConfig, PrecomputedModel
 from kngd_ray.config import parse
 from kngd_ray.errors import CheckpointError
 from kngd_ray.training.calibration import AnyPredictor, Calibration
+from kngd_ray.training.evaluation import check_numbers
 from kngd_ray.training.interval import interval_scale, probability_interval
 from kngd_ray.training.novelty import Novelty, total_variance
 from kngd_ray.training.options import FitOptions
@@ -147,9 +148,10 @@ class Classifier:
             images: m RGB pictures, or (m, d) unit features.
 
         Returns:
-            Probabilities and logit spread, (m, C) each.
+            Probabilities and logit spread, (m, C) each. A FilterError tells of some that are no numbers.
         """
         found = self.predictor.predict(self._inputs(images), self.calibration.tau)
+        check_numbers(found.probabilities, self.predictor)
         return Prediction(found.probabilities.cpu(), found.logit_std.cpu())
 
     def classify(self, images: Sequence[Image.Image] | Tensor) -> Classification:
@@ -159,10 +161,12 @@ class Classifier:
             images: m RGB pictures, or (m, d) unit features.
 
         Returns:
-            Probabilities, spread of the logits, interval and novelty.
+            Probabilities, spread of the logits, interval and novelty. A FilterError tells of probabilities that are no
+            numbers.
         """
         inputs = self._inputs(images)
         found = self.predictor.predict(inputs, self.calibration.tau)
+        check_numbers(found.probabilities, self.predictor)
         interval = probability_interval(self.predictor, inputs, found, interval_scale(self.novelty))
         novelty = None if self.novelty is None else self.novelty.score(total_variance(self.predictor, inputs))
         interval = None if interval is None else interval.cpu()

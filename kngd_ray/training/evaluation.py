@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kngd_ray.errors import FilterError
 from kngd_ray.training.batches import Shots
 from kngd_ray.training.calibration import AnyPredictor, Calibration, scale
 from kngd_ray.training.metrics import Scores
@@ -74,12 +75,33 @@ def evaluate(predictor: AnyPredictor, tests: Mapping[str, Shots], calibration: C
         calibration: tau for the predictions and T for the scaling, from the training shots.
 
     Returns:
-        All figures.
+        All figures. A FilterError tells of predictions that are no numbers.
     """
     probabilities = {
         name: predictor.predict(test.to(predictor.device).inputs, calibration.tau).probabilities.cpu()
         for name, test in tests.items()
     }
+    for name, p in probabilities.items():
+        check_numbers(p, predictor, "in distribution" if name == ID else f"of {name}")
     plain = {name: Scores.of(p, tests[name].labels) for name, p in probabilities.items()}
     scaled = {name: Scores.of(scale(p, calibration.scaling), tests[name].labels) for name, p in probabilities.items()}
     return Evaluation(plain, scaled, probabilities, calibration)
+
+
+def check_numbers(probabilities: Tensor, predictor: AnyPredictor, which: str = "") -> None:
+    """Refuse predictions that are no numbers: the first class would be taken for the most probable one.
+
+    Args:
+        probabilities: (m, C) of pictures or features.
+        predictor: whose they are.
+        which: pictures they are of, for the message.
+
+    Raises:
+        FilterError: some are NaN or infinite.
+    """
+    if bad := int((~probabilities.isfinite()).any(1).sum()):
+        setting = "optimizer.lr" if predictor.belief is None else "filter.p0 or filter.tower_logit_variance"
+        of = f"{bad} of {len(probabilities)} predictions {which}".rstrip()
+        raise FilterError(
+            f"{of} are NaN: the fit's weights have grown beyond all bounds; fit it again with {setting} lower."
+        )

@@ -132,6 +132,18 @@ def test_what_a_headline_says_of_one_row_and_of_several() -> None:
     assert "not significant" in said
 
 
+def test_figures_that_are_no_numbers_are_told_of() -> None:
+    """MLflow is not given them: the mean was over the other seeds, and nothing said so."""
+    figures = {seed: {"id/accuracy": 0.5, "id/nll": 1.0 + seed} for seed in range(3)}
+    lacking = {**figures, 1: {"id/accuracy": 0.5}}
+    rows = [
+        Row(f"r{n}", f"r{n}", m, "None", {}, s) for n, (m, s) in enumerate({"adamw": figures, "sgd": lacking}.items())
+    ]
+    (table,) = build_tables(Found(rows, None, Counter()), [], [], None)
+    assert "sgd has no ID NLL of seed 1, and its mean is over the others" in table.notes
+    assert not any("adamw has no" in note for note in table.notes)
+
+
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]

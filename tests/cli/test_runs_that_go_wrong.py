@@ -1,12 +1,14 @@
 """What is kept of a run in which something failed, and what a run folder may say to others."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import open_clip
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from kngd_ray.errors import IndefiniteError
@@ -46,6 +48,20 @@ def test_a_run_whose_every_fit_failed_says_why(command, seed_one_fails) -> None:
     assert outcome.code == 1
     assert outcome.out == ""
     assert "kalman-seed1: S is not positive definite." in outcome.err
+
+
+def test_a_fit_that_ends_at_no_numbers_is_a_failed_one(command, tmp_path: Path) -> None:
+    """All pictures were of the first class: a third of them right, with a good ECE, and exit code 0."""
+    outcome = command.train("trainer.name=far", "method=sgd", "optimizer.lr=3e38", "epochs=1", "batch_size=999")
+    assert outcome.code == 1
+    assert re.search(r"sgd-seed0: \d+ of \d+ predictions in distribution are NaN.*optimizer.lr lower", outcome.err)
+    assert outcome.out == ""
+    assert not (command.run("far") / "results.json").exists()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for asked in (("evaluate",), ("predict", tmp_path / "a.png")):
+        outcome = command(asked[0], command.run("far"), *asked[1:])
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "are NaN: the fit's weights have grown beyond all bounds" in outcome.err
 
 
 def test_an_unfinished_fit_does_not_predict(command, monkeypatch) -> None:

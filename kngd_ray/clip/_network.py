@@ -169,8 +169,11 @@ class CLIPNetwork(nn.Module):
             return torch.cat([logits, z, t, z0, t0], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Unit embeddings (m, d) of transformed pictures (m, 3, H, W) by the tuned image tower."""
-        return self._unit(self.clip.encode_image, images)
+        """Unit embeddings (m, d) of transformed pictures (m, 3, H, W) by the tuned image tower.
+
+        One that is as pretrained runs in full precision, as for the features that stand for pictures in a fit.
+        """
+        return self._unit(self.clip.encode_image, images, tuned=self.image_trained)
 
     def tokens(self, labels: Tensor) -> Tensor:
         """Tokens (m, L) of the first prompt of each label's class, labels (m,) int64."""
@@ -308,9 +311,9 @@ class CLIPNetwork(nn.Module):
             return inputs["feature"]
         return self.encode(inputs["image"])
 
-    def _unit(self, tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Unit embeddings in full precision by a tower in the precision of the options."""
-        half = torch.autocast(x.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
+    def _unit(self, tower: Callable[[Tensor], Tensor], x: Tensor, *, tuned: bool = True) -> Tensor:
+        """Unit embeddings in full precision by a tower, which if it is tuned is in the precision of the options."""
+        half = torch.autocast(x.device.type, torch.bfloat16, enabled=tuned and self.options.precision == "bfloat16")
         with half, tower_products(x.device):
             y = tower(x)
         with torch.autocast(x.device.type, enabled=False):

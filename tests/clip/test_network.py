@@ -227,6 +227,15 @@ def test_a_bottleneck_has_nothing_to_average_with(vit):
     assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
 
 
+def test_an_image_tower_that_is_not_trained_is_in_full_precision(vit, images):
+    """A fit of the text tower learns from cached features, which are; pictures that it predicts were in bfloat16."""
+    network = build(vit, replace(TUNINGS["lora text"], precision="bfloat16"))
+    with torch.no_grad():
+        features = normalize(vit.network.encode_image(images), dim=-1)
+        assert torch.equal(network.classify(images), network.classify(features))
+    assert not torch.equal(build(vit, TuneOptions(parameters="full", precision="bfloat16")).encode(images), features)
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_bfloat16_towers_give_float32(vit, images, pairs):
     exact = build(vit, TUNINGS["full both"], pairs=pairs)

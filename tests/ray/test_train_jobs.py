@@ -53,59 +53,70 @@ def broken_task() -> FitTask:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A job on two workers that nothing happened to."""
+class Done:
+    """A job on two workers that has come to its end."""
 
     folder: Path
     events: list[FitEvent]
+    killed: list[int]  # by process ID
 
 
-@pytest.fixture(scope="module")
-def whole(ray_up: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def job(folder: Path, kill: bool) -> Done:
     """One job for all, since it is the start of its workers that takes long."""
-    done = Whole(tmp_path_factory.mktemp("whole"), [])
+    done = Done(folder, [], [])
+
+    def on_event(event: FitEvent) -> None:
+        done.events.append(event)
+        in_the_middle = event.fit in LONG and event.record is not None and event.record["step"] >= 20
+        if kill and in_the_middle and not done.killed:
+            victim = own_workers()[-1]
+            victim.kill()
+            done.killed.append(victim.pid)
+
     fits = {BROKEN: broken_task(), **SAME, **LONG}
-    run_job(Job(fits, IDENTITY, done.folder, checkpoint_every=5), TrainerConfig(num_workers=2), done.events.append)
+    run_job(Job(fits, IDENTITY, folder, checkpoint_every=5), TrainerConfig(num_workers=2, max_failures=2), on_event)
     return done
 
 
-def test_two_workers_do_what_one_process_does(whole: Whole, tmp_path: Path) -> None:
-    run_fits(Job(SAME, IDENTITY, tmp_path), lambda event: None)
-    for fit, task in SAME.items():
-        two, one = final(whole.folder, fit), final(tmp_path, fit)
+@pytest.fixture(scope="module")
+def killed(ray_up: None, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A worker died in the middle of its first long fit."""
+    done = job(tmp_path_factory.mktemp("killed"), kill=True)
+    assert done.killed
+    return done
+
+
+def test_two_workers_do_what_one_process_does(killed: Done, tmp_path: Path) -> None:
+    """Though one of them died in the middle of a fit."""
+    run_fits(Job({**SAME, **LONG}, IDENTITY, tmp_path), lambda event: None)
+    for fit in (*SAME, *LONG):
+        two, one = final(killed.folder, fit), final(tmp_path, fit)
         assert two.keys() == one.keys()
         for name in one:
             assert max_error(two[name], one[name]) < 1e-5, (fit, name)
-        steps = [event.record["step"] for event in whole.events if event.fit == fit and event.record]
+    for fit, task in SAME.items():
+        steps = [event.record["step"] for event in killed.events if event.fit == fit and event.record]
         assert steps == list(range(1, task.sampler.steps + 1))
 
 
-def test_a_killed_worker_changes_nothing(whole: Whole, tmp_path: Path) -> None:
-    killed: list[int] = []
-
-    def kill(event: FitEvent) -> None:
-        if not killed and event.record is not None and event.record["step"] >= 20:
-            victim = own_workers()[-1]
-            victim.kill()
-            killed.append(victim.pid)
-
-    trainer = TrainerConfig(num_workers=2, max_failures=2)
-    run_job(Job(LONG, IDENTITY, tmp_path, checkpoint_every=5), trainer, kill)
-    assert killed
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(killed: Done, tmp_path: Path) -> None:
+    whole = job(tmp_path, kill=False)
+    assert not whole.killed
     for fit in LONG:
-        found, expected = final(tmp_path, fit), final(whole.folder, fit)
+        found, expected = final(killed.folder, fit), final(whole.folder, fit)
         assert found.keys() == expected.keys()
         for name in expected:
             assert torch.equal(found[name], expected[name]), (fit, name)
 
 
-def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(whole: Whole) -> None:
-    errors = {event.fit: event.error for event in whole.events if event.error}
+def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(killed: Done) -> None:
+    errors = {event.fit: event.error for event in killed.events if event.error}
     assert list(errors) == [BROKEN]
     assert "10 steps in a row were refused" in str(errors[BROKEN])
-    refused = [event.record["refused"] for event in whole.events if event.fit == BROKEN and event.record]
+    refused = [event.record["refused"] for event in killed.events if event.fit == BROKEN and event.record]
     assert all("are NaN or infinite" in reason for reason in refused)
-    assert all(len(final(whole.folder, fit)) > 0 for fit in (*SAME, *LONG))
+    assert all(len(final(killed.folder, fit)) > 0 for fit in (*SAME, *LONG))
 
 
 @pytest.mark.slow

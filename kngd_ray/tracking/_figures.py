@@ -41,7 +41,7 @@ def reliability_diagram(
     Returns:
         ECE by test set, as :class:`~kngd_ray.training.metrics.Scores` computes it.
     """
-    figure = blank(5.2, 5.6)
+    figure = blank(5.2, 5.6, margins=(0.65, 0.12, 0.5, 0.35), between=0.1)
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     top.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated", zorder=1)
     centres = (np.arange(BINS) + 0.5) / BINS
@@ -87,7 +87,7 @@ def learning_curve(steps: Sequence[Mapping[str, float]], path: Path, title: str 
     columns = {name: _column(steps, name) for name, _, _ in _PANELS}
     present = [panel for panel in _PANELS if np.isfinite(columns[panel[0]]).any()] or [_PANELS[0]]
     at = np.array([step["step"] for step in steps], dtype=float)
-    figure = blank(6.4, 0.7 + 1.5 * len(present))
+    figure = blank(6.4, 0.7 + 1.5 * len(present), margins=(0.8, 0.12, 0.5, 0.6), between=0.4)
     axes: Any = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
     for place, (name, label, unit) in zip(axes, present, strict=True):
         heading = label
@@ -225,11 +225,26 @@ def _column(steps: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float
     return np.where(np.isfinite(column), column, np.nan)
 
 
-def blank(width: float, height: float) -> "Figure":
-    """Begin a figure of so many inches, without pyplot."""
+def blank(
+    width: float, height: float, margins: tuple[float, float, float, float] | None = None, between: float = 0.0
+) -> "Figure":
+    """Begin a figure of so many inches, without pyplot.
+
+    Args:
+        width: in inches, as all of these.
+        height: of all.
+        margins: left, right, bottom and top of the axes. None measures what they hold before it is drawn, which takes as
+            long as to draw it once more.
+        between: axes that stand one above the other.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+    if margins is None:
+        return Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure = Figure(figsize=(width, height), dpi=110)
+    left, right, bottom, top = margins
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, hspace=between)
+    return figure
 
 
 def tidy(axes: "Axes") -> None:

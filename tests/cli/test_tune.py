@@ -238,8 +238,8 @@ def whole(unbroken: list[Any], tune, command) -> list[Any]:
     [
         (SearchStudy, "claim", 2, True),
         (SearchStudy, "finish", 4, False),
-        (SearchRecords, "end", 4, False),
-        (SearchRecords, "summary", 1, False),
+        pytest.param(SearchRecords, "end", 4, False, marks=pytest.mark.slow),
+        pytest.param(SearchRecords, "summary", 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_search_goes_on(tune, resume, command, monkeypatch, whole, owner, name, call, after) -> None:

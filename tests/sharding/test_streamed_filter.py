@@ -21,7 +21,9 @@ def whole() -> dict:
     return {case: follow(SingleProcess(), names, stream=False) for case, names in CASES.items()}
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids="W={}".format)
+@pytest.fixture(
+    scope="module", params=[0, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))], ids="W={}".format
+)
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_streams) if request.param else [run_streams(SingleProcess())]
 

@@ -124,7 +124,7 @@ def test_trained_towers(name, shots):
 
 
 @pytest.mark.parametrize("shots_of_a_class", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("preset", HEADS)
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.slow if p == "loko" else ()) for p in HEADS])
 def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     method = preset if preset in ("adamw", "sgd") else "kalman"
     epochs = ("epochs=2",) if preset in ("kalman_diagonal", "adamw", "sgd") else ()  # the others have one

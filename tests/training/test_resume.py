@@ -208,7 +208,7 @@ def killed_on_four(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_any_number_of_ranks_continues_what_four_wrote(world_size, killed_on_four, straight, tmp_path):
     folder = Path(shutil.copytree(killed_on_four, tmp_path / "copy"))
     for family in RANKED:

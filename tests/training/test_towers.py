@@ -21,7 +21,9 @@ def alone() -> dict:
     return run_towers(SingleProcess())
 
 
-@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.slow)], ids="W={}".format)
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))], ids="W={}".format
+)
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_towers)
 

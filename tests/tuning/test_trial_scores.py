@@ -64,7 +64,7 @@ def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+@pytest.mark.parametrize("fitter", [pytest.param(fit_alone, marks=pytest.mark.slow), fit_together])
 def test_a_device_gives_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
     expected = judged(PRIORS[:2], work, fitter)
@@ -94,9 +94,9 @@ def test_held_out_objectives_are_those_of_the_calibration() -> None:
     [
         (),
         ("filter.gate=skip", "filter.gate.quantile=0.9"),
-        ("noise.observation=ema", "noise.process=ornstein_uhlenbeck"),
+        pytest.param(("noise.observation=ema", "noise.process=ornstein_uhlenbeck"), marks=pytest.mark.slow),
         ("filter.covariance=kronecker",),
-        ("adapter=linear", "observation=probability"),
+        pytest.param(("adapter=linear", "observation=probability"), marks=pytest.mark.slow),
     ],
     ids=["plain", "gate", "noise", "kronecker", "linear"],
 )

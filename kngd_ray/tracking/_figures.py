@@ -233,8 +233,8 @@ def blank(
     Args:
         width: in inches, as all of these.
         height: of all.
-        margins: left, right, bottom and top of the axes. None measures what they hold before it is drawn, which takes as
-            long as to draw it once more.
+        margins: left, right, bottom and top of the axes. None measures what they hold before it is drawn, which takes
+            as long as to draw it once more.
         between: axes that stand one above the other.
     """
     from matplotlib.figure import Figure

@@ -103,6 +103,13 @@ def ensemble(
     display.say(f"curve over alpha: {figure}")
     if alpha is not None:
         display.say(f"from now on predict, evaluate and export use alpha={alpha:g}")
+        logged = {_of_the_run(checkpoint) for checkpoint, _ in fits}
+        if config.tracking.enabled and logged != {alpha}:
+            before = " and ".join(f"{a:g}" for a in sorted(logged))
+            display.say(
+                f"MLflow keeps what the run logged, figures and model of alpha={before}, and so does kngd-ray compare: "
+                f"train with tune.alpha={alpha:g} to have those of the average there"
+            )
     else:
         now = " and ".join(f"{a:g}" for a in sorted(in_use))
         display.say(
@@ -143,9 +150,12 @@ def _alpha(overrides: Sequence[str]) -> tuple[float | None, list[str]]:
 
 def _in_use(checkpoint: Checkpoint, folder: Path) -> float:
     """The alpha that a fit predicts at."""
-    settled = read_settled(folder)
-    if settled.alpha is not None:
-        return settled.alpha
+    kept = read_settled(folder).alpha
+    return _of_the_run(checkpoint) if kept is None else kept
+
+
+def _of_the_run(checkpoint: Checkpoint) -> float:
+    """The alpha that a fit was tested at, and that its model in MLflow has."""
     return parse(FitOptions, checkpoint.manifest["options"]).tune.alpha
 
 

@@ -60,7 +60,7 @@ def test_a_run_of_adapters_from_end_to_end(command) -> None:
 
 
 def test_a_kept_alpha_is_used_from_then_on(command) -> None:
-    command.train("trainer.name=k", "seeds=0,1")
+    command.train("trainer.name=k", "seeds=0,1", "tracking.enabled=true")
     run = command.run("k")
     before = [read_settled(run / "fits" / f"kalman-seed{seed}") for seed in (0, 1)]
     fit = run / "fits" / "kalman-seed1"
@@ -76,7 +76,9 @@ def test_a_kept_alpha_is_used_from_then_on(command) -> None:
     both = command("ensemble", run, "alpha=0.5", "--points", "3")
     assert "* 0.5" in both.out
     assert "* in use" in both.out
+    assert "MLflow keeps what the run logged, figures and model of alpha=1, and so does kngd-ray compare" in both.err
     assert [read_settled(run / "fits" / f"kalman-seed{seed}").alpha for seed in (0, 1)] == [0.5, 0.5]
+    assert "MLflow keeps" not in command("ensemble", run, "alpha=1", "--points", "2").err
 
 
 def test_towers_are_averaged_with_the_pretrained_ones(command, lora) -> None:

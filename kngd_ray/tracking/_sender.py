@@ -5,7 +5,8 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Sender:
         done: int = self._sent.get(counted, 0)
         waiting: list[Point] = []
         for line in read_steps(self._folder / file, done):
-            points = _points(line["metrics"], line["time"], line["step"])
+            points = _points(line["metrics"], line["time"], line["step"], _keys(line["metrics"]))
             if waiting and len(waiting) + len(points) > _MAX_METRICS:
                 self._send_points(run, waiting)
                 self._keep(**{counted: done})
@@ -120,7 +121,7 @@ class Sender:
         if metrics is None:
             return
         changed = {k: v for k, v in metrics.items() if self._sent.get("metrics", {}).get(k) != v}
-        self._send_points(run, _points(changed, _mtime_ms(self._folder / METRICS), 0))
+        self._send_points(run, _points(changed, _mtime_ms(self._folder / METRICS), 0, _keys(metrics)))
         self._keep(metrics=metrics)
 
     def _send_points(self, run: str, points: list[Point], model_id: str | None = None) -> None:
@@ -177,7 +178,7 @@ class Sender:
         if "registered_model" in wanted:
             self._server.register(wanted["registered_model"], state["id"], run)
         metrics = read_json(self._folder / METRICS) or {}
-        self._send_points(run, _points(metrics, _mtime_ms(self._folder / METRICS), 0), state["id"])
+        self._send_points(run, _points(metrics, _mtime_ms(self._folder / METRICS), 0, _keys(metrics)), state["id"])
         self._keep(model={**state, "ready": wanted})
 
     def _send_status(self, run: str, meta: dict[str, Any]) -> None:
@@ -197,10 +198,10 @@ class Sender:
             self._save()
 
 
-def _points(metrics: Mapping[str, float | str], time_ms: int, step: int) -> list[Point]:
+def _points(metrics: Mapping[str, float | str], time_ms: int, step: int, keys: Mapping[str, str]) -> list[Point]:
     """Finite values as MLflow takes them."""
     return [
-        (_key(name), float(value), time_ms, step)
+        (keys[name], float(value), time_ms, step)
         for name, value in metrics.items()
         if not isinstance(value, str) and math.isfinite(value)
     ]
@@ -209,6 +210,18 @@ def _points(metrics: Mapping[str, float | str], time_ms: int, step: int) -> list
 def _key(name: str) -> str:
     """A name that MLflow accepts: other characters become underscores."""
     return _FORBIDDEN.sub("_", name)[:_MAX_KEY]
+
+
+def _keys(names: Collection[str]) -> dict[str, str]:
+    """The key of each name. Of names that have one key, those that it changes end with a digest: none hides another."""
+    shared = Counter(map(_key, names))
+    keys = {}
+    for name in names:
+        keys[name] = _key(name)
+        if keys[name] != name and shared[keys[name]] > 1:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            keys[name] = f"{keys[name][: _MAX_KEY - 9]}-{digest}"
+    return keys
 
 
 def _value(text: str) -> str:

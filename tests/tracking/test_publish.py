@@ -158,6 +158,21 @@ def test_values_that_are_not_finite_are_not_sent(open_record, run_folder, store,
     assert client.get_run(ids["seed-0"]).data.metrics == {"acc": 1.0, "ood/art_1_/nll": 2.0}
 
 
+def test_names_that_mlflow_would_call_the_same_are_told_apart(open_record, run_folder, store, experiment, client):
+    """Names of domains are the user's: the figures of one must not take the place of another's."""
+    long = "d" * 300
+    figures = {"ood/a+b/nll": 1.0, "ood/a*b/nll": 2.0, "ood/a_b/nll": 3.0, "ood/c+d/nll": 4.0}
+    record = open_record()
+    record.log_metrics({**figures, f"{long}1": 5.0, f"{long}2": 6.0})
+    record.finish()
+    run = publish(run_folder, store, experiment)["seed-0"]
+    found = client.get_run(run).data.metrics
+    assert sorted(found.values()) == [1, 2, 3, 4, 5, 6]
+    assert found["ood/a_b/nll"] == 3
+    assert found["ood/c_d/nll"] == 4
+    assert len(found) == 6
+
+
 def test_two_stores_are_remembered_apart(open_record, run_folder, store, own_store, experiment, calls):
     record = open_record()
     record.finish()

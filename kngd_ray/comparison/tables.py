@@ -404,7 +404,8 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     if group[0].stream is None or group[0].stream[1] in {None, "None"}:
         parts.append(f"{task.get('data.shots', '?')} shots per class")
     figures = next(iter(group[-1].seeds.values()))
-    domains = [name.split("/")[1] for name in figures if name.startswith("ood/") and name.endswith("/accuracy")]
+    accuracies = [name for name in figures if name.startswith("ood/") and name.endswith("/accuracy")]
+    domains = [name.removeprefix("ood/").removesuffix("/accuracy") for name in accuracies]
     others = sorted(set(domains) - {"mean"})
     parts.append(f"tested out of distribution on {', '.join(others)}" if others else "no other domains")
     model = task.get("model.name", "unknown model")

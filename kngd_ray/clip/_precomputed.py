@@ -17,7 +17,7 @@ from torch import Tensor
 from kngd_ray._vectors import Vectors, flaw, unit
 from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig
 from kngd_ray.clip._prompts import called_alike, called_missing
-from kngd_ray.clip._rows import better_order, order_note, rows_note
+from kngd_ray.clip._rows import better_order, chance_note, order_note, rows_note
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors
 
@@ -134,14 +134,15 @@ class PrecomputedModel:
             text: Whether labels are text, whose order is to be named.
 
         Returns:
-            Lines: the order of text, and whether the shots match another order much better.
+            Lines: the order of text, and whether the shots match another order much better, or this one not at all.
         """
         if not self.zero_shot:
             return []
         own = np.array([self._row[name] for name in class_names])
-        found = better_order(features.cpu().numpy(), labels.cpu().numpy(), own, self._embeddings)
-        said = [rows_note(self.classes, place)] if text else []
-        return said if found is None else [*said, order_note(found, own, class_names, place)]
+        shots = features.cpu().numpy(), labels.cpu().numpy(), own, self._embeddings
+        found = better_order(*shots)
+        doubt = chance_note(*shots, place) if found is None else order_note(found, own, class_names, place)
+        return [*([rows_note(self.classes, place)] if text else []), *([] if doubt is None else [doubt])]
 
     def save(self, path: Path) -> None:
         """Write the class embeddings as a ``.npy`` file; nothing where there are none."""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 from scipy.optimize import linear_sum_assignment
 
 from kngd_ray._vectors import Vectors, lengths
@@ -17,6 +18,7 @@ _SHOWN = 3  # rows in a message
 # Measured on features of CLIP, 2 to 59 classes: no head in the right order comes near, however weak, nor do random rows
 # for 5 classes or more, but one in thousands. Nine in ten of those that have 20 shots and their rows one place off do.
 _GOOD, _RATIO, _DEVIATIONS = 0.6, 2.5, 3.3
+_FEW_SHOTS, _FEW_CLASSES, _RARE = 20, 5, 0.05  # what can tell; how often chance is as good as rows that know something
 _AS_MEANS = 0.7  # of the accuracy of the classes' own mean features, to which rows of nothing do not come
 
 
@@ -90,6 +92,33 @@ def order_note(found: Order, own: Ints, class_names: Sequence[str], place: str) 
     return (
         f"the shots match another order of the rows of {place} much better: zero-shot accuracy is {found.accuracy:.0%}"
         f" with rows as they are, and {found.better:.0%} with {shown}{more}: give the rows in order of the labels"
+    )
+
+
+def chance_note(features: Vectors, labels: Ints, own: Ints, embeddings: Vectors, place: str) -> str | None:
+    """The line on rows that know nothing of the shots, as those of another model of the same width.
+
+    Args:
+        features (m, d): unit vectors of the shots.
+        labels (m,): their classes, 0 to k - 1.
+        own (k,): which row is that of each class.
+        embeddings (C, d): unit rows.
+        place: what the class embeddings are called.
+
+    Returns:
+        A sentence; None where the rows do better than chance, or there are too few shots or classes to tell.
+    """
+    classes = len(own)
+    if len(labels) < _FEW_SHOTS or classes < _FEW_CLASSES or np.bincount(labels, minlength=classes).min() < 2:
+        return None
+    # Of classes, not of shots: those of one class are alike, so that they are right or wrong together.
+    nearest = (_means(features, labels, classes) @ embeddings[own].T).argmax(1)
+    right = int((nearest == np.arange(classes)).sum())
+    if right and special.bdtrc(right - 1, classes, 1 / classes) < _RARE:
+        return None
+    return (
+        f"the shots of {right} of {classes} classes are nearest to their own row of {place}, no more than by chance:"
+        " see that the rows are of the model that encoded the features, and in order of the labels"
     )
 
 

@@ -50,7 +50,7 @@ class Source:
         checkpoint: its weights; None is untrained ones.
         tag: what open_clip says of these weights.
         config: the file that describes its architecture, where open_clip does not.
-        note: what its file leaves open, in a sentence; None where nothing is.
+        left_open: what its file does not say, in a sentence; None where nothing is left open.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Source:
     checkpoint: Path | None
     tag: dict[str, Any] = field(default_factory=dict)
     config: Path | None = None
-    note: str | None = None
+    left_open: str | None = None
 
     @property
     def key(self) -> str:
@@ -117,7 +117,7 @@ def locate(config: ModelConfig) -> Source:
         return Source(name, name, _fetch(name, config.pretrained, tag), tag)
     path = Path(config.pretrained).expanduser()
     if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or len(path.parts) > 1:
-        return Source(name, name, _check_path(path), note=_left_open(name, tags))
+        return Source(name, name, _check_path(path), left_open=_left_open(name, tags))
     raise ModelError(
         f"model.pretrained={config.pretrained!r} is neither a tag of {name} nor a file: set it to {choices}"
     )

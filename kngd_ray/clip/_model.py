@@ -58,7 +58,7 @@ class ClipModel:
         architecture: open_clip's configuration of the towers.
         pictures: The transform in two parts: to bytes, and from bytes to what the tower takes.
         zero_shot: That its text tower tells classes apart before anything is learned.
-        note: What the file of its weights leaves open, in a sentence; None where nothing is.
+        left_open: What the file of its weights does not say, in a sentence; None where nothing is left open.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ClipModel:
         architecture: dict[str, Any],
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,  # if it is known: to take it reads all weights
-        note: str | None = None,
+        left_open: str | None = None,
     ) -> None:
         self.name = name
-        self.note = note
+        self.left_open = left_open
         self.zero_shot = True
         self.device = torch.device(device)
         self.architecture = architecture
@@ -92,7 +92,14 @@ class ClipModel:
         """The same model with weights of its own, which may be trained."""
         network = copied(self._network)
         return ClipModel(
-            self.name, network, self._transform, self._tokenizer, self.architecture, device, self.fingerprint, self.note
+            self.name,
+            network,
+            self._transform,
+            self._tokenizer,
+            self.architecture,
+            device,
+            self.fingerprint,
+            self.left_open,
         )
 
     @property
@@ -179,8 +186,8 @@ class ClipModel:
             check_distinct(embeddings.numpy(), class_names, f"the text tower of {self.name}")
         return embeddings
 
-    def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> list[str]:
-        """Remarks on prompts: names that were put in words, and prompts that are cut off.
+    def notes(self, class_names: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+        """Remarks on weights and prompts: what a file leaves open, names put in words, prompts that are cut off.
 
         Args:
             class_names: the classes.
@@ -190,6 +197,7 @@ class ClipModel:
             Lines.
         """
         found = (
+            self.left_open,
             called_missing(class_names),
             said_otherwise(class_names, templates),
             Reading(self._tokenizer, class_names, templates).note(),
@@ -241,7 +249,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ClipM
             network, transform, tokenizer, architecture = _build(source)
             if source.checkpoint is not None:
                 _load_weights(network, source.checkpoint, source.name)
-        known = ClipModel(source.name, network, transform, tokenizer, architecture, note=source.note)
+        known = ClipModel(source.name, network, transform, tokenizer, architecture, left_open=source.left_open)
         _last.clear()
         _last[source.key, version] = known
     # towers are trained in place, so that nobody is given those that are kept

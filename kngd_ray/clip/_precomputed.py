@@ -111,7 +111,7 @@ class PrecomputedModel:
             )
         return torch.from_numpy(self._embeddings[[self._row[name] for name in class_names]])
 
-    def prompt_notes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> list[str]:
+    def notes(self, class_names: Sequence[str], templates: str | Sequence[str] = ()) -> list[str]:
         """What is to be said of the classes; there are no prompts."""
         return [note for note in (called_missing(class_names), called_alike(class_names)) if note is not None]
 

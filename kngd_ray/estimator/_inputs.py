@@ -108,8 +108,7 @@ class Pictures:
         self, model: ClipModel, classes: Sequence[Any], names: Sequence[str], templates: Sequence[str], support: Support
     ) -> list[str]:
         """What is to be said of labels and of the prompts that are made of them."""
-        left_open = [] if model.note is None else [model.note]
-        return [*left_open, *said_of(classes, names), *model.prompt_notes(names, templates)]
+        return [*said_of(classes, names), *model.notes(names, templates)]
 
 
 class Matrix:
@@ -221,7 +220,7 @@ class Matrix:
     ) -> list[str]:
         """What is to be said of labels and of which class embedding is whose."""
         order = model.row_notes(names, support.features, support.labels, "class_embeddings")
-        return [*model.prompt_notes(names), *(said_of_digits(classes) if model.zero_shot else ()), *order]
+        return [*model.notes(names), *(said_of_digits(classes) if model.zero_shot else ()), *order]
 
 
 def _table(X: Any) -> npt.NDArray[Any]:

@@ -104,7 +104,7 @@ def _texts(model: ClipModel, images: ImageSet, templates: Sequence[str], display
     """Class embeddings (C, d), and remarks on their prompts."""
     names = images.class_names
     templates = worded(templates, names)
-    for note in [*([] if model.note is None else [model.note]), *model.prompt_notes(names, templates)]:
+    for note in model.notes(names, templates):
         display.say(note)
     return model.encode_classes(names, templates)
 

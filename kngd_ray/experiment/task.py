@@ -209,9 +209,8 @@ class Task:
                 f"the logit scale of the features' model is not known, and {LOGIT_SCALE:g} is taken, that of OpenAI's"
                 " models: model.logit_scale sets it"
             )
-        lines += [] if (left_open := getattr(self.model, "note", None)) is None else [left_open]
         lines += [] if self.known else row_notes(self.images, self.model, supports(self.splits))
-        lines += self.model.prompt_notes(self.images.class_names, self.config.data.templates)
+        lines += self.model.notes(self.images.class_names, self.config.data.templates)
         if count := self.given_views or (0 if self.crops is None else self.crops.count):
             several = f"{count} random crops" if count > 1 else "1 random crop"
             asked = views_of(self.config.fit_options, self._shots)

@@ -151,7 +151,7 @@ def test_a_file_says_what_it_leaves_open(monkeypatch, tmp_path, weights, tags, s
     save_file(weights, tmp_path / "downloaded.safetensors")
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: list(tags))
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: tags.get(tag, {}))
-    note = load_model(ModelConfig(SMALL, str(tmp_path / "downloaded.safetensors"))).note
+    note = load_model(ModelConfig(SMALL, str(tmp_path / "downloaded.safetensors"))).left_open
     if says is None:
         assert note is None
     else:
@@ -328,8 +328,8 @@ def test_classes_that_are_not_told_apart_are_refused(mini, names, templates, say
 
 def test_what_is_cut_behind_the_name_is_said(mini):
     templates = [f"a {{}} {LONG}", "the {}"]
-    assert mini.prompt_notes(["dog"], ["a {}"]) == []
-    (line,) = mini.prompt_notes(["dog", "cat"], templates)
+    assert mini.notes(["dog"], ["a {}"]) == []
+    (line,) = mini.notes(["dog", "cat"], templates)
     assert "prompts of 2 of 2 classes are longer than the 32 tokens" in line
     assert line.endswith("cut off behind the name: dog, cat")
     assert mini.encode_classes(["dog", "cat"], templates).shape == (2, 256)
@@ -339,7 +339,7 @@ def test_what_is_cut_behind_the_name_is_said(mini):
 def test_a_prompt_that_just_fits_is_not_cut(mini, words):
     """Each of these words is one token; the context is 32, with a token at each end."""
     text = " ".join(["dog"] * words)
-    assert (mini.prompt_notes(["cat"], f"{{}} {text}") == []) == (words + 1 <= 30)
+    assert (mini.notes(["cat"], f"{{}} {text}") == []) == (words + 1 <= 30)
 
 
 # Errors: what, where, what to do

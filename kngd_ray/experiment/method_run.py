@@ -214,7 +214,8 @@ class MethodRun:
         if task.stream is not None:
             foreseen = state.replicated.get(FORESEEN)
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
-        if task.head is not None and self.config.method == "kalman" and not self.config.posterior.folds:
+        from_head = task.head is not None and task.prior is None  # a run that continues another has not met this head
+        if from_head and self.config.method == "kalman" and not self.config.posterior.folds:
             return self._of_head(task), compare_towers(task, predictor, self._prepared.device)
         if task.towers is not None and self._unasked:
             return Calibration(0.0, 1.0), None

@@ -27,6 +27,7 @@ from kngd_ray.experiment.run import train
 from kngd_ray.experiment.task import PICTURES
 from kngd_ray.training import checkpoint
 from kngd_ray.training.classifier import Classifier
+from kngd_ray.training.settled import read_settled
 
 FAILED, USAGE = 1, 2
 FULL, LORA = "tune.parameters=full", "tune.parameters=lora"
@@ -436,6 +437,9 @@ def test_a_tower_that_cannot_recompute(tiny, command, tmp_path) -> None:
 def test_a_prior_of_another_kind(tiny, command) -> None:
     assert tiny(FULL, "trainer.name=full").code == 0
     assert tiny(FULL, "trainer.name=second", "prior=full").code == 0
+    first, second = (read_settled(command.run(name) / "fits" / "kalman-seed0") for name in ("full", "second"))
+    assert first.calibration.tau > 0
+    assert (second.calibration.tau, second.novelty) == (0, None), "tau of a head on these shots alone is not this fit's"
     for settings, says in (((LORA,), "lora"), ((), "adapter")):
         outcome = tiny(*settings, "prior=full", "trainer.name=t")
         assert outcome.code == FAILED

@@ -59,7 +59,7 @@ class GradientDescent:
             NLL and accuracy of the global batch, before the step.
 
         Raises:
-            FilterError: the loss is not finite; the weights are as before.
+            FilterError: the loss is not finite, and the weights are as before; or the weights' type cannot hold the step.
         """
         self._set_lr(batch.step)
         if len(batch.labels) or not isinstance(self.head, CLIPNetwork):
@@ -79,7 +79,13 @@ class GradientDescent:
         towers = tower_products(outputs.device) if isinstance(self.head, CLIPNetwork) else nullcontext()
         with towers:
             outputs.backward(gradient * self.group.world_size)
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            largest = torch.finfo(outputs.dtype).max
+            raise FilterError(f"a step is larger than numbers can be ({largest:.2g}): lower optimizer.lr.") from error
         return StepStats(**scores, log_predictive=(-scores["nll"] * batch.total,) if batch.scored else None)
 
     def state(self) -> MethodState:

@@ -56,6 +56,15 @@ def test_a_refused_step_changes_nothing(method):
 
 
 @pytest.mark.parametrize("method", ["adamw", "sgd"])
+def test_a_step_that_single_precision_cannot_hold_is_refused(method):
+    options = make_options(method=method, optimizer=OptimizerOptions(lr=1e60))
+    descent = GradientDescent(make_head(options.adapter, torch.float32), options, steps=6)
+    support = make_support(7, torch.float32)
+    with pytest.raises(FilterError, match=r"larger than numbers can be \(3\.4e\+38\): lower optimizer\.lr"):
+        descent.step(Batch(support.features, support.labels, [7], 0, 0))
+
+
+@pytest.mark.parametrize("method", ["adamw", "sgd"])
 def test_a_state_is_a_snapshot_that_another_method_continues_from(method):
     """Taking a state and going on must not move what was taken."""
     first, second = make_descent(method, "cosine"), make_descent(method, "cosine", perturb=0.0)

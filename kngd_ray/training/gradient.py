@@ -59,7 +59,8 @@ class GradientDescent:
             NLL and accuracy of the global batch, before the step.
 
         Raises:
-            FilterError: the loss is not finite, and the weights are as before; or the weights' type cannot hold the step.
+            FilterError: the loss is not finite, and the weights are as before; or the step overflows.
+            RuntimeError: any other error of torch's.
         """
         self._set_lr(batch.step)
         if len(batch.labels) or not isinstance(self.head, CLIPNetwork):

@@ -296,7 +296,8 @@ class MethodRun:
         figures.mkdir(exist_ok=True)
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
         reliability_diagram(curves, figures / "reliability.png", name)
-        learning_curve(steps, figures / "learning_curve.png", name)
+        if len(steps) > 1:  # the default has one step, whose figures are metrics
+            learning_curve(steps, figures / "learning_curve.png", name)
         if self._is_stream:
             stream_curve(self._streamed(seed).curve(), figures / "stream.png", name)
         model = self._prepared.model

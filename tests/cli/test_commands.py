@@ -16,6 +16,7 @@ from kngd_ray.experiment.run import _chosen
 from kngd_ray.training.metrics import Scores
 
 FIGURES = {"accuracy", "nll", "ece", "brier"}
+CURVES = "*/records/*/artifacts/figures/learning_curve.png"
 REPORT = {"run_id", "method", "preset", "seeds", "steps", "refused", "seconds", "zero_shot", "id", "ood"}
 
 
@@ -104,6 +105,7 @@ def test_train_json_of_several_seeds_and_a_baseline(command) -> None:
     assert baseline["seeds"] == report["seeds"] == [0, 1, 2]
     assert baseline["steps"] == 90, "a baseline runs for its own preset's epochs"
     assert baseline["zero_shot"] == report["zero_shot"]
+    assert len(list(command.runs.glob(CURVES))) == 6
 
 
 def test_no_steps_is_zero_shot(command) -> None:
@@ -111,6 +113,7 @@ def test_no_steps_is_zero_shot(command) -> None:
         "train", "--json", *command.settings("epochs=0", "posterior.folds=0", "posterior.predict=mean")
     ).json
     assert report["steps"] == 0
+    assert not list(command.runs.glob(CURVES)), "there is none of no step or one"
     assert report["id"]["accuracy"] == report["zero_shot"]["id"]["accuracy"]
 
 

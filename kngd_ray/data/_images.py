@@ -20,7 +20,9 @@ from kngd_ray.data._parquet import parquet_below, scan_parquet
 from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing
 from kngd_ray.data._splits import count_copies, settle_splits
 from kngd_ray.data._walk import walk
-from kngd_ray.errors import DataError
+from kngd_ray.errors import DataError, closest
+
+_ALIKE = 0.8  # likeness from which a class is named as the one that may be meant
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ def arrange(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
         class_names: names of all classes in order of their labels.
 
     Returns:
-        The same pictures.
+        The same pictures; of its files' other classes that were not selected, a note says that they are left out.
 
     Raises:
         DataError: when it has pictures of other classes, or none.
@@ -177,7 +179,14 @@ def arrange(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
             f"{hint(unknown[0], class_names) if unknown else ''}{way if unknown else ''}"
         )
     labels = np.array([number.get(name, -1) for name in images.class_names], np.int64)[images.labels]
-    return replace(images, labels=labels, class_names=tuple(class_names))
+    # one that is written otherwise looks like one that was meant to be left out, and figures are of the rest alone
+    left_out = [
+        repr(name) + "".join(f" (the nearest name is {match!r})" for match in closest(name, class_names, cutoff=_ALIKE))
+        for name in images.all_names
+        if name not in images.class_names and name not in number
+    ]
+    told = [f"pictures of classes that the fit does not know are left out: {listing(left_out, 8)}"] if left_out else []
+    return replace(images, labels=labels, class_names=tuple(class_names), notes=(*images.notes, *told))
 
 
 def _scan(config: DataConfig, features: bool) -> Rows:

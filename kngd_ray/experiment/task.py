@@ -316,6 +316,7 @@ def open_tests(config: Config, given: Collection[str], manifest: Mapping[str, An
     halved = config.protocol == "bng" and inherited
     kept = [name for name in whole.class_names if name in known] if halved else whole.class_names
     images = arrange(restrict(whole, kept), known)
+    whole = replace(whole, notes=images.notes)
     domains = set(images.domains.tolist())
     data, own = _known_domains(config.data, domains, given), config.data.train_domain
     if own is not None and data.train_domain is None and domains != {"all"}:  # which data without domains have

@@ -67,6 +67,19 @@ def test_evaluation_tells_classes_by_their_names(command, trained, tmp_path: Pat
         assert evaluated(unknown, "data.classes=flower,building").json["id"] == evaluated(some).json["id"]
 
 
+def test_classes_that_a_run_has_not_chosen_are_named(command, tmp_path: Path) -> None:
+    """Its own list chooses among those of other data: one that is written otherwise would be missing unnoticed."""
+    assert command.train("trainer.name=c", f"data.classes={','.join(CLASSES[:2])}", "epochs=0").code == 0
+    other = tmp_path / "other.parquet"
+    for name, nearest in ((CLASSES[0], ""), (CLASSES[0].title(), f" (the nearest name is {CLASSES[0]!r})")):
+        pq.write_table(renamed(small_table(), "class_name", {CLASSES[0]: name}), other)
+        outcome = command("evaluate", command.run("c"), f"data.path={other}")
+        assert outcome.code == 0, outcome.err
+        left_out = [CLASSES[2]] if name == CLASSES[0] else [name, CLASSES[2]]
+        shown = ", ".join(repr(each) + (nearest if each == name else "") for each in left_out)
+        assert f"pictures of classes that the fit does not know are left out: {shown}\n" in outcome.err
+
+
 def test_domains_with_names_of_figures(command, tmp_path: Path) -> None:
     """Called as they like, domains have the figures of their own pictures, and the mean is that of all."""
     table = small_table(domains=("noto", "twemoji", "openmoji"))

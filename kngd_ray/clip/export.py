@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from kngd_ray.clip.adapters import Adapter, Linear
 from kngd_ray.errors import ModelError
 from kngd_ray.storage import storage_errors, temporary_beside, write_text
 
-__all__ = ["CONFIG", "ONNX", "WEIGHTS", "Exported", "export_onnx", "export_open_clip"]
+__all__ = ["CONFIG", "ONNX", "WEIGHTS", "Exported", "export_onnx", "export_open_clip", "rounding_of"]
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
@@ -130,6 +131,31 @@ def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int,
         logits = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
         differences.append(difference_of(logits, expected, network.logit_scale, path))
     return Exported(path, max(differences))
+
+
+@torch.no_grad()
+def rounding_of(network: CLIPNetwork, *, texts: bool) -> float:
+    """Measure what is lost by a precision that written files do not have: their towers are in float32.
+
+    Args:
+        network: as trained.
+        texts: whether the file has the text tower; the ONNX classifier has the class embeddings that the network uses.
+
+    Returns:
+        Largest absolute difference between its logits of random pictures and those of the file's towers.
+    """
+    options = network.options
+    if options.precision == "float32":
+        return 0.0
+    inputs = network.example(CHECKED)
+    pictures, embeddings = inputs["image" if network.image_trained else "feature"], network.classifier()
+    found = network.classify(pictures, embeddings)
+    try:
+        network.options = replace(options, precision="float32")
+        expected = network.classify(pictures, network.classifier() if texts else embeddings)
+    finally:
+        network.options = options
+    return float((found - expected).abs().max())
 
 
 class _Classifier(nn.Module):

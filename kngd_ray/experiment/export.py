@@ -11,7 +11,7 @@ from kngd_ray._option import option
 from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
 from kngd_ray.clip import peft as peft_layout
 from kngd_ray.clip.adapters import Linear
-from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip
+from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip, rounding_of
 from kngd_ray.config import parse
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
@@ -37,6 +37,9 @@ _ARE = {
     "peft": "the towers' LoRA alone, for peft; its settings are in " + peft_layout.CONFIG,
 }
 _AT_MEAN = "its logits are those at the mean of the belief: predict counts its covariance too, and is less sure"
+_IN_HALF = (
+    "it is in float32, and the run's trained towers work in bfloat16: logits of random pictures differ by up to {:.1g}"
+)
 _PEFT = (peft_layout.WEIGHTS, peft_layout.CONFIG)
 
 
@@ -71,7 +74,8 @@ def export(
 
     Returns:
         ``fit``, ``alpha``, and for ``open_clip``, ``onnx`` and ``peft``, None if not written, the file, the largest
-        absolute ``difference`` of its logits from the fit's, and ``notes``; ``pushed``, the address, or None.
+        absolute ``difference`` of its logits from the fit's, in float32, and ``notes``; ``pushed``, the address, or
+        None.
 
     Raises:
         UsageError: `out` is a file or holds something, or the fit has nothing for an open_clip checkpoint.
@@ -124,7 +128,10 @@ def export(
             "peft": peft_layout.export_peft(network, model, out, _on_a_hub(source)) if peft else None,
         }
         if alpha and checkpoint.state.covariance and settled.posterior.predict != "mean" and settled.calibration.tau:
-            written |= {kind: _at_mean(written[kind]) for kind in ("open_clip", "onnx")}
+            written |= {kind: _noted(written[kind], _AT_MEAN) for kind in ("open_clip", "onnx")}
+        rounding = {kind: rounding_of(network, texts=kind != "onnx") for kind in written}
+        in_half = {kind: _IN_HALF.format(lost) for kind, lost in rounding.items() if lost}
+        written |= {kind: _noted(written[kind], note) for kind, note in in_half.items()}
         classes = {
             "class_names": list(manifest["class_names"]),
             "templates": list(manifest["templates"]),
@@ -137,9 +144,10 @@ def export(
         remark = None if alpha == options.tune.alpha else other
         _write_card(out, fit_folder, source, written, remark)
     display.say(f"{fit_folder.name} at alpha={alpha:g}, in {out}:")
-    for exported in written.values():
+    for kind, exported in written.items():
         if exported is not None:
-            what = "its towers'" if {*exported.notes} - {_AT_MEAN} and exported.path.name != ONNX else "the fit's"
+            whole = exported.path.name == ONNX or not {*exported.notes} - {_AT_MEAN, *in_half.values()}
+            what = ("the fit's" if whole else "its towers'") + (" in float32" if kind in in_half else "")
             checked = "" if exported.difference is None else f" (logits within {exported.difference:.1e} of {what})"
             display.say(f"{exported.path.name}{checked}")
             for note in exported.notes:
@@ -180,8 +188,8 @@ def _on_a_hub(source: ModelConfig) -> str | None:
     return source.name.removeprefix("hf-hub:") if source.name.startswith("hf-hub:") else None
 
 
-def _at_mean(exported: Exported | None) -> Exported | None:
-    return None if exported is None else replace(exported, notes=(*exported.notes, _AT_MEAN))
+def _noted(exported: Exported | None, note: str) -> Exported | None:
+    return None if exported is None else replace(exported, notes=(*exported.notes, note))
 
 
 def _described(exported: Exported | None) -> dict[str, Any] | None:

@@ -541,6 +541,15 @@ def test_activations_that_are_not_finite(tiny, monkeypatch, method, precision, b
 # Searches
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_an_export_says_what_its_precision_changes(command, tiny, precision) -> None:
+    assert tiny(LORA, "method=adamw", f"tune.precision={precision}", "trainer.name=half").code == 0
+    outcome = command("export", command.run("half"), "--out", command.folder / "out")
+    assert outcome.code == 0, outcome.err
+    told = "it is in float32, and the run's trained towers work in bfloat16: logits of random pictures differ by up to"
+    assert (told in outcome.err) == (" in float32)" in outcome.err) == (precision == "bfloat16")
+
+
 @pytest.fixture
 def tune(command, tiny, monkeypatch) -> Callable[..., Any]:
     monkeypatch.setattr("kngd_ray.tuning.run.study_figures", lambda *arguments: [])

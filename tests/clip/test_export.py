@@ -1,6 +1,7 @@
 """Written models, read by the programs that they are for."""
 
 import json
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions, export, load_model
 from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
-from kngd_ray.clip.export import export_onnx, export_open_clip
+from kngd_ray.clip.export import export_onnx, export_open_clip, rounding_of
 from kngd_ray.errors import ModelError, StorageError
 
 NAMES = ["cat", "red_car", "dog"]
@@ -163,6 +164,25 @@ def test_the_classifier_is_one_graph_for_any_batch(model, request):
     x = pictures(pretrained, 5)
     with torch.no_grad(), network.blended(0.5):
         assert torch.allclose(graph(x), network({"image": x}), atol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["visual*", "transformer*", "*"])
+def test_what_towers_in_full_precision_change(vit, part):
+    """Of a fit in bfloat16, written files are not what predicts: by how much is measured on pictures, or features."""
+    options = TuneOptions(parameters="lora", include=(part,), targets=("q", "v", "mlp"), precision="bfloat16")
+    network = tuned(vit, options, (ClassResidual(),))
+    full = tuned(vit, replace(options, precision="float32"), (ClassResidual(),))
+    x = network.example(4)
+    with torch.no_grad():
+        found, plain = (each.classify(x.get("image", x.get("feature"))) for each in (network, full))
+        graph = export._classifier(network)
+        written = graph(x["image"]) if "image" in x else graph.head(x["feature"], graph.class_embeddings)
+    for texts, expected in ((True, plain), (False, written)):
+        rounding = rounding_of(network, texts=texts)
+        assert (rounding > 1e-3) == (texts or part != "transformer*")
+        assert rounding == pytest.approx(float((found - expected).abs().max()), rel=0.05)
+        assert rounding_of(full, texts=texts) == 0
+    assert network.options == options
 
 
 def test_onnx_says_what_to_install(vit, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 EMBEDDED = "embedded"
+_EMBEDDED_DOMAIN = "noto"
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,13 @@ class DataConfig:
             raise ValueError("classes names a class twice: name each once")
         if not self.templates:
             raise ValueError('templates is empty: give one or more, such as "a photo of a {}."')
+
+    @property
+    def trained_domain(self) -> str | None:
+        """The one domain that is trained on, with the default resolved; None where there may be several."""
+        if self.train_domain is None and self.path == EMBEDDED and not self.order:
+            return _EMBEDDED_DOMAIN
+        return self.train_domain
 
     @property
     def name(self) -> str:

@@ -7,13 +7,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kngd_ray.data._config import EMBEDDED, DataConfig
+from kngd_ray.data._config import DataConfig
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, hint, listing
 from kngd_ray.data._stream import in_order, in_time
 from kngd_ray.errors import DataError
-
-EMBEDDED_TRAIN_DOMAIN = "noto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +180,8 @@ def _domains(images: ImageSet, config: DataConfig) -> tuple[list[str], list[str]
         DataError: when a domain is unknown or both, or none is left to train on.
     """
     known: list[str] = sorted(set(images.domains.tolist()))
-    named = config.train_domain
+    named = config.trained_domain
     ordered = list(dict.fromkeys(config.order or ()))
-    if named is None and config.path == EMBEDDED and not ordered:
-        named = EMBEDDED_TRAIN_DOMAIN
     for field, domains in (
         ("order", ordered),
         ("train_domain", [named] if named else []),

@@ -71,6 +71,8 @@ def evaluate(
         config = replace(config, data=replace(config.data, classes=trained_on.classes))
         task = open_task(config, manifest, only, draw=as_it_was or read_learned(manifest) is None)
     else:
+        if not given & {"data.train_domain", "data.order"}:  # of the shipped pictures it is one that no setting names
+            config = replace(config, data=replace(config.data, train_domain=trained_on.trained_domain))
         task = open_tests(config, given, manifest)
     if own or "data.classes" not in given:
         check_names(task, manifest, own=own)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -291,3 +292,21 @@ def test_evaluate_says_that_no_picture_is_of_the_domain_trained_on(command) -> N
     assert "figures in distribution are of twemoji" in outcome.err
     outcome = command("evaluate", command.run("d"), "--json")
     assert "no picture is of the domain" not in outcome.err
+
+
+def test_evaluate_knows_the_domain_of_the_shipped_pictures(command) -> None:
+    """No setting names it, and the domains of other data were counted together as the one that was trained on."""
+    birds = [
+        "data.path=embedded",
+        "data.train_domain=null",
+        "data.classes=[flower,insect]",
+        "data.ood_domains=[twemoji]",
+    ]
+    assert command.train("trainer.name=s", *birds, "epochs=0").code == 0
+    table = pq.read_table(command.data)
+    for name, domains, ood in (("both", ["noto", "twemoji"], ["mean", "twemoji"]), ("other", ["twemoji"], [])):
+        path = command.folder / f"{name}.parquet"
+        pq.write_table(table.filter(pc.is_in(table["domain"], pa.array(domains))), path)
+        outcome = command("evaluate", command.run("s"), f"data.path={path}", "--json")
+        assert list(outcome.json["ood"]) == ood
+        assert ("no picture is of the domain noto, which the fit learned" in outcome.err) == (not ood)

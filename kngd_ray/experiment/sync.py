@@ -24,5 +24,5 @@ def sync(name: str, storage_path: str, display: Display, *, uri: str | None = No
     began = time.monotonic()
     with run_folder.locked(folder):
         ids = publish(folder, uri or config.tracking.uri, config.tracking.experiment)
-    display.say(f"{len(ids)} MLflow runs are up to date ({time.monotonic() - began:.1f} s)")
+    display.say(f"MLflow runs up to date: {len(ids)} ({time.monotonic() - began:.1f} s)")
     return ids

@@ -235,7 +235,7 @@ def test_encode_fills_the_cache_once(command) -> None:
     assert first["pictures"] == first["encoded"] == pictures
     assert first["undecodable"] == 0
     assert list(Path(first["cache"]).glob("part-*.parquet"))
-    again = command("encode", command.data, *settings, "--json").json
+    again = command("encode", f"data.path={command.data}", *settings, "--json").json
     assert again == first | {"encoded": 0}
     shown = command("encode", command.data, *settings)
     assert f"{pictures} pictures, 0 encoded now, 0 undecodable" in shown.err

@@ -268,13 +268,15 @@ def test_mistakes_are_one_sentence(make, X, y, error, says) -> None:
         estimator(**make).fit(X, y)
 
 
-def test_unfitted_and_without_scikit_learn() -> None:
+def test_unfitted_and_without_scikit_learn_ray_and_mlflow() -> None:
     with pytest.raises(NotFittedError, match="not fitted"):
         KalmanCLIP(model="precomputed").predict(X)
     code = (
-        "import sys, numpy as np; sys.modules['sklearn'] = None; "
+        "import sys, kngd_ray; assert 'torch' not in sys.modules; assert 'KalmanCLIP' in dir(kngd_ray); "
+        "import numpy as np; sys.modules['sklearn'] = None; "
         "from kngd_ray import KalmanCLIP; X = np.eye(4)[[0, 1, 0, 1]]; "
-        "KalmanCLIP(model='precomputed', settings={'posterior.folds': 0}).fit(X, [0, 1, 0, 1]).predict(X)"
+        "KalmanCLIP(model='precomputed', settings={'posterior.folds': 0}).fit(X, [0, 1, 0, 1]).predict(X); "
+        "assert not {'ray', 'mlflow'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

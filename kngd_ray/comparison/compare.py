@@ -67,7 +67,8 @@ def compare(
         why = f" (left out are {left_out})" if left_out else ""
         raise TrackingError(f"experiment {experiment!r} has no finished run{below} to compare{why}.")
     tables = build_tables(found, runs, metrics, baseline)
-    about = f"{len(runs)} MLflow run{'s' if len(runs) != 1 else ''} in {redact(uri)}, read {time.strftime('%Y-%m-%d %H:%M')}"
+    count = f"{len(runs)} MLflow run{'s' if len(runs) != 1 else ''}"
+    about = f"{count} in {redact(uri)}, read {time.strftime('%Y-%m-%d %H:%M')}"
     about += f"; left out are {left_out}" if left_out else ""
     write_text(path, page(f"{experiment}: runs compared", about, tables))
     for table in tables:

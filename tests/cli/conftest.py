@@ -89,6 +89,7 @@ class CommandLine:
     monkeypatch: pytest.MonkeyPatch
     data: Path
     defaults: list[str] = field(default_factory=list)
+    nine_steps = ("epochs=3", "batch_size=4")  # for tests of what happens between steps
 
     def __call__(self, *arguments: Any) -> Outcome:
         self.read()  # what an earlier command printed is its own
@@ -105,7 +106,7 @@ class CommandLine:
         return self.folder / "runs"
 
     def settings(self, *settings: str, data: Path | str | None = None) -> list[str]:
-        """Settings of a run of a second: no Ray, no MLflow, two shots, few steps; later ones win."""
+        """Settings of a run of half a second: no Ray, no MLflow, four shots, the default's one step; later ones win."""
         return [
             f"data.path={data or self.data}",
             "data.train_domain=noto",
@@ -115,8 +116,6 @@ class CommandLine:
             f"trainer.storage_path={self.runs}",
             "tracking.enabled=false",
             f"tracking.uri=sqlite:///{self.folder}/mlflow.db",
-            "epochs=3",
-            "batch_size=4",
             "posterior.folds=2",
             "posterior.draws=4",
             *settings,

@@ -332,7 +332,7 @@ def refusals(run: Path, method: str = "kalman") -> list[float]:
 @pytest.mark.usefixtures("painted")
 def test_one_bad_step_is_refused_and_the_run_goes_on(command, monkeypatch, preset: str, says: str) -> None:
     poison_batches(monkeypatch, 4)
-    outcome = command("train", *command.settings(f"preset={preset}", "trainer.name=nan"), "--json")
+    outcome = command("train", *command.settings(f"preset={preset}", "trainer.name=nan", *command.nine_steps), "--json")
     assert outcome.code == 0, outcome.err
     assert f"step 5 of 9, refused: {says}" in outcome.err
     assert outcome.json["refused"] == 1
@@ -344,7 +344,7 @@ def test_one_bad_step_is_refused_and_the_run_goes_on(command, monkeypatch, prese
 @pytest.mark.parametrize("method", ["kalman", "adamw"])
 def test_ten_bad_steps_in_a_row_end_the_run(command, monkeypatch, method: str) -> None:
     poison_batches(monkeypatch, *range(2, 40))
-    settings = [f"method={method}", "epochs=8", "trainer.checkpoint_every=1", "trainer.name=nan"]
+    settings = [f"method={method}", "epochs=8", "batch_size=4", "trainer.checkpoint_every=1", "trainer.name=nan"]
     refused(command.train(*settings), FAILED, "10 steps in a row were refused", "the last at step 12")
     assert list(command.run("nan").glob("fits/*/step-00000011-*/manifest.json")), "what was learned is kept"
     assert sum(refusals(command.run("nan"), method)) == 9
@@ -395,7 +395,7 @@ def test_no_space_for_a_checkpoint(command, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        outcome = command.train("trainer.name=full", "trainer.checkpoint_every=2")
+        outcome = command.train("trainer.name=full", "trainer.checkpoint_every=2", *command.nine_steps)
     refused(outcome, FAILED, "no space left while writing", str(command.run("full")), "--resume")
     assert list(command.run("full").glob("fits/*/step-00000002-*/manifest.json"))
     resumed = command("train", "--resume", command.run("full"))
@@ -439,7 +439,7 @@ def test_read_only_storage(command) -> None:
 def test_unreachable_server_loses_nothing(command) -> None:
     settings = ["tracking.enabled=true", "tracking.uri=http://127.0.0.1:9", "tracking.log_model=false"]
     began = time.monotonic()
-    outcome = command("train", *command.settings(*settings, "trainer.name=offline"), "--json")
+    outcome = command("train", *command.settings(*settings, *command.nine_steps, "trainer.name=offline"), "--json")
     assert time.monotonic() - began < 200  # MLflow itself would try again for four minutes
     assert outcome.code == 0, outcome.err
     assert outcome.json["run_id"] is None
@@ -489,6 +489,7 @@ def program(command, *arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_program_fails_with_a_sentence(command) -> None:
     done = program(command, "train", *command.settings(data=command.folder / "nothing.parquet"))
     assert (done.returncode, done.stdout) == (FAILED, "")

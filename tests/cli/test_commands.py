@@ -54,7 +54,7 @@ def pictures(data: Path, folder: Path, rows: list[int]) -> list[Path]:
 
 
 def test_train_prints_a_table_and_leaves_a_run(command) -> None:
-    outcome = command.train("trainer.name=first")
+    outcome = command.train("trainer.name=first", *command.nine_steps)
     assert outcome.code == 0, outcome.err
     assert "zero-shot" in outcome.out
     assert "kalman, 9 steps" in outcome.out
@@ -88,7 +88,7 @@ def test_train_json_of_one_seed(command) -> None:
     assert set(report) == REPORT
     check_report(report, float)
     assert report["run_id"] is None
-    assert (report["method"], report["preset"], report["seeds"], report["steps"]) == ("kalman", "kalman", [0], 9)
+    assert (report["method"], report["preset"], report["seeds"], report["steps"]) == ("kalman", "kalman", [0], 1)
     assert report["seconds"] > 0
     assert json.loads((command.run("j") / "results.json").read_text()) == report
 
@@ -104,9 +104,9 @@ def test_train_json_of_several_seeds_and_a_baseline(command) -> None:
     check_report(baseline, {"mean", "low", "high"})
     assert baseline["method"] == baseline["preset"] == "adamw"
     assert baseline["seeds"] == report["seeds"] == [0, 1, 2]
-    assert baseline["steps"] == 90, "a baseline runs for its own preset's epochs"
+    assert baseline["steps"] == 30, "a baseline runs for its own preset's epochs"
     assert baseline["zero_shot"] == report["zero_shot"]
-    assert len(list(command.runs.glob(CURVES))) == 6
+    assert len(list(command.runs.glob(CURVES))) == 3, "none of the default's one step"
 
 
 def test_no_steps_is_zero_shot(command) -> None:
@@ -249,7 +249,7 @@ def test_encode_fills_the_cache_once(command) -> None:
 
 def test_resume_of_a_run_cut_short(command, monkeypatch) -> None:
     """Stopped at a checkpoint and resumed, the figures are those of a run that never stopped."""
-    straight = command("train", "--json", *command.settings("trainer.name=straight")).json
+    straight = command("train", "--json", *command.settings("trainer.name=straight", *command.nine_steps)).json
     from kngd_ray.training.kalman import KalmanNGD
 
     step = KalmanNGD.step
@@ -261,7 +261,7 @@ def test_resume_of_a_run_cut_short(command, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(KalmanNGD, "step", interrupted)
-        cut = command.train("trainer.name=cut", "trainer.checkpoint_every=2")
+        cut = command.train("trainer.name=cut", "trainer.checkpoint_every=2", *command.nine_steps)
     assert cut.code == 130
     assert "--resume" in cut.sentence
     assert list(command.run("cut").glob("fits/*/step-00000004-*"))
@@ -276,7 +276,7 @@ def test_resume_of_a_run_cut_short(command, monkeypatch) -> None:
 
 def test_progress_stays_off_standard_output(command) -> None:
     outcome = command("train", "--json", *command.settings())
-    assert "step 9 of 9" in outcome.err
+    assert "step 1 of 1" in outcome.err
     assert "accuracy %" in outcome.err, "the table goes to standard error"
     json.load(io.StringIO(outcome.out))
 

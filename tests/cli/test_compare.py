@@ -28,7 +28,7 @@ RUNS = {
     "main": ("seeds=0,1,2", "baselines=adamw"),
     "wide": ("seeds=0,1,2", "filter.logit_variance=3000"),
     "again": ("seeds=0,1,2", "filter.logit_variance=3000"),
-    "paper": ("seeds=1", "preset=kf_clip"),
+    "paper": ("seeds=1", "preset=kf_clip", "epochs=2"),
     "few": ("seeds=0,1", "data.shots=2"),
 }
 
@@ -53,11 +53,9 @@ class Store:
             f"tracking.uri={self.uri}",
             f"tracking.experiment={experiment}",
             "tracking.log_model=false",
-            "batch_size=4",
             "posterior.folds=2",
             "posterior.draws=4",
             *settings,
-            "epochs=2",
         ]
         return train(load_config(overrides=overrides), Display(quiet_stdout=True))
 

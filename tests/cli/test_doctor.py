@@ -224,6 +224,20 @@ def test_a_model_that_cannot_be_loaded(doctor: Doctor, command: Any) -> None:
     assert "absent.safetensors" in found["model", "here"]["found"]
 
 
+DOCTOR_AND_TRAIN = """
+import sys
+from kngd_ray.cli import main
+settings = sys.argv[1:]
+for command in (["doctor", "--json"], ["train"]):
+    sys.argv = ["kngd-ray", *command, *settings]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+sys.exit(code)
+"""
+
+
 FIT = """
 import sys
 import kngd_ray
@@ -247,11 +261,11 @@ def test_a_torchvision_for_another_torch_is_the_same_sentence_everywhere(command
         return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     settings = command.settings()
-    looked = run("-m", "kngd_ray.cli", "doctor", "--json", *settings)
+    looked = run("-c", DOCTOR_AND_TRAIN, *settings)
     (found,) = (check["found"] for check in json.loads(looked.stdout)["checks"] if check["check"] == "model")
     assert found.startswith("torchvision was built for another torch than ")
     assert "(operator torchvision::nms does not exist): install both again" in found
-    for done in (run("-m", "kngd_ray.cli", "train", *settings), run("-c", FIT)):
+    for done in (looked, run("-c", FIT)):
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == f"kngd-ray: {found}"
         assert "Traceback" not in done.stderr

@@ -289,7 +289,12 @@ def with_crops(tmp_path_factory):
     [
         ([f"tune.views={VIEWS}"], VIEWS, "3 random crops of it, which count"),
         (["tune.views=2", "seeds=[0,1]"], 2, "2 random crops of it, which count"),
-        (["tune.views=2", "preset=adamw", "epochs=3"], 2, "2 random crops of it, which count"),
+        pytest.param(
+            ["tune.views=2", "preset=adamw", "epochs=3"],
+            2,
+            "2 random crops of it, which count",
+            marks=pytest.mark.slow,
+        ),
         ([], VIEWS, "3 random crops of it (its file holds no more, and tune.views asks for 8), which count"),
         (["tune.augment=none"], 0, None),
     ],

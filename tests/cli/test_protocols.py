@@ -64,7 +64,9 @@ def same(found, expected) -> None:
 
 
 def test_base_to_new(command, four, by_hand, monkeypatch) -> None:
-    outcome = command("train", "--json", *command.settings("protocol=bng", "trainer.name=b", data=four))
+    outcome = command(
+        "train", "--json", *command.settings("protocol=bng", "trainer.name=b", *command.nine_steps, data=four)
+    )
     assert outcome.code == 0, outcome.err
     report = outcome.json
     assert set(report) == REPORT | {"protocol"}
@@ -102,9 +104,10 @@ def test_base_to_new(command, four, by_hand, monkeypatch) -> None:
             raise KeyboardInterrupt
         return step(self, batch)
 
+    cut = ("protocol=bng", "trainer.name=cut", "trainer.checkpoint_every=2")
     with monkeypatch.context() as patch:
         patch.setattr(KalmanNGD, "step", interrupted)
-        assert command.train("protocol=bng", "trainer.name=cut", "trainer.checkpoint_every=2", data=four).code == 130
+        assert command.train(*cut, *command.nine_steps, data=four).code == 130
     outcome = command("train", "--resume", "cut", f"trainer.storage_path={command.runs}", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["protocol"] == found

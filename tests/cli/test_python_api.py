@@ -33,8 +33,6 @@ def settings(command) -> dict[str, Any]:
         "cache_dir": command.cache,
         "storage_path": command.runs,
         "tracking": {"enabled": False, "uri": f"sqlite:///{command.folder}/mlflow.db"},
-        "epochs": 3,
-        "batch_size": 4,
         "posterior": {"folds": 2},
         "posterior.draws": 4,
         "quiet": True,

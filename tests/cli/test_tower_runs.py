@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from helpers.cases import some_slow
 from helpers.emoji import small_table
 from helpers.towers import NAME, tiny_model
 from torch import Tensor
@@ -48,10 +49,6 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 QUICK = ("kalman-full", "kalman-lora")  # which other tests need too
-
-
-def some_slow(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 class Runs:
@@ -147,7 +144,7 @@ def moved(fit: Path) -> dict[str, bool]:
 # What a run leaves
 
 
-@pytest.mark.parametrize("name", some_slow(RUNS))
+@pytest.mark.parametrize("name", some_slow(RUNS, *QUICK))
 def test_a_run_is_evaluated_and_predicts_as_it_was_tested(runs, command, pictures, blobs, name) -> None:
     report = runs.report(name)
     state = final(runs.fit(name)).state
@@ -166,14 +163,14 @@ def test_a_run_is_evaluated_and_predicts_as_it_was_tested(runs, command, picture
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", some_slow(["kalman-full", "kalman-cite", "adamw-cite"]))
+@pytest.mark.parametrize("name", some_slow(["kalman-full", "kalman-cite", "adamw-cite"], *QUICK))
 def test_the_towers_have_moved(runs, name) -> None:
     found = moved(runs.fit(name))
     assert {key.startswith("visual.") for key in found} == ({True} if name == "kalman-full" else {True, False})
     assert np.mean(list(found.values())) > 0.9
 
 
-@pytest.mark.parametrize("name", some_slow(["kalman-lora", "adamw-lora"]))
+@pytest.mark.parametrize("name", some_slow(["kalman-lora", "adamw-lora"], *QUICK))
 def test_lora_leaves_the_pretrained_weights_alone(runs, name) -> None:
     assert not moved(runs.fit(name))
     weights = final(runs.fit(name)).state.weights

@@ -141,7 +141,7 @@ def test_the_champion_is_a_preset(tune, command) -> None:
     given = plain(load_config(champion))
     for key, value in report["best"]["params"].items():
         assert str(_at(given, key)) == str(value), key
-    assert (given["epochs"], given["batch_size"], given["posterior"]["folds"]) == (3, 4, 2)
+    assert (given["epochs"], given["batch_size"], given["posterior"]["folds"]) == (2, 32, 2)
 
 
 def data(command) -> list[str]:

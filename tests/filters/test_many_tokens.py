@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 import torch
-from helpers.cases import rng
+from helpers.cases import rng, some_slow
 from helpers.compare import max_error
 from helpers.jacobians import DOUBLE, posterior, randn, random_factors, stacked_rows, whole
 from torch import Tensor
@@ -140,7 +140,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", ["ekf", "vdekf"])
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("samples", some_slow([1, 2], 2))
 def test_estimates_of_the_information_are_unbiased(form, rule, samples):
     H, draws, P = FORMS[form], 2000, variances()["w"]["variance"]
     rows = stacked_rows({"w": H})

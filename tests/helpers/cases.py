@@ -155,6 +155,11 @@ def make_task(options: FitOptions, shots: int = 15, seed: int = 0, dtype: torch.
     return FitTask(options, seed, make_support(shots, dtype), class_embeddings(dtype), LOGIT_SCALE)
 
 
+def some_slow(names: Iterable[Any], *quick: Any) -> list[Any]:
+    """Cases of which all but a few are slow: what they have in common is met in those."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
 def in_turn(*lists: Iterable[Any]) -> list[Any]:
     """All combinations; of two lists every name is met in those that are not slow, of three every pair of names."""
     indexed = [list(enumerate(names)) for names in lists]

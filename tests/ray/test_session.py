@@ -159,6 +159,7 @@ def test_a_wrong_token_is_one_sentence(head: Head, changed: dict[str, str]) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_another_version_is_one_sentence(head: Head) -> None:
     """The last that uses this head: it pretends to be an older one from here on."""
     run(PRETEND_OTHER_VERSIONS, head.address, environment=dict(head.environment))

@@ -201,6 +201,7 @@ def test_more_workers_than_cores_are_refused(ray_up: None) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_an_unreachable_cluster_is_one_sentence() -> None:
     import subprocess
     import sys

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cases import some_slow
 from helpers.compare import max_error
 from helpers.cones import in_both
 from helpers.ranks import run_ranks
@@ -56,7 +57,9 @@ def test_two_ranks_end_where_one_does(alone):
         assert max_error(ranks[0][case], mu) < bound(case), case
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", some_slow(CASES, "kronecker/categorical/6", "{kind: diagonal, rule: ekf}/log_likelihood/6")
+)
 def test_a_rounding_of_the_shots_does_not_grow(alone, case):
     task, signs = task_of(case), torch.Generator().manual_seed(0)
     x = task.support.features

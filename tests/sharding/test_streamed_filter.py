@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.cases import FAMILIES
+from helpers.cases import FAMILIES, some_slow
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from helpers.streaming import CASES, LAYERS, SHAPES, STREAMS, follow, run_streams
@@ -21,9 +21,7 @@ def whole() -> dict:
     return {case: follow(SingleProcess(), names, stream=False) for case, names in CASES.items()}
 
 
-@pytest.fixture(
-    scope="module", params=[0, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))], ids="W={}".format
-)
+@pytest.fixture(scope="module", params=some_slow([0, 2, 1, 3, 4], 0, 2), ids="W={}".format)
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_streams) if request.param else [run_streams(SingleProcess())]
 

@@ -17,6 +17,7 @@ from helpers.cases import (
     make_options,
     make_support,
     make_task,
+    some_slow,
 )
 from helpers.compare import covariance_of, max_error
 from helpers.cones import as_shipped
@@ -104,7 +105,7 @@ def test_every_observation_and_noise(observation, noise):
 
 
 @pytest.mark.usefixtures("double", "only_together")
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", some_slow([1, 2, 7], 2))
 @pytest.mark.parametrize("process", PROCESSES)
 def test_any_number_and_processes_side_by_side(process, count):
     for family in ("ekf", "kronecker", "diagonal_low_rank"):
@@ -112,7 +113,7 @@ def test_any_number_and_processes_side_by_side(process, count):
 
 
 @pytest.mark.usefixtures("double", "only_together")
-@pytest.mark.parametrize("columns", ["function", "within_class"])
+@pytest.mark.parametrize("columns", some_slow(["function", "within_class"], "within_class"))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -143,7 +144,7 @@ def test_relinearised_serial_and_untempered_where_real_fits_happen(changes, colu
 
 
 @pytest.mark.usefixtures("double", "only_together")
-@pytest.mark.parametrize("rule", ["ekf", "vdekf"])
+@pytest.mark.parametrize("rule", some_slow(["ekf", "vdekf"], "vdekf"))
 @pytest.mark.parametrize("changes", [{}, {"serial": 3}, {"iterations": 3}], ids=str)
 @pytest.mark.parametrize("adapter", ["class_residual", "bottleneck-image"])
 def test_each_draws_its_own_signs(adapter, changes, rule):

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.cases import some_slow
 from helpers.compare import max_error
 from helpers.cones import CLASSES, DIM, SCALE, in_a_cone, in_both, made, task_of
 from torch.nn.functional import cross_entropy, normalize
@@ -122,7 +123,7 @@ def test_the_prior_of_a_logit_has_the_variance_that_is_asked_for():
 
 
 @pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
-@pytest.mark.parametrize("covariance", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("covariance", some_slow(["diagonal", "kronecker", "dense"], "kronecker"))
 def test_so_it_has_for_other_adapters_and_families(adapter, covariance):
     overrides = [
         f"adapter={adapter}",
@@ -303,7 +304,7 @@ def test_a_variance_given_twice_is_refused():
         load_config(overrides=["method=kalman", "filter.logit_variance=null"])
 
 
-@pytest.mark.parametrize("shots", [1, 2, 5])
+@pytest.mark.parametrize("shots", some_slow([1, 2, 5], 2))
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_posterior_gives_up_a_shot_as_a_fit_without_it_would(shots, inside):
     """What prior and posterior have of a shot is taken out: the metric within classes, the offset, its curvature."""

@@ -9,7 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.cases import ADAPTERS, FAMILIES, GATES, NOISES, OBSERVATIONS, PROCESSES, in_turn, make_options, make_task
+from helpers.cases import (
+    ADAPTERS,
+    FAMILIES,
+    GATES,
+    NOISES,
+    OBSERVATIONS,
+    PROCESSES,
+    in_turn,
+    make_options,
+    make_task,
+    some_slow,
+)
 from helpers.compare import max_error
 from helpers.cones import as_shipped
 from helpers.pretended_device import REAL, Counts, DeviceGroup, Machine, RealDevice, device_to_test, pretended_device
@@ -102,7 +113,7 @@ def test_random_signs(rule):
     assert_fits(make_task(replace(options, filter=replace(options.filter, covariance=Diagonal(rule=rule, samples=2)))))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, "ekf", "kronecker"))
 def test_fits_together(family, machine):
     tasks = [make_task(make_options(family, noise="ema-scalar"), seed=seed) for seed in range(3)]
     for task, found in zip(tasks, fit_together(tasks, device=machine.device), strict=True):
@@ -115,7 +126,7 @@ def shots(tmp_path_factory):
     return write_shots(tmp_path_factory.mktemp("shots") / "shots.bin")
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", some_slow(FITS, "full-ekf", "lora-kronecker", "start-lora", "adamw"))
 def test_trained_towers(name, shots):
     # A head is fitted on features first, in float32: 5e-5 is seen of the towers that go on from there.
     tolerance = 1e-4 if name.startswith("start") else 1e-6
@@ -123,8 +134,8 @@ def test_trained_towers(name, shots):
         assert_fits(make_tower_task(name, shots), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("shots_of_a_class", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.slow if p == "loko" else ()) for p in HEADS])
+@pytest.mark.parametrize("shots_of_a_class", some_slow([1, 2], 2))
+@pytest.mark.parametrize("preset", some_slow(HEADS, "kalman", "kalman_diagonal"))
 def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     method = preset if preset in ("adamw", "sgd") else "kalman"
     epochs = ("epochs=2",) if preset in ("kalman_diagonal", "adamw", "sgd") else ()  # the others have one
@@ -144,6 +155,7 @@ def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     assert calibrate(task, options, machine.device).tau == expected.tau
 
 
+@pytest.mark.slow
 def test_calibration_of_trained_towers(shots, machine):
     task = make_tower_task("lora-kronecker", shots)
     options = PosteriorOptions(draws=2, folds=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import make_options, make_task
+from helpers.cases import make_options, make_task, some_slow
 from helpers.compare import max_error
 from helpers.cones import as_shipped
 from helpers.ranks import run_ranks
@@ -54,7 +54,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", [*FITS, *SHIPPED])
+@pytest.mark.parametrize("name", some_slow([*FITS, *SHIPPED], "diagonal_low_rank", "adamw", *SHIPPED))
 def test_a_killed_run_resumes_bitwise(name, tmp_path, subtests):
     straight = run(name, tmp_path / "straight")
     for killed_after in (1, 2, 3, 5, 6):
@@ -208,7 +208,7 @@ def killed_on_four(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
+@pytest.mark.parametrize("world_size", some_slow([1, 2, 3], 3))
 def test_any_number_of_ranks_continues_what_four_wrote(world_size, killed_on_four, straight, tmp_path):
     folder = Path(shutil.copytree(killed_on_four, tmp_path / "copy"))
     for family in RANKED:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import some_slow
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from helpers.resuming import IDENTITY, Killed, everything_in, kill_after
@@ -61,7 +62,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", some_slow(FAMILIES, "lora", "full, both towers", "kronecker, reduced tokens", "gate"))
 def test_towers_that_may_not_move_leave_the_head(case, shots) -> None:
     """At a prior variance of 0 weights, covariance and predictions are those of the head's own run."""
     told, options = FAMILIES[case]

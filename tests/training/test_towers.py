@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cases import some_slow
 from helpers.compare import max_error
 from helpers.ranks import run_ranks
 from helpers.towers import GRADIENT, KALMAN, flat, make_batch, make_network, run_kalman, run_towers
@@ -21,9 +22,7 @@ def alone() -> dict:
     return run_towers(SingleProcess())
 
 
-@pytest.fixture(
-    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))], ids="W={}".format
-)
+@pytest.fixture(scope="module", params=some_slow([2, 3, 4], 2), ids="W={}".format)
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, run_towers)
 

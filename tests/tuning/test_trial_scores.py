@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import CLASSES
+from helpers.cases import CLASSES, some_slow
 from helpers.compare import max_error
 from helpers.pretended_device import pretended_device
 from helpers.searching import open_study, workload
@@ -55,7 +55,7 @@ def test_objectives_come_one_support_set_at_a_time() -> None:
         assert tuple(alone.objective.values()) == score, "each support set by itself, in the order of search.seeds"
 
 
-@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+@pytest.mark.parametrize("fitter", some_slow([fit_alone, fit_together], fit_together))
 def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
     (at_once,) = score_trials(PRIORS[:3], work, fitter, at_once=True)
@@ -64,7 +64,7 @@ def test_all_support_sets_at_once_are_the_same(fitter: Fitter) -> None:
             assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("fitter", [pytest.param(fit_alone, marks=pytest.mark.slow), fit_together])
+@pytest.mark.parametrize("fitter", some_slow([fit_alone, fit_together], fit_together))
 def test_a_device_gives_the_same(fitter: Fitter) -> None:
     work = workload(objective=BOTH)
     expected = judged(PRIORS[:2], work, fitter)
@@ -93,7 +93,7 @@ def test_held_out_objectives_are_those_of_the_calibration() -> None:
     "settings",
     [
         (),
-        ("filter.gate=skip", "filter.gate.quantile=0.9"),
+        pytest.param(("filter.gate=skip", "filter.gate.quantile=0.9"), marks=pytest.mark.slow),
         pytest.param(("noise.observation=ema", "noise.process=ornstein_uhlenbeck"), marks=pytest.mark.slow),
         ("filter.covariance=kronecker",),
         pytest.param(("adapter=linear", "observation=probability"), marks=pytest.mark.slow),
@@ -167,7 +167,7 @@ def test_gradient_methods_are_judged_by_held_out_shots() -> None:
     assert slow.objective["held_out_nll"] != fast.objective["held_out_nll"]
 
 
-@pytest.mark.parametrize("fitter", [fit_alone, fit_together])
+@pytest.mark.parametrize("fitter", some_slow([fit_alone, fit_together], fit_together))
 def test_a_bad_combination_of_settings_fails_alone(fitter: Fitter) -> None:
     bad = {"filter.gate.quantile": 0.9}  # of no gate
     good, failed, other = judged([PRIORS[0], bad, PRIORS[2]], workload(objective=BOTH), fitter)

@@ -125,7 +125,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
         Args:
             X: N pictures, or a matrix (N, d). A list, an array, a column of pandas, Polars or pyarrow, a table of one
-                column, or a generator: what counts is the position, never an index.
+                column, or a generator: what counts is the position, never an index. In another order other folds may
+                choose another prior variance.
             y: N labels; strings, numbers or, with `class_names`, anything else that can be hashed. None is missing.
 
         Returns:

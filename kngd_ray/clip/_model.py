@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -272,8 +272,8 @@ def _build(source: Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
         ModelError: A tower or tokenizer of another library is not installed or not cached.
     """
     import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
 
+    _check_preprocessing(source)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -292,9 +292,41 @@ def _build(source: Source) -> tuple[torch.nn.Module, Any, Any, dict[str, Any]]:
             f"model {source.name} cannot be built ({first_line(error)}): install what is named there, or "
             "set model.name to a model without files of other libraries, such as 'ViT-B-32'"
         ) from error
-    transform = image_transform_v2(PreprocessCfg(**network.visual.preprocess_cfg), is_train=False)
+    transform = _transform_by(network.visual.preprocess_cfg)
     architecture["quick_gelu"] = architecture.get("quick_gelu", False) or source.tag.get("quick_gelu", False)
     return network, transform, tokenizer, architecture
+
+
+def _transform_by(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """open_clip's transform of pictures at evaluation."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform: Callable[[Image.Image], Tensor] = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
+    return transform
+
+
+def _check_preprocessing(source: Source) -> None:
+    """Try on a picture what a folder's configuration says of pictures: open_clip asserts it, or fails at the first one.
+
+    Raises:
+        ModelError: It makes no numbers of pictures.
+    """
+    if source.config is None:
+        return
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    stated = json.loads(source.config.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+    try:
+        preprocessing = {**merge_preprocess_dict(PreprocessCfg(), stated), "size": 8}  # the architecture says the size
+        seen = _transform_by(preprocessing)(Image.new("RGB", (8, 8), "white"))
+        usable = len(seen) == 3 and bool(seen.isfinite().all())
+    except Exception:  # whatever torchvision and Pillow make of the values
+        usable = False
+    if not usable:
+        raise ModelError(
+            f"model.name={source.name!r}: preprocess_cfg in {source.config} is no way to prepare pictures, "
+            f"{json.dumps(stated)[:300]}: correct it, or fetch or export it again"
+        )
 
 
 def _load_weights(network: torch.nn.Module, path: Path, name: str) -> None:
@@ -365,6 +397,8 @@ def _first_difference(network: torch.nn.Module, path: Path) -> str | None:
 def _fingerprint(network: torch.nn.Module, transform: object, architecture: dict[str, Any]) -> str:
     """Hash what the features depend on; see :class:`ClipModel`."""
     steps = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # functions print their address
+    # open_clip's padding does not print its colour, and has none but black in what was hashed without it
+    steps += "".join(f" fill={s.fill}" for s in getattr(transform, "transforms", ()) if getattr(s, "fill", None))
     digest = hashlib.sha256(json.dumps([architecture, steps], sort_keys=True).encode())
     # The state dict leaves out buffers that are computed from the configuration, which is hashed itself.
     for name, tensor in sorted(network.state_dict().items()):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import Compose, RandomInvert
@@ -204,6 +205,19 @@ def test_what_is_no_folder_or_repository(folder, monkeypatch, name, pretrained, 
     assert says in error_of(name, pretrained)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean": "x"}, {"mean": [0.5, 0.5]}, {"std": [0, 0, 0]}, {"resize_mode": "crop"}, {"mode": "L"}, [0.5, 0.5]],
+)
+def test_a_folder_that_says_nonsense_of_pictures(folder, tmp_path, wrong):
+    """open_clip takes it, and fails at the first picture or by a bare assertion."""
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": wrong}))
+    (tmp_path / "open_clip_model.safetensors").symlink_to(folder / "open_clip_model.safetensors")
+    says = f"preprocess_cfg in {tmp_path}/open_clip_config.json is no way to prepare pictures, {json.dumps(wrong)}"
+    assert says in error_of(f"local-dir:{tmp_path}", None)
+
+
 def test_a_repository_in_the_cache(mini, folder, monkeypatch):
     """As the hub's own client finds it, which here may not look elsewhere."""
     found = {"open_clip_config.json": folder / "open_clip_config.json", None: folder / "open_clip_model.safetensors"}
@@ -247,6 +261,19 @@ def test_a_changed_transform_or_configuration_changes_the_fingerprint(small):
     assert _model._fingerprint(small.network, other, architecture) != fingerprint
     assert _model._fingerprint(small.network, small.transform, {"embed_dim": 257}) != fingerprint
     assert _model._fingerprint(small.network, small.transform, architecture) == fingerprint
+
+
+def test_the_colour_of_padding_changes_the_fingerprint(small):
+    """open_clip does not print it, and cached features would be taken for those of another padding."""
+    black, grey = (
+        image_transform_v2(PreprocessCfg(size=32, resize_mode="longest", fill_color=fill), is_train=False)
+        for fill in (0, 127)
+    )
+    assert repr(black) == repr(grey)
+    wide = Image.new("RGB", (64, 16))
+    assert not torch.equal(black(wide), grey(wide))
+    fingerprints = {_model._fingerprint(small.network, transform, {}) for transform in (black, grey)}
+    assert len(fingerprints) == 2
 
 
 # Features

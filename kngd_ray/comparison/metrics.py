@@ -13,6 +13,7 @@ STREAM_LABELS = {
 STREAM_METRICS = tuple(STREAM_LABELS)
 STREAM_FRONT = STREAM_METRICS[:3]
 OBJECTIVE = "objective/"
+TEMPERATURE_SCALED = "/temperature_scaled"  # ends the figures of a test set after scaling: it is no other set
 _SHORT = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "auroc": "AUROC", "brier": "Brier"}
 
 

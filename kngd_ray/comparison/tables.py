@@ -11,7 +11,15 @@ import numpy as np
 
 from kngd_ray._option import option
 from kngd_ray.clip import PRECOMPUTED
-from kngd_ray.comparison.metrics import FRONT, METRICS, OBJECTIVE, STREAM_FRONT, STREAM_METRICS, Metric
+from kngd_ray.comparison.metrics import (
+    FRONT,
+    METRICS,
+    OBJECTIVE,
+    STREAM_FRONT,
+    STREAM_METRICS,
+    TEMPERATURE_SCALED,
+    Metric,
+)
 from kngd_ray.comparison.rows import (
     Found,
     Row,
@@ -406,7 +414,7 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     figures = next(iter(group[-1].seeds.values()))
     accuracies = [name for name in figures if name.startswith("ood/") and name.endswith("/accuracy")]
     domains = [name.removeprefix("ood/").removesuffix("/accuracy") for name in accuracies]
-    others = sorted(set(domains) - {"mean"})
+    others = sorted({domain for domain in domains if domain != "mean" and not domain.endswith(TEMPERATURE_SCALED)})
     parts.append(f"tested out of distribution on {', '.join(others)}" if others else "no other domains")
     model = task.get("model.name", "unknown model")
     weights = task.get("model.pretrained", "None")

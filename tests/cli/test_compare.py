@@ -123,6 +123,8 @@ def test_groups_and_names(comparison) -> None:
     many, few = outcome.json["groups"]
     assert "4 shots" in many["title"]
     assert "2 shots" in few["title"]
+    # temperature scaling makes no other domain of twemoji, nor of the mean
+    assert many["title"].endswith(", tested out of distribution on twemoji, the shipped CLIP")
     assert many["rows"][0]["name"] == "zero-shot"
     assert set(rows_of(many)) == {
         "zero-shot",

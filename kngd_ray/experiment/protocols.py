@@ -38,10 +38,20 @@ class Unseen:
     Attributes:
         images: the index of these classes.
         rows: (N,) which of its pictures are tested on.
+        known: how many of its test pictures are not, since the run or its priors learn from them.
     """
 
     images: ImageSet
     rows: np.ndarray[Any, np.dtype[np.int64]]
+    known: int = 0
+
+    @property
+    def note(self) -> str | None:
+        """What is left out, in a sentence; None where nothing is."""
+        if not self.known:
+            return None
+        pictures, them = ("picture", "it") if self.known == 1 else ("pictures", "them")
+        return f"{self.known} test {pictures} left out: the run, or one that it continues, learns from {them}"
 
 
 def open_protocol(config: Config, task: Task, earlier: frozenset[str] = frozenset()) -> dict[str, Unseen]:
@@ -69,12 +79,12 @@ def open_protocol(config: Config, task: Task, earlier: frozenset[str] = frozense
         new = restrict(task.whole, halves(task.whole.class_names)[1])
         # domains are those of the whole: a half may lack one that the other has
         tested = select_tests(task.whole, replace(config.data, ood_domains=_ood(task))).id_test
-        in_test = np.isin(new.rows, task.whole.rows[tested]) & ~among(new, shots)
-        if not in_test.any():
+        in_test, known = np.isin(new.rows, task.whole.rows[tested]), among(new, shots)
+        if not (in_test & ~known).any():
             raise DataError(
                 "the new classes have no test pictures in the domains trained on: add some, or name others."
             )
-        return {NEW: Unseen(new, np.flatnonzero(in_test))}
+        return {NEW: Unseen(new, np.flatnonzero(in_test & ~known), int((in_test & known).sum()))}
     return {
         set_name(name): _target(config, path, shots)
         for name, path in zip(_names(config.targets), config.targets, strict=True)
@@ -97,11 +107,12 @@ def _target(config: Config, path: str, shots: frozenset[str]) -> Unseen:
         images = open_images(data, test_fraction=1.0)
     except DataError as error:
         raise DataError(f"the target {path} cannot be tested on: {error}".replace("data.path", "targets")) from error
-    rows = np.flatnonzero((images.splits == "test") & ~among(images, shots))
+    in_test, known = images.splits == "test", among(images, shots)
+    rows = np.flatnonzero(in_test & ~known)
     if len(images.class_names) < 2 or not len(rows):
         lacking = "test pictures" if not len(rows) else "a second class"
         raise DataError(f"the target {path} cannot be tested on: it lacks {lacking}.")
-    return Unseen(images, rows)
+    return Unseen(images, rows, int((in_test & known).sum()))
 
 
 def _names(paths: Sequence[str]) -> list[str]:

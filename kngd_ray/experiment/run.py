@@ -66,8 +66,11 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
     known = known_to(priors)
     task = leave_out(task, known, "the prior", display.say)
     unseen = open_protocol(config, task, frozenset().union(*known.values()))
-    for target in unseen if config.protocol == "cdg" else ():
-        display.say(f"{target}: {'; '.join(unseen[target].images.notes)}")
+    for target, other in unseen.items():
+        # a half of the run's own classes was read with the other
+        read = other.images.notes if config.protocol == "cdg" else ()
+        if told := [*read, *([] if other.note is None else [other.note])]:
+            display.say(f"{target}: {'; '.join(told)}")
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)

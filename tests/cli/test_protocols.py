@@ -181,6 +181,11 @@ def test_cross_data_set(command, four, by_hand) -> None:
     own = open_images(DataConfig(path=str(command.data)))
     shots = own.keys[select(own, DataConfig(train_domain="noto", shots=4), 0).support]  # some are in it
     same(pretrained[second], by_hand(command.folder / "set.parquet", None, fraction=1.0, without=shots))
+    target = open_images(DataConfig(path=str(command.folder / "set.parquet")), test_fraction=1.0)
+    inside = int(np.isin(target.keys, shots).sum())
+    assert f"{second}: no split is stated" in outcome.err
+    told = f"{inside} test pictures left out: the run, or one that it continues, learns from them"
+    assert told in " ".join(outcome.err.split())
     for figures in (found["targets"], pretrained):
         for figure in FIGURES:
             assert figures["mean"][figure] == pytest.approx((figures[first][figure] + figures[second][figure]) / 2)

@@ -304,7 +304,7 @@ def test_a_variance_given_twice_is_refused():
         load_config(overrides=["method=kalman", "filter.logit_variance=null"])
 
 
-@pytest.mark.parametrize("shots", some_slow([1, 2, 5], 2))
+@pytest.mark.parametrize("shots", some_slow([1, 2, 5], 1, 2))
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_posterior_gives_up_a_shot_as_a_fit_without_it_would(shots, inside):
     """What prior and posterior have of a shot is taken out: the metric within classes, the offset, its curvature."""

@@ -37,7 +37,7 @@ from kngd_ray.clip._copies import copied
 from kngd_ray.clip._locate import Source, first_line, locate
 from kngd_ray.clip._precomputed import PrecomputedModel, check_distinct
 from kngd_ray.clip._prompts import called_missing, check_names, said_otherwise
-from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
+from kngd_ray.clip._transfer import PictureTransform, channels_last, sent, tower_products
 from kngd_ray.clip.builds import torchvision_errors
 from kngd_ray.errors import ModelError
 
@@ -143,7 +143,7 @@ class ClipModel:
             return torch.stack([self.pictures.decoded(to_rgb(image)) for image in batch])
 
         def encode(pixels: Tensor) -> Tensor:
-            return self._network.encode_image(self.pictures.normalised(pixels))
+            return self._network.encode_image(channels_last(self.pictures.normalised(pixels)))
 
         return self._encode(images, prepare, encode, batch_size)
 

@@ -15,7 +15,7 @@ from kngd_ray.clip._head import CLIPHead, check_alpha
 from kngd_ray.clip._model import ClipModel
 from kngd_ray.clip._prompts import expand
 from kngd_ray.clip._towers import choose, recompute
-from kngd_ray.clip._transfer import PictureTransform, sent, tower_products
+from kngd_ray.clip._transfer import PictureTransform, channels_last, sent, tower_products
 from kngd_ray.clip._tuning import TuneOptions
 from kngd_ray.clip.adapters import AdapterConfig
 
@@ -119,7 +119,7 @@ class CLIPNetwork(nn.Module):
         Returns:
             (m, 3, H, W) or (m, d).
         """
-        return _channels_last(self.pictures.normalised(sent(pixels, self.class_embeddings.device)))
+        return channels_last(self.pictures.normalised(sent(pixels, self.class_embeddings.device)))
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class CLIPNetwork(nn.Module):
         size = self.preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.randn(m, 3, height, width, generator=torch.Generator().manual_seed(0))
-        return self.inputs(labels, image=_channels_last(images.to(next(self.clip.parameters()))))
+        return self.inputs(labels, image=channels_last(images.to(next(self.clip.parameters()))))
 
     def classify(self, images: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """Logits of pictures alone, with or without pairs.
@@ -331,8 +331,3 @@ class CLIPNetwork(nn.Module):
 
 # What a fit trains: adapters on features, or towers and adapters on pictures.
 Head = CLIPHead | CLIPNetwork
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    """The same numbers with a place's channels side by side: convolutions by depth are twice as fast, both ways."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images

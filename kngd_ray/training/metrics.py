@@ -1,6 +1,7 @@
 """Accuracy, NLL, ECE and Brier score of predicted probabilities."""
 
 from dataclasses import asdict, dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -8,11 +9,19 @@ from torch.nn.functional import nll_loss, one_hot
 
 from kngd_ray.clip.builds import torchvision_errors
 
-with torchvision_errors():  # torchmetrics imports torchvision
-    from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
-
 ECE_BINS = 15
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing
+
+
+def load_scorers() -> ModuleType:
+    """Import torchmetrics' functions: with torchvision, which it imports, it takes longer than torch itself.
+
+    A fit on features needs neither, nor does what predicts from it. Raises a KngdError where torchvision is built for
+    another torch.
+    """
+    with torchvision_errors():
+        from torchmetrics.functional import classification as functions
+    return functions
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Scores:
         # Rounding may leave a float32 probability just above 1, which torchmetrics would take for a logit.
         p = probabilities.double().clamp(0.0, 1.0)
         accuracy = (p.argmax(1) == labels).double().mean()
-        ece = multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
+        ece = load_scorers().multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
         brier = (p - one_hot(labels, classes)).square().sum(1).mean()
         return cls(float(accuracy), float(nll_loss(p.clamp_min(_MIN_P).log(), labels)), float(ece), float(brier))
 
@@ -91,4 +100,4 @@ def ood_auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> float:
     # As ranks in [0, 1): outside it torchmetrics would take a sigmoid, in which small uncertainties tie.
     ranks = torch.cat([in_distribution, out_of_distribution]).unique(return_inverse=True)[1]
     target = torch.cat([torch.zeros(len(in_distribution)), torch.ones(len(out_of_distribution))]).long()
-    return float(binary_auroc(ranks.double() / len(ranks), target.to(ranks.device)))
+    return float(load_scorers().binary_auroc(ranks.double() / len(ranks), target.to(ranks.device)))

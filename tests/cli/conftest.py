@@ -1,6 +1,8 @@
 """The command line in this process, on a few emoji written to a parquet file of their own."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,19 +12,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from helpers.emoji import small_table
+from helpers.threads import one_thread
 
 from kngd_ray import cli
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Batches of a dozen pictures gain nothing from threads, and lose much on a busy machine: a command takes one."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for package in ("experiment", "tuning"):
-            patch.setattr(f"kngd_ray.{package}.run.cores", lambda: 1)
+    with one_thread():
         yield
 
 
@@ -34,24 +32,43 @@ def _tokenizer(name: str) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _in_brief() -> Iterator[Any]:
-    """Without the greater part of so short a run: painting its figures, and a vocabulary read at every command.
+def _in_brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Without the greater part of so short a run: drawing its figures, and a vocabulary read at every command.
 
-    Figures are put together and saved, but stay blank.
+    The first figure of each kind is put together and saved, but stays blank; later ones of a run are copies of it.
     """
     from matplotlib.figure import Figure
 
-    draw = Figure.draw
+    from kngd_ray.experiment import method_run
+
+    whole: dict[str, Any] = {"matplotlib.figure.Figure.draw": Figure.draw}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "draw", lambda self, renderer: None)
         patch.setattr("open_clip.get_tokenizer", _tokenizer)
-        yield draw
+        for kind in ("reliability_diagram", "learning_curve", "stream_curve"):
+            drawing = getattr(method_run, kind)
+            whole[f"kngd_ray.experiment.method_run.{kind}"] = drawing
+            patch.setattr(method_run, kind, _drawn_once(drawing, tmp_path_factory.mktemp("figures") / f"{kind}.png"))
+        yield whole
+
+
+def _drawn_once(drawing: Callable[..., Any], kept: Path) -> Callable[..., None]:
+    def draw(content: Any, path: Path, *options: Any) -> None:
+        if kept.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(kept, path)
+        else:
+            drawing(content, path, *options)
+            shutil.copy(path, kept)
+
+    return draw
 
 
 @pytest.fixture
-def painted(_in_brief: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests whose figures are to be painted too."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw", _in_brief)
+def painted(_in_brief: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose figures are to be drawn and painted too."""
+    for name, drawing in _in_brief.items():
+        monkeypatch.setattr(name, drawing)
 
 
 @dataclass
@@ -137,8 +154,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features outlive tests: pictures are encoded once."""
-    return tmp_path_factory.mktemp("features")
+    """Features outlive tests, and are those of all workers of pytest-xdist: pictures are encoded once."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "features"
 
 
 @pytest.fixture

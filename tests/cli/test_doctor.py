@@ -249,6 +249,7 @@ except KngdError as error:
 """
 
 
+@pytest.mark.slow  # two processes that import all there is
 def test_a_torchvision_for_another_torch_is_the_same_sentence_everywhere(command: Any, token: Path) -> None:
     package = command.folder / "torchvision"
     package.mkdir()

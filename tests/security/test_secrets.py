@@ -12,6 +12,8 @@ import pytest
 from helpers.emoji import small_table
 from helpers.hostile import png, program
 
+from kngd_ray import cli
+
 PLANTED = {
     "MLFLOW_TRACKING_PASSWORD": "mlflow-password-5d1f",
     "MLFLOW_TRACKING_TOKEN": "mlflow-token-91aa",
@@ -167,7 +169,9 @@ def test_no_secret_is_in_the_logs_of_ray(folder: Path, tmp_path_factory: pytest.
 NASTY = "a\x1b]0;owned\x07\x1b[31m\u202eb\nkngd-ray: forged\r"
 
 
-def test_no_name_writes_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_name_writes_on_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither in a line, nor in a table, a title, a bar or a warning."""
     from rich.markup import escape
     from rich.table import Table
@@ -189,9 +193,13 @@ def test_no_name_writes_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFix
         assert "\\x1b" in text
     assert "\nkngd-ray: forged" not in shown.err
     (tmp_path / NASTY.replace("/", "")).with_suffix(".png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
     for arguments in (["train", f"data.path={NASTY}"], ["train", f"trainer.name={NASTY}"], ["predict", NASTY, "x.png"]):
-        code, text = run(tmp_path, *arguments)
-        assert code in {1, 2}
+        monkeypatch.setattr(sys, "argv", ["kngd-ray", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        text = "".join(capfd.readouterr())
+        assert end.value.code in {1, 2}
         assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text)
         assert "\nkngd-ray: forged" not in text
 

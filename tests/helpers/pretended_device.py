@@ -98,6 +98,29 @@ class Counts:
         return Counts(Counter(self.reads), Counter(self.copies), Counter(self.kernels), Counter(self.unordered))
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What an operation does on CUDA, looked up once."""
+
+    name: str
+    computes: bool
+    unordered: bool
+    waits: bool
+    aliases: bool
+
+
+@cache
+def _kind(func: Any) -> _Kind:
+    name, schema = str(func), func._schema
+    return _Kind(
+        name,
+        computes=not any(view in name for view in _VIEWS),
+        unordered=any(f"aten.{op}" in name for op in _UNORDERED),
+        waits=any(f"aten.{op}" in name for op in _WAITING),
+        aliases=any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)),
+    )
+
+
 class Machine(TorchDispatchMode):
     """The device, while it is plugged in: answers all operations of this thread.
 
@@ -142,7 +165,8 @@ class Machine(TorchDispatchMode):
         mine = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         wanted = kwargs.get("device")
         stays = wanted is None or self.owns(wanted)
-        name = str(func)
+        kind = _kind(func)
+        name = kind.name
         if func is _aten._local_scalar_dense.default:
             self.counts.reads[_line()] += mine
             return func(_inner(args[0]))
@@ -156,7 +180,7 @@ class Machine(TorchDispatchMode):
             raise DeviceError(f"{name} with a CPU generator on the device, at {_line()}")
         on_device = (mine and stays) or self.owns(wanted)
         if on_device:
-            self._count(name)
+            self._count(kind)
         plain = {key: _mapped(_inner, value) for key, value in kwargs.items() if key != "pin_memory"}
         if self.owns(wanted):
             plain["device"] = torch.device("cpu")
@@ -166,14 +190,14 @@ class Machine(TorchDispatchMode):
         if not on_device:
             return out
         out = _mapped(lambda x: DeviceTensor(x, self) if isinstance(x, Tensor) else x, out)
-        return return_and_correct_aliasing(func, args, kwargs, out) if mine else out
+        return return_and_correct_aliasing(func, args, kwargs, out) if mine and kind.aliases else out
 
-    def _count(self, name: str) -> None:
-        if not any(view in name for view in _VIEWS):
+    def _count(self, kind: "_Kind") -> None:
+        if kind.computes:
             self.counts.kernels[_line()] += 1
-        if any(f"aten.{op}" in name for op in _UNORDERED):
-            self.counts.unordered[f"{_line()} {name}"] += 1
-        if any(f"aten.{op}" in name for op in _WAITING):
+        if kind.unordered:
+            self.counts.unordered[f"{_line()} {kind.name}"] += 1
+        if kind.waits:
             self.counts.reads[_line()] += 1
 
     def _count_copy(self, func: Any, args: Any, *, mine: bool, wanted: Any) -> None:

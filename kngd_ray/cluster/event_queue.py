@@ -107,7 +107,7 @@ class EventQueue:
             asked = self._queue.actor.get.remote(_POLL_SECONDS)  # Queue.get would wait for its answer without end
             while not ray.wait([asked], timeout=_KNOCK_SECONDS)[0]:
                 self._cluster.check()
-            events: list[FitEvent] = ray.get(asked)
+            events = [FitEvent(**fields) for fields in ray.get(asked)]
         except Empty:
             self._cluster.check()
             return []

@@ -142,7 +142,10 @@ class _Running(Thread):
 
 @dataclass
 class _EventSender:
-    """Sends events to the driver through an actor, a few times a second: a step is shorter than a call."""
+    """Sends events to the driver through an actor, a few times a second: a step is shorter than a call.
+
+    As plain dictionaries: for a class of ours the actor would import torch, and keep half a gigabyte.
+    """
 
     queue: Queue
     pending: list[FitEvent] = field(default_factory=list)
@@ -156,7 +159,7 @@ class _EventSender:
     def flush(self) -> None:
         pending, self.pending, self.sent = self.pending, [], time.monotonic()
         if pending:
-            self.queue.put(pending)
+            self.queue.put([vars(event) for event in pending])
 
 
 def _train_loop(config: dict[str, Any]) -> None:

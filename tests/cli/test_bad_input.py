@@ -495,10 +495,3 @@ def test_the_program_fails_with_a_sentence(command) -> None:
     assert (done.returncode, done.stdout) == (FAILED, "")
     assert done.stderr.startswith("kngd-ray: no such file")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_the_program_prints_one_json_object(command) -> None:
-    done = program(command, "train", *command.settings("epochs=1", "posterior.folds=0"), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["method"] == "kalman"
-    assert len(done.stdout.splitlines()) == 1

@@ -41,7 +41,7 @@ SAME = {  # on two workers as in one process
     f"{method}-seed0": make_task(make_options(method=method, adapter="bottleneck+linear+class_residual"))
     for method in ("kalman", "adamw")
 }
-LONG = {"kalman-seed1": long_task(200), "kalman-seed2": long_task(20)}
+LONG = {"kalman-seed1": long_task(100), "kalman-seed2": long_task(20)}
 BROKEN = "kalman-seed3"
 
 

@@ -1,6 +1,7 @@
 """Nothing that was handed in is ever unpickled: no import, no call and no file of ours does it, and none is needed."""
 
 import ast
+import json
 import pickle
 import pickletools
 import subprocess
@@ -60,7 +61,7 @@ from kngd_ray import cli
 seen.clear()  # what the imports of libraries do is their own
 for command in (
     ["train", "data.path=small.parquet", "data.shots=2", "epochs=1", "posterior.folds=0", "trainer.num_workers=0",
-     "trainer.name=run", "trainer.storage_path=runs", "tracking.enabled=false", "data.cache_dir=cache"],
+     "trainer.name=run", "trainer.storage_path=runs", "tracking.enabled=false", "data.cache_dir=cache", "--json"],
     ["predict", "run", {picture!r}, "--storage-path", "runs"],
 ):
     sys.argv = ["kngd-ray", *command]
@@ -80,6 +81,7 @@ def test_a_run_and_a_prediction_unpickle_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.splitlines()[-1] == "unpickled []"
+    assert json.loads(done.stdout.splitlines()[0])["method"] == "kalman", "a program prints its JSON and nothing before"
 
 
 def test_the_hook_would_have_seen_it(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def _problem(seeds=(0, 1), shots=9):
     return Problem(cases, texts, SCALE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _blank_figures():
+    """Figures of reports are put together and saved, but not painted, which takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.draw", lambda self, renderer: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def problem():
     return _problem()

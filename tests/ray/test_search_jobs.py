@@ -94,7 +94,8 @@ def test_a_trial_is_the_same_wherever_it_runs(mode, settings, options, ray_up: N
     assert not list(on_ray.folder.glob(".trial-*")), "checkpoints of jobs do not outlive them"
 
 
-@pytest.mark.parametrize("mode", [pytest.param("local", marks=pytest.mark.slow), "batched"])
+@pytest.mark.slow  # a worker that dies in the middle of a job is among the quick ones: test_train_jobs.py
+@pytest.mark.parametrize("mode", ["local", "batched"])
 def test_a_trial_whose_process_dies_fails_alone(mode: str, ray_up: None, tmp_path: Path) -> None:
     """With others in its turn, all of them are tried again one by one."""
     search = make(tmp_path / "study", concurrency=1)

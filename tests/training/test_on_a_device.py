@@ -140,7 +140,7 @@ def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     method = preset if preset in ("adamw", "sgd") else "kalman"
     epochs = ("epochs=2",) if preset in ("kalman_diagonal", "adamw", "sgd") else ()  # the others have one
     task = as_shipped(shots_of_a_class, f"method={method}", f"preset={preset}", *epochs, dtype=torch.float32)
-    for options in (PosteriorOptions(predict="linearised", folds=3), PosteriorOptions(draws=4, folds=2)):
+    for options in (PosteriorOptions(predict="linearised", folds=2), PosteriorOptions(draws=4, folds=2)):
         expected, compared = calibrate_and_compare(task, options)
         found, there = calibrate_and_compare(task, options, machine.device)
         assert found.tau == expected.tau

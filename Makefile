@@ -1,5 +1,5 @@
 # make demo    install, then fine-tune on what the package ships and print the table
-# make test    install, then run the tests (under 20 minutes); make test-slow runs the long ones too
+# make test    install, then run the tests; make test-slow runs the long ones too
 # make lint    format, docstrings, types
 # make docs    the documentation, as a site in docs/_build/html; a warning is an error; GALLERY=0 runs no examples for it
 # make bench   the benchmarks

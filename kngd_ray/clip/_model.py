@@ -319,7 +319,8 @@ def _check_preprocessing(source: Source) -> None:
     try:
         preprocessing = {**merge_preprocess_dict(PreprocessCfg(), stated), "size": 8}  # the architecture says the size
         seen = _transform_by(preprocessing)(Image.new("RGB", (8, 8), "white"))
-        usable = len(seen) == 3 and bool(seen.isfinite().all())
+        # for a lone 0 open_clip takes OpenAI's numbers in silence; [0, 0, 0] is what it says
+        usable = len(seen) == 3 and bool(seen.isfinite().all()) and all(preprocessing[key] for key in ("mean", "std"))
     except Exception:  # whatever torchvision and Pillow make of the values
         usable = False
     if not usable:

@@ -29,6 +29,7 @@ from kngd_ray.training.calibration import Calibration, fit_temperature
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
+from kngd_ray.training.metrics import load_scorers
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 from kngd_ray.training.start import describe_start
 
@@ -74,6 +75,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
     for c, found in zip(configs, priors, strict=True):
         for prior in found.values():
             check_prior(prior, c.fit_options, task.identity)
+    load_scorers()  # what cannot be imported fails now, and not after all fits
     with backend.session(config.trainer), ExitStack() as stack:
         trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer, asked=config.trainer.most_workers))

@@ -45,7 +45,6 @@ from kngd_ray.experiment.features import Progress, encode_pictures, given_model,
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
-from kngd_ray.training.metrics import load_scorers
 from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.pixels import TestPictures
@@ -423,7 +422,6 @@ def prepare(task: Task, backend: Backend = HERE, progress: Progress | None = Non
     Returns:
         The prepared task.
     """
-    load_scorers()  # what cannot be imported fails now, and not after all fits
     config, images, splits, model = task.config, task.images, task.splits, task.model
     class_embeddings = model.encode_classes(images.class_names, config.data.templates, known=task.known)
     cache = task.whole.features or FeatureCache(config.data.cache_root, model.fingerprint, model.embed_dim)

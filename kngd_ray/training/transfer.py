@@ -19,7 +19,8 @@ def transferred(
     """A predictor over other classes by the same weights.
 
     Towers and the adapters of embeddings serve any class. A class residual, which is about single classes, is left out:
-    a fit that trained nothing else predicts other classes as the pretrained model does.
+    a fit that trained nothing else predicts other classes as the pretrained model does, its logits times the head's
+    gamma.
 
     Args:
         predictor: of the fit.

@@ -37,9 +37,9 @@ ZERO_SHOT = "tune.start=zero_shot"
 BIRDS = "data.classes=[flower,bird]"
 TINY = ("data.shots=2", "epochs=2", "batch_size=4", BIRDS)
 MODEL = (f"model.name={NAME}", "model.pretrained=random")
-KALMAN_FULL = (FULL, "filter.towers=0.1", "baselines=adamw")
+KALMAN_FULL = (FULL, "filter.towers=0.1", "baselines=adamw")  # of the tiny model: that of LoRA is the embedded one
 RUNS: dict[str, tuple[str, ...]] = {
-    "kalman-full": KALMAN_FULL,
+    "kalman-full": (*MODEL, *KALMAN_FULL),
     "kalman-lora": (LORA, "posterior.predict=draws", "posterior.draws=2", "posterior.temperature=0.1"),
     "kalman-norm": ("tune.parameters=norm", "posterior.temperature=0.1"),
     "kalman-cite": ("preset=kalman_cite",),

@@ -207,7 +207,15 @@ def test_what_is_no_folder_or_repository(folder, monkeypatch, name, pretrained, 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"mean": "x"}, {"mean": [0.5, 0.5]}, {"std": [0, 0, 0]}, {"resize_mode": "crop"}, {"mode": "L"}, [0.5, 0.5]],
+    [
+        {"mean": "x"},
+        {"mean": [0.5, 0.5]},
+        {"mean": 0},
+        {"std": [0, 0, 0]},
+        {"resize_mode": "crop"},
+        {"mode": "L"},
+        [0.5, 0.5],
+    ],
 )
 def test_a_folder_that_says_nonsense_of_pictures(folder, tmp_path, wrong):
     """open_clip takes it, and fails at the first picture or by a bare assertion."""

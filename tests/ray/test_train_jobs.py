@@ -123,7 +123,7 @@ def test_a_fit_that_cannot_go_on_says_so_and_the_next_one_runs(killed: Done) -> 
 def test_a_worker_that_raises_ends_the_job_with_its_reason(ray_up: None, tmp_path: Path) -> None:
     task = long_task(20)
     broken = replace(task, support=Support(task.support.features, task.support.labels + 7))
-    with pytest.raises(KngdError, match=r"^worker [01] failed: .*--resume\.$"):
+    with pytest.raises(KngdError, match=r"^worker [01] failed: .*; the run can be continued with resume\.$"):
         run_job(Job({"kalman-seed0": broken}, IDENTITY, tmp_path), TrainerConfig(num_workers=2, max_failures=0), print)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG, fit_name
-from kngd_ray.clip import PrecomputedModel
+from kngd_ray.clip import CLIPHead, PrecomputedModel
 from kngd_ray.config import Config, flatten, to_yaml
 from kngd_ray.errors import CheckpointError, FilterError
 from kngd_ray.experiment import run_folder
@@ -231,6 +231,16 @@ class MethodRun:
         given = posterior.temperature is not None or posterior.tau_median is not None
         return posterior.predict == "linearised" and not posterior.folds and not given
 
+    def _gamma_of_others(self, seed: int) -> float:
+        """How much of the zero-shot logits is believed of classes that the fits do not learn."""
+        start = self.tasks[seed].head
+        options = self.config.fit_options if start is None else start.options
+        if options.method != "kalman":
+            return 1.0
+        shots = self._prepared.support(seed)
+        logits = CLIPHead(self._prepared.class_embeddings, self._prepared.model.logit_scale)(shots.features)
+        return options.filter.mean.of_others(logits, shots.labels)
+
     def _of_head(self, task: FitTask) -> Calibration:
         """Tau and T of the head that the towers started from, by its folds: one of towers is a fit of minutes."""
         assert task.head is not None
@@ -275,7 +285,7 @@ class MethodRun:
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)
         report = evaluation.report()
-        report |= self._protocol.figures(predictor, calibration, report[ID])
+        report |= self._protocol.figures(predictor, calibration, report[ID], self._gamma_of_others(seed))
         if self._is_stream:
             report["stream"] = self._streamed(seed).figures()
         steps = record.steps()

@@ -149,18 +149,21 @@ class Protocol:
     unseen: dict[str, Unseen]
     class_embeddings: dict[str, torch.Tensor]
 
-    def figures(self, predictor: AnyPredictor, calibration: Calibration, own: Mapping[str, Any]) -> dict[str, Any]:
+    def figures(
+        self, predictor: AnyPredictor, calibration: Calibration, own: Mapping[str, Any], gamma: float = 1.0
+    ) -> dict[str, Any]:
         """Score a fit, or the pretrained model, on the unseen classes.
 
         Args:
             predictor: over the run's own classes.
             calibration: tau and T for its predictions.
             own: the figures in distribution of the run's own classes.
+            gamma: how much of the zero-shot logits is believed of classes that a class residual says nothing of.
 
         Returns:
             Figures under ``protocol``; nothing where the protocol tests on nothing else.
         """
-        found = {name: self._score(name, predictor, calibration) for name in self.unseen}
+        found = {name: self._score(name, predictor, calibration, gamma) for name in self.unseen}
         if self.name == "bng":
             base, new = own["accuracy"], found[NEW]["accuracy"]
             hm = 2 * base * new / (base + new) if base + new else 0.0
@@ -169,10 +172,10 @@ class Protocol:
             return {"protocol": {"targets": {MEAN: _average(list(found.values())), **found}}}
         return {}
 
-    def _score(self, name: str, predictor: AnyPredictor, calibration: Calibration) -> dict[str, Any]:
+    def _score(self, name: str, predictor: AnyPredictor, calibration: Calibration, gamma: float) -> dict[str, Any]:
         unseen = self.unseen[name]
         templates = worded(self.prepared.config.data.templates, unseen.images.class_names)
-        other = transferred(predictor, unseen.images.class_names, templates, self.class_embeddings[name])
+        other = transferred(predictor, unseen.images.class_names, templates, self.class_embeddings[name], gamma)
         tests: Shots = TestPictures(unseen.images, unseen.rows)
         if not isinstance(other, NetworkPredictor):
             features = torch.from_numpy(self.prepared.cache.read(unseen.images.keys[unseen.rows]))

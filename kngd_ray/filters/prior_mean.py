@@ -38,6 +38,10 @@ class ZeroShot:
         """The given one."""
         return self.gamma
 
+    def of_others(self, logits: Tensor, labels: Tensor) -> float:
+        """That of classes which nothing is learned of: CLIP's own."""
+        return 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
@@ -78,6 +82,18 @@ class Calibrated:
             return self.gamma
         scale = max(likeliest_scale(logits, labels), _LEAST)
         return float(self.gamma * scale ** (self.rise if scale > 1 else self.fall))
+
+    def of_others(self, logits: Tensor, labels: Tensor) -> float:
+        """That of classes which nothing is learned of, for which neither residual nor other domains make it smaller.
+
+        Args:
+            logits: (N, C) zero-shot logits of the shots, over the classes that are learned.
+            labels: (N,) int64 classes.
+
+        Returns:
+            The square root of gamma_0: half of what the shots say, as they are of other classes.
+        """
+        return Calibrated(gamma=1.0, rise=0.5, fall=0.5).factor(logits, labels)
 
 
 def likeliest_scale(logits: Tensor, labels: Tensor) -> float:

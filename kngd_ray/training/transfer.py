@@ -14,27 +14,32 @@ from kngd_ray.training.predict import Predictor
 
 
 def transferred(
-    predictor: AnyPredictor, class_names: Sequence[str], templates: Sequence[str], class_embeddings: Tensor
+    predictor: AnyPredictor,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    class_embeddings: Tensor,
+    gamma: float = 1.0,
 ) -> AnyPredictor:
     """A predictor over other classes by the same weights.
 
-    Towers and the adapters of embeddings serve any class. A class residual, which is about single classes, is left out:
-    a fit that trained nothing else predicts other classes as the pretrained model does, its logits times the head's
-    gamma.
+    Towers and the adapters of embeddings serve any class. A class residual, which is about single classes, is left out,
+    and with it the head's gamma, which makes room for it: a fit that trained nothing else classifies others as the
+    pretrained model does.
 
     Args:
         predictor: of the fit.
         class_names: the C' other classes.
         templates: their prompts, which a text tower that was trained encodes anew.
         class_embeddings: (C', d) unit embeddings of the other classes by the pretrained text tower.
+        gamma: factor of their logits where a class residual is left out.
 
     Returns:
         The predictor, with the posterior of the weights that carry over; of towers only where it predicts by draws.
     """
     if isinstance(predictor, NetworkPredictor):
-        return _NetworkTransfer(predictor, class_names, templates, class_embeddings)
+        return _NetworkTransfer(predictor, class_names, templates, class_embeddings, gamma)
     assert isinstance(predictor.head, CLIPHead)
-    head = _over(predictor.head, class_embeddings)
+    head = _over(predictor.head, class_embeddings, gamma)
     knows = any(not isinstance(adapter, _LeftOut) for adapter in head.adapters)
     belief = predictor.belief if knows else None
     return Predictor(head, predictor.family, belief, predictor.options)
@@ -63,6 +68,7 @@ class _NetworkTransfer(NetworkPredictor):
         class_names: the others.
         templates: their prompts.
         class_embeddings: (C', d) by the pretrained text tower.
+        gamma: as of :func:`transferred`.
     """
 
     def __init__(
@@ -71,12 +77,13 @@ class _NetworkTransfer(NetworkPredictor):
         class_names: Sequence[str],
         templates: Sequence[str],
         class_embeddings: Tensor,
+        gamma: float,
     ) -> None:
         belief = None if predictor.linearises else predictor.belief
         super().__init__(predictor.head, predictor.family, belief, predictor.options)
         self._names, self._templates = class_names, templates
         self._class_embeddings = class_embeddings.to(predictor.head.class_embeddings)
-        self._over = _over(predictor.head.head, self._class_embeddings)
+        self._over = _over(predictor.head.head, self._class_embeddings, gamma)
 
     def _logits(self, inputs: Pixels | Tensor) -> Tensor:
         network = self.head
@@ -88,20 +95,23 @@ class _NetworkTransfer(NetworkPredictor):
         return torch.cat(found)
 
 
-def _over(head: CLIPHead, class_embeddings: Tensor) -> CLIPHead:
+def _over(head: CLIPHead, class_embeddings: Tensor, gamma: float) -> CLIPHead:
     """The head over other classes; it has the same parameters under the same names.
 
     Args:
         head: trained.
         class_embeddings: (C', d).
+        gamma: its gamma, if an adapter is left out.
 
     Returns:
         A head that shares its weights.
     """
     other = CLIPHead(class_embeddings, head.logit_scale)
-    other.gamma = head.gamma
+    about_classes = [_knows_classes(adapter) for adapter in head.adapters]
+    other.gamma = gamma if any(about_classes) else head.gamma
     other.adapters = nn.ModuleList([
-        _LeftOut(adapter) if _knows_classes(adapter) else adapter for adapter in head.adapters
+        _LeftOut(adapter) if left_out else adapter
+        for adapter, left_out in zip(head.adapters, about_classes, strict=True)
     ])
     return other
 

@@ -43,12 +43,14 @@ def by_hand(head, features: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_of_embeddings_carry_over(adapter, x, t):
     head = make_head(ADAPTERS[adapter])
+    head.gamma = 0.6
     own = Predictor(head, None, None, PosteriorOptions())
     before = own.predict(x, 0.0).probabilities
-    found = transferred(own, OTHERS, TEMPLATES, t).predict(x, 0.0)
-    assert max_error(found.probabilities, by_hand(head, x, t).softmax(1).detach()) < 1e-12
+    found = transferred(own, OTHERS, TEMPLATES, t, 0.8).predict(x, 0.0)
+    gamma = 0.8 if ClassResidual() in ADAPTERS[adapter] else 0.6  # the head's makes room for what is left out
+    assert max_error(found.probabilities, (gamma * by_hand(head, x, t)).softmax(1).detach()) < 1e-12
     if ADAPTERS[adapter] == (ClassResidual(),):
-        assert max_error(found.probabilities, (LOGIT_SCALE * x @ t.mT).softmax(1)) < 1e-12
+        assert max_error(found.probabilities, (0.8 * LOGIT_SCALE * x @ t.mT).softmax(1)) < 1e-12
     assert torch.equal(own.predict(x, 0.0).probabilities, before)
 
 

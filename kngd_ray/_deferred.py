@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 else:
 
     class _Deferred:
-        """A module that is imported when it is asked for something; asked each time, as its names may be replaced."""
+        """A module that is imported when it is asked for something."""
+
+        __slots__ = ("__dict__", "_name")
 
         def __init__(self, name: str) -> None:
             self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            if name == "_module":  # at the first question
-                self._module = import_module(self._name)
-                return self._module
-            return getattr(self._module, name)
+            module = import_module(self._name)
+            self.__dict__ = vars(module)  # from now on its names are found without this, replaced ones too
+            return getattr(module, name)
 
     class _Instances(type):
         """Asks the class of that name in torch."""

@@ -1,55 +1,25 @@
 """Frozen features with Ray Data: read tasks near the files, a pool of encoders that load the model once."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayError
 
 from kngd_ray.clip import ClipModel, ModelConfig, load_model
-from kngd_ray.data import BadImage, Crops, EncodedBatch, EncodedStream, ImageSet, encode_batch, read_batches
+from kngd_ray.cluster.picture_source import BATCH, PictureSource
+from kngd_ray.data import BadImage, Crops, EncodedBatch, EncodedStream, ImageSet, encode_batch
 from kngd_ray.errors import KngdError
 
-_BATCH = 64
 # A core is shared by an encoder and the reading that feeds it; with whole cores for the encoders a
 # machine of as many cores would leave none to read with, and wait for ever.
 _ENCODER_CPUS, _READER_CPUS = 0.8, 0.1
-
-
-class _Pictures(Datasource):  # type: ignore[misc]
-    """Chosen pictures of a data set as rows (index, image); each read task reads its own part of the files."""
-
-    def __init__(self, images: ImageSet, indices: npt.NDArray[np.int64]) -> None:
-        super().__init__()
-        self._images = images
-        self._indices = indices
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        pieces = [p for p in np.array_split(self._indices, max(parallelism, 1)) if len(p)]
-        return [
-            ReadTask(
-                lambda piece=piece: _blocks(self._images, piece),
-                BlockMetadata(num_rows=len(piece), size_bytes=None, input_files=None, exec_stats=None),
-            )
-            for piece in pieces
-        ]
-
-
-def _blocks(images: ImageSet, indices: npt.NDArray[np.int64]) -> Iterable[pa.Table]:
-    for rows, blobs in read_batches(images, indices, _BATCH):
-        yield pa.table({"index": rows, "image": pa.array(blobs, pa.binary())})
 
 
 class _Encode:
@@ -111,13 +81,13 @@ def ray_stream(
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as errors, it raises as well
         blocks = _blocks_for(len(todo))
         encoded = ray.data.read_datasource(
-            _Pictures(images, todo),
+            PictureSource(images, todo),
             override_num_blocks=blocks,
             num_cpus=_READER_CPUS,
         ).map_batches(
             _Encode,
             fn_constructor_args=(model, use_gpu, crops),
-            batch_size=_BATCH,
+            batch_size=BATCH,
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=ray.data.ActorPoolStrategy(size=min(encoders, blocks)),  # more would have nothing to do
@@ -166,4 +136,4 @@ def _unpacked(table: pa.Table, images: ImageSet) -> tuple[npt.NDArray[np.int64],
 
 def _blocks_for(pictures: int) -> int:
     """Enough blocks to feed a pool and to cache often, none smaller than a batch."""
-    return int(min(max(pictures // _BATCH, 1), 200))
+    return int(min(max(pictures // BATCH, 1), 200))

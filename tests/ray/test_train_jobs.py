@@ -11,7 +11,7 @@ from helpers.cases import make_options, make_task
 from helpers.compare import max_error
 from helpers.failing import FailsOnOneRank
 from helpers.resuming import IDENTITY, everything_in
-from helpers.workers import own_workers
+from helpers.workers import own_processes, own_workers
 from helpers.workloads import long_task
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
@@ -59,16 +59,19 @@ class Done:
     folder: Path
     events: list[FitEvent]
     killed: list[int]  # by process ID
+    passes_on: list[str]  # the files that the process which passes events on has mapped into memory
 
 
 def job(folder: Path, kill: bool) -> Done:
     """One job for all, since it is the start of its workers that takes long."""
-    done = Done(folder, [], [])
+    done = Done(folder, [], [], [])
 
     def on_event(event: FitEvent) -> None:
         done.events.append(event)
         in_the_middle = event.fit in LONG and event.record is not None and event.record["step"] >= 20
         if kill and in_the_middle and not done.killed:
+            (queue,) = own_processes("_QueueActor")
+            done.passes_on.extend(mapped.path for mapped in queue.memory_maps())
             victim = own_workers()[-1]
             victim.kill()
             done.killed.append(victim.pid)
@@ -97,6 +100,12 @@ def test_two_workers_do_what_one_process_does(killed: Done, tmp_path: Path) -> N
     for fit, task in SAME.items():
         steps = [event.record["step"] for event in killed.events if event.fit == fit and event.record]
         assert steps == list(range(1, task.sampler.steps + 1))
+
+
+def test_what_passes_events_on_needs_no_torch(killed: Done) -> None:
+    """It would keep half a gigabyte for as long as the job runs."""
+    assert killed.passes_on
+    assert not [path for path in killed.passes_on if "torch" in path]
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ VENV ?= .venv
 PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+# Where this is set, every process would compile all that it imports once more: half a minute each, for torch and Ray.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow lint docs bench gpu lock audit clean
 

@@ -61,30 +61,30 @@ _LONG = frozenset(
 )
 
 
-def _starts_ray(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ray") is not None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that start Ray, the longest, go first, then the other long files."""
-    items.sort(key=lambda item: (not _starts_ray(item), item.path.name not in _LONG))
+    """Those that start Ray, the longest, go first, then those that start ranks and the other long files."""
+    order = {"ray": 0, "ranks": 1, "": 2}
+    items.sort(key=lambda item: (order[_starts(item.path)], item.path.name not in _LONG))
 
 
 class _ByFile(LoadScopeScheduling):
     """Side by side (pytest-xdist) go the files, whose tests share fixtures; those that start Ray one after another.
 
-    Two Ray instances would fight over ports and cores. A class of our own, since the groups of ``--dist loadgroup`` are
+    Two Ray instances would fight over ports and cores. So do the files that start gloo ranks: each process that does
+    has a fork server with all imports behind it. A class of our own, since the groups of ``--dist loadgroup`` are
     written into an attribute that pytest 9.2 does not read: tests would be dealt out one by one.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = nodeid.partition("::")[0]
-        return "ray" if "mark.ray" in _text(self.config.rootpath / file) else file
+        return _starts(self.config.rootpath / file) or file
 
 
 @cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _starts(path: Path) -> str:
+    """What the tests of a file start, if anything."""
+    text = path.read_text(encoding="utf-8")
+    return "ray" if "mark.ray" in text else "ranks" if "run_ranks" in text else ""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -95,5 +95,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """One more than there are cores: the one that has the tests of Ray mostly waits for other processes."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else len(os.sched_getaffinity(0)) + 1
+    """One a core, by what this process may use of them: one more would have all imports to do, and time for no test."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else len(os.sched_getaffinity(0))

@@ -156,7 +156,14 @@ def test_tau_of_all_cases_is_that_of_each(problem):
         assert outcome.chosen["held_out_nll"] == pytest.approx(alone.held_out_nll, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.space is not None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n == "champion" else ())
+        for n, method in METHODS.items()
+        if method.space is not None
+    ],
+)
 def test_a_search_is_not_worse_than_the_usual_setting(problem, name):
     method = METHODS[name]
     found = search(method, problem, 2)

@@ -69,6 +69,7 @@ def test_a_program_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 assert out == expected["out"]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_results_whatever_becomes_of_its_output(command) -> None:
     settings = command.settings("trainer.name=kept")
     with open("/dev/full", "w") as full:

@@ -563,7 +563,7 @@ def tune(command, tiny, monkeypatch) -> Callable[..., Any]:
 P0 = {"filter.p0": {"low": 0.001, "high": 1.0, "log": True}, "filter.towers": {"low": 0.001, "high": 0.1, "log": True}}
 
 
-@pytest.mark.parametrize("objective", ["held_out_nll", "evidence"])
+@pytest.mark.parametrize("objective", some_slow(["held_out_nll", "evidence"], "evidence"))
 def test_a_search_over_pictures(tune, command, objective) -> None:
     outcome = tune(FULL, f"search.objective={objective}", "posterior.folds=2", "trainer.name=s", "--json", space=P0)
     assert outcome.code == 0, outcome.err

@@ -93,6 +93,7 @@ def test_zero_shot_accuracy_on_emoji(mini, emoji):
     assert 0.20 <= accuracy <= 0.33  # 0.27 when it was written
 
 
+@pytest.mark.slow
 def test_loading_is_silent_and_configures_nothing(mini):
     code = (
         "import logging, sys\n"

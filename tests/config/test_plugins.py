@@ -18,6 +18,7 @@ FIT = """
 import numpy as np
 from kngd_ray import KalmanCLIP
 settings = {"filter.covariance": "isotropic", "observation": "margin", "adapter": "gain,class_residual"}
+settings["posterior.folds"] = 0
 X = np.eye(4)[[0, 1, 2, 3] * 2] + 0.1
 clf = KalmanCLIP("precomputed", class_embeddings=np.eye(4), preset="kalman_diagonal", settings=settings)
 print("fitted", clf.fit(X, [0, 1, 2, 3] * 2).score(X, [0, 1, 2, 3] * 2))

@@ -5,6 +5,7 @@ memory may grow by so much and no more, and its time is bounded too. :func:`main
 """
 
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -238,14 +239,18 @@ def read_apart(
 
 def main() -> None:
     """Read cases from standard input and print their outcomes."""
-    import open_clip  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch
-
-    import kngd_ray.training.classifier  # noqa: F401
-
-    torch.set_num_threads(1)
     asked = json.load(sys.stdin)
+    if {name for name, _ in asked["cases"]} == {"config"}:
+        import kngd_ray.config  # settings are read without what computes
+    else:
+        import open_clip  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+        import torch
+
+        import kngd_ray.training.classifier  # noqa: F401
+
+        torch.set_num_threads(1)
+    gc.freeze()  # or a collection in a child would copy all memory, page by page
     outcomes = [_forked(LOADERS[name], Path(path), asked["mb"], asked["s"]) for name, path in asked["cases"]]
     print(json.dumps(outcomes))  # noqa: T201
 

@@ -94,7 +94,7 @@ def workload(*settings: str, **options: Any) -> Workload:
     named = any(setting.startswith(("preset=", "method=")) for setting in settings)
     preset = [] if named else ["preset=kalman_diagonal"]
     config = load_config(
-        overrides=[*preset, "epochs=2", "batch_size=6", "posterior.folds=2", "posterior.draws=4", *settings]
+        overrides=[*preset, "epochs=2", "batch_size=9", "posterior.folds=2", "posterior.draws=4", *settings]
     )
     search = SearchOptions(**{"seeds": (0, 1), **options})
     shots = {seed: make_support(16, torch.float32, seed=10 + seed) for seed in search.seeds}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from helpers.cases import some_slow
 from helpers.dying import EVERY, POINTS, fit_or_die
 from helpers.ranks import RankError, run_ranks
 from helpers.resuming import IDENTITY, everything_in
@@ -24,6 +25,7 @@ from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest
 
 FIT = "kalman-seed0"
+QUICK = ("half of weights", "half of covariance", "before rename", "after rename", "while pruning")
 JOBS, KILLS = 5, 4
 STEPS, EVERY_STEPS = 200, 5  # of a job, and between its checkpoints
 
@@ -50,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str,
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", some_slow(POINTS, *QUICK))
 def test_killed_inside_a_checkpoint(
     point: str,
     ranks: int,

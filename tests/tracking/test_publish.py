@@ -229,6 +229,7 @@ def test_nothing_global_changes_and_nothing_is_printed(open_record, run_folder, 
     assert json.loads((run_folder / "tracking.json").read_text())["uri"] == f"sqlite:///{tmp_path}/new/mlflow.db"
 
 
+@pytest.mark.slow
 def test_second_process_continues(open_record, run_folder, store, experiment, client):
     record = open_record()
     record.log_step(1, {"nll": 1})

@@ -3,7 +3,7 @@
 With ``KNGD_TEST_DEVICE=cuda`` it is the GPU itself, and the collectives are nccl's on one rank; see ``make gpu``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -135,7 +135,7 @@ def test_trained_towers(name, shots):
 
 
 @pytest.mark.parametrize("shots_of_a_class", some_slow([1, 2], 2))
-@pytest.mark.parametrize("preset", some_slow(HEADS, "kalman", "kalman_diagonal"))
+@pytest.mark.parametrize("preset", some_slow(HEADS, "kalman"))
 def test_calibration_and_novelty(preset, shots_of_a_class, machine):
     method = preset if preset in ("adamw", "sgd") else "kalman"
     epochs = ("epochs=2",) if preset in ("kalman_diagonal", "adamw", "sgd") else ()  # the others have one
@@ -208,10 +208,16 @@ RANKED = {
 }
 
 
-def fitted_on_ranks(group: Group, shots: Pictures) -> dict[str, dict[str, Tensor]]:
+TAKING_TURNS = ["default", *(f"{family}-{'off' if n % 2 else 'inflate'}" for n, family in enumerate(FAMILIES))]
+RANKED_TOWERS = ("full-ekf", "cite-vdekf", "lora-kronecker")
+
+
+def fitted_on_ranks(
+    group: Group, shots: Pictures, names: Sequence[str], towers: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
     """What fits leave whose collectives refuse tensors of the CPU."""
-    tasks = {name: make() for name, make in RANKED.items()}
-    tasks |= {name: make_tower_task(name, shots) for name in ("full-ekf", "cite-vdekf", "lora-kronecker")}
+    tasks = {name: RANKED[name]() for name in names}
+    tasks |= {name: make_tower_task(name, shots) for name in towers}
     found = {}
     for name, task in tasks.items():
         with device_to_test() as machine:
@@ -221,11 +227,18 @@ def fitted_on_ranks(group: Group, shots: Pictures) -> dict[str, dict[str, Tensor
     return found
 
 
-def test_ranks_whose_collectives_refuse_tensors_of_the_cpu(shots):
-    alone = {name: fit(make()).state().weights for name, make in RANKED.items()}
-    ranks = (
-        run_ranks(1, fitted_on_ranks, shots, backend="nccl") if REAL == "cuda" else run_ranks(2, fitted_on_ranks, shots)
-    )
+@pytest.mark.parametrize(
+    ("names", "towers"),
+    [
+        (TAKING_TURNS, RANKED_TOWERS),
+        pytest.param([name for name in RANKED if name not in TAKING_TURNS], (), marks=pytest.mark.slow),
+    ],
+    ids=["taking turns", "the others"],
+)
+def test_ranks_whose_collectives_refuse_tensors_of_the_cpu(shots, names, towers):
+    alone = {name: fit(RANKED[name]()).state().weights for name in names}
+    world_size, backend = (1, "nccl") if REAL == "cuda" else (2, "gloo")
+    ranks = run_ranks(world_size, fitted_on_ranks, shots, names, towers, backend=backend)
     for name, weights in alone.items():
         for rank in ranks:
             for key, x in weights.items():

@@ -226,6 +226,7 @@ def test_any_number_of_ranks_continues_what_four_wrote(world_size, killed_on_fou
             assert max_error(found[name], expected[name]) < 1e-10, (family, name)
 
 
+@pytest.mark.slow
 def test_four_ranks_resume_bitwise(killed_on_four, tmp_path):
     resumed = run_ranks(4, run_all, Path(shutil.copytree(killed_on_four, tmp_path / "copy")), None)[0]
     straight = run_ranks(4, run_all, tmp_path / "straight", None)[0]

@@ -68,7 +68,8 @@ def test_a_killed_search_has_the_history_of_an_unbroken_one(sampler, objective, 
 
 
 @pytest.mark.parametrize(
-    ("sampler", "objective", "batch", "from_write"), [("tpe", ("evidence",), 10, 75), ("nsga2", TWO, 3, 2)]
+    ("sampler", "objective", "batch", "from_write"),
+    [pytest.param("tpe", ("evidence",), 10, 75, marks=pytest.mark.slow), ("nsga2", TWO, 3, 2)],
 )
 def test_it_may_die_between_any_two_writes(sampler, objective, batch, from_write, tmp_path, killed_at_write) -> None:
     """A suggestion that was half written is completed as it would have been; TPE's from when it no longer draws."""
@@ -149,9 +150,9 @@ def _work(folder: Path, seconds: float, begun: Any = None) -> None:
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     open_study(folder).close()
-    spawn = multiprocessing.get_context("spawn")
-    begun = spawn.Barrier(2)
-    processes = [spawn.Process(target=_work, args=(folder, seconds, begun)) for seconds in (0.01, 0.03)]
+    fork = multiprocessing.get_context("fork")  # most of a new one would be imports
+    begun = fork.Barrier(2)
+    processes = [fork.Process(target=_work, args=(folder, seconds, begun)) for seconds in (0.01, 0.03)]
     for process in processes:
         process.start()
     for process in processes:

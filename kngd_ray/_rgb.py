@@ -27,6 +27,7 @@ _DARK_16 = 4096  # of 65,536: twelve bits in the place of sixteen, of which none
 # Fourteen bits in the place of sixteen end here if anything is white; what ends lower may be just dark, as at night.
 _WHITE_14 = (15 << 10, (1 << 14) - 1)
 _WHITE_IS_ZERO = 0  # of a TIFF's tag 262
+_FEW_BITS = {"L;2": 85, "L;4": 17}  # from a shade of grey of so many bits to one of 8
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -135,7 +136,12 @@ def undecodable(place: str, reason: str, remedy: str = REPLACE) -> str:
 def _upright(picture: Image.Image) -> Image.Image:
     negative = getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
     deep = any(map(_is_deep, getattr(picture, "tile", ())))
+    brighter = next((by for tile in getattr(picture, "tile", ()) if (by := _FEW_BITS.get(str(tile[-1])))), None)
     picture.load()  # which turns a TIFF, and strikes what said so
+    clear = picture.info.get("transparency")
+    if brighter is not None and isinstance(clear, int):  # Pillow scales the pixels, and not the shade that is clear
+        picture = picture.copy()
+        picture.info["transparency"] = brighter * clear
     if deep and picture.mode in {"RGB", "RGBA", "RGBX", "LA"}:  # Pillow keeps the upper eight of them
         bands: Any = picture.getextrema()
         highest = max(high for _, high in bands[: 1 if picture.mode == "LA" else 3])

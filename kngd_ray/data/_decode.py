@@ -16,7 +16,7 @@ from kngd_ray._rgb import MAX_PIXELS, REPLACE, check_size, from_array, to_rgb, u
 from kngd_ray.data._source import read_picture
 from kngd_ray.errors import BadImage, DataError
 
-DECODING = "2"
+DECODING = "3"
 """Raised whenever a picture comes out otherwise than before: features that were computed then are not read again."""
 
 SUFFIXES = frozenset({

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from kngd_ray.data import BadImage, decode, picture_of
 from kngd_ray.errors import DataError
@@ -307,6 +307,31 @@ def test_transparent_is_white(mode):
     clear = Image.new("P", (2, 2), 0) if mode == "P" else Image.new(mode, (2, 2))
     data = encoded(clear, **({"transparency": 0} if mode == "P" else {}))
     assert decode(data, "here").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_shade_of_few_bits_that_is_transparent(bits):
+    # black, white, and a shade between them that says where the picture is clear, as optimisers of PNG write icons
+    pixels = 1 << (8 - bits) | ((1 << bits) - 1) << (8 - 2 * bits)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0), b"tRNS": struct.pack(">H", 1)}
+    parts |= {b"IDAT": zlib.compress(bytes([0, pixels])), b"IEND": b""}
+    chunks = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items()]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    assert np.asarray(decode(data, "here"))[0, :, 0].tolist() == [255, 255]
+    clear = Image.open(io.BytesIO(data.replace(chunks[1], b"")))
+    assert np.asarray(picture_of(clear, "here"))[0, :, 0].tolist() == [255 // ((1 << bits) - 1), 255]
+    opened = Image.open(io.BytesIO(data))
+    picture_of(opened, "here")
+    assert opened.info["transparency"] == 1  # what is given is not changed
+
+
+def test_profiles_of_colour_are_not_applied():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
+    assert swapped != profile
+    data = encoded(Image.new("RGB", (2, 2), "red"), icc_profile=swapped)
+    assert Image.open(io.BytesIO(data)).info["icc_profile"] == swapped
+    assert decode(data, "here").getpixel((0, 0)) == (255, 0, 0)
 
 
 def bomb():

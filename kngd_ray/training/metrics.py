@@ -44,6 +44,9 @@ class Scores:
     def of(cls, probabilities: Tensor, labels: Tensor) -> "Scores":
         """Score predictions.
 
+        A model that gives all classes the same probability, for every sample, is right about one of C. Its argmax is
+        the first class, of which there may be any number.
+
         Args:
             probabilities: (m, C) class probabilities.
             labels: (m,) int64 true classes.
@@ -54,10 +57,13 @@ class Scores:
         classes = probabilities.shape[1]
         # Rounding may leave a float32 probability just above 1, which torchmetrics would take for a logit.
         p = probabilities.double().clamp(0.0, 1.0)
+        brier = (p - one_hot(labels, classes)).square().sum(1).mean()
+        nll = float(nll_loss(p.clamp_min(_MIN_P).log(), labels))
+        if len(p) and bool((p == p[:, :1]).all()):
+            return cls(1 / classes, nll, 0.0, float(brier))
         accuracy = (p.argmax(1) == labels).double().mean()
         ece = load_scorers().multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
-        brier = (p - one_hot(labels, classes)).square().sum(1).mean()
-        return cls(float(accuracy), float(nll_loss(p.clamp_min(_MIN_P).log(), labels)), float(ece), float(brier))
+        return cls(float(accuracy), nll, float(ece), float(brier))
 
     @classmethod
     def mean(cls, scores: "list[Scores]") -> "Scores":

@@ -84,6 +84,7 @@ def test_lengths_are_scaled_and_that_is_said_first(command, settings, files) -> 
 def test_without_class_embeddings_it_is_a_linear_classifier(command, settings, train) -> None:
     report = command("train", "--json", *settings("trainer.name=probe", classes=None)).json
     assert report["zero_shot"]["id"]["nll"] == pytest.approx(math.log(3))
+    assert report["zero_shot"]["id"]["accuracy"] == pytest.approx(1 / 3)
     assert report["id"]["accuracy"] > 0.8
     table = train(classes=None)
     assert "chance" in table.out

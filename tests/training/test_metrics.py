@@ -64,6 +64,13 @@ def test_certain_and_wrong_stays_finite():
     assert scores.as_dict() == pytest.approx({"accuracy": 0.5, "nll": 0.5 * 12 * np.log(10), "ece": 0.5, "brier": 1.0})
 
 
+@pytest.mark.parametrize("first", [0, 7])
+def test_of_equal_probabilities_one_of_all_classes_is_right(first):
+    labels = torch.tensor([0] * first + [1, 2, 3])
+    scores = Scores.of(torch.zeros(len(labels), 4).softmax(1), labels)
+    assert scores.as_dict() == pytest.approx({"accuracy": 0.25, "nll": np.log(4), "ece": 0.0, "brier": 0.75})
+
+
 def test_a_probability_that_rounds_above_one_is_still_a_probability():
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.4]])
     y = torch.tensor([0, 1, 1])

@@ -412,6 +412,7 @@ def test_made_data_has_the_geometry_that_it_says(monkeypatch):
     assert (data.name, data.group, data.most_shots) == ("many200", "many", {"made": 8})
 
 
+@pytest.mark.slow
 def test_groups_are_kept_apart(tmp_path, emoji):
     own = str(_features_file(tmp_path))
     plan = Plan(shots=[1], seeds=2, methods=["zero_shot", "clap"], trials=1, domains=["noto", "all"])

@@ -81,6 +81,7 @@ def test_a_kept_alpha_is_used_from_then_on(command) -> None:
     assert "MLflow keeps" not in command("ensemble", run, "alpha=1", "--points", "2").err
 
 
+@pytest.mark.slow
 def test_towers_are_averaged_with_the_pretrained_ones(command, lora) -> None:
     report = command("ensemble", lora, "--points", "3", "--json").json
     checkpoint, fit = open_fit(lora / "fits" / "adamw-seed0")

@@ -57,6 +57,7 @@ def run_in(folder: Path, environment: dict[str, str], *arguments: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_workers_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
     folder = planted(tmp_path)
     driver, worker = json.loads(run_in(folder, dict(os.environ), "local"))

@@ -115,6 +115,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_is_joined_by_address_or_variable_or_where_it_runs_here(head: Head, tmp_path: Path) -> None:
     here = tmp_path / "ray"
     here.mkdir()

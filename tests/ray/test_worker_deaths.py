@@ -25,7 +25,7 @@ from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest
 
 FIT = "kalman-seed0"
-QUICK = ("half of weights", "half of covariance", "before rename", "after rename", "while pruning")
+QUICK = ("half of covariance", "before rename", "while pruning")
 JOBS, KILLS = 5, 4
 STEPS, EVERY_STEPS = 200, 5  # of a job, and between its checkpoints
 

@@ -73,6 +73,7 @@ print("unpickled", [".".join(map(str, each)) for each in seen], file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_a_run_and_a_prediction_unpickle_nothing(tmp_path: Path) -> None:
     """Python tells of every class that unpickling asks for."""
     (tmp_path / "x.png").write_bytes(png(32, 32))

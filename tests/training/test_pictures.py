@@ -318,6 +318,7 @@ ABANDONED = """
 """
 
 
+@pytest.mark.slow
 def test_an_abandoned_iterator_keeps_no_process(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(ABANDONED), str(tmp_path / "p")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

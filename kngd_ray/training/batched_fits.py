@@ -36,6 +36,7 @@ from kngd_ray.training.ekf import IteratedEKF
 from kngd_ray.training.fit import FitTask, StepRecord, begin
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import StepStats, centres
+from kngd_ray.training.metrics import correct
 from kngd_ray.training.observing import BatchSeen
 from kngd_ray.training.options import OptimizerOptions
 from kngd_ray.training.refusals import Refusals
@@ -289,7 +290,7 @@ def _advance(
     after, logits = _state(update.belief, update.noise), update.logits
     numbers = [
         cross_entropy(logits, batch.labels),
-        (logits.argmax(1) == batch.labels).double().mean(),
+        correct(logits, batch.labels).mean(),
         update.innovation_rms,
         torch.as_tensor(update.nis),
         torch.as_tensor(update.log_evidence),

@@ -25,6 +25,7 @@ from kngd_ray.training.folds import ENOUGH, fold_of, single
 from kngd_ray.training.informing import decided
 from kngd_ray.training.kalman import KalmanNGD, chosen_variance
 from kngd_ray.training.method import Method, MethodState
+from kngd_ray.training.metrics import correct
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions, Predictor
 
@@ -198,7 +199,7 @@ def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None
     held = [part for _, part in calibration_tasks(task, folds)]
     head = CLIPHead(task.class_embeddings.cpu(), task.logit_scale)
     with torch.no_grad():
-        right = [(head(part.inputs.cpu()).argmax(1) == part.labels.cpu()).double() for part in held]
+        right = [correct(head(part.inputs.cpu()), part.labels.cpu()) for part in held]
     zero_shot = float(torch.cat(right).mean())
     spread = float((task.class_embeddings - task.class_embeddings[0]).abs().max())
     if found.held_out_accuracy >= zero_shot or not spread:  # without texts there is no zero-shot

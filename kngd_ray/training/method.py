@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from kngd_ray.clip import CLIPHead, CLIPNetwork, Head
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Batch
+from kngd_ray.training.metrics import correct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def batch_scores(logits: Tensor, batch: Batch, group: Group) -> BatchScores:
     """
     sums = torch.stack([
         cross_entropy(logits.detach(), batch.labels, reduction="sum").double(),
-        (logits.detach().argmax(1) == batch.labels).sum().double(),
+        correct(logits.detach(), batch.labels).sum(),
     ])
-    nll, correct = (group.sum(sums) / batch.total).tolist()
-    return BatchScores(nll=nll, accuracy=correct)
+    nll, accuracy = (group.sum(sums) / batch.total).tolist()
+    return BatchScores(nll=nll, accuracy=accuracy)

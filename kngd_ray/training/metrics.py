@@ -24,6 +24,23 @@ def load_scorers() -> ModuleType:
     return functions
 
 
+def correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Which samples are classified right.
+
+    A sample of which all classes score the same, as without class embeddings before anything is learned, is right with
+    probability 1 / C: its argmax is the first class, of which there may be any number.
+
+    Args:
+        scores: (m, C) logits or probabilities.
+        labels: (m,) int64 true classes.
+
+    Returns:
+        (m,) float64, 1 where the largest score is the label's.
+    """
+    right = (scores.argmax(1) == labels).double()
+    return right.masked_fill((scores == scores[:, :1]).all(1), 1 / scores.shape[1])
+
+
 @dataclass(frozen=True)
 class Scores:
     """Figures of one set of predictions.
@@ -44,8 +61,7 @@ class Scores:
     def of(cls, probabilities: Tensor, labels: Tensor) -> "Scores":
         """Score predictions.
 
-        A model that gives all classes the same probability, for every sample, is right about one of C. Its argmax is
-        the first class, of which there may be any number.
+        A model that gives all classes the same probability, for every sample, is calibrated, and right about one of C.
 
         Args:
             probabilities: (m, C) class probabilities.
@@ -59,9 +75,9 @@ class Scores:
         p = probabilities.double().clamp(0.0, 1.0)
         brier = (p - one_hot(labels, classes)).square().sum(1).mean()
         nll = float(nll_loss(p.clamp_min(_MIN_P).log(), labels))
+        accuracy = correct(p, labels).mean()
         if len(p) and bool((p == p[:, :1]).all()):
-            return cls(1 / classes, nll, 0.0, float(brier))
-        accuracy = (p.argmax(1) == labels).double().mean()
+            return cls(float(accuracy), nll, 0.0, float(brier))
         ece = load_scorers().multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
         return cls(float(accuracy), nll, float(ece), float(brier))
 

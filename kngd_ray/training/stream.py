@@ -20,6 +20,7 @@ from torch import Tensor
 from kngd_ray.errors import FilterError
 from kngd_ray.training.batches import Support
 from kngd_ray.training.method import Method
+from kngd_ray.training.metrics import correct
 from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
 
 _EPSILON = 1e-9  # nats
@@ -127,8 +128,7 @@ def accuracies(method: Method, tests: Mapping[str, Support]) -> dict[str, float]
     """
     with torch.no_grad():
         return {
-            name: float((method.head(test.features).argmax(1) == test.labels).double().mean())
-            for name, test in tests.items()
+            name: float(correct(method.head(test.features), test.labels).mean()) for name, test in tests.items()
         }
 
 

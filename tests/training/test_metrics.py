@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.cases import rng
 
-from kngd_ray.training.metrics import ECE_BINS, Scores, aurc, ood_auroc
+from kngd_ray.training.metrics import ECE_BINS, Scores, aurc, correct, ood_auroc
 
 M, C = 400, 5
 
@@ -69,6 +69,12 @@ def test_of_equal_probabilities_one_of_all_classes_is_right(first):
     labels = torch.tensor([0] * first + [1, 2, 3])
     scores = Scores.of(torch.zeros(len(labels), 4).softmax(1), labels)
     assert scores.as_dict() == pytest.approx({"accuracy": 0.25, "nll": np.log(4), "ece": 0.0, "brier": 0.75})
+
+
+def test_of_equal_scores_one_of_all_classes_is_right():
+    """Sample by sample: others are right where their largest score is the label's."""
+    scores = torch.tensor([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 1.0, 1.0], [0.0, 3.0, 3.0, 1.0]])
+    assert correct(scores, torch.tensor([0, 3, 0, 2])).tolist() == [0.25, 0.25, 1.0, 0.0]
 
 
 def test_a_probability_that_rounds_above_one_is_still_a_probability():

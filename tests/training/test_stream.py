@@ -64,6 +64,17 @@ def test_the_first_batch_is_clips_own() -> None:
     assert first.tau == 3e-4, "nothing says otherwise"
 
 
+@pytest.mark.parametrize("label", [0, 3])
+def test_without_class_embeddings_the_first_batch_is_guessed(label) -> None:
+    """All classes are alike before anything is learned: one of C is right, whichever class comes first."""
+    task = stream_task()
+    labels = task.support.labels.clone()
+    labels[:BATCH] = label
+    unknown = torch.zeros_like(task.class_embeddings)
+    first = met(replace(task, class_embeddings=unknown, support=Support(task.support.features, labels)))[0]
+    assert (first.accuracy, first.nll) == pytest.approx((0.25, float(torch.tensor(4.0).log())))
+
+
 def test_the_first_batch_informs_the_prior() -> None:
     """As the shots of a fit do: the state before the first step is that of a fit on this batch."""
     task = stream_task(options(**DRIFT))

@@ -27,7 +27,8 @@ from benchmarks.readme_table import cell
 from kngd_ray.config import load_config
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training import checkpoint
 from kngd_ray.training.calibration import Calibration

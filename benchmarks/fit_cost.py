@@ -47,7 +47,8 @@ from benchmarks.few_shot.problem import Case, Problem
 from benchmarks.few_shot.search import search
 from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.evaluation import ID

@@ -23,9 +23,10 @@ from torch import Tensor
 from kngd_ray.config import load_config
 from kngd_ray.console import Display, with_interval
 from kngd_ray.experiment.aggregate import interval
+from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.run import train
 from kngd_ray.experiment.run_folder import fit_of
-from kngd_ray.experiment.task import open_task, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.classifier import Classification, Classifier
 
 GROUPS = 10

@@ -45,7 +45,8 @@ from kngd_ray.config import load_config
 from kngd_ray.console import with_interval
 from kngd_ray.experiment.aggregate import interval, over_seeds
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support, seeded

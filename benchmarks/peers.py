@@ -46,7 +46,8 @@ from benchmarks.step_cost.report import environment, fill
 from kngd_ray.config import load_config
 from kngd_ray.console import with_interval
 from kngd_ray.experiment.aggregate import over_seeds
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.batches import BatchSampler
 from kngd_ray.training.calibration import calibrate, fold_of, predictor_of
 from kngd_ray.training.evaluation import ID

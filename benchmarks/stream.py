@@ -38,8 +38,9 @@ from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import FilterError
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
+from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.streams import stream_of
-from kngd_ray.experiment.task import open_task, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.fit import FitTask, StepRecord, fit

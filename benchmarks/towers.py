@@ -33,7 +33,8 @@ from kngd_ray.console import with_interval
 from kngd_ray.errors import FilterError
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.task import open_task, prepare
+from kngd_ray.experiment.prepared import prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.calibration import Calibration, held_out_tasks, predictor_of
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask, fit

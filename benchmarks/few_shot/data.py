@@ -23,7 +23,8 @@ from kngd_ray.clip import ClipModel, load_model
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.data import EMBEDDED, Split, open_images, sample_shots, select
 from kngd_ray.errors import DataError
-from kngd_ray.experiment.task import Task, prepare
+from kngd_ray.experiment.prepared import prepare
+from kngd_ray.experiment.task import Task
 from kngd_ray.training.batches import Support
 from kngd_ray.training.evaluation import ID
 

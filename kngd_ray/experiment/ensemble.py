@@ -19,7 +19,8 @@ from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.learned import check_names, tell_changes, untested
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.tracking import ensemble_curve
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.evaluation import evaluate

@@ -16,8 +16,9 @@ from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.learned import check_names, tell_changes, untested
+from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.run_folder import find_fit, read_config
-from kngd_ray.experiment.task import open_task, open_tests, prepare
+from kngd_ray.experiment.task import open_task, open_tests
 from kngd_ray.tracking import reliability_diagram
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.evaluation import evaluate as score

@@ -12,7 +12,8 @@ from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import parse
 from kngd_ray.data import ImageSet, Split
 from kngd_ray.errors import DataError
-from kngd_ray.experiment.task import Task, TaskData
+from kngd_ray.experiment.prepared import TaskData
+from kngd_ray.experiment.task import Task
 from kngd_ray.training.learned import DIGITS, MOST, Learned, read_learned
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior

@@ -16,9 +16,9 @@ from kngd_ray.experiment.aggregate import flat_metrics, over_seeds
 from kngd_ray.experiment.environment import describe_data, describe_environment, source_tags
 from kngd_ray.experiment.learned import learned_by
 from kngd_ray.experiment.model_card import write_card
+from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
-from kngd_ray.experiment.task import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate

@@ -12,7 +12,7 @@ from kngd_ray.clip import public_name
 from kngd_ray.config import Config, flatten
 from kngd_ray.console import cell
 from kngd_ray.data import EMBEDDED
-from kngd_ray.experiment.task import TaskData
+from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.storage import write_text
 from kngd_ray.training.calibration import Calibration
 

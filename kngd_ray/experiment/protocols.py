@@ -20,7 +20,8 @@ from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import Backend
 from kngd_ray.experiment.features import Progress, encode_pictures
 from kngd_ray.experiment.learned import among, begun
-from kngd_ray.experiment.task import Task, TaskData
+from kngd_ray.experiment.prepared import TaskData
+from kngd_ray.experiment.task import Task
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.evaluation import ID, MEAN, evaluate, set_name

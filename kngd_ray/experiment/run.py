@@ -20,9 +20,10 @@ from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.continuation import check_prior, find_priors
 from kngd_ray.experiment.learned import known_to, leave_out, tell_overlap
 from kngd_ray.experiment.method_run import MethodRun
+from kngd_ray.experiment.prepared import TaskData, prepare
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
 from kngd_ray.experiment.streams import show_streams, stream_of, zero_shot_figures
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.storage import write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.calibration import Calibration, fit_temperature

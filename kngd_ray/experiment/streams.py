@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.console import Display, stacked
-from kngd_ray.experiment.task import TaskData
+from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.stream import Look, Met, Stage, Stream, prequential, retention

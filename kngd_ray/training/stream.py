@@ -127,9 +127,7 @@ def accuracies(method: Method, tests: Mapping[str, Support]) -> dict[str, float]
         The share that is classified right.
     """
     with torch.no_grad():
-        return {
-            name: float(correct(method.head(test.features), test.labels).mean()) for name, test in tests.items()
-        }
+        return {name: float(correct(method.head(test.features), test.labels).mean()) for name, test in tests.items()}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from kngd_ray.errors import KngdError, UsageError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.backend import Backend
 from kngd_ray.experiment.environment import describe_data
+from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.run import compute_threads, train
-from kngd_ray.experiment.task import open_shots, prepare
+from kngd_ray.experiment.task import open_shots
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
 from kngd_ray.training.loader import cores

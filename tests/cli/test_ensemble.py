@@ -8,9 +8,10 @@ from PIL import Image
 
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
+from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.run import train
 from kngd_ray.experiment.run_folder import read_config
-from kngd_ray.experiment.task import open_task, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.restoring import open_fit, restore_predictor
 from kngd_ray.training.settled import read_settled

@@ -315,7 +315,8 @@ def test_crops_in_the_file_are_those_of_the_pictures(command, with_crops, more, 
 
 def test_shots_and_crops_of_a_file_are_those_of_the_pictures_bit_for_bit(command, with_crops) -> None:
     from kngd_ray.config import load_config
-    from kngd_ray.experiment.task import open_task, prepare
+    from kngd_ray.experiment.prepared import prepare
+    from kngd_ray.experiment.task import open_task
 
     options = [*command.settings(f"tune.views={VIEWS - 1}", "data.shots=3", "seeds=[0,1]")]
     given = prepare(open_task(load_config(overrides=[*options, *with_crops(command)])))

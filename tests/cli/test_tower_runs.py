@@ -24,8 +24,8 @@ from kngd_ray.clip import CLIPNetwork
 from kngd_ray.config import load_config
 from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, PictureFile, decode, open_images
+from kngd_ray.experiment.prepared import PICTURES
 from kngd_ray.experiment.run import train
-from kngd_ray.experiment.task import PICTURES
 from kngd_ray.training import checkpoint
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.settled import read_settled

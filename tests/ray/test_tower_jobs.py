@@ -17,7 +17,8 @@ from helpers.workers import own_workers
 
 from kngd_ray.cluster import run_job
 from kngd_ray.config import TrainerConfig, load_config
-from kngd_ray.experiment.task import TaskData, open_task, prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
+from kngd_ray.experiment.task import open_task
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.resumable import latest

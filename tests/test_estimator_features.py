@@ -16,6 +16,7 @@ from kngd_ray import KalmanCLIP
 from kngd_ray.errors import CheckpointError, InputError, ModelError, UsageError
 from kngd_ray.estimator import FittedClassifier, NotFittedError
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
+from kngd_ray.training.novelty import Novelty, total_variance
 
 QUICK = {"epochs": 2, "posterior.folds": 0, "posterior.temperature": 0.3}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "features"
@@ -194,6 +195,38 @@ def test_partial_fit(train, tests) -> None:
         clf.partial_fit(X[:, :5], y)
     with pytest.raises(UsageError, match="model was changed"):
         clf.set_params(class_embeddings=class_embeddings()[::-1]).partial_fit(X, y)
+
+
+def variance_of(clf, X):
+    classifier, features = clf._features(X)
+    return total_variance(classifier.predictor, features)
+
+
+def test_novelty_follows_a_belief_that_narrows(train, tests) -> None:
+    """Shots of batches too small to hold any out were ranked among those of the first, of which all are less certain."""
+    (X, y), order = train, np.random.default_rng(0).permutation(len(train[1]))
+    clf = estimator(settings={})
+    clf.partial_fit(X[order[:12]], [y[n] for n in order[:12]], classes=CLASSES)
+    first = clf._settled.novelty
+    for start in range(12, 36, 2):
+        few, before = order[start : start + 2], clf._settled.novelty
+        met = variance_of(clf, X[few])
+        clf.partial_fit(X[few], [y[n] for n in few])
+        quantiles = clf._settled.novelty.quantiles
+        assert len(quantiles) == len(before.quantiles) + 2
+        assert all(any(q == pytest.approx(float(v), rel=1e-4) for q in quantiles) for v in met)
+    as_it_was = first.score(variance_of(clf, tests[0])).mean()
+    assert clf.novelty(tests[0]).mean() > 1.5 * as_it_was
+
+
+def test_few_recent_pictures_are_kept() -> None:
+    first = Novelty(tuple(float(n) for n in range(1, 101)))
+    renewed = first.renewed(torch.tensor([0.5, 200.0]))
+    assert len(renewed.quantiles) == 64
+    assert renewed.quantiles[0] == 0.5
+    assert renewed.quantiles[-1] == 200.0
+    assert renewed.median == pytest.approx(first.median, abs=1.0)
+    assert renewed.renewed(torch.ones(70)).quantiles == (1.0,) * 70
 
 
 def test_a_fit_of_features_is_scored_on_a_matrix(fitted, tests, tmp_path) -> None:

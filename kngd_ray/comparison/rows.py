@@ -20,6 +20,7 @@ from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
 from kngd_ray.tracking import LoggedRun, without_reading
 
 _PREFIX = "zero_shot/"
+_OF_TARGETS = "protocol/targets/"  # figures of other data sets, which a run may or may not be tested on besides
 _SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
 _NAMED = 8  # runs that a message lists at most
 _WHERE = ("trainer.", "tracking.", "data.", "model.")  # settings that say where a run ran, or what its group is
@@ -78,6 +79,11 @@ class Row:
         if self.params.get("protocol") != "stream":
             return None
         return self.params.get("data.order"), self.params.get("data.time")
+
+    @property
+    def targets(self) -> str | None:
+        """Data sets that it is tested on besides its own; None if there are none."""
+        return self.params.get("targets") if self.params.get("protocol") == "cdg" else None
 
     @property
     def on_features(self) -> bool:
@@ -199,7 +205,9 @@ def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
     for group in groups:
         zero_shot: dict[int, Mapping[str, float]] = {}
         for row in group:
-            zero_shot |= {seed: figures for seed in row.seeds if (figures := _zero_shot(row, seed))}
+            for seed in row.seeds:
+                if figures := _zero_shot(row, seed):  # of another row's targets too
+                    zero_shot[seed] = {**zero_shot.get(seed, {}), **figures}
         if zero_shot:
             digest = next((row.data for row in group if row.data is not None), None)
             shown = Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot, data=digest)
@@ -310,10 +318,17 @@ def _comparable(row: Row, other: Row) -> bool:
         return False
     if not known or row.knows_nothing or other.knows_nothing:
         tasks = [without_reading(each.task) if same_data else each.task for each in (row, other)]
-        return tasks[0] == tasks[1]
-    return shots and all(
-        a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k))
-        for a, b in known
+        both = None not in (row.targets, other.targets)
+        return tasks[0] == tasks[1] and (not both or row.targets == other.targets)
+    return shots and all(_agree(a, b) for a, b in known)
+
+
+def _agree(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether zero-shot figures are of the same thing; those of targets do not count where one row has none."""
+    if not all(any(key.startswith(_OF_TARGETS) for key in figures) for figures in (a, b)):
+        a, b = ({k: v for k, v in figures.items() if not k.startswith(_OF_TARGETS)} for figures in (a, b))
+    return a.keys() == b.keys() and all(
+        math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k)
     )
 
 

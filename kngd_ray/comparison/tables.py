@@ -374,7 +374,7 @@ def _against(metric: Metric, difference: Difference | None, other: str, compared
 
 def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
     """What each group was scored on, with the settings that tell it from the others."""
-    tasks = [group[0].task for group in groups]
+    tasks = [group[0].task | _targets(group) for group in groups]
     plain = [_title(group, task) for group, task in zip(groups, tasks, strict=True)]
     titles = []
     for title, task in zip(plain, tasks, strict=True):
@@ -398,6 +398,11 @@ def _titles(groups: Sequence[Sequence[Row]]) -> list[str]:
         else title
         for i, title in enumerate(titles)
     ]
+
+
+def _targets(group: Sequence[Row]) -> dict[str, str]:
+    """The data sets that rows are tested on besides their own, as a setting."""
+    return next(({"targets": row.targets} for row in group if row.targets is not None), {})
 
 
 def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:

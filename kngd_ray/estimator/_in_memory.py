@@ -9,15 +9,17 @@ from kngd_ray.errors import FilterError, UsageError
 from kngd_ray.filters import Belief
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.storage import storage_errors
+from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint, save
 from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
-from kngd_ray.training.novelty import Novelty, calibrate_and_compare
+from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import describe
+from kngd_ray.training.settled import Settled
 from kngd_ray.training.stream import Foresight
 
 # in a manifest: steps of the fits before, and pictures that were predicted by an earlier one
@@ -117,6 +119,23 @@ def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: i
     if task.stream is None or scores is None or not folds or kept.manifest[_PREDICTED] < 2 * folds:
         return calibration
     return replace(calibration, tau=Foresight(task.stream, scores).tau)
+
+
+def met(before: Settled, predictor: Predictor, shots: Support) -> Settled:
+    """What was settled before a part of a stream that is too small to choose anything by.
+
+    Args:
+        before: after the part before it.
+        predictor: of the belief that has not seen its shots.
+        shots: of the part.
+
+    Returns:
+        The same, its novelty that of pictures met of late.
+    """
+    if before.novelty is None:
+        return before
+    features = shots.features.to(predictor.device, predictor.head.class_embeddings.dtype)
+    return replace(before, novelty=before.novelty.renewed(total_variance(predictor, features)))
 
 
 def check_continues(before: Checkpoint, identity: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from kngd_ray.estimator._conventions import (
     not_fitted,
     weighted_accuracy,
 )
-from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn
+from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, met
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator._naming import listed_templates, names_of, templates_of
 from kngd_ray.estimator._saved import fit_in, write_run
@@ -346,7 +346,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             check_continues(before, identity, plain(config.fit_options))
         kept = learn(task, identity, self._device)
         if before is not None and len(support) < 2 * config.posterior.folds:
-            settled = self._settled  # too few to choose anything by
+            settled = met(self._settled, _head(self._restored_classifier()), support)  # too few to choose anything by
         else:
             calibration, novelty = calibrate(replace(task, stream=None), config.posterior, kept.state, self._device)
             settled = Settled(calibration, config.posterior, None, novelty)

@@ -45,6 +45,7 @@ _LEFT_OUT = 8  # shots of which each is left out of a fit of its own
 _TOGETHER = 1 << 28  # bytes of covariances that advance together
 _KEPT = 512  # quantiles: more shots tell no more
 _DIGITS = 6
+_RECENT = 64  # pictures that a belief which learns on is compared by
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ class Novelty:
     def median(self) -> float:
         """Variance of the logits of the median shot, nats²."""
         return self.quantiles[len(self.quantiles) // 2]
+
+    def renewed(self, variance: Tensor) -> "Novelty":
+        """The same of a belief that learns on: it narrows, and would be surer of anything than of its first shots.
+
+        Args:
+            variance: (m,) of the next shots, by the belief that has not seen them.
+
+        Returns:
+            Quantiles in which they take the place of as many of the earlier ones.
+        """
+        earlier, room = torch.tensor(self.quantiles, dtype=torch.float64), max(_RECENT - len(variance), 0)
+        if len(earlier) > room:
+            earlier = earlier.quantile((torch.arange(room, dtype=torch.float64) + 0.5) / max(room, 1))
+        return Novelty.of(torch.cat([earlier, variance.double().cpu()])) or self
 
     def score(self, variance: Tensor) -> Tensor:
         """Novelty percentiles of pictures.

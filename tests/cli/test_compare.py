@@ -402,6 +402,23 @@ def test_rounding_of_another_device_does_not_part_rows() -> None:
     assert [[row.run for row in group if row.id] for group in groups] == [["a", "b"], ["c"]]
 
 
+def across(id: str, targets: str, nll: float, **more: str) -> LoggedRun:
+    """A run that is tested on other data sets besides its own."""
+    found = {f"zero_shot/protocol/targets/{name}/nll": nll for name in ("mean", *targets.split(","))}
+    return run(id, params={"protocol": "cdg", "targets": targets, **more}, metrics=zero_shot(1.0) | found)
+
+
+def test_runs_on_the_same_data_are_compared_whatever_else_they_are_tested_on() -> None:
+    runs = [across("cdg", "a.parquet", 2.0), run("fsl", metrics=zero_shot(1.0)), across("two", "a.parquet,b", 2.0)]
+    assert grouped(*runs) == [["cdg", "fsl"], ["two"]], "means over other targets are other figures"
+    assert grouped(*runs[:2], across("replaced", "a.parquet", 2.1)) == [["cdg", "fsl"], ["replaced"]]
+    assert grouped(runs[0], across("b", "b", 2.0, seeds="1"), run("f", params={"seeds": "2"})) == [["cdg", "f"], ["b"]]
+    tables = build_tables(find_rows(runs, None), runs, ["zero_shot/protocol/targets/mean/nll"], None)
+    assert [table.title.rpartition(", ")[2] for table in tables] == ["targets=a.parquet", "targets=a.parquet,b"]
+    (found, *_) = group_rows(find_rows(runs, None).rows)
+    assert "protocol/targets/mean/nll" in found[0].seeds[0], "though the newer row has none"
+
+
 def grouped(*runs: LoggedRun) -> list[list[str]]:
     return [[row.run for row in group if row.id] for group in group_rows(find_rows(runs, None).rows)]
 

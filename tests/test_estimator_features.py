@@ -203,7 +203,7 @@ def variance_of(clf, X):
 
 
 def test_novelty_follows_a_belief_that_narrows(train, tests) -> None:
-    """Shots of batches too small to hold any out were ranked among those of the first, of which all are less certain."""
+    """Shots of batches too small to hold any out were ranked among the first ones, of which it was less certain."""
     (X, y), order = train, np.random.default_rng(0).permutation(len(train[1]))
     clf = estimator(settings={})
     clf.partial_fit(X[order[:12]], [y[n] for n in order[:12]], classes=CLASSES)

@@ -327,9 +327,7 @@ def _agree(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
     """Whether zero-shot figures are of the same thing; those of targets do not count where one row has none."""
     if not all(any(key.startswith(_OF_TARGETS) for key in figures) for figures in (a, b)):
         a, b = ({k: v for k, v in figures.items() if not k.startswith(_OF_TARGETS)} for figures in (a, b))
-    return a.keys() == b.keys() and all(
-        math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k)
-    )
+    return a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=_SAME, abs_tol=_SAME) for k in a if _exact(k))
 
 
 def _same_data(row: Row, other: Row) -> bool | None:

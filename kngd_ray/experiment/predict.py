@@ -50,7 +50,8 @@ def predict(
 
     Args:
         target: run, fit or checkpoint.
-        images: the files; of a folder, all pictures in it and below, but for those that cannot be decoded.
+        images: the files; of a folder, all pictures in it and below, but for those that cannot be decoded, or
+            lie in a folder that is a link.
         storage_path: where runs live.
         display: where the table is shown.
         html: where a gallery is written; None writes none.
@@ -67,7 +68,8 @@ def predict(
     """
     if html is not None:
         check_path(html, option("html"))
-    if not (files := list(_files(images))) and not any(name.endswith(_FEATURES) for name in images):
+    links: list[Path] = []
+    if not (files := list(_files(images, links))) and not any(name.endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
@@ -91,6 +93,8 @@ def predict(
                 cards.append(Card.of(rows[-1], picture))
     if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
         display.say(f"skipped because of their suffix: {by_suffix(passed)}")
+    if links:
+        display.say(f"links to folders left out: {len(links)}, the first is {links[0]}; name what they lead to")
     if left_out:
         first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
@@ -146,8 +150,10 @@ def _classify_features(
     return rows
 
 
-def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
+def _files(images: Sequence[str], links: list[Path]) -> Iterator[tuple[Path, bool]]:
     """The picture files, and whether each was named itself; files of a folder are sorted by name.
+
+    Links to folders, which may lead anywhere, are not followed but added to `links`.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -166,6 +172,7 @@ def _files(images: Sequence[str]) -> Iterator[tuple[Path, bool]]:
         found = []
         for place, folders, files in os.walk(path, onerror=refuse):
             folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            links += [path for name in sorted(folders) if (path := Path(place, name)).is_symlink()]
             found += [Path(place, file) for file in files if Path(file).suffix.lower() in SUFFIXES and file[0] != "."]
         yield from ((file, False) for file in sorted(found))
 

@@ -51,6 +51,10 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     bad = "<img src=x onerror=alert(1)> & $title.png"
     folder = folder_of(command, {"a.png": 0, "deep/b.png": 20, bad: 45, ".hidden.png": 3, "notes.txt": 4})
     (folder / "broken.jpg").write_bytes(b"no picture")
+    elsewhere = command.folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "c.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "linked").symlink_to(elsewhere)
     page = command.folder / "out.html"
     outcome = command("predict", command.run("p"), folder, "--html", page, "--json")
     assert outcome.code == 0, outcome.err
@@ -59,6 +63,7 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert "undecodable pictures left out: 1" in outcome.err
     assert "the picture cannot be decoded (no known format)" in outcome.err
     assert "skipped because of their suffix: .txt (1)" in outcome.err
+    assert f"links to folders left out: 1, the first is {folder / 'linked'}; name what they lead to\n" in outcome.err
     for row in rows:
         assert 0 <= row["probability_low"] <= row["probability"] <= row["probability_high"] <= 1
         assert row["probability_low"] < row["probability_high"]

@@ -134,7 +134,7 @@ def met(before: Settled, predictor: Predictor, shots: Support) -> Settled:
     """
     if before.novelty is None:
         return before
-    features = shots.features.to(predictor.device, predictor.head.class_embeddings.dtype)
+    features = shots.features.to(predictor.head.get_buffer("class_embeddings"))
     return replace(before, novelty=before.novelty.renewed(total_variance(predictor, features)))
 
 

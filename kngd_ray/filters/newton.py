@@ -67,10 +67,6 @@ class RowRoot:
         """(..., C) L_B^T g_n of rows g_n."""
         return cotangent @ self._root if self._root.dim() else cotangent * self._root
 
-    def variances(self, weights: Tensor) -> Tensor:
-        """(..., C) diagonal of L_B^T diag(w) L_B."""
-        return weights @ self._root.square() if self._root.dim() else weights * self._root.square()
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -248,19 +244,19 @@ class _Linear:
     Z: Tensor  # (F, N, r), times the root of B where it is a number
     rows: RowRoot | None  # that of B where it is a matrix
     counts: Tensor
-    spread: Tensor  # (F, 1, r) diagonal of Z^T Z
-    samples: Tensor  # (F, 1)
 
     @classmethod
     def of(cls, problem: Problem, rows: RowRoot) -> "_Linear":
         number = rows.number
         Z = (problem.Z if number is None else problem.Z * number).float()
         left = rows.to(Z.dtype) if number is None else None
-        counts = problem.counts.to(Z).unsqueeze(2)
-        return cls(Z, left, counts, Z.square().sum(1, keepdim=True), (counts > 0).sum(1))
+        return cls(Z, left, problem.counts.to(Z).unsqueeze(2))
 
     def solve(self, p: Tensor, gradient: Tensor, products: int, finest: float, *, stops: bool) -> tuple[Tensor, Tensor]:
-        """Conjugate gradients, preconditioned by roughly the Hessian's diagonal.
+        """Conjugate gradients, of which whitening is the preconditioner.
+
+        Near a mode few samples bend the objective, along a few of a class's directions, and in all others it is the
+        prior's. The Hessian's diagonal knows no directions, and takes up to four times as many products.
 
         Args:
             p: (F, N, C) probabilities.
@@ -274,18 +270,14 @@ class _Linear:
         """
         p = p.float()
         weighed = self.counts * p
-        share = (weighed * (1 - p)).sum(1) / self.samples
-        share = share if self.rows is None else self.rows.variances(share)
-        eased_by = 1 / (1 + share.unsqueeze(2) * self.spread)
         # the direction does not depend on the gradient's size, of which float32 has no sum of squares near a mode
         unit = gradient.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        found = torch.zeros_like(eased_by)
-        rest = (gradient / unit).float()
-        along = eased = rest * eased_by
-        size = _dot(rest, eased)
+        along = rest = (gradient / unit).float()
+        found = torch.zeros_like(rest)
+        size = _dot(rest, rest)
         enough = size * (_FORCING * (size.sqrt() * unit.float()).clamp(finest / _FORCING, 1)).square()
         least = torch.finfo(torch.float32).tiny
-        for _ in range(products):  # sixteen kernels each: more than anything else a GPU waits for their launch
+        for _ in range(products):  # fifteen kernels each: more than anything else a GPU waits for their launch
             if stops and not bool((size > enough).any()):
                 break
             moved = self.Z @ along.mT
@@ -295,9 +287,8 @@ class _Linear:
             product = torch.baddbmm(along, curved.mT, self.Z)
             step = size / _dot(along, product).clamp_min(least)
             found, rest = torch.addcmul(found, step, along), torch.addcmul(rest, step, product, value=-1)
-            eased = rest * eased_by
-            before, size = size.clamp_min(least), _dot(rest, eased)
-            along = torch.addcmul(eased, size / before, along)
+            before, size = size.clamp_min(least), _dot(rest, rest)
+            along = torch.addcmul(rest, size / before, along)
         return found.to(gradient.dtype) * unit, size - enough
 
 

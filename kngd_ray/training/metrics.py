@@ -5,7 +5,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss, one_hot
 
 from kngd_ray.clip.builds import torchvision_errors
 
@@ -73,8 +72,9 @@ class Scores:
         classes = probabilities.shape[1]
         # Rounding may leave a float32 probability just above 1, which torchmetrics would take for a logit.
         p = probabilities.double().clamp(0.0, 1.0)
-        brier = (p - one_hot(labels, classes)).square().sum(1).mean()
-        nll = float(nll_loss(p.clamp_min(_MIN_P).log(), labels))
+        of_label = p.gather(1, labels.unsqueeze(1)).squeeze(1)  # |p - e_y|^2 needs no (m, C) matrix of e_y
+        brier = (p.square().sum(1) - 2 * of_label + 1).clamp_min(0.0).mean()
+        nll = float(-of_label.clamp_min(_MIN_P).log().mean())
         accuracy = correct(p, labels).mean()
         if len(p) and bool((p == p[:, :1]).all()):
             return cls(float(accuracy), nll, 0.0, float(brier))

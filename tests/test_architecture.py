@@ -240,6 +240,7 @@ PUBLIC = {
         "file_bytes",
         "fill_cache",
         "halves",
+        "of_a_system",
         "open_images",
         "picture_of",
         "read_batches",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kngd_ray.data._pictures import PictureFile, halves, restrict
     from kngd_ray.data._shots import Split, sample_shots, select, select_tests
     from kngd_ray.data._source import content_key
+    from kngd_ray.data._walk import of_a_system
     from kngd_ray.data._write import write_features
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "file_bytes",
     "fill_cache",
     "halves",
+    "of_a_system",
     "open_images",
     "picture_of",
     "read_batches",
@@ -106,6 +108,7 @@ _HOMES = {
     "file_bytes": "_decode",
     "fill_cache": "_encode",
     "halves": "_pictures",
+    "of_a_system": "_walk",
     "open_images": "_images",
     "picture_of": "_decode",
     "read_batches": "_encode",

@@ -19,7 +19,7 @@ from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.console import Display
-from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, encoder_of, read_features, unread
+from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, encoder_of, of_a_system, read_features, unread
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.features import check_encoder
 from kngd_ray.experiment.gallery import Card, gallery
@@ -51,7 +51,7 @@ def predict(
     Args:
         target: run, fit or checkpoint.
         images: the files; of a folder, all pictures in it and below, but for those that cannot be decoded, or
-            lie in a folder that is a link.
+            lie in a folder that is a link or a system's own.
         storage_path: where runs live.
         display: where the table is shown.
         html: where a gallery is written; None writes none.
@@ -68,8 +68,8 @@ def predict(
     """
     if html is not None:
         check_path(html, option("html"))
-    links: list[Path] = []
-    if not (files := list(_files(images, links))) and not any(name.endswith(_FEATURES) for name in images):
+    apart: list[Path] = []
+    if not (files := list(_files(images, apart))) and not any(name.endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
@@ -93,8 +93,8 @@ def predict(
                 cards.append(Card.of(rows[-1], picture))
     if passed := Counter(path.suffix.lower() for name in images if os.path.isdir(name) for path in unread(Path(name))):
         display.say(f"skipped because of their suffix: {by_suffix(passed)}")
-    if links:
-        display.say(f"links to folders left out: {len(links)}, the first is {links[0]}; name what they lead to")
+    if apart:
+        display.say(f"links and a system's folders left out: {len(apart)}, the first is {apart[0]}; name those meant")
     if left_out:
         first = str(left_out[0]).removesuffix(f"; {_REMEDY}")
         display.say(f"undecodable pictures left out: {len(left_out)}, the first is {first}")
@@ -150,10 +150,11 @@ def _classify_features(
     return rows
 
 
-def _files(images: Sequence[str], links: list[Path]) -> Iterator[tuple[Path, bool]]:
+def _files(images: Sequence[str], apart: list[Path]) -> Iterator[tuple[Path, bool]]:
     """The picture files, and whether each was named itself; files of a folder are sorted by name.
 
-    Links to folders, which may lead anywhere, are not followed but added to `links`.
+    Folders that are links, which may lead anywhere, and those that systems create, with thumbnails of what is there
+    already, are added to `apart`.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -171,8 +172,9 @@ def _files(images: Sequence[str], links: list[Path]) -> Iterator[tuple[Path, boo
             continue
         found = []
         for place, folders, files in os.walk(path, onerror=refuse):
-            folders[:] = [folder for folder in folders if not folder.startswith(".")]
-            links += [path for name in sorted(folders) if (path := Path(place, name)).is_symlink()]
+            shown = sorted(folder for folder in folders if not folder.startswith("."))
+            apart += [Path(place, name) for name in shown if of_a_system(name) or Path(place, name).is_symlink()]
+            folders[:] = [name for name in shown if not of_a_system(name)]  # links are not walked into
             found += [Path(place, file) for file in files if Path(file).suffix.lower() in SUFFIXES and file[0] != "."]
         yield from ((file, False) for file in sorted(found))
 

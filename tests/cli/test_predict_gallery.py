@@ -49,7 +49,9 @@ class Page(HTMLParser):
 def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert command.train(*KALMAN).code == 0
     bad = "<img src=x onerror=alert(1)> & $title.png"
-    folder = folder_of(command, {"a.png": 0, "deep/b.png": 20, bad: 45, ".hidden.png": 3, "notes.txt": 4})
+    folder = folder_of(
+        command, {"a.png": 0, "deep/b.png": 20, bad: 45, ".hidden.png": 3, "@eaDir/a.png": 5, "notes.txt": 4}
+    )
     (folder / "broken.jpg").write_bytes(b"no picture")
     elsewhere = command.folder / "elsewhere"
     elsewhere.mkdir()
@@ -63,7 +65,8 @@ def test_a_folder_as_table_json_and_gallery(command) -> None:
     assert "undecodable pictures left out: 1" in outcome.err
     assert "the picture cannot be decoded (no known format)" in outcome.err
     assert "skipped because of their suffix: .txt (1)" in outcome.err
-    assert f"links to folders left out: 1, the first is {folder / 'linked'}; name what they lead to\n" in outcome.err
+    apart = f"links and a system's folders left out: 2, the first is {folder / '@eaDir'}; name those meant\n"
+    assert apart in outcome.err
     for row in rows:
         assert 0 <= row["probability_low"] <= row["probability"] <= row["probability_high"] <= 1
         assert row["probability_low"] < row["probability_high"]

@@ -98,7 +98,7 @@ class Display:
         def going() -> str:
             for fit, steps in fits.items():
                 if done[fit] < steps:
-                    return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: starting"
+                    return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: fitting"
             return "fits are done"
 
         with self._progress("{task.fields[figures]}") as bar, self._alive(going) as said:

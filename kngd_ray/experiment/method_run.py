@@ -35,6 +35,7 @@ from kngd_ray.training.resumable import latest
 from kngd_ray.training.settled import Settled, read_settled, save_settled
 from kngd_ray.training.start import HeadStart
 from kngd_ray.training.stream import Foresight
+from kngd_ray.training.transfer import carries_over
 
 # figures of a step that are about the ranks, not about the fit
 _METRICS = {"bytes_moved": "shard/bytes_per_step", "covariance_bytes": "shard/covariance_bytes"}
@@ -231,6 +232,11 @@ class MethodRun:
         given = posterior.temperature is not None or posterior.tau_median is not None
         return posterior.predict == "linearised" and not posterior.folds and not given
 
+    def _warn_once(self, warning: str) -> None:
+        """Keep a warning that is the same for every seed."""
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+
     def _gamma_of_others(self, seed: int) -> float:
         """How much of the zero-shot logits is believed of classes that the fits do not learn."""
         start = self.tasks[seed].head
@@ -281,6 +287,11 @@ class MethodRun:
             self.warnings.append(
                 f"{name}: predictions leave the text tower's part of the posterior out, which would take a pass "
                 "through all prompts for each picture: what they are sure of is the head's"
+            )
+        if self._protocol.unseen and not carries_over(predictor):
+            self._warn_once(
+                f"{self.name}: what was trained is about single classes, so new classes are ranked as by zero-shot "
+                "CLIP; what adapter=linear, adapter=bottleneck or tune.parameters=lora train serves all classes"
             )
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)

@@ -40,9 +40,23 @@ def transferred(
         return _NetworkTransfer(predictor, class_names, templates, class_embeddings, gamma)
     assert isinstance(predictor.head, CLIPHead)
     head = _over(predictor.head, class_embeddings, gamma)
-    knows = any(not isinstance(adapter, _LeftOut) for adapter in head.adapters)
-    belief = predictor.belief if knows else None
+    belief = predictor.belief if carries_over(predictor) else None
     return Predictor(head, predictor.family, belief, predictor.options)
+
+
+def carries_over(predictor: AnyPredictor) -> bool:
+    """Whether anything that a fit trained serves classes that it was not trained on.
+
+    Args:
+        predictor: of the fit.
+
+    Returns:
+        False where other classes are ranked as by the pretrained model.
+    """
+    if isinstance(predictor, NetworkPredictor):
+        return True
+    assert isinstance(predictor.head, CLIPHead)
+    return not all(map(_knows_classes, predictor.head.adapters))
 
 
 class _LeftOut(Adapter):

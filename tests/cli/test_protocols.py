@@ -21,6 +21,7 @@ from kngd_ray.training.restoring import open_fit
 
 FOUR = ("bird", "flower", "plant", "tool")
 TEMPLATE = ("a photo of a {}.",)
+AS_ZERO_SHOT = "new classes are ranked as by zero-shot CLIP"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,7 @@ def test_base_to_new(command, four, by_hand, monkeypatch) -> None:
     assert metrics["zero_shot/protocol/new/nll"] == pretrained["new"]["nll"]
     assert "2 classes trained on, 2 others" in outcome.err
     assert "harmonic" in outcome.err
+    assert AS_ZERO_SHOT in outcome.err
     own = command("evaluate", command.run("b"), "--json").json
     assert own["id"]["nll"] == pytest.approx(report["id"]["nll"])
     # a run that was cut short goes on with its half
@@ -123,7 +125,9 @@ def test_what_adapts_embeddings_carries_over(command, four, by_hand) -> None:
     """Of a class list in an order of its own, which is what is halved."""
     settings = ["protocol=bng", "method=adamw", "adapter=linear", "data.classes=[tool,plant,bird,flower]"]
     settings = command.settings(*settings, "trainer.name=l", "optimizer.lr=0.01", "posterior.folds=0", data=four)
-    report = command("train", "--json", *settings).json
+    outcome = command("train", "--json", *settings)
+    assert AS_ZERO_SHOT not in outcome.err
+    report = outcome.json
     checkpoint, _ = open_fit(command.run("l") / "fits" / "adamw-seed0")
     assert checkpoint.manifest["class_names"] == ["tool", "plant"]
     ((name, W),) = checkpoint.state.weights.items()
@@ -156,7 +160,9 @@ def test_several_seeds_a_baseline_and_numbers_for_labels(command, four, by_hand)
     pq.write_table(pq.read_table(four).drop_columns(["class_name"]), bare)
     names = "data.classes=[bird,flower,plant,tool]"
     settings = command.settings("protocol=bng", names, "seeds=0,1", "baselines=adamw", "trainer.name=s", data=bare)
-    report = command("train", "--json", *settings, "epochs=1", "posterior.folds=0").json
+    outcome = command("train", "--json", *settings, "epochs=1", "posterior.folds=0")
+    assert outcome.err.count(AS_ZERO_SHOT) == 2  # once a method, whatever the number of seeds
+    report = outcome.json
     (baseline,) = report["baselines"]
     for part in (report, baseline, report["zero_shot"], baseline["zero_shot"]):
         assert part["protocol"]["name"] == "bng"

@@ -175,16 +175,25 @@ def test_fit_temperature_is_the_minimum():
     labels = torch.randint(3, (50,), generator=g)
     T = fit_temperature(p, labels)
 
-    def nll(t):
-        return float(nll_loss(scale(p, t).log(), labels))
+    def cost(t):
+        return 50 * float(nll_loss(scale(p, t).log(), labels)) + 0.5 * (math.log(t) / 10) ** 2
 
-    assert nll(T) <= min(nll(T * 0.98), nll(T * 1.02), nll(1.0))
+    assert cost(T) <= min(cost(T * 0.98), cost(T * 1.02), cost(1.0))
 
 
 def test_fit_temperature_stays_in_its_bounds():
     p = torch.tensor([[0.9, 0.1]] * 4, dtype=torch.float64)
-    assert 0.04 < fit_temperature(p, torch.tensor([0, 0, 0, 0])) < 0.06  # always right: as sharp as it goes
     assert 18 < fit_temperature(p, torch.tensor([1, 1, 1, 1])) < 21  # always wrong: as flat as it goes
+
+
+@pytest.mark.parametrize("sure", [0.6, 0.9, 0.999, 1 - 1e-9])
+def test_rounding_does_not_decide_the_temperature_of_what_is_always_right(sure):
+    """The smaller T, the likelier the labels, until nothing but rounding tells two T apart."""
+    labels = torch.zeros(30, dtype=torch.int64)
+    p = torch.tensor([[sure, 1 - sure]] * 30, dtype=torch.float64)
+    T = fit_temperature(p, labels)
+    assert T < 1.01
+    assert fit_temperature(p.float(), labels) == pytest.approx(T, rel=1e-2)
 
 
 def test_report_of_an_evaluation():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from kngd_ray.clip.adapters import AdapterConfig, Bottleneck, ClassResidualAdapter, HeadShape
+from kngd_ray.clip.adapters import AdapterConfig, ClassResidualAdapter, HeadShape, averages
 from kngd_ray.errors import UsageError
 
 
@@ -38,7 +38,7 @@ class CLIPHead(nn.Module):
         super().__init__()
         self.logit_scale = logit_scale
         self.gamma = 1.0
-        self.averages = not any(isinstance(config, Bottleneck) for config in adapters)
+        self.averages = all(map(averages, adapters))
         self.register_buffer("class_embeddings", class_embeddings, persistent=False)
         shape = HeadShape(class_embeddings.shape[1], class_embeddings.shape[0])
         with torch.random.fork_rng(devices=[]):
@@ -110,6 +110,6 @@ def check_alpha(alpha: float, averages: bool) -> None:
         raise UsageError(f"alpha is {alpha}; it must lie in [0, 1], from pretrained to trained")
     if alpha != 1 and not averages:
         raise UsageError(
-            "alpha is for weights that start from pretrained ones, and the bottleneck adapter has no pretrained "
-            "weights to average with: set alpha=1, or use the linear or class_residual adapter"
+            "alpha is for weights that start from pretrained ones, and those of an adapter (such as bottleneck) do "
+            "not: set alpha=1, or use the linear or class_residual adapter"
         )

@@ -7,7 +7,7 @@ A new family is one module beside :mod:`~kngd_ray.filters.diagonal` and one name
 from kngd_ray._plugins import open_registry
 from kngd_ray.filters._family import Covariance, Family, Work
 from kngd_ray.filters._innovation import Innovation, random_signs, solve_innovation
-from kngd_ray.filters._layerwise import Layerwise
+from kngd_ray.filters._layerwise import Layered, Layerwise
 from kngd_ray.filters._update import Belief, innovation_covariance, update, variances
 from kngd_ray.filters.block_diagonal import BlockDiagonal
 from kngd_ray.filters.dense import Dense
@@ -58,6 +58,7 @@ __all__ = [
     "Jacobian",
     "Kronecker",
     "Layer",
+    "Layered",
     "Layerwise",
     "NoGate",
     "NoiseModel",

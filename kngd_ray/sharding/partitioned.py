@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from kngd_ray.filters import Belief, Covariance, Family, Gate, GateResiduals, Jacobian, Layer, Layerwise, NoGate
+from kngd_ray.filters import Belief, Covariance, Family, Gate, GateResiduals, Jacobian, Layer, Layered, NoGate
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.ownership import Ownership
 
@@ -79,7 +79,7 @@ class PartitionedFilter(Generic[F]):
         self.gate = gate or NoGate()
         self.ownership = Ownership.balanced(family, layers, group.world_size)
         self._own = self.ownership.slice(group.rank)
-        self._reach = family.reach if isinstance(family, Layerwise) else 1.0
+        self._reach = family.reach if isinstance(family, Layered) else 1.0
 
     def init(self, mu: Tensor, p0: float) -> Belief:
         """The prior N(mu, p0 I), of which this rank holds its parts of P."""

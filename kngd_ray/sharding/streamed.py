@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kngd_ray.filters import Belief, Factors, Gate, Innovation, Layer, Layerwise, Rows, Transition
+from kngd_ray.filters import Belief, Factors, Gate, Innovation, Layer, Layered, Part, Rows, Transition
 from kngd_ray.filters.functional_mode import eager
 from kngd_ray.sharding.collectives import Group
 from kngd_ray.sharding.exchange import exchange
@@ -54,7 +54,7 @@ _OWN = 0.5
 _Own = dict[str, Factors | Rows]
 
 
-class StreamedFilter(PartitionedFilter[Layerwise]):
+class StreamedFilter(PartitionedFilter[Layered]):
     """A covariance family placed on a group of ranks, updated in place and layer by layer.
 
     H is requested once for each layer in each pass, in the order of the layers, and not kept. By then it must not
@@ -81,7 +81,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         units: Mapping[str, float] = MappingProxyType({}),
         settled: Collection[str] = (),
     ) -> None:
-        if not isinstance(family, Layerwise):
+        if not isinstance(family, Layered):
             raise ValueError(
                 f"filter.covariance is {getattr(family, 'kind', family)}, whose layers need one another: a model that "
                 "is trained layer by layer takes diagonal, kronecker or block_diagonal; or set tune.parameters=adapter"
@@ -95,8 +95,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
     def init(self, mu: Tensor, p0: float) -> Belief:
         """The prior N(mu, p0 I), in the units of each layer, of which this rank holds its parts of P."""
         parts = self.ownership.parts[self.group.rank]
-        found = {part.layer.name: self._units.get(part.layer.name, 1.0) * p0 for part in parts}
-        return Belief(mu, {part.layer.name: self.family.init_layer(part, found[part.layer.name], mu) for part in parts})
+        return Belief(mu, {part.layer.name: self._prior(part, p0, mu) for part in parts})
 
     @property
     def settled(self) -> frozenset[str]:
@@ -120,7 +119,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         for part in self.ownership.parts[self.group.rank]:
             name = part.layer.name
             if name in names:
-                fresh = self.family.init_layer(part, self._units[name] * p0, belief.mu)
+                fresh = self._prior(part, p0, belief.mu)
                 for key, value in belief.covariance[name].items():
                     value.copy_(fresh[key])
 
@@ -139,7 +138,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         found = observed.nu.new_zeros(len(observed.nu), dtype=torch.float64)
         for name, H in self._pieces(observed, _Kept()):
             if name in names:
-                share, _ = self._gram(belief.covariance[name], H)
+                share, _ = self._gram(name, belief.covariance[name], H)
                 found = found + torch.as_tensor(share).diagonal().double()
             del H
         return self.group.sum(found)
@@ -177,7 +176,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         dtype = torch.promote_types(nu.dtype, torch.float32)
         grams = nu.new_zeros(1 + bool(self._settled), len(nu), len(nu), dtype=dtype)
         for name, H in self._pieces(observed, kept):
-            share, work = self._gram(self._predicted(belief, name, transition), H)
+            share, work = self._gram(name, self._predicted(belief, name, transition), H)
             which = int(name in self._settled)
             grams[which] = grams[which] + share
             kept.works[name] = work if name in kept.pieces else None
@@ -201,9 +200,9 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         for name, H in self._pieces(observed, kept):
             seen = H if weight is None else H.scaled(weight)
             if name in self._settled:
-                P, work = belief.covariance[name], kept.works.get(name)
-                work = self.family.work_layer(P, seen) if work is None else work
-                step = self.family.gain_layer(P, seen, work, given_way)
+                P, work, family = belief.covariance[name], kept.works.get(name), self.family.of(name)
+                work = family.work_layer(P, seen) if work is None else work
+                step = family.gain_layer(P, seen, work, given_way)
                 belief.mu[self._places[name]].add_(step.to(belief.mu.dtype))
             elif not self._condition(belief, name, transition, seen, kept.works.get(name), innovation):
                 unlearned.append(name)
@@ -218,13 +217,18 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             unlearned=tuple(unlearned),
         )
 
-    def _gram(self, P: Mapping[str, Tensor], H: Factors | Rows) -> tuple[Tensor | float, Any]:
+    def _prior(self, part: Part, p0: float, like: Tensor) -> Mapping[str, Tensor]:
+        """The prior covariance of a part, in the units of its layer."""
+        name = part.layer.name
+        return self.family.of(name).init_layer(part, self._units.get(name, 1.0) * p0, like)
+
+    def _gram(self, name: str, P: Mapping[str, Tensor], H: Factors | Rows) -> tuple[Tensor | float, Any]:
         """A layer's share of H P H^T, and what the family keeps of it; NaN where it cannot be computed.
 
         Other ranks go on to the next exchange, so this one must too. All of them then refuse S.
         """
         try:
-            return self.family.gram_layer(P, H)
+            return self.family.of(name).gram_layer(P, H)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return nan, None
 
@@ -238,14 +242,14 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
         innovation: Innovation,
     ) -> bool:
         """Move the own part of a layer, mean and covariance; whether the covariance has learned."""
-        P = self._predicted(belief, name, transition)
-        work = self.family.work_layer(P, H) if work is None else work
+        P, family = self._predicted(belief, name, transition), self.family.of(name)
+        work = family.work_layer(P, H) if work is None else work
         learned = True
         try:
-            step, posterior = self.family.condition_layer(P, H, work, innovation)
+            step, posterior = family.condition_layer(P, H, work, innovation)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             # Other layers have moved, and other ranks wait. The predicted covariance is too wide, which does no harm.
-            step, posterior, learned = self.family.gain_layer(P, H, work, innovation.weights), P, False
+            step, posterior, learned = family.gain_layer(P, H, work, innovation.weights), P, False
         belief.mu[self._places[name]].add_(step.to(belief.mu.dtype))
         for key, value in belief.covariance[name].items():
             value.copy_(posterior[key])
@@ -258,7 +262,7 @@ class StreamedFilter(PartitionedFilter[Layerwise]):
             return P  # time passes for what is still to be learned
         if eager() and transition.scale == 1.0 and transition.q == 0.0:
             return P
-        return self.family.predict_layer(P, transition.scale, transition.q * self._units.get(name, 1.0))
+        return self.family.of(name).predict_layer(P, transition.scale, transition.q * self._units.get(name, 1.0))
 
     def _pieces(self, observed: Observed, kept: "_Kept") -> Iterator[tuple[str, Factors | Rows]]:
         """H of each own part, of the samples of all ranks; every rank exchanges the same layers at the same time."""

@@ -5,7 +5,7 @@ from math import isfinite
 from typing import Literal
 
 from kngd_ray.clip import TuneOptions
-from kngd_ray.clip.adapters import AnyAdapter, Bottleneck, ClassResidual
+from kngd_ray.clip.adapters import AnyAdapter, ClassResidual, averages
 from kngd_ray.filters import Categorical as LikelihoodNoise
 from kngd_ray.filters import (
     CovarianceFamily,
@@ -185,9 +185,10 @@ class FitOptions:
             raise ValueError(
                 "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
             )
-        if self.tune.alpha != 1 and any(isinstance(adapter, Bottleneck) for adapter in self.adapter):
+        apart = [adapter.kind for adapter in self.adapter if not averages(adapter)]
+        if self.tune.alpha != 1 and apart:
             raise ValueError(
-                f"tune.alpha is {self.tune.alpha}, an average with pretrained weights, and the bottleneck adapter has "
+                f"tune.alpha is {self.tune.alpha}, an average with pretrained weights, and the adapter {apart[0]} has "
                 "none to average with; set alpha=1, or take the linear or class_residual adapter"
             )
         self._check_towers()

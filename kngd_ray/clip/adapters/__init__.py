@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kngd_ray._deferred import on_demand
 from kngd_ray._plugins import open_registry
-from kngd_ray.clip.adapters._base import AdapterConfig, HeadShape, Tower
+from kngd_ray.clip.adapters._base import AdapterConfig, HeadShape, Tower, averages
 from kngd_ray.clip.adapters.bottleneck import Bottleneck
 from kngd_ray.clip.adapters.class_residual import ClassResidual
 from kngd_ray.clip.adapters.linear import Linear
@@ -30,6 +30,7 @@ __all__ = [
     "HeadShape",
     "Linear",
     "Tower",
+    "averages",
 ]
 
 # They need torch, which whoever reads the settings does not.

@@ -33,3 +33,15 @@ class AdapterConfig(Protocol):
     def build(self, shape: HeadShape) -> "Adapter":
         """A new adapter, its random weights drawn from torch's global generator."""
         ...
+
+
+def averages(adapter: AdapterConfig) -> bool:
+    """Whether an adapter's weights start at 0, so that they can be averaged with the pretrained model's.
+
+    Args:
+        adapter: its options.
+
+    Returns:
+        What their class says by ``averages``; False where it says nothing.
+    """
+    return getattr(adapter, "averages", False)

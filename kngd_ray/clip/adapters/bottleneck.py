@@ -1,7 +1,7 @@
 """CLIP-Adapter: a two-layer bottleneck mixed with the embedding (Gao et al., arXiv 2110.04544)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kngd_ray.clip.adapters._base import HeadShape, Tower
 
@@ -19,6 +19,8 @@ class Bottleneck:
         width: hidden units.
         ratio: residual ratio, how much of the adapted embedding enters; 0 is zero-shot.
     """
+
+    averages: ClassVar[bool] = False
 
     kind: Literal["bottleneck"] = "bottleneck"
     tower: Tower = "image"

@@ -1,7 +1,7 @@
 """A residual on each class's text embedding: a linear classifier that starts at the zero-shot one."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kngd_ray.clip.adapters._base import HeadShape
 
@@ -23,6 +23,8 @@ class ClassResidual:
         centred: whether features are measured from the offset that all images share, as far as the shots tell. A prior
             of one variance a weight cannot set it apart by itself.
     """
+
+    averages: ClassVar[bool] = True
 
     kind: Literal["class_residual"] = "class_residual"
     bias: bool = False

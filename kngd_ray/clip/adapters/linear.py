@@ -1,7 +1,7 @@
 """A residual matrix on the embedding, started at zero: the model begins as zero-shot."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kngd_ray.clip.adapters._base import HeadShape, Tower
 
@@ -17,6 +17,8 @@ class Linear:
         kind: the adapter's name.
         tower: which embeddings are adapted; ``both`` has a matrix of its own for each.
     """
+
+    averages: ClassVar[bool] = True
 
     kind: Literal["linear"] = "linear"
     tower: Tower = "image"

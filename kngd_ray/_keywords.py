@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 from kngd_ray.clip import ModelConfig
@@ -57,8 +58,8 @@ def _flat(keywords: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[tup
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         elif key in _CHIEF and value is not None:
             yield _CHIEF[key], value
-        elif key == _COUNTED and isinstance(value, int) and not isinstance(value, bool):
-            yield key, list(range(value))
+        elif key == _COUNTED and not isinstance(value, bool) and isinstance(value, Integral):  # one of numpy too
+            yield key, list(range(int(value)))
         else:
             yield short.get(key, key), value
 

@@ -16,7 +16,7 @@ KEY_SHAPES = (
     r"|github_pat_[A-Za-z0-9_]{30,}|glpat-[\w-]{20,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
 )
 _WORDS = (
-    r"(?:password|passwd|passphrase|pwd|token|secret|signature|credential|api[-_]?key|access[-_]?key|private[-_]?key"
+    r"(?:password|passwd|passphrase|pwd|(?<!covariance\.)token|secret|signature|credential|api[-_]?key|access[-_]?key|private[-_]?key"
     r"|account[-_]?key|shared[-_]?key|access[-_]?id|key[-_]?pair[-_]?id|authorization)"
 )
 _SECRETS = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-# The tensors here are tiny: more threads would only contend, and sums could depend on the machine's cores.
+# The tensors here are tiny: more threads would only contend, and sums could depend on the machine's cores. Runs and
+# searches in this process take no more than these.
 torch.set_num_threads(1)
 
 # And in a command that is run as a program, with a thread a core: those that wait do not take the core from others.

@@ -69,6 +69,7 @@ def test_a_key_is_known_by_its_shape(key: str) -> None:
         "the basic configuration: see a/b?c=d&page=2",
         "mail me@example.org",
         "noise.process.q=1e-4 data.path=/a/sk-learn.parquet",
+        "train filter.covariance.kind=kronecker filter.covariance.tokens=reduced",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

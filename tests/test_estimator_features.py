@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_table
+from scipy.sparse import csr_matrix
 
 from kngd_ray import KalmanCLIP
 from kngd_ray.errors import CheckpointError, InputError, ModelError, UsageError
@@ -233,6 +234,12 @@ def test_a_fit_of_features_is_scored_on_a_matrix(fitted, tests, tmp_path) -> Non
     """Which was taken for a picture."""
     (fit,) = (fitted.save(tmp_path / "saved") / "fits").iterdir()
     assert FittedClassifier(fit).score(*tests) == fitted.score(*tests)
+    with pytest.raises(InputError, match=r"X is sparse, and dense data is required: give X.toarray\(\)"):
+        FittedClassifier(fit).predict(csr_matrix(tests[0]))
+    with pytest.raises(InputError, match="X is not a table of numbers"):
+        FittedClassifier(fit).predict([[1.0, 2.0], [1.0]])
+    halved = torch.as_tensor(np.asarray(tests[0]), dtype=torch.bfloat16)
+    assert len(FittedClassifier(fit).predict(halved)) == len(halved)
     with pytest.raises(InputError, match="y has labels such as 0"):
         FittedClassifier(fit).score(tests[0], [0] * len(tests[0]))
 

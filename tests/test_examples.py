@@ -4,7 +4,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-from helpers.threads import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -16,6 +15,5 @@ def test_an_example_runs(
 ) -> None:
     """In this process, as the documentation's gallery runs them: most of a process of its own would be imports."""
     monkeypatch.chdir(tmp_path)
-    with one_thread():
-        runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(str(path), run_name="__main__")
     assert "accuracy" in capsys.readouterr().out

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers.threads import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,8 +36,7 @@ def test_sixty_seconds_in_python(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    with one_thread():
-        exec(compile(block, "README.md", "exec"), names := {"__name__": "__main__"})
+    exec(compile(block, "README.md", "exec"), names := {"__name__": "__main__"})
     assert {"method", "seed", "set", "accuracy", "nll", "ece"} <= set(names["run"].frame.columns)
     assert "accuracy" in capsys.readouterr().out
     assert (tmp_path / "mlflow.db").is_file()

@@ -90,7 +90,7 @@ def ensemble(
     Raises:
         UsageError: alpha is outside [0, 1], or the weights cannot be averaged.
     """
-    file, given = split(None, [*overrides, *([] if alpha is None else [f"alpha={alpha!r}"])])
+    file, given = split(None, [*overrides, *([] if alpha is None else settings_of({"alpha": alpha}))])
     if file is not None:
         raise UsageError(f"ensemble takes its settings from the run: leave out {file}, or write alpha={file}.")
     from kngd_ray.cluster.backend import RayBackend

@@ -109,7 +109,8 @@ def tune(
 
     given = [*overrides, *settings_of(settings, [f.name for f in fields(SearchOptions)])]
     asked, given = split(search, given)
-    found = configured_search(asked, in_process(given, None, ray=ray), resume)
+    file = asked if asked is not None and Path(asked).is_file() else None
+    found = configured_search(asked, in_process(given, file, ray=ray), resume)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.results import SearchResult
     from kngd_ray.tuning.run import tune as run

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from kngd_ray._keywords import names_setting
 from kngd_ray._option import option
@@ -47,7 +47,7 @@ def configured(
 
 
 def configured_search(
-    search: Named | Mapping[str, Any] | None, overrides: Sequence[str] = (), resume: Named | None = None
+    search: Named | None, overrides: Sequence[str] = (), resume: Named | None = None
 ) -> "SearchConfig":
     """The search, new or continued, as :func:`tune` takes it.
 
@@ -69,7 +69,7 @@ def configured_search(
         if search is not None:
             raise UsageError(f"a continued search keeps its settings: leave out {search}.")
         return resumed_search(os.fspath(resume), overrides)
-    if search is None or isinstance(search, Mapping):
+    if search is None:
         raise UsageError(f"name a search, such as noise_priors or a YAML file, or {option('resume', 'SEARCH')}.")
     return load_search(os.fspath(search), overrides)
 
@@ -78,14 +78,26 @@ def configured_encoding(data: Named, preset: Named | Mapping[str, Any] | None, o
     """The configuration of :func:`kngd_ray.encode`.
 
     Args:
-        data: what is encoded.
+        data: what is encoded; ``data.path=`` may be before it, as in the settings of other commands.
         preset: name of a preset, YAML file or mapping of settings.
         overrides: ``key=value`` settings over it.
 
     Returns:
         The configuration.
     """
-    return load_config(source_of(preset), overrides, forced={"data": {"path": os.fspath(data)}})
+    return load_config(
+        source_of(preset), overrides, forced={"data": {"path": os.fspath(data).removeprefix("data.path=")}}
+    )
+
+
+@overload
+def split(given: Named | None, overrides: Sequence[str]) -> tuple[Named | None, list[str]]: ...
+
+
+@overload
+def split(
+    given: Named | Mapping[str, Any] | None, overrides: Sequence[str]
+) -> tuple[Named | Mapping[str, Any] | None, list[str]]: ...
 
 
 def split(

@@ -23,7 +23,6 @@ def encode(
     """Encode a data set with Ray Data and cache its features; --out also writes them to files."""
     from kngd_ray import api
 
-    path = dataset.removeprefix("data.path=")  # as the other commands take it
-    result = api.encode(path, *(settings or []), out=out, views=views, ray=True, console=display_for(as_json))
+    result = api.encode(dataset, *(settings or []), out=out, views=views, ray=True, console=display_for(as_json))
     if as_json:
         print_json(result)

@@ -67,10 +67,12 @@ def preflight(cluster: "Cluster", command: Sequence[str], bundle: Bundle, archiv
     if report is None:
         raise _failure(job_id, state, lines)
     there = report["versions"]
-    if there["kngd_ray"] != __version__ and not bundle.brings_kngd_ray:
+    installed = there.get("kngd_ray")
+    if installed != __version__ and not bundle.brings_kngd_ray:
+        found = f"has kngd_ray {installed}" if installed else "has no kngd_ray installed"
         raise KngdError(
-            f"the cluster has kngd_ray {there['kngd_ray']} and this machine {__version__}: install the same version "
-            "there, or send this one with working_dir=CHECKOUT."
+            f"the cluster {found} and this machine has {__version__}: install the same version there, or send this one "
+            "with working_dir=CHECKOUT."
         )
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if there["python"].split(".")[:2] != python.split("."):

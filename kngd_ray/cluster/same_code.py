@@ -47,8 +47,8 @@ def refuse_other_code() -> None:
             raise KngdError(_difference(said.node, said.answer, mine))
     if all(said.error is not None for said in answers):
         raise KngdError(
-            f"Ray could not start a worker ({answers[0].error if answers else 'it has no node'}): run kngd-ray doctor, "
-            "finds, or set trainer.num_workers=0 to run without Ray."
+            f"Ray could not start a worker ({answers[0].error if answers else 'it has no node'}): see what kngd-ray "
+            "doctor finds, or set trainer.num_workers=0 to run without Ray."
         )
 
 

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -30,6 +31,7 @@ from kngd_ray.tuning import Fitted, fitted_from
 
 _FLUSH_SECONDS = 0.2
 _DRIVER = "driver"  # file beside Ray's own: the job whose workers may write checkpoints
+_NOBODY = "none"
 
 
 def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
@@ -76,13 +78,20 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
     )
     incoming = EventQueue(queue, Cluster(trainer))
     running = _Running(torch_trainer)
-    while True:
-        ended = not running.is_alive()  # asked before the look: what an ended job has sent is there
-        events = incoming.wait()
-        for event in events:
-            on_event(event)
-        if ended and not events:
-            break
+    try:
+        while True:
+            ended = not running.is_alive()  # asked before the look: what an ended job has sent is there
+            events = incoming.wait()
+            for event in events:
+                on_event(event)
+            if ended and not events:
+                break
+    except BaseException:
+        with suppress(
+            KngdError
+        ):  # in a Ray that outlives this process the job would go on: its next checkpoint ends it
+            write_text(records / _DRIVER, _NOBODY)
+        raise
     queue.shutdown(force=True)
     if isinstance(running.error, TrainingFailedError):
         reason = _explained(running.error)
@@ -191,7 +200,8 @@ def _still_driven(folder: Path, name: str) -> None:
     except OSError as error:
         raise StorageError(f"cannot read {place} ({error}): it must be on storage that all nodes share.") from error
     if driver != name:
-        raise KngdError(f"another process has taken over {folder.name}: this one ends.")
+        taken = "its driver has ended" if driver == _NOBODY else "another process has taken over"
+        raise KngdError(f"{taken} {folder.name}: this one ends.")
 
 
 def _explained(error: TrainingFailedError) -> KngdError:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 
 from kngd_ray.errors import InputError, UsageError
 
@@ -152,8 +153,10 @@ def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:
         The array.
 
     Raises:
-        InputError: it does not, or lists are of different lengths.
+        InputError: it does not, lists are of different lengths, or it is sparse.
     """
+    if issparse(given):
+        raise InputError(f"{what} is sparse, and dense data is required: give {what}.toarray().")
     try:
         if isinstance(given, (list, tuple)):
             given = [numpy_of(row) for row in given]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from kngd_ray.errors import UsageError
-from kngd_ray.estimator._conventions import weighted_accuracy
+from kngd_ray.estimator._conventions import array_of, weighted_accuracy
 from kngd_ray.estimator.given import check_lengths, features_of, label_array, labels_of, listed, picture
 from kngd_ray.training.classifier import Classification, Classifier
 
@@ -91,7 +91,7 @@ class FittedClassifier:
 
     def _batches(self, X: Any) -> Iterator[list[Image.Image] | Tensor]:
         if self._classifier.takes_features:
-            rows = [np.asarray(row) for row in (X.detach().cpu() if hasattr(X, "detach") else np.asarray(X))]
+            rows = list(np.atleast_1d(array_of(X, "X")))  # a single number is refused as a row that is none
             for start in range(0, len(rows), _BATCH):
                 yield features_of(rows[start : start + _BATCH], self._classifier.model.embed_dim, start)
             return

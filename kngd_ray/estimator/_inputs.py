@@ -155,8 +155,6 @@ class Matrix:
         Raises:
             InputError: they are not.
         """
-        if issparse(X):
-            raise InputError("X is sparse, and dense data is required: give X.toarray().")
         found = _table(X)
         if found.dtype.kind == "c":
             raise InputError("Complex data not supported: X must hold real numbers.")

@@ -19,7 +19,7 @@ from kngd_ray.experiment.model_card import write_card
 from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
-from kngd_ray.storage import write_text
+from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
 from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
@@ -314,7 +314,8 @@ class MethodRun:
         )
         self._card(record, name, replace(self.config, seeds=(seed,)), report, zero_shot)
         figures = record.artifacts / "figures"
-        figures.mkdir(exist_ok=True)
+        with storage_errors(figures):
+            figures.mkdir(exist_ok=True)
         curves = {test: (p, tests[test].labels) for test, p in evaluation.probabilities.items()}
         reliability_diagram(curves, figures / "reliability.png", name)
         if len(steps) > 1:  # the default has one step, whose figures are metrics

@@ -91,7 +91,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         stack.enter_context(run_folder.locked(folder))
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
-        with compute_threads(config.trainer.cpus_per_worker if config.trainer.least_workers else cores()):
+        with compute_threads(config.trainer):
             methods = [
                 MethodRun(c, found, prepared, protocol, folder) for c, found in zip(configs, priors, strict=True)
             ]
@@ -143,12 +143,13 @@ def _run(
     tops = {method.name: method.top_record for method in methods}
     for report in reports:
         report["run_id"] = (run_ids or {}).get(tops[report["method"]])
+    result = _write_results(folder, reports) if reports else {}  # now with the ids of their MLflow runs
     failures = {fit: reason for method in methods for fit, reason in method.failures.items()}
     if failures:
         fit, reason = next(iter(failures.items()))
         others = f" ({len(failures)} of {sum(len(m.tasks) for m in methods)} fits failed)" if len(failures) > 1 else ""
         raise FilterError(f"{fit}{others}: {reason}")
-    return {**_write_results(folder, reports), "folder": str(folder)}
+    return {**result, "folder": str(folder)}
 
 
 def _fit(
@@ -199,21 +200,28 @@ def _where(trainer: TrainerConfig, asked: int) -> str:
         ranks = trainer.most_workers
         fewer = "" if ranks == asked else f", not {asked}: GPUs are fewer; trainer.use_gpu=false takes the CPU in all"
         return f"computing on {what} in {f'each of {ranks} workers' if ranks > 1 else 'one worker'}{fewer}"
-    return f"computing on {what} in this process" + ("" if trainer.use_gpu else f", with {cores()} threads")
+    return f"computing on {what} in this process" + (
+        "" if trainer.use_gpu else f", with {_threads()} thread{'s' * (_threads() > 1)}"
+    )
+
+
+def _threads() -> int:
+    """Those of a run without workers: a core each, and no more than OMP_NUM_THREADS or the caller gives torch."""
+    return min(cores(), torch.get_num_threads())
 
 
 @contextmanager
-def compute_threads(cpus: float) -> Iterator[None]:
+def compute_threads(trainer: TrainerConfig) -> Iterator[None]:
     """Compute here with as many threads as a worker has: the same sums, and none that spin on a busy machine.
 
     Args:
-        cpus: CPU cores that a worker reserves.
+        trainer: workers, and the CPU cores that each reserves.
 
     Yields:
         Nothing.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(cpus)))
+    torch.set_num_threads(max(1, int(trainer.cpus_per_worker)) if trainer.least_workers else _threads())
     try:
         yield
     finally:

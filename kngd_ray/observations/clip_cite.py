@@ -93,7 +93,7 @@ class ClipCite(Noisy):
         Raises:
             ValueError: always.
         """
-        raise ValueError("clip_cite observes pairs of images and texts; set tune.parameters to lora or full")
+        raise ValueError("clip_cite observes pairs of images and texts; set tune.parameters to lora, norm or full")
 
     def observe_pairs(
         self, outputs: Tensor, labels: Tensor, logit_scale: float, own: slice, classes: int

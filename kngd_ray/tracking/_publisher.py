@@ -13,6 +13,7 @@ from kngd_ray.tracking._uri import resolve_uri
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT = 300.0
+_DOUBLINGS = 10  # of the wait: more reach no longer one, and a float in the end no number
 
 
 class Publisher:
@@ -84,7 +85,7 @@ class Publisher:
         wait = min(self._every, 1.0)  # so that the run appears soon
         while not self._closing.wait(wait):
             self._publish()
-            wait = min(self._every * 2**self._failures, max(_LONGEST_WAIT, self._every))
+            wait = min(self._every * 2 ** min(self._failures, _DOUBLINGS), max(_LONGEST_WAIT, self._every))
 
     def _publish(self) -> dict[str, str] | None:
         try:

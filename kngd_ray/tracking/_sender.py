@@ -208,8 +208,10 @@ def _points(metrics: Mapping[str, float | str], time_ms: int, step: int, keys: M
 
 
 def _key(name: str) -> str:
-    """A name that MLflow accepts: other characters become underscores."""
-    return _FORBIDDEN.sub("_", name)[:_MAX_KEY]
+    """A name that MLflow accepts: other characters become underscores, and parts that a path would not keep."""
+    parts = _FORBIDDEN.sub("_", name).split("/")
+    key = "/".join("_" if part in {"", ".", ".."} else part for part in parts)
+    return key if len(key) <= _MAX_KEY else f"{key[: _MAX_KEY - 1]}_"
 
 
 def _keys(names: Collection[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from kngd_ray.config import flatten, to_yaml
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import flat_metrics
 from kngd_ray.experiment.environment import describe_environment, source_tags
-from kngd_ray.storage import read_json, write_text
+from kngd_ray.storage import read_json, storage_errors, write_text
 from kngd_ray.tracking import Record, Status
 from kngd_ray.tuning import JOURNAL, Claimed, TrialResult, plain_space
 from kngd_ray.tuning.file import SearchConfig, search_yaml
@@ -117,7 +117,9 @@ class SearchRecords:
             metrics |= {key: test[key] for key in ("id", "ood", "zero_shot", "stream") if key in test}
             self._parent.set_tag("kngd_ray.champion", report["run"])
         self._parent.log_metrics(flat_metrics(metrics))
-        shutil.copyfile(self._folder / JOURNAL, self._parent.artifacts / JOURNAL)
+        kept = self._parent.artifacts / JOURNAL
+        with storage_errors(kept):
+            shutil.copyfile(self._folder / JOURNAL, kept)
 
     def finish(self, status: Status) -> None:
         """Close all records: the search is over, or this driver gives up."""

@@ -33,7 +33,6 @@ from kngd_ray.experiment.run import compute_threads, train
 from kngd_ray.experiment.task import open_shots
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
-from kngd_ray.training.loader import cores
 from kngd_ray.training.options import FitOptions
 from kngd_ray.tuning import Driver, SearchStudy, TrialResult, Workload, fit_alone, fit_together, mode_of, run_here
 from kngd_ray.tuning.figures import study_figures
@@ -109,7 +108,7 @@ def tune(
             {seed: prepared.support(seed) for seed in search.options.seeds} if config.tune.images else {},
         )
         inputs = describe_data(prepared.images, config.data, prepared.model.name)
-        with compute_threads(trainer.cpus_per_worker if trainer.least_workers else cores()), ExitStack() as lead:
+        with compute_threads(trainer), ExitStack() as lead:
             return _Search(search, folder, work, display, backend, lead, inputs).run(session.close)
 
 

@@ -13,15 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from helpers.emoji import small_table
-from helpers.threads import one_thread
 
 from kngd_ray import cli
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @cache

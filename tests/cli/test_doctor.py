@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.heads import ray_head
+from huggingface_hub import constants as hub_settings
 
 import kngd_ray
 from kngd_ray.cluster.doctor import checks as doctor_checks
@@ -118,6 +119,19 @@ def test_doctor_from_python(command: Any, token: Path) -> None:
     assert failed["found"] == "data.path=/gone.parquet cannot be read (No such file or directory)"
     assert failed["advice"] == "correct the path"  # on a cluster it is to be on storage that all nodes share
     assert set(found.query("check == 'ray'")["state"]) == {"skipped"}
+
+
+def test_doctor_leaves_the_hub_as_it_was(command: Any, token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads a model without fetching it; what comes after in the same process may fetch one."""
+    seen = []
+    load = doctor_checks.load_model
+    monkeypatch.setattr(
+        doctor_checks, "load_model", lambda config: seen.append(hub_settings.HF_HUB_OFFLINE) or load(config)
+    )
+    monkeypatch.setattr(hub_settings, "HF_HUB_OFFLINE", False)
+    kngd_ray.doctor(data=command.data, tracking=False, storage_path=command.runs, cache_dir=command.cache, quiet=True)
+    assert seen == [True]
+    assert not hub_settings.HF_HUB_OFFLINE
 
 
 def test_an_address_is_no_folder(command: Any, token: Path) -> None:

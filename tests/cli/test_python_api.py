@@ -61,6 +61,7 @@ def test_the_package_shows_its_public_names_alone_and_imports_nothing_heavy() ->
     [
         ({"shots": 16}, ["data.shots=16"]),
         ({"seeds": 3}, ["seeds=[0, 1, 2]"]),
+        ({"seeds": np.int64(2)}, ["seeds=[0, 1]"]),
         ({"seeds": [4, 7]}, ["seeds=[4, 7]"]),
         ({"seeds": range(2)}, ["seeds=[0, 1]"]),
         ({"data": Path("a b.parquet")}, ['data.path="a b.parquet"']),
@@ -152,6 +153,19 @@ def test_a_preset_is_known_by_its_name_on_the_command_line_too(command) -> None:
     for preset, workers in (("mine.yaml", 3), ("kalman", 0), ({"trainer.num_workers": 3}, 3), (None, 0)):
         assert configured(preset, in_process([], preset, ray=False)).trainer.num_workers == workers
     assert "trainer.num_workers=0" not in in_process(["trainer.num_workers=2"], None, ray=False)
+
+
+def test_the_workers_that_a_file_names_are_those_of_a_search_too(command, settings, monkeypatch) -> None:
+    file = command.folder / "search.yaml"
+    file.write_text("trainer: {num_workers: 3}\nspace: {filter.p0: {low: 0.1, high: 1.0}}\n")
+
+    def asked(search, *_, **__):
+        raise UsageError(f"workers: {search.config.trainer.num_workers}")
+
+    monkeypatch.setattr("kngd_ray.tuning.run.tune", asked)
+    for search, workers in ((file, 3), ("smoke", 0)):
+        with pytest.raises(UsageError, match=f"workers: {workers}"):
+            kngd_ray.tune(search, **settings)
 
 
 def test_a_search_from_python(command, settings, monkeypatch) -> None:

@@ -410,7 +410,8 @@ def test_other_commands_are_checked(command, faults) -> None:
         "the output of compare without --out would be written to the job's working folder, which the cluster deletes: "
         "give an absolute path on storage that all nodes share."
     ]
-    assert "data.path=gone cannot be read" in faults("encode", "gone", "trainer.num_workers=0")[0]
+    for dataset in ("gone", "data.path=gone"):  # as encode itself takes it
+        assert "data.path=gone cannot be read" in faults("encode", dataset, "trainer.num_workers=0")[0]
     assert faults("tune") == ["name a search, such as noise_priors or a YAML file, or --resume SEARCH."]
     assert faults("sync", "/shared/run") == faults("doctor") == []
 
@@ -542,8 +543,11 @@ def test_a_check_that_hangs_is_stopped_and_names_what_had_failed(tmp_path: Path)
 def test_another_version_is_refused_unless_it_is_sent(tmp_path: Path) -> None:
     sentence = check(answer_of("0.0.9"), tmp_path)
     assert sentence is not None
-    assert f"the cluster has kngd_ray 0.0.9 and this machine {__version__}" in sentence
+    assert f"the cluster has kngd_ray 0.0.9 and this machine has {__version__}" in sentence
     assert check(answer_of("0.0.9"), tmp_path, brings=True) is None
+    none = [line.replace(f'"kngd_ray": "{__version__}", ', "") for line in answer_of()]
+    assert "the cluster has no kngd_ray installed" in (check(none, tmp_path) or "")
+    assert check(none, tmp_path, brings=True) is None, "what is sent need not be installed"
     assert check(answer_of(), tmp_path) is None
 
 

@@ -173,6 +173,17 @@ def test_names_that_mlflow_would_call_the_same_are_told_apart(open_record, run_f
     assert len(found) == 6
 
 
+@pytest.mark.parametrize("name", ["https://a.org", "..", ".", "", "/a", "a/", "a//b", "/" * 400, "a" * 245 + "/.b"])
+def test_names_that_are_no_paths_are_sent_too(open_record, run_folder, store, experiment, client, name):
+    """MLflow refuses a key that is not a path in its shortest form, and with it all that comes after."""
+    record = open_record()
+    record.log_metrics({f"ood/{name}/nll": 1.0, "id/nll": 2.0})
+    record.finish()
+    run = client.get_run(publish(run_folder, store, experiment)["seed-0"])
+    assert sorted(run.data.metrics.values()) == [1, 2]
+    assert run.info.status == "FINISHED"
+
+
 def test_two_stores_are_remembered_apart(open_record, run_folder, store, own_store, experiment, calls):
     record = open_record()
     record.finish()

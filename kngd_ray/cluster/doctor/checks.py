@@ -3,11 +3,14 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
+
+from huggingface_hub import constants as hub_settings
 
 from kngd_ray._run_layout import SUBMITTED
 from kngd_ray.clip import ModelConfig, load_model, read_class_embeddings
@@ -272,18 +275,28 @@ def model(config: ModelConfig) -> list[Finding]:
     """
     if config.precomputed:
         return [Finding("model", HERE, "ok", _class_embeddings(config))]
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
+    offline = hub_settings.HF_HUB_OFFLINE
     hub = f"hub cache {_hub_cache()}, {'offline' if offline else 'online'}"
     named = config.name if config.pretrained is None else f"{config.name} {config.pretrained}"
     began = time.monotonic()
     try:
-        load_model(config)
+        with _without_hub():
+            load_model(config)
     except ModelError as error:
         if offline or config.pretrained is None or Path(config.pretrained).suffix:
             raise
         return [Finding("model", HERE, "warning", f"{named} is not on this machine; {hub}", str(error))]
     return [Finding("model", HERE, "ok", f"{named} loads ({time.monotonic() - began:.1f} s); {hub}")]
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """Let the hub's client, which reads its environment only when it is imported, fetch nothing for a while."""
+    before, hub_settings.HF_HUB_OFFLINE = hub_settings.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        hub_settings.HF_HUB_OFFLINE = before
 
 
 def _class_embeddings(config: ModelConfig) -> str:

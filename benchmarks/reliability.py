@@ -41,7 +41,7 @@ ROWS: tuple[tuple[str, str, str, int], ...] = (
     ),
     (
         "SIGKILL inside the write of a checkpoint: 12 points, 1 and 2 ranks",
-        "the torn checkpoint is never believed, the one before is gone on from; the end is bitwise the same",
+        "a torn checkpoint is never used, and the run continues from the one before; the end is bitwise the same",
         "tests/ray/test_worker_deaths.py::test_killed_inside_a_checkpoint",
         1,
     ),
@@ -136,7 +136,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_document() -> None:
     """Put the tables in their places."""
     faults = [
-        "| fault | what holds | tries | survived | lost | seconds until it went on, median |",
+        "| fault | what holds | tries | survived | lost | median seconds until it went on (most) |",
         "|---|---|---|---|---|---|",
         *table(_kept("reliability.json")),
         *(table(_kept("reliability_storage.json")) or [STORAGE_ROWS]),

@@ -8,6 +8,7 @@
                       estimator.json      of a saved KalmanCLIP: its labels and parameters
 """
 
+DEFAULT_STORAGE = "kngd_runs"  # of ``trainer.storage_path``
 CONFIG = "config.yaml"
 FITS = "fits"
 RESULTS = "results.json"

@@ -27,6 +27,7 @@ import yaml
 
 from kngd_ray import configs
 from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
+from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
@@ -56,7 +57,7 @@ class TrainerConfig:
     use_gpu: bool | Literal["auto"] = "auto"
     cpus_per_worker: float = 1.0
     address: str | None = None
-    storage_path: str = field(default_factory=lambda: os.environ.get("KNGD_STORAGE_PATH") or "kngd_runs")
+    storage_path: str = field(default_factory=lambda: os.environ.get("KNGD_STORAGE_PATH") or DEFAULT_STORAGE)
     name: str | None = None
     checkpoint_every: int = 100
     max_failures: int = 2

@@ -176,6 +176,7 @@ PUBLIC = {
         "split_evenly",
     ],
     "kngd_ray.clip": [
+        "EMBEDDED_MODEL",
         "LOGIT_SCALE",
         "PRECOMPUTED",
         "AnyModel",
@@ -372,6 +373,7 @@ def test_commands_call_the_api_and_nothing_below_it() -> None:
         "kngd_ray",
         "kngd_ray.__version__",
         "kngd_ray._option",
+        "kngd_ray._run_layout",
         "kngd_ray._streams",
         "kngd_ray.configs",
         "kngd_ray.tuning.file",

@@ -174,7 +174,7 @@ def predict(
 
     ::
 
-        kngd_ray.predict("runs/first", "holiday/")[["image", "class", "probability", "novelty"]]
+        kngd_ray.predict("first", "holiday/")[["image", "class", "probability", "novelty"]]
 
     For pictures in memory, use ``run.classifier``.
 
@@ -267,7 +267,7 @@ def load(run: Named, *, storage_path: Named | None = None) -> "RunResult | Searc
 
     ::
 
-        kngd_ray.load("runs/first").classifier.predict_proba(["cat.jpg"])
+        kngd_ray.load("first").classifier.predict_proba(["cat.jpg"])
 
     Args:
         run: name or folder.

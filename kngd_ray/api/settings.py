@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from kngd_ray._keywords import names_setting
 from kngd_ray._option import option
+from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray.config import Config, load_config
 from kngd_ray.configs import names, read_yaml
 from kngd_ray.console import Display
@@ -142,7 +143,7 @@ def target_of(run: Any) -> str:
 
 def storage_of(given: Named | None) -> str:
     """The folder of all runs; None is the default of ``trainer.storage_path``."""
-    return os.environ.get("KNGD_STORAGE_PATH") or "kngd_runs" if given is None else os.fspath(given)
+    return os.environ.get("KNGD_STORAGE_PATH") or DEFAULT_STORAGE if given is None else os.fspath(given)
 
 
 def console_of(console: Display | None, quiet: bool) -> Display:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json
 
 
@@ -18,7 +19,7 @@ def ensemble(
         ),
     ] = None,
     points: Annotated[int, typer.Option(metavar="N", help="Number of alphas between 0 and 1 to score.")] = 11,
-    storage_path: Storage = "kngd_runs",
+    storage_path: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
     """Average a run's weights with the pretrained ones and plot test accuracy over alpha; alpha=0.5 keeps the average.

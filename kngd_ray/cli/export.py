@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json
 
 
@@ -21,7 +22,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    storage_path: Storage = "kngd_runs",
+    storage_path: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
     """Export a run as an open_clip checkpoint, with LoRA merged, as an ONNX classifier, and for peft."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray.cli.arguments import Json, Storage, Target, display_for, print_json
 from kngd_ray.errors import UsageError
 
@@ -27,7 +28,7 @@ def predict(
         ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of the table.")] = False,
-    storage_path: Storage = "kngd_runs",
+    storage_path: Storage = DEFAULT_STORAGE,
     as_json: Json = False,
 ) -> None:
     """Classify images: the class, its probability with an interval, and a novelty percentile."""

@@ -17,7 +17,7 @@ def tune(
         bool, typer.Option("--print-config", help="Print the complete search configuration and exit.")
     ] = False,
 ) -> None:
-    """Search for priors with Ray Tune and Optuna, then fit the best trial and test it once."""
+    """Search for settings with Optuna on Ray, then fit the best trial and test it once."""
     from kngd_ray.api import settings as given
     from kngd_ray.api import tune as run
     from kngd_ray.config import to_yaml

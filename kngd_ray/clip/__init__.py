@@ -6,7 +6,14 @@ What needs torch is imported when it is asked for: whoever reads the settings ne
 from typing import TYPE_CHECKING
 
 from kngd_ray._deferred import on_demand
-from kngd_ray.clip._config import LOGIT_SCALE, PRECOMPUTED, ModelConfig, check_without_towers, public_name
+from kngd_ray.clip._config import (
+    EMBEDDED_MODEL,
+    LOGIT_SCALE,
+    PRECOMPUTED,
+    ModelConfig,
+    check_without_towers,
+    public_name,
+)
 from kngd_ray.clip._prompts import expand, resolve_templates, same_sentences, worded
 from kngd_ray.clip._tuning import TuneOptions
 
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
     from kngd_ray.clip._transfer import best_device, tower_products
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "LOGIT_SCALE",
     "PRECOMPUTED",
     "AnyModel",

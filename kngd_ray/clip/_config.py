@@ -8,7 +8,7 @@ from pathlib import Path
 from kngd_ray.clip._tuning import TuneOptions
 from kngd_ray.clip.adapters import AdapterConfig, ClassResidual
 
-EMBEDDED = "embedded"
+EMBEDDED_MODEL = "embedded"
 PRECOMPUTED = "precomputed"
 RANDOM = "random"
 LOCAL_DIR = "local-dir:"
@@ -35,7 +35,7 @@ class ModelConfig:
             ``encode`` writes it, or else is 100.
     """
 
-    name: str = EMBEDDED
+    name: str = EMBEDDED_MODEL
     pretrained: str | None = None
     class_embeddings: str | None = None
     logit_scale: float | None = None

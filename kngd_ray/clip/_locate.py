@@ -8,7 +8,7 @@ from typing import Any
 
 from kngd_ray.clip._config import (
     CHECKPOINT_SUFFIXES,
-    EMBEDDED,
+    EMBEDDED_MODEL,
     HF_HUB,
     LOCAL_DIR,
     PRECOMPUTED,
@@ -87,16 +87,16 @@ def locate(config: ModelConfig) -> Source:
         raise ModelError(
             f"model.name={PRECOMPUTED} has no towers to encode pictures or texts with: set model.name to a CLIP model"
         )
-    if config.name == EMBEDDED or config.name.startswith((LOCAL_DIR, HF_HUB)):
+    if config.name == EMBEDDED_MODEL or config.name.startswith((LOCAL_DIR, HF_HUB)):
         if config.pretrained is not None:
-            what = "the embedded model" if config.name == EMBEDDED else config.name
+            what = "the embedded model" if config.name == EMBEDDED_MODEL else config.name
             raise ModelError(
                 f"model.pretrained={config.pretrained!r} is not for {what}, which has its own "
                 "weights: leave it out, or set model.name to the architecture of these weights"
             )
-        if config.name == EMBEDDED:
+        if config.name == EMBEDDED_MODEL:
             # The folder has the layout of a hub repository: no name has to be registered with open_clip.
-            return Source(EMBEDDED, f"{LOCAL_DIR}{_MINI_CLIP}", _MINI_CLIP / _PREFERRED[0])
+            return Source(EMBEDDED_MODEL, f"{LOCAL_DIR}{_MINI_CLIP}", _MINI_CLIP / _PREFERRED[0])
         return _folder(config.name) if config.name.startswith(LOCAL_DIR) else _repository(config.name)
 
     import open_clip
@@ -132,7 +132,7 @@ def _unknown(given: str, name: str, models: Sequence[str]) -> str:
     """The sentence on a name that open_clip does not know."""
     if (Path(given).expanduser() / _CONFIG).is_file():
         return f"model.name={given!r} is a folder: write {LOCAL_DIR}{given}"
-    near = _nearest(name, [EMBEDDED, PRECOMPUTED, *models])
+    near = _nearest(name, [EMBEDDED_MODEL, PRECOMPUTED, *models])
     hub = f"; a repository of Hugging Face's is named {HF_HUB}{given}" if given.count("/") == 1 else ""
     return f"model.name={given!r} is not a model of open_clip: did you mean {near}?{hub}"
 
@@ -218,7 +218,7 @@ def _fetch(name: str, tag_name: str, tag: dict[str, Any]) -> Path:
         raise ModelError(
             f"the weights {tag_name!r} of {name} are not in the local cache and cannot be downloaded "
             f"({first_line(error).split('Last error: ')[-1]}): pass a local checkpoint file through "
-            f"model.pretrained, or use the {EMBEDDED} model"
+            f"model.pretrained, or use the {EMBEDDED_MODEL} model"
         ) from error
 
 

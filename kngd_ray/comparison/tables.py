@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kngd_ray._option import option
-from kngd_ray.clip import PRECOMPUTED
+from kngd_ray.clip import EMBEDDED_MODEL, PRECOMPUTED
 from kngd_ray.comparison.metrics import (
     FRONT,
     METRICS,
@@ -426,5 +426,7 @@ def _title(group: Sequence[Row], task: Mapping[str, str]) -> str:
     if model == PRECOMPUTED:
         classes = task.get("model.class_embeddings", "None")
         model, weights = "features", "without class embeddings" if classes == "None" else f"with {Path(classes).name}"
-    parts.append("the shipped CLIP" if model == EMBEDDED else f"{model} {weights if weights != 'None' else ''}".strip())
+    parts.append(
+        "the shipped CLIP" if model == EMBEDDED_MODEL else f"{model} {weights if weights != 'None' else ''}".strip()
+    )
     return ", ".join(parts)

@@ -16,7 +16,8 @@ from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance
-from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import Predictor
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import describe
 from kngd_ray.training.settled import Settled

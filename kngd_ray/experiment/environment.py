@@ -27,7 +27,7 @@ def describe_environment() -> str:
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # not installed where only the packages above ray_jobs are used
+        except PackageNotFoundError:  # not installed here
             continue
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     machine = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}

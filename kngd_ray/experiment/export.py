@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray._option import option
-from kngd_ray.clip import CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
+from kngd_ray.clip import EMBEDDED_MODEL, CLIPHead, CLIPNetwork, ModelConfig, TuneOptions, expand, load_model
 from kngd_ray.clip import peft as peft_layout
 from kngd_ray.clip.adapters import Linear
 from kngd_ray.clip.export import CONFIG, ONNX, WEIGHTS, Exported, export_onnx, export_open_clip, rounding_of
 from kngd_ray.config import parse
 from kngd_ray.console import Display
-from kngd_ray.data import EMBEDDED
 from kngd_ray.errors import UsageError
 from kngd_ray.experiment import model_card
 from kngd_ray.experiment.hub import CARD, check_push, write_card
@@ -23,7 +22,7 @@ from kngd_ray.experiment.run_folder import find_fit
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import artifacts_of
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.resumable import SOURCE, check_same
 from kngd_ray.training.settled import read_settled
@@ -178,7 +177,7 @@ def _write_card(
         "pipeline_tag": "zero-shot-image-classification" if written["open_clip"] else "image-classification",
         "tags": ["clip", "few-shot", "kngd_ray"],
         "base_model": _on_a_hub(source),
-        "license": "apache-2.0" if source.name == EMBEDDED else None,
+        "license": "apache-2.0" if source.name == EMBEDDED_MODEL else None,
     }
     write_card(out, text, {**files, CLASSES: (_CLASSES_SAY,)}, facts)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kngd_ray import __version__
-from kngd_ray.clip import public_name
+from kngd_ray.clip import EMBEDDED_MODEL, public_name
 from kngd_ray.config import Config, flatten
 from kngd_ray.console import cell
 from kngd_ray.data import EMBEDDED
@@ -234,7 +234,7 @@ def _limits(config: Config, report: Mapping[str, Any]) -> str:
 def _licences(config: Config) -> str:
     if config.model.precomputed:
         weights = "unknown to kngd_ray, as is the model that computed the features."
-    elif config.model.name == EMBEDDED:
+    elif config.model.name == EMBEDDED_MODEL:
         weights = "Apache-2.0; `kngd_ray/assets/mini_clip/NOTICE.md` says what they were made from."
     else:
         weights = (

@@ -31,7 +31,8 @@ from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.job import FitEvent, Job
 from kngd_ray.training.loader import cores
 from kngd_ray.training.metrics import load_scorers
-from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import Predictor
 from kngd_ray.training.start import describe_start
 
 

@@ -27,7 +27,8 @@ from kngd_ray.training.kalman import KalmanNGD, chosen_variance
 from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.metrics import correct
 from kngd_ray.training.network_predictor import NetworkPredictor
-from kngd_ray.training.predict import TAU_GRID, PosteriorOptions, Predictor
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import TAU_GRID, Predictor
 
 _MAX_LOG_T = 3.0
 _SPREAD = 10.0  # of log T a priori

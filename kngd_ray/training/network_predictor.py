@@ -24,7 +24,8 @@ from kngd_ray.filters import Belief, Family, variances
 from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 from kngd_ray.training.pixels import Pixels
-from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions, Prediction, centred_variances, moderated
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import DRAWS_SEED, Prediction, centred_variances, moderated
 from kngd_ray.training.streamed import ADAPTERS
 
 _AT_ONCE = 64  # pictures

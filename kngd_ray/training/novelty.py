@@ -39,7 +39,8 @@ from kngd_ray.training.fit import FitTask, begin, fit, head_task
 from kngd_ray.training.folds import fold_of, single
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState
-from kngd_ray.training.predict import PosteriorOptions, Predictor, centred_variances
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import Predictor, centred_variances
 
 _LEFT_OUT = 8  # shots of which each is left out of a fit of its own
 _TOGETHER = 1 << 28  # bytes of covariances that advance together

@@ -31,7 +31,7 @@ from kngd_ray.training.checkpoint import load as load_checkpoint
 from kngd_ray.training.kalman import KalmanNGD, nested
 from kngd_ray.training.method import load_head
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.resumable import SOURCE, latest
 from kngd_ray.training.settled import CALIBRATION
 from kngd_ray.training.streamed import family_of

@@ -9,7 +9,7 @@ from kngd_ray.errors import CheckpointError
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.novelty import Novelty
-from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
 
 CALIBRATION = "calibration.json"
 

@@ -21,7 +21,7 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.kalman import KalmanNGD, nested
 from kngd_ray.training.method import MethodState, load_head
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.predict import PosteriorOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.streamed import ADAPTERS, StreamedPosterior
 
 

@@ -21,7 +21,8 @@ from kngd_ray.errors import FilterError
 from kngd_ray.training.batches import Support
 from kngd_ray.training.method import Method
 from kngd_ray.training.metrics import correct
-from kngd_ray.training.predict import TAU_GRID, PosteriorOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
+from kngd_ray.training.predict import TAU_GRID
 
 _EPSILON = 1e-9  # nats
 _HALF_LIFE = 50.0  # samples

@@ -35,7 +35,7 @@ class SearchOptions:
         scheduler: ``asha`` stops a trial that is worse than others after its first support sets.
         trial: ``local`` runs a trial in one process, ``batched`` several of one shape at once in one, ``train``
             each as a Ray Train job of ``trainer.num_workers`` ranks. ``auto`` takes ``train`` where a covariance is
-            too large for one process, ``local`` with a scheduler, ``batched`` otherwise.
+            above 1 GiB; ``local`` above 16 MiB, with a scheduler or with trained towers; ``batched`` otherwise.
         concurrency: processes that run trials at the same time; None is as many as the CPUs allow.
         cpus_per_trial: CPU cores that each of them reserves.
         max_failures: number of failed trials after which the search stops.

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import failing
@@ -224,3 +225,24 @@ def test_an_unreachable_cluster_is_one_sentence() -> None:
     )
     found: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "SENTENCE cannot reach the Ray cluster at 127.0.0.1:1" in found.stdout, found.stderr
+
+
+@pytest.mark.slow
+def test_workers_of_an_interrupted_driver_end(ray_up: None, tmp_path: Path) -> None:
+    """In a Ray that is not ours to stop they would train on, and write beside those of whoever resumes."""
+    fits = {"kalman-seed1": long_task(2000)}
+    pids: set[int] = set()
+
+    def on_event(event: FitEvent) -> None:
+        if event.record is not None and event.record["step"] >= 5:
+            pids.update(worker.pid for worker in own_workers())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(Job(fits, IDENTITY, tmp_path, checkpoint_every=5), TrainerConfig(num_workers=2), on_event)
+    assert len(pids) == 2
+    _, left = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=120)
+    assert not left
+    found = latest(tmp_path / "fits" / "kalman-seed1")
+    assert found is not None
+    assert found.manifest["step"] < 2000

@@ -32,6 +32,7 @@ from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
 from kngd_ray.data import DataConfig
 from kngd_ray.errors import UsageError, nearest, printable
+from kngd_ray.filters import Calibrated, ZeroShot
 from kngd_ray.training.options import FitOptions, check_streamed, streamed
 from kngd_ray.training.posterior_options import PosteriorOptions
 
@@ -167,6 +168,8 @@ class Config(FitOptions):
             raise ValueError("seeds is empty; name at least one")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ and be 0 or more")
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError(f"baselines is {list(self.baselines)}; name each method once")
         if self.prior is not None and not self.prior.strip():
             raise ValueError("prior is empty; name a run, a fit's folder or a checkpoint's, or leave it out")
         if self.protocol == "cdg" and not self.targets:
@@ -252,7 +255,9 @@ def _depth_errors() -> Iterator[None]:
 
 
 def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What settings replace beside what they name: a prior has one variance, of weights or of logits; towers too.
+    """What settings replace beside what they name.
+
+    A prior has one variance, of weights or of logits; towers too. And gamma is not the same of all prior means.
 
     Args:
         settings: values by dotted key, of one layer.
@@ -260,6 +265,14 @@ def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     Returns:
         Dotted keys and values to be set before them; none where they name both, which is for the validation to judge.
     """
+    mean, own = settings.get("filter.mean"), "filter.mean.gamma"
+    known = isinstance(mean, str) and mean in _MEANS and own not in settings
+    gamma = [(own, _MEANS[mean].gamma)] if known else []
+    return [*gamma, *_other_variances(settings)]
+
+
+def _other_variances(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The prior variances that settings replace."""
     p0, logit_variance, spread = (f"filter.{name}" for name in ("p0", "logit_variance", "logit_spread"))
     towers, of_towers = "filter.towers", "filter.tower_logit_variance"
     in_weights = settings.get(p0) is not None or settings.get(towers) is not None
@@ -271,6 +284,9 @@ def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if settings.get(logit_variance) is not None and p0 not in settings:
         return [(p0, None)]
     return []
+
+
+_MEANS: Mapping[Any, ZeroShot | Calibrated] = {"zero_shot": ZeroShot(), "calibrated": Calibrated()}
 
 
 def _default_preset(method: Any, parameters: Any) -> Any:

@@ -220,6 +220,13 @@ def test_novelty_follows_a_belief_that_narrows(train, tests) -> None:
     assert clf.novelty(tests[0]).mean() > 1.5 * as_it_was
 
 
+def test_a_fit_that_does_not_reach_its_mode_warns(train) -> None:
+    settings = {"posterior.folds": 0, "filter.iterations": 2}
+    model = KalmanCLIP("precomputed", class_embeddings=class_embeddings(), settings=settings)
+    with pytest.warns(UserWarning, match="2 linearisations of a step did not reach the mode"):
+        model.fit(*train)
+
+
 def test_few_recent_pictures_are_kept() -> None:
     first = Novelty(tuple(float(n) for n in range(1, 101)))
     renewed = first.renewed(torch.tensor([0.5, 200.0]))

@@ -1,5 +1,6 @@
 """A fit without folders: what it learned stays in memory, in the form of a checkpoint."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from kngd_ray.storage import storage_errors
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration
 from kngd_ray.training.checkpoint import Checkpoint, save
-from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.fit import FitTask, StepRecord, fit
 from kngd_ray.training.kalman import FORESEEN
-from kngd_ray.training.method import MethodState
+from kngd_ray.training.method import MethodState, stopped_short
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance
 from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.predict import Predictor
@@ -72,7 +73,15 @@ def learn(task: FitTask, identity: Mapping[str, Any], device: str) -> Checkpoint
     Returns:
         The checkpoint that a run would have written, without a folder.
     """
-    state, steps = fit(task, device=device).state(), task.sampler.steps
+    unsettled = []
+
+    def on_step(record: StepRecord) -> None:
+        if record.stats is not None and record.stats.unsettled:
+            unsettled.append(record.step)
+
+    state, steps = fit(task, device=device, on_step=on_step).state(), task.sampler.steps
+    if unsettled:
+        warnings.warn(stopped_short(task.options.filter.iterations), stacklevel=3)
     manifest = describe(task, identity) | {
         "step": steps,
         "steps": steps,

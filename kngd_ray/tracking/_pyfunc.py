@@ -9,7 +9,7 @@ from typing import Any
 _NEEDED = ("kngd_ray", "torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pandas", "pillow", "mlflow")
 # 8 x 8 grey pixels, so that the model's page shows what a request looks like
 _EXAMPLE = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR4nGNsYIAAJlINAwAVWAEM3Bx2AgAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR4nGNsYIAAJgaKGAAmCACQXTClHgAAAABJRU5ErkJggg=="
 )
 
 

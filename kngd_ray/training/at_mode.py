@@ -123,7 +123,7 @@ class ModePosterior(InMemoryPosterior):
             own = own + found.step.flatten().to(own.dtype)
             covariance = {name: {**P, "B": found.B, "A": found.A}}
             figures = figures.new_tensor([0.0, found.nis, found.log_evidence, float(found.settled)])
-        failed, nis, log_evidence, _ = group.sum(figures).tolist()
+        failed, nis, log_evidence, settled = group.sum(figures).tolist()
         if failed:
             if refused is not None:
                 raise refused
@@ -138,4 +138,5 @@ class ModePosterior(InMemoryPosterior):
             nis,
             len(seen.labels) * classes,
             log_evidence,
+            settled=bool(settled),
         )

@@ -164,6 +164,7 @@ class KalmanNGD:
             bytes_moved=self.group.bytes_moved - moved,
             covariance_bytes=covariance_bytes(self.belief.covariance),
             log_predictive=update.log_predictive,
+            unsettled=None if update.settled else 1,
         )
 
     def state(self) -> MethodState:

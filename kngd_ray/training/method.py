@@ -35,6 +35,7 @@ class StepStats:
         covariance_bytes: bytes of the covariance that this rank holds.
         log_predictive: of a batch that is scored, the log-probability of its labels under the belief before the step,
             nats, summed over samples, at each tau of the posterior; at tau = 0 alone where there is no belief.
+        unsettled: 1 where the step was to end at a mode and did not come to it; None elsewhere.
     """
 
     nll: float
@@ -48,6 +49,22 @@ class StepStats:
     bytes_moved: int | None = None
     covariance_bytes: int | None = None
     log_predictive: tuple[float, ...] | None = None
+    unsettled: int | None = None
+
+
+def stopped_short(iterations: int) -> str:
+    """What to say of a step that is `unsettled`.
+
+    Args:
+        iterations: linearisations that it may make.
+
+    Returns:
+        A sentence without its full stop.
+    """
+    return (
+        f"{iterations} linearisations of a step did not reach the mode, and predictions are of where it stopped: raise "
+        "filter.iterations, or lower the prior variance"
+    )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Update:
         jitter: what S needed on its diagonal to factor.
         gated: observations that the gate gave less weight or left out, a scalar.
         log_predictive: of a batch that is scored, the log-probability of its labels at each of the posterior's taus.
+        settled: whether it ended at the mode, where that is what it is for.
     """
 
     belief: Belief
@@ -47,6 +48,7 @@ class Update:
     jitter: float = 0.0
     gated: Tensor | int = 0
     log_predictive: tuple[float, ...] | None = None
+    settled: bool = True
 
     @classmethod
     def of(cls, belief: Belief, noise: Tensor, seen: BatchSeen, outcome: StreamedOutcome) -> "Update":

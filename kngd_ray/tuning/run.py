@@ -2,6 +2,7 @@
 
 <storage_path>/<name>/config.yaml      what trials start from
                       search.yaml      options and space
+                      task.json        what trials are scored on: shots, classes, model
                       study.journal    Optuna's study
                       records/         what is logged
                       champion.yaml    the winner, as a preset
@@ -38,6 +39,7 @@ from kngd_ray.tuning import Driver, SearchStudy, TrialResult, Workload, fit_alon
 from kngd_ray.tuning.figures import study_figures
 from kngd_ray.tuning.file import SearchConfig, save_search
 from kngd_ray.tuning.records import SearchRecords
+from kngd_ray.tuning.same_task import check_same_task
 
 CHAMPION = "champion.yaml"
 _PATIENCE = 5.0  # seconds that Ctrl-C waits for MLflow
@@ -97,6 +99,7 @@ def tune(
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
         folder = run_folder.existing(config) if resume else run_folder.create(config)
+        check_same_task(folder, prepared, search.options.seeds)
         work = Workload(
             replace(config, tracking=TrackingConfig(), trainer=TrainerConfig()),
             search.options,

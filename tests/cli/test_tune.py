@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def test_json_and_what_is_left(tune, command) -> None:
     assert set(trained["id"]["accuracy"]) == {"mean", "low", "high"}, "fitted on the seeds of the configuration"
     assert json.loads((command.run("s") / "results.json").read_text()) == report
     names = {path.name for path in command.run("s").iterdir() if not path.name.startswith(".")}
-    assert names == {"config.yaml", "search.yaml", JOURNAL, "drivers", "records", "champion.yaml", "results.json"}
+    written = {"config.yaml", "search.yaml", "task.json", "champion.yaml", "results.json"}
+    assert names == {*written, JOURNAL, "drivers", "records"}
     assert list((command.run("s") / "drivers").iterdir()) == []
 
 
@@ -201,6 +203,23 @@ def test_prolonging_a_search(tune, resume, command) -> None:
     assert longer["run"] == f"s-trial-{longer['best']['trial']}"
     assert longer["test"]["id"] == whole["test"]["id"]
     assert resume("s").json == longer, "it keeps its new length"
+
+
+def test_a_search_goes_on_with_its_own_data_only(tune, resume, command) -> None:
+    """Trials on easier data would win for that alone."""
+    own = command.folder / "own.parquet"
+    shutil.copyfile(command.data, own)
+    begun = ("trainer.name=s", "search.num_samples=2", "data.train_domain=noto", f"data.path={own}")
+    assert tune(*begun, "--json").code == 0
+    before = (command.run("s") / JOURNAL).read_bytes()
+    table = pq.read_table(own)
+    pq.write_table(table.take(list(range(0, len(table), 2))), own)
+    outcome = resume("s", "search.num_samples=4")
+    assert outcome.code == 2
+    assert "the search s was begun with other training shots" in outcome.sentence
+    assert (command.run("s") / JOURNAL).read_bytes() == before
+    shutil.copyfile(command.data, own)
+    assert resume("s", "search.num_samples=3").json["trials"]["finished"] == 3
 
 
 def interrupt_at(monkeypatch, owner: type, name: str, call: int, after: bool) -> None:

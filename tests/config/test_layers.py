@@ -20,7 +20,7 @@ from kngd_ray.config import (
 )
 from kngd_ray.configs import names
 from kngd_ray.errors import UsageError
-from kngd_ray.filters import Calibrated, Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk
+from kngd_ray.filters import Calibrated, Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk, ZeroShot
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
 from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import PosteriorOptions
@@ -135,6 +135,14 @@ def test_a_new_kind_drops_options_of_earlier_layers(file) -> None:
 def test_shared_options_outlive_a_new_kind() -> None:
     config = load_config(None, ["observation=cosine", "observation.r0=7", "observation.0=probability"])
     assert config.observation == (Probability(r0=7.0),)
+
+
+def test_gamma_is_not_shared_by_prior_means() -> None:
+    """Of one it is CLIP's own logits at 1, of the other where they are calibrated."""
+    assert load_config(None, ["filter.mean=zero_shot"]).filter.mean == ZeroShot(gamma=1.0)
+    assert load_config(None, ["filter.mean=zero_shot", "filter.mean.gamma=0.5"]).filter.mean == ZeroShot(gamma=0.5)
+    assert load_config(None, ["preset=loko"]).filter.mean == ZeroShot(gamma=0.85)
+    assert load_config(None, ["preset=loko", "filter.mean=calibrated"]).filter.mean == Calibrated()
 
 
 def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None:

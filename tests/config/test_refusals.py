@@ -92,6 +92,7 @@ def test_wrong_setting(subtests: pytest.Subtests) -> None:
         ("seeds=[]", ["seeds is empty"]),
         ("seeds=1,1", ["seeds is [1, 1]", "must differ"]),
         ("seeds=-1", ["seeds is [-1]", "0 or more"]),
+        ("baselines=adamw,adamw", ["baselines is ['adamw', 'adamw']", "each method once"]),
         ("prior=''", ["prior is empty", "name a run"]),
         ("adapter=[]", ["adapter is empty", "class_residual"]),
         ("observation=[]", ["observation is empty", "cosine"]),

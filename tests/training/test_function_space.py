@@ -16,7 +16,7 @@ from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import calibrate, decided_task, predictor_of
-from kngd_ray.training.fit import FitTask, begin, fit
+from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.interval import probability_interval, probability_std
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance, variance_left_out
@@ -257,6 +257,17 @@ def test_the_loss_of_the_shots_never_rises_over_linearisations():
         distance = float((torch.linalg.solve(P["B"], D) * torch.linalg.solve(P["A"], D.mT).mT).sum())
         losses.append(loss + distance / 2)
     assert all(later <= before + 1e-6 for before, later in pairwise(losses))
+
+
+@pytest.mark.parametrize(("iterations", "unsettled"), [(2, 1), (40, None)])
+def test_a_step_that_stops_short_of_its_mode_says_so(iterations, unsettled):
+    records: list[StepRecord] = []
+    support, texts = made(8)
+    fit(
+        task_of(support, texts, SCALE, *FIXED, "filter.tolerance=1e-2", f"filter.iterations={iterations}"),
+        on_step=records.append,
+    )
+    assert [record.stats.unsettled for record in records if record.stats is not None] == [unsettled]
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,19 @@ class ImageSet:
 
         The order of rows, and where the files lie, have no part in it.
         """
-        names = [self.class_names[label] for label in self.labels.tolist()]
-        rows = sorted(zip(self.keys.tolist(), names, self.domains.tolist(), self.splits.tolist(), strict=True))
+        return self._digest(np.arange(len(self)))
+
+    @cached_property
+    def test_digest(self) -> str:
+        """The same of its test pictures alone."""
+        return self._digest(np.flatnonzero(self.splits == "test"))
+
+    def _digest(self, which: Ints) -> str:
+        names = [self.class_names[label] for label in self.labels[which].tolist()]
+        columns = (array[which].tolist() for array in (self.keys, self.domains, self.splits))
+        keys, domains, splits = columns
         digest = hashlib.sha256()
-        for key, *rest in rows:
+        for key, *rest in sorted(zip(keys, names, domains, splits, strict=True)):
             digest.update(key + "\0".join(rest).encode() + b"\n")
         return digest.hexdigest()[:32]
 

@@ -140,6 +140,7 @@ def _alpha(overrides: Sequence[str]) -> tuple[float | None, list[str]]:
                 raise UsageError(f"alpha is {value}; it must lie in [0, 1], from pretrained to trained.")
             alpha = float(value)
         elif key.startswith(("model.", "trainer.")) or key == "data.cache_dir":
+            run_folder.check_place(key)
             settings.append(text)
         else:
             raise UsageError(

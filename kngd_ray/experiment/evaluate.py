@@ -17,7 +17,7 @@ from kngd_ray.errors import UsageError
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.learned import check_names, tell_changes, untested
 from kngd_ray.experiment.prepared import prepare
-from kngd_ray.experiment.run_folder import find_fit, read_config
+from kngd_ray.experiment.run_folder import check_place, find_fit, read_config
 from kngd_ray.experiment.task import open_task, open_tests
 from kngd_ray.tracking import reliability_diagram
 from kngd_ray.training.evaluation import ID
@@ -134,7 +134,13 @@ def _given(file: Path | None, overrides: Sequence[str]) -> set[str]:
                 f"evaluate takes the fit and its posterior from the run: leave out {key}, "
                 "only settings of data, model and trainer can change."
             )
+        if key in _DRAWN:
+            raise UsageError(f"evaluate draws no shots: leave out {key}.")
+        check_place(key)
     return set(given)
+
+
+_DRAWN = ("data.shots", "data.draw")
 
 
 def _same(path: str | tuple[str, ...], other: str | tuple[str, ...]) -> bool:

@@ -99,7 +99,7 @@ def check_names(task: Task, manifest: Mapping[str, Any], *, own: bool) -> None:
 
 
 def tell_changes(prepared: TaskData, manifest: Mapping[str, Any], say: Say) -> None:
-    """Say where a fit's own data, as it is now, would have given it other shots.
+    """Say where a fit's own data, as it is now, would have given it other shots or other tests.
 
     Args:
         prepared: its own data, with its own settings.
@@ -121,6 +121,8 @@ def tell_changes(prepared: TaskData, manifest: Mapping[str, Any], say: Say) -> N
             f"the data or its splits were changed since the fit: {lost} of the {len(rows)} shots that it would be given"
             " now are others, and figures cannot be compared with those of its run"
         )
+    elif learned.tested not in {None, prepared.images.test_digest}:
+        say("the test data was changed since the fit, and figures cannot be compared with those of its run")
 
 
 def tell_overlap(task: Task, priors: Mapping[int, Prior], say: Say) -> None:
@@ -195,7 +197,7 @@ def learned_by(prepared: TaskData, seed: int, prior: Prior | None) -> Learned | 
         return None
     if len(shots) + len(earlier) > MOST:
         earlier, complete = frozenset(), False
-    return Learned(shots, earlier, complete, prepared.images.numbered)
+    return Learned(shots, earlier, complete, prepared.images.numbered, prepared.images.test_digest)
 
 
 def begun(keys: Keys) -> frozenset[str]:

@@ -213,6 +213,19 @@ def fit_of(run: Path, method: str, seed: int) -> Path:
     return fit
 
 
+def check_place(key: str) -> None:
+    """Refuse to look for a run where a setting says that others are written.
+
+    Args:
+        key: of a setting beside the name of a run.
+
+    Raises:
+        UsageError: it is the folder of all runs.
+    """
+    if key == "trainer.storage_path":
+        raise UsageError(f"{key} is where runs are written: name the folder of the run with {option('storage_path')}.")
+
+
 def find_fit(target: str, storage_path: str) -> Path:
     """The fit that a user means by a run, a fit's folder or a checkpoint's.
 

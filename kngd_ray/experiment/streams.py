@@ -14,7 +14,7 @@ from kngd_ray.console import Display, stacked
 from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.stream import Look, Met, Stage, Stream, prequential, retention
+from kngd_ray.training.stream import Look, Met, Stream, prequential, retention, stages_of
 
 METRICS = "stream/"
 _FIGURES = ("accuracy", "nll", "tau")
@@ -33,9 +33,7 @@ def stream_of(prepared: TaskData, seed: int) -> Stream | None:
     config, split = prepared.config, prepared.splits[seed]
     if config.protocol != "stream":
         return None
-    order = config.data.order or ()
-    each = len(split.support) // max(len(order), 1)
-    stages = [Stage(domain, (n + 1) * each) for n, domain in enumerate(order)]
+    stages = stages_of(config.data.order or (), len(split.support))
     tested = prepared.images.domains[split.id_test]
     tests = {str(domain): prepared.features(split.id_test[tested == domain]) for domain in np.unique(tested)}
     return Stream(config.posterior, stages, tests)

@@ -144,13 +144,15 @@ class BatchSampler:
 
     Args:
         support: the training shots.
-        batch_size: global batch size, 0 for all shots; the last batch of an epoch may be smaller.
+        batch_size: global batch size, 0 for all shots; the last batch of an epoch, and before each of `ends`, may be
+            smaller.
         epochs: passes over the shots.
         seed: of the shuffles; each epoch has its own.
         prequential: take each batch of the first epoch `epochs` times running before the next one: the same steps in
             another order, in which every batch except the first is met by a fit that has learned from all batches
             before it.
         in_order: take the shots in the order in which they are, without shuffling them.
+        ends: numbers of shots, rising, after which no batch goes on.
         all_views: give all views of each picture at once, as samples; otherwise a different one in each epoch, first
             the picture as it is.
     """
@@ -164,13 +166,18 @@ class BatchSampler:
         *,
         prequential: bool = False,
         in_order: bool = False,
+        ends: Sequence[int] = (),
         all_views: bool = False,
     ) -> None:
         self.support = support
         self.seed = seed
         batch_size = batch_size or max(len(support), 1)
         self.batch_size = batch_size
-        self.steps_per_epoch = -(-len(support) // batch_size)
+        self._bounds = [0]
+        for end in (*ends, len(support)):
+            starts = range(self._bounds[-1], end, batch_size)
+            self._bounds += [min(start + batch_size, end) for start in starts]
+        self.steps_per_epoch = len(self._bounds) - 1
         self.steps = self.steps_per_epoch * epochs
         self._repeats = epochs if prequential else 0
         self._in_order = in_order
@@ -191,6 +198,10 @@ class BatchSampler:
         part = part.view(chosen.turn % views)
         return chosen.batch(part.features, part.labels)
 
+    def before(self, step: int) -> int:
+        """How many shots come before those of a step, in their order of batches that are taken once or in turns."""
+        return self._bounds[step // self._repeats if self._repeats else step]
+
     def chosen(self, step: int, rank: int = 0, world_size: int = 1) -> "Chosen":
         """Which shots those are."""
         epoch, position = (0, step // self._repeats) if self._repeats else divmod(step, self.steps_per_epoch)
@@ -198,7 +209,7 @@ class BatchSampler:
             count = len(self.support)
             shuffled = None if self._in_order else torch.randperm(count, generator=seeded(self.seed, epoch))
             self._epoch, self._order = epoch, torch.arange(count) if shuffled is None else shuffled
-        picked = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        picked = self._order[self._bounds[position] : self._bounds[position + 1]]
         sizes = split_evenly(len(picked), world_size)
         turn = step % self._repeats if self._repeats else epoch
         return Chosen(picked.split(sizes)[rank], sizes, rank, step, turn, bool(self._repeats) and turn == 0)

@@ -98,6 +98,7 @@ class FitTask:
             self.seed,
             prequential=prequential,
             in_order=ordered,
+            ends=[] if self.stream is None else [stage.end for stage in self.stream.stages],
             all_views=options.at_mode,
         )
 
@@ -368,7 +369,7 @@ class _Meeting:
     def __init__(self, task: FitTask, stream: Stream, method: Method, group: Group, device: torch.device | str) -> None:
         self._task, self._stream, self._method = task, stream, method
         self._group, self._device = group, device
-        self._size, self._turns = task.sampler.batch_size, max(task.options.epochs, 1)
+        self._sampler, self._turns = task.sampler, max(task.options.epochs, 1)
         self._tests = {name: test.to(device) for name, test in stream.tests.items()}
         self._kalman = method if isinstance(method, KalmanNGD) else None
         self._foresight = Foresight(stream, None if self._kalman is None else self._kalman.foreseen)
@@ -408,7 +409,7 @@ class _Meeting:
         """What the tests say after a step, if it is the last of a stage or of the stream."""
         if not self._tests or (batch.step + 1) % self._turns:
             return None
-        before = batch.step // self._turns * self._size
+        before = self._sampler.before(batch.step)
         after = before + batch.total
         if not self._stream.looks(before, after, len(self._task.support)):
             return None

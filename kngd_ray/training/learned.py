@@ -25,12 +25,14 @@ class Learned:
         earlier: of those of the fits that it continues, one after another.
         complete: whether all of these keep what they have learned from.
         numbered: whether its data had bare numbers for labels, which ``data.classes`` named.
+        tested: digest of the test pictures of its data, none of which it has learned from; None of earlier versions.
     """
 
     shots: frozenset[str]
     earlier: frozenset[str] = field(default_factory=frozenset)
     complete: bool = True
     numbered: bool = False
+    tested: str | None = None
 
     @property
     def all(self) -> frozenset[str]:
@@ -44,6 +46,7 @@ class Learned:
             "earlier": "".join(sorted(self.earlier)),
             "complete": self.complete,
             "numbered": self.numbered,
+            "tested": self.tested,
         }
 
 
@@ -64,9 +67,13 @@ def read_learned(manifest: Mapping[str, Any]) -> Learned | None:
         return None
     try:
         return Learned(
-            _cut(entry["shots"]), _cut(entry["earlier"]), entry["complete"] is True, entry["numbered"] is True
+            _cut(entry["shots"]),
+            _cut(entry["earlier"]),
+            entry["complete"] is True,
+            entry["numbered"] is True,
+            entry.get("tested"),
         )
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the {LEARNED} of a fit's manifest is damaged: use another checkpoint.") from error
 
 

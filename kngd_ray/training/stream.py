@@ -41,6 +41,20 @@ class Stage:
     end: int
 
 
+def stages_of(order: Sequence[str], count: int) -> list[Stage]:
+    """The stages of a stream with as many samples of each.
+
+    Args:
+        order: their domains; none where samples come as they come.
+        count: samples of the stream.
+
+    Returns:
+        The stages.
+    """
+    each = count // max(len(order), 1)
+    return [Stage(domain, (n + 1) * each) for n, domain in enumerate(order)]
+
+
 @dataclass(frozen=True)
 class Stream:
     """What makes a fit one of a stream.

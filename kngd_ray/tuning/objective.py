@@ -19,7 +19,7 @@ from kngd_ray.training.calibration import calibration_of, decided_task, held_out
 from kngd_ray.training.fit import FitTask, Towers
 from kngd_ray.training.folds import single
 from kngd_ray.training.start import HeadStart
-from kngd_ray.training.stream import Stream
+from kngd_ray.training.stream import Stream, stages_of
 from kngd_ray.tuning.fitting import Fitted, evidence
 from kngd_ray.tuning.options import SearchOptions
 from kngd_ray.tuning.space import Space, Value
@@ -62,6 +62,8 @@ class Workload:
 
     def task(self, config: Config, seed: int) -> FitTask:
         """The fit of a configuration on a support set."""
+        stages = stages_of(config.data.order or (), len(self.shots[seed]))
+        stream = Stream(config.posterior, stages) if config.protocol == "stream" else None
         return FitTask(
             config.fit_options,
             seed,
@@ -69,7 +71,7 @@ class Workload:
             self.class_embeddings,
             self.logit_scale,
             towers=self.towers,
-            stream=Stream(config.posterior) if config.protocol == "stream" else None,
+            stream=stream,
             head=HeadStart.of(config.fit_options, self.features[seed]) if seed in self.features else None,
         )
 

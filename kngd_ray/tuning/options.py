@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kngd_ray.errors import UsageError
+
 Objective = Literal["log_posterior", "evidence", "held_out_nll", "held_out_accuracy"]
 
 # Whether more is better.
@@ -83,6 +85,20 @@ class SearchOptions:
     def directions(self) -> list[Literal["maximize", "minimize"]]:
         """Optuna's direction of each objective."""
         return [DIRECTIONS[name] for name in self.objective]
+
+    def check_single_shots(self) -> None:
+        """Refuse objectives that say nothing where no class has two shots.
+
+        Raises:
+            UsageError: there is one.
+        """
+        for name in self.objective:
+            if name in {"held_out_nll", "held_out_accuracy"}:
+                raise UsageError(
+                    f"search.objective is {name}, and no class has two shots: a fold would be of classes that nothing "
+                    "was learned of, and the less a trial learns, the better it would look. Give data.shots=2 or more, "
+                    "or take search.objective=log_posterior, by which the priors of the space decide."
+                )
 
     @property
     def cross_validated(self) -> bool:

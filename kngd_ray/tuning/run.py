@@ -34,6 +34,7 @@ from kngd_ray.experiment.run import compute_threads, train
 from kngd_ray.experiment.task import open_shots
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.tracking import Publisher, Status, resolve_uri
+from kngd_ray.training.folds import single
 from kngd_ray.training.options import FitOptions
 from kngd_ray.tuning import Driver, SearchStudy, TrialResult, Workload, fit_alone, fit_together, mode_of, run_here
 from kngd_ray.tuning.figures import study_figures
@@ -98,6 +99,8 @@ def tune(
         session.enter_context(backend.session(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
+        if all(single(prepared.support(seed).labels) for seed in search.options.seeds):
+            search.options.check_single_shots()
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         check_same_task(folder, prepared, search.options.seeds)
         work = Workload(

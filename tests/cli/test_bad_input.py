@@ -254,6 +254,10 @@ def test_evaluate_refuses_what_it_would_ignore(command) -> None:
     file.write_text("filter.covariance: dense\n")
     refused(command("evaluate", command.run("e"), file), USAGE, "leave out filter.covariance")
     refused(command("evaluate", command.run("e"), "data.shot=8"), USAGE, "did you mean data.shots?")
+    refused(command("evaluate", command.run("e"), "data.shots=8"), USAGE, "draws no shots: leave out data.shots")
+    elsewhere = f"trainer.storage_path={command.folder}"
+    for name in ("evaluate", "ensemble"):  # which would look for it where it always does
+        refused(command(name, command.run("e"), elsewhere), USAGE, "name the folder of the run with --storage-path")
 
 
 def test_evaluate_on_other_data_without_the_domain_that_is_asked_for(command, written) -> None:

@@ -79,7 +79,13 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
     ],
 )
 def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: str) -> None:
-    assert _chosen(load_config(None, settings)) == said
+    assert _chosen(load_config(None, settings), 9) == said
+
+
+def test_a_stream_of_one_batch_has_predicted_nothing_to_choose_by() -> None:
+    stream = load_config(None, ["protocol=stream", "data.order=[a,b]"])
+    assert "tau was chosen by what had been predicted before" in _chosen(stream, 2)
+    assert _chosen(stream, 1) == ""
 
 
 def test_train_json_of_one_seed(command) -> None:

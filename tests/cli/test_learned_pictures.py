@@ -145,6 +145,22 @@ def test_labels_that_changed_in_place_are_told(train, scored, files) -> None:
     assert OTHERS in told
 
 
+def test_tests_that_changed_in_place_are_told(train, scored, files) -> None:
+    """Other labels, or fewer pictures, of test rows alone."""
+    table = feature_table()
+    train("trainer.name=fit")
+    tested = pc.equal(table["split"], "test")
+    fewer = pa.concat_tables([table.filter(pc.invert(tested)), table.filter(tested).slice(4)])
+    for changed in (pa.concat_tables([table.filter(pc.invert(tested)), shifted(table).filter(tested)]), fewer):
+        pq.write_table(changed, files[0])
+        told = scored()[1]
+        assert "the test data was changed since the fit" in told
+        assert OTHERS not in told
+    last_first = table.filter(tested).take(list(reversed(range(pc.sum(tested).as_py()))))
+    pq.write_table(pa.concat_tables([table.filter(pc.invert(tested)), last_first]), files[0])
+    assert "since the fit" not in scored()[1], "another order of rows is no change"
+
+
 @pytest.mark.parametrize("more", ["data.columns.split=null", "data.test_fraction=0.8"])
 def test_splits_that_are_given_anew(settings, train, scored, files, more) -> None:
     table = feature_table()

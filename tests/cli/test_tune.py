@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -205,6 +206,15 @@ def test_prolonging_a_search(tune, resume, command) -> None:
     assert resume("s").json == longer, "it keeps its new length"
 
 
+def test_single_shots_cannot_be_held_out(tune, command) -> None:
+    """Nothing would be learned of the classes of a fold: the narrowest prior would win."""
+    for objective in ("held_out_nll", "held_out_accuracy"):
+        outcome = tune("trainer.name=one", "data.shots=1", f"search.objective={objective}")
+        assert outcome.code == 2
+        assert f"search.objective is {objective}, and no class has two shots" in outcome.sentence
+    assert not command.run("one").exists()
+
+
 def test_a_search_goes_on_with_its_own_data_only(tune, resume, command) -> None:
     """Trials on easier data would win for that alone."""
     own = command.folder / "own.parquet"
@@ -213,7 +223,8 @@ def test_a_search_goes_on_with_its_own_data_only(tune, resume, command) -> None:
     assert tune(*begun, "--json").code == 0
     before = (command.run("s") / JOURNAL).read_bytes()
     table = pq.read_table(own)
-    pq.write_table(table.take(list(range(0, len(table), 2))), own)
+    first = pc.index(table["split"], "train").as_py()
+    pq.write_table(table.take([n for n in range(len(table)) if n != first]), own)
     outcome = resume("s", "search.num_samples=4")
     assert outcome.code == 2
     assert "the search s was begun with other training shots" in outcome.sentence

@@ -15,6 +15,13 @@ def support() -> Support:
     return Support(numbers[:, None], numbers.long())  # a sample's label is its number
 
 
+def test_no_batch_goes_on_after_an_end(support):
+    sampler = BatchSampler(support, 4, epochs=2, seed=0, prequential=True, in_order=True, ends=[6, 7, SHOTS])
+    sizes = [sampler.batch(step).total for step in range(0, sampler.steps, 2)]
+    assert sizes == [4, 2, 1, *[4] * ((SHOTS - 7) // 4), *([(SHOTS - 7) % 4] if (SHOTS - 7) % 4 else [])]
+    assert [sampler.before(step) for step in range(6)] == [0, 0, 4, 4, 6, 6]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 15, 100])
 def test_every_epoch_is_a_permutation(support, batch_size):
     sampler = BatchSampler(support, batch_size, epochs=3, seed=0)

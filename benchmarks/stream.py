@@ -194,7 +194,7 @@ def replayed(config: Config, sequence: Ordered, settings: Settings) -> Run:
     zero_shot = fit(replace(task, options=replace(options, epochs=0), support=part(task.support, 0, 0), stream=None))
     method = zero_shot
     for step in range(sampler.steps):
-        batch, before = sampler.batch(step), step * sampler.batch_size
+        batch, before = sampler.batch(step), sampler.before(step)
         after = before + batch.total
         if step == 0:
             logits = task.logit_scale * batch.inputs @ task.class_embeddings.mT

@@ -14,6 +14,7 @@ from kngd_ray.api.settings import (
     configured_search,
     console_of,
     in_process,
+    notes_of_ignored,
     split,
     storage_of,
     target_of,
@@ -69,7 +70,10 @@ def train(
     from kngd_ray.experiment.run import train as run
     from kngd_ray.results import RunResult
 
-    report = run(config, console_of(console, quiet), RayBackend(), resume=resume is not None)
+    display = console_of(console, quiet)
+    for note in notes_of_ignored(config, given):
+        display.say(note)
+    report = run(config, display, RayBackend(), resume=resume is not None)
     return RunResult(Path(report.pop("folder")), report)
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, overload
 from kngd_ray._keywords import names_setting
 from kngd_ray._option import option
 from kngd_ray._run_layout import DEFAULT_STORAGE
-from kngd_ray.config import Config, load_config
+from kngd_ray.config import Config, load_config, parse_override
 from kngd_ray.configs import names, read_yaml
 from kngd_ray.console import Display
 from kngd_ray.errors import UsageError
+from kngd_ray.training.options import without_effect
 
 if TYPE_CHECKING:
     from kngd_ray.tuning.file import SearchConfig
@@ -134,6 +135,24 @@ def in_process(settings: list[str], source: Any, *, ray: bool) -> list[str]:
     if "trainer.num_workers" in (layer or {}) or (isinstance(trainer, Mapping) and "num_workers" in trainer):
         return settings
     return [_LOCAL, *settings]
+
+
+def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
+    """What to say of settings that change nothing.
+
+    Args:
+        config: that they are a part of.
+        settings: as they were given; those of files may be meant for other methods too.
+
+    Returns:
+        A sentence for each, without its full stop.
+    """
+    notes = []
+    for key, _ in map(parse_override, settings):
+        if (cause := without_effect(config.fit_options, key)) is not None:
+            others = ", and baselines keep their own presets" if config.baselines else ""
+            notes.append(f"{key} has no effect with {cause}{others}")
+    return notes
 
 
 def target_of(run: Any) -> str:

@@ -271,6 +271,31 @@ class FitOptions:
             raise ValueError("tune.checkpointing saves memory of the gradient methods; kalman keeps all layers' inputs")
 
 
+_OF_TOWERS = ("filter.towers", "filter.tower_logit_variance")
+_OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
+
+
+def without_effect(options: FitOptions, key: str) -> str | None:
+    """Why a setting changes nothing of a fit.
+
+    Args:
+        options: of the fit.
+        key: of the setting, dotted.
+
+    Returns:
+        The setting that leaves it without effect, ``method=kalman``; None where it may have one.
+    """
+    head, _, rest = key.partition(".")
+    kalman = options.method == "kalman"
+    if head in ({"optimizer"} if kalman else {"filter", "noise", "observation"}):
+        return f"method={options.method}"
+    if key == "optimizer.momentum" and options.method != "sgd":
+        return f"method={options.method}"
+    if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
+        return f"tune.parameters={options.tune.parameters}"
+    return None
+
+
 def counted_once(options: FitOptions, views: int) -> FitOptions:
     """Options of a filter that observes several views of each picture at once.
 

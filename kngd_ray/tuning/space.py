@@ -13,20 +13,19 @@ The last one has a prior, normal in the value or where the range is logarithmic 
 setting before a shot is seen, by which the objective ``log_posterior`` weighs what the shots say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from math import log
 from typing import Any, Protocol
 
 from kngd_ray.config import Config, flatten, override, parse
 from kngd_ray.errors import UsageError, nearest
-from kngd_ray.training.options import FitOptions
+from kngd_ray.training.options import FitOptions, without_effect
 
 Value = str | int | float | bool
 _CONDITION = "when"
 _BETWEEN = (3 - 5**0.5) / 2  # of the way from a whole number to another: irrational, so that no third lies there
 # What a gradient method does not look at, and what a filter does not.
-_OF_FILTERS, _OF_GRADIENTS = ("filter", "noise", "observation", "posterior"), ("optimizer",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +204,7 @@ class Space:
             UsageError: a key that is not a setting of a fit, or that the method does not look at, or a bad value.
         """
         for dimension in self.dimensions:
-            _check_key(dimension.key, base.method)
+            _check_key(dimension.key, base, {other.key for other in self.dimensions})
             domain = dimension.domain
             for value in domain.ends:
                 self._try(base, dimension, value)
@@ -314,7 +313,7 @@ def _dimension(key: Any, raw: Any) -> Dimension:
     return Dimension(key, domain, when)
 
 
-def _check_key(key: str, method: str) -> None:
+def _check_key(key: str, base: Config, others: Collection[str]) -> None:
     head = key.partition(".")[0]
     known = [f.name for f in fields(FitOptions) if f.name != "method"] + ["posterior"]
     if head not in known:
@@ -324,9 +323,13 @@ def _check_key(key: str, method: str) -> None:
         )
     if key == "posterior.folds":
         raise UsageError(f"space.{key} would score trials on different folds: set it outside of the space.")
-    ignored = _OF_GRADIENTS if method == "kalman" else _OF_FILTERS
-    if head in ignored:
-        raise UsageError(f"space.{key} has no effect with method={method}: leave it out.")
+    cause = without_effect(base.fit_options, key)
+    if head == "posterior" and base.method != "kalman":
+        cause = f"method={base.method}"
+    if key == "posterior.draws" and base.posterior.predict != "draws" and "posterior.predict" not in others:
+        cause = f"posterior.predict={base.posterior.predict}"
+    if cause is not None:
+        raise UsageError(f"space.{key} has no effect with {cause}: leave it out.")
 
 
 def _setting(settings: Mapping[str, Any], key: str) -> Any:

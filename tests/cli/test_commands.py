@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from kngd_ray.api.settings import notes_of_ignored
 from kngd_ray.config import load_config
 from kngd_ray.experiment.run import _chosen
 from kngd_ray.training.metrics import Scores
@@ -80,6 +81,23 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
 )
 def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: str) -> None:
     assert _chosen(load_config(None, settings), 9) == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        (["method=adamw", "filter.logit_variance=5"], ["filter.logit_variance has no effect with method=adamw"]),
+        (
+            ["baselines=adamw", "optimizer.lr=0.5"],
+            ["optimizer.lr has no effect with method=kalman, and baselines keep their own presets"],
+        ),
+        (["tune.rank=64", "tune.views=2"], ["tune.rank has no effect with tune.parameters=adapter"]),
+        (["tune.parameters=lora", "tune.rank=64", "filter.mean.gamma=1", "posterior.folds=3"], []),
+        (["method=sgd", "optimizer.momentum=0.5"], []),
+    ],
+)
+def test_settings_that_change_nothing_are_named(settings: list[str], notes: list[str]) -> None:
+    assert notes_of_ignored(load_config(None, settings), settings) == notes
 
 
 def test_a_stream_of_one_batch_has_predicted_nothing_to_choose_by() -> None:

@@ -130,6 +130,21 @@ def test_the_default_is_searched_by_the_variance_of_its_logits() -> None:
     parse_space({"filter.p0": P0}).check(config)  # or of weights, which takes the place of it
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "cause"),
+    [
+        ([], "filter.towers", "tune.parameters=adapter"),
+        ([], "tune.rank", "tune.parameters=adapter"),
+        ([], "posterior.draws", "posterior.predict=linearised"),
+        (["method=adamw"], "optimizer.momentum", "method=adamw"),
+    ],
+)
+def test_what_other_settings_leave_without_effect_is_refused(settings, key, cause) -> None:
+    space = parse_space({key: {"low": 1, "high": 3, "integer": True}})
+    with pytest.raises(UsageError, match=rf"space\.{key} has no effect with {cause}"):
+        space.check(load_config(None, settings))
+
+
 def test_what_the_method_does_not_look_at_is_refused() -> None:
     with pytest.raises(UsageError, match=r"space\.optimizer\.lr has no effect with method=kalman"):
         checked({"optimizer.lr": P0})

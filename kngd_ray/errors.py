@@ -7,6 +7,7 @@ invariant of our own stays an ordinary exception.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -138,6 +139,18 @@ def redact(text: str) -> str:
     for pattern, shown in _SECRETS:
         text = pattern.sub(shown, text)
     return text
+
+
+def spelled(name: str) -> str:
+    """A name in quotes, so that it is told from another that looks the same.
+
+    Args:
+        name: of a class or a file; macOS writes an accent as a character of its own, Linux and Windows do not.
+
+    Returns:
+        The name, with escapes for what is not ASCII where accents are apart (not Unicode's form NFC).
+    """
+    return repr(name) if unicodedata.is_normalized("NFC", name) else ascii(name)
 
 
 def printable(text: str, keep: str = "") -> str:

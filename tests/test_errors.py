@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from kngd_ray.errors import closest, nearest, printable, redact
+from kngd_ray.errors import closest, nearest, printable, redact, spelled
 
 
 def test_the_end_of_a_message_guesses_and_lists() -> None:
@@ -74,6 +74,11 @@ def test_a_key_is_known_by_its_shape(key: str) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+def test_names_that_look_alike_are_told_apart() -> None:
+    assert spelled("caf\u00e9") == "'caf\u00e9'"
+    assert spelled("cafe\u0301") == r"'cafe\u0301'"
 
 
 def test_control_characters_are_written_out() -> None:

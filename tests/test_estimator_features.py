@@ -144,7 +144,7 @@ def test_rows_in_another_order_are_warned_of(train, recwarn) -> None:
     digits = [("1", "10", "2")[CLASSES.index(name)] for name in train[1]]
     with pytest.warns(UserWarning, match="whole numbers as text, which are sorted as text, '1', '10', '2' and so on"):
         estimator().fit(train[0], digits)
-    with pytest.warns(UserWarning, match="differ by case or spaces alone, 'Ant' and 'ant '"):
+    with pytest.warns(UserWarning, match="differ by case, spaces or the form of accents alone, 'Ant' and 'ant '"):
         estimator().fit(train[0], [{"ant": "Ant", "bee": "ant "}.get(name, name) for name in train[1]])
 
 
@@ -218,6 +218,19 @@ def test_novelty_follows_a_belief_that_narrows(train, tests) -> None:
         assert all(any(q == pytest.approx(float(v), rel=1e-4) for q in quantiles) for v in met)
     as_it_was = first.score(variance_of(clf, tests[0])).mean()
     assert clf.novelty(tests[0]).mean() > 1.5 * as_it_was
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"settings": ["filter.mean.gamma=1"]}, "settings is .* give a mapping of dotted keys"),
+        ({"settings": {3: 1}}, "settings is .* give a mapping of dotted keys"),
+        ({"device": "xpu7"}, "device is 'xpu7'"),
+    ],
+)
+def test_parameters_of_another_kind_are_refused_by_a_sentence(train, given, says) -> None:
+    with pytest.raises(InputError, match=says):
+        KalmanCLIP("precomputed", class_embeddings=class_embeddings(), **given).fit(*train)
 
 
 def test_a_fit_that_does_not_reach_its_mode_warns(train) -> None:

@@ -2,10 +2,11 @@
 
 import ast
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from kngd_ray.clip.builds import torchvision_errors
-from kngd_ray.errors import DataError, UsageError
+from kngd_ray.errors import DataError, UsageError, spelled
 
 _PLACE = "{}"
 _IN_WORDS = "{words}"
@@ -159,16 +160,19 @@ def called_missing(class_names: Sequence[str]) -> str | None:
 
 
 def called_alike(class_names: Sequence[str]) -> str | None:
-    """The line on classes whose names differ by case or spaces alone; None where there are none."""
+    """The line on classes whose names differ by case, spaces or the form of accents alone; None where none do."""
     alike: dict[str, list[str]] = {}
     for name in class_names:
-        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
-    found = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+        alike.setdefault(unicodedata.normalize("NFC", " ".join(name.split())).casefold(), []).append(name)
+    found = [" and ".join(map(spelled, names)) for names in alike.values() if len(names) > 1]
     if not found:
         return None
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     shown = ", ".join(found[:_SHOWN])
-    return f"names of classes differ by case or spaces alone, {shown}{more}: if they are one class, give it one name"
+    return (
+        f"names of classes differ by case, spaces or the form of accents alone, {shown}{more}: if they are one class, "
+        "give it one name"
+    )
 
 
 def _plain(name: str) -> str:

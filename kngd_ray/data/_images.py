@@ -20,7 +20,7 @@ from kngd_ray.data._parquet import parquet_below, scan_parquet
 from kngd_ray.data._source import Ints, Keys, Rows, Source, hint, listing
 from kngd_ray.data._splits import count_copies, settle_splits
 from kngd_ray.data._walk import walk
-from kngd_ray.errors import DataError, closest
+from kngd_ray.errors import DataError, closest, spelled
 
 _ALIKE = 0.8  # likeness from which a class is named as the one that may be meant
 
@@ -180,7 +180,7 @@ def arrange(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
     present = [name for n, name in enumerate(images.class_names) if (images.labels == n).any()]
     unknown = [name for name in present if name not in number]
     if not present or unknown:
-        others = listing([repr(name) for name in unknown], 8) if unknown else "no pictures of them"
+        others = listing([spelled(name) for name in unknown], 8) if unknown else "no pictures of them"
         known = [name for name in present if name in number]
         way = f": leave them out with data.classes=[{','.join(known)}]" if known else ", and none that it knows"
         raise DataError(

@@ -11,7 +11,7 @@ from kngd_ray.data._config import DataConfig
 from kngd_ray.data._images import ImageSet
 from kngd_ray.data._source import Ints, Keys, hint, listing
 from kngd_ray.data._stream import in_order, in_time
-from kngd_ray.errors import DataError
+from kngd_ray.errors import DataError, spelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def sample_shots(
         if len(order) < shots:
             less = f" ({found} with copies)" if found > len(order) else ""
             raise DataError(
-                f"class {name!r} has {len(order)} pictures to train on{less}, fewer than {shots} shots:"
+                f"class {spelled(name)} has {len(order)} pictures to train on{less}, fewer than {shots} shots:"
                 " lower data.shots, add pictures, or leave the class out with data.classes"
             )
         drawn.append(order[:shots])

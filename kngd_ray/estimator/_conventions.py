@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import issparse
 
+from kngd_ray.clip import best_device
 from kngd_ray.errors import InputError, UsageError
 
 
@@ -140,6 +141,46 @@ def weighted_accuracy(found: Sequence[Any], labels: Sequence[Any], sample_weight
     if weights.shape != right.shape or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise InputError(f"{asked}.")
     return float(np.average(right, weights=weights))
+
+
+def device_of(given: Any) -> str:
+    """Where to compute.
+
+    Args:
+        given: a device as torch names it; None is this machine's best.
+
+    Returns:
+        Its name.
+
+    Raises:
+        InputError: torch does not know it, or it is a GPU and there is none that can be used.
+    """
+    if given is None:
+        return best_device()
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device is {given!r}, which torch does not know: give cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and best_device() == "cpu":
+        raise InputError(f"device is {given!r} and this machine has no usable GPU: leave it out.")
+    return str(device)
+
+
+def settings_of(given: Any) -> dict[str, Any]:
+    """Settings by dotted key.
+
+    Args:
+        given: a mapping; None is none.
+
+    Returns:
+        A copy.
+
+    Raises:
+        InputError: it is something else, or a key is no text.
+    """
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+        raise InputError(f"settings is {given!r}: give a mapping of dotted keys, such as {{'filter.mean.gamma': 0.5}}.")
+    return dict(given or {})
 
 
 def array_of(given: Any, what: str) -> np.ndarray[Any, Any]:

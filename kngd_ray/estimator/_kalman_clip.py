@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kngd_ray._layered import plain
 from kngd_ray._run_layout import ESTIMATOR
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, best_device
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._bases import BaseEstimator, ClassifierMixin
@@ -24,7 +24,9 @@ from kngd_ray.estimator._conventions import (
     check_columns,
     classifier_tags,
     columns_of,
+    device_of,
     not_fitted,
+    settings_of,
     weighted_accuracy,
 )
 from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, met
@@ -363,7 +365,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return self
 
     def _config(self) -> Config:
-        settings = dict(self.settings or {})
+        settings = settings_of(self.settings)
         for key in settings:
             if key not in _CROPS and key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
                 raise UsageError(f"settings has {key}, which KalmanCLIP does not take there: leave it out.")
@@ -380,11 +382,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
 
     @property
     def _device(self) -> str:
-        if self.device is None:
-            return best_device()
-        if self.device.startswith("cuda") and best_device() == "cpu":
-            raise InputError(f"device is {self.device!r} and this machine has no usable GPU: leave it out.")
-        return self.device
+        return device_of(self.device)
 
     @property
     def _inputs(self) -> Inputs:

@@ -160,7 +160,7 @@ def _cells(table: pd.DataFrame) -> tuple[str, list[Any]]:
 
 def _several(cell: Any) -> list[Any]:
     """The pictures in a cell: MLflow's server makes one row of a list of texts."""
-    many = isinstance(cell, list) and cell and all(isinstance(item, (str, bytes, dict)) for item in cell)
+    many = isinstance(cell, list) and all(isinstance(item, (str, bytes, dict)) for item in cell)
     return cell if many else [cell]
 
 

@@ -18,6 +18,7 @@ from kngd_ray.experiment import run_folder
 from kngd_ray.storage import write_text
 from kngd_ray.tuning import SearchOptions, Space, Value, parse_space, plain_space
 
+_POINTS = "points"  # of the first trials, in the file of a search that was begun
 # What may change when a search is continued: how long and where it runs, not what it does.
 _CONTINUED = ("num_samples", "max_failures", "concurrency", "cpus_per_trial")
 
@@ -82,7 +83,8 @@ def save_search(folder: Path, search: SearchConfig) -> None:
         folder: of the search.
         search: the search.
     """
-    write_text(folder / SEARCH, search_yaml(search))
+    points = to_yaml({_POINTS: [dict(point) for point in search.points]})  # their presets may change, or go
+    write_text(folder / SEARCH, search_yaml(search) + points)
 
 
 def search_yaml(search: SearchConfig) -> str:
@@ -121,7 +123,12 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
     options |= {key.removeprefix("search."): value for key, value in given.items() if key.startswith("search.")}
     config = run_folder.read_config(folder, about_run)
     config = replace(config, trainer=replace(config.trainer, storage_path=str(folder.parent), name=folder.name))
-    return _checked(config, _options(options), parse_space(_mapping(raw, "space", folder / SEARCH)))
+    space, asked = parse_space(_mapping(raw, "space", folder / SEARCH)), _options(options)
+    points = raw.get(_POINTS)
+    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
+        return _checked(config, asked, space)  # of an earlier version, which kept none
+    found = _checked(config, replace(asked, start=None), space)
+    return replace(found, options=asked, points=points)
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -206,6 +206,20 @@ def test_prolonging_a_search(tune, resume, command) -> None:
     assert resume("s").json == longer, "it keeps its new length"
 
 
+def test_the_first_trials_of_a_search_outlive_their_presets(tune, resume, command) -> None:
+    mine = command.folder / "mine.yaml"
+    mine.write_text("filter: {p0: 0.25}\n")
+    begun = ("trainer.name=s", f"search.start=[{mine}]", "search.num_samples=2", "--json")
+    assert tune(*begun).code == 0
+    first = history(command.run("s"))[0]
+    assert first[2]["filter.p0"] == 0.25
+    mine.unlink()
+    outcome = resume("s", "search.num_samples=3")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["trials"]["finished"] == 3
+    assert history(command.run("s"))[0] == first
+
+
 def test_single_shots_cannot_be_held_out(tune, command) -> None:
     """Nothing would be learned of the classes of a fold: the narrowest prior would win."""
     for objective in ("held_out_nll", "held_out_accuracy"):

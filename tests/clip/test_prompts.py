@@ -107,6 +107,10 @@ def test_names_that_differ_by_case_or_spaces() -> None:
     line = called_alike(["Cat", "cat ", "dog", "sea  bird", "Sea bird"])
     assert line is not None
     assert line.startswith(
-        "names of classes differ by case or spaces alone, 'Cat' and 'cat ', 'sea  bird' and 'Sea bird':"
+        "names of classes differ by case, spaces or the form of accents alone, 'Cat' and 'cat ', "
+        "'sea  bird' and 'Sea bird':"
     )
     assert line.endswith(": if they are one class, give it one name")
+    line = called_alike(["caf\u00e9", "cafe\u0301", "tea"])  # as Linux and as macOS write it
+    assert line is not None
+    assert r"'caf\u00e9' and 'cafe\u0301'".replace(r"\u00e9", "\u00e9") in line

@@ -99,6 +99,24 @@ def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> No
     return {**mapping, head: assign(mapping.get(head, {}), rest, value, layer, full)}
 
 
+def kind_at(node: Node, *path: str) -> Any:
+    """The kind of the choice at a path; None where there is none.
+
+    Args:
+        node: where the path starts.
+        *path: keys of mappings.
+
+    Returns:
+        Its name.
+    """
+    for key in path:
+        if not isinstance(node, dict) or key not in node:
+            return None
+        node = node[key]
+    kind = node.get("kind") if isinstance(node, dict) else node
+    return kind.value if isinstance(kind, Leaf) else None
+
+
 def _numbers(key: Any) -> bool:
     """Whether a key, perhaps dotted, starts with the number of a list's element."""
     return str(key).partition(".")[0].isdecimal()

@@ -4,7 +4,7 @@
                       fits/<fit>/         checkpoints and calibration of each fit
                       records/            what is logged, see :mod:`kngd_ray.tracking`
                       results.json        the final figures
-                      search.yaml         of a search: its options and space
+                      search.yaml         of a search: its options, space and first trials
                       estimator.json      of a saved KalmanCLIP: its labels and parameters
 """
 

@@ -15,7 +15,7 @@ may be written with commas, and whole numbers in a row as a range: ``seeds=0-4,7
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from kngd_ray import configs
-from kngd_ray._layered import Node, T, assign, build, flat, merge, plain, shortened
+from kngd_ray._layered import Node, T, assign, build, flat, kind_at, merge, plain, shortened
 from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
@@ -231,10 +231,10 @@ def load_config(
     with _depth_errors():
         tree: Node = {}
         for number, layer in enumerate(layers):
-            for path, value in _taken_back(dict(flat(layer, ""))):
+            for path, value in _taken_back(_spread(layer.items()), tree):
                 tree = assign(tree, path.split("."), value, number, path)
             tree = merge(tree, layer, number)
-        assignments = [*_taken_back(dict(assignments)), *assignments]
+        assignments = [*_taken_back(_spread(assignments), tree), *assignments]
         for number, (path, value) in enumerate(assignments, start=len(layers)):
             tree = assign(tree, path.split("."), value, number, path)
         tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
@@ -254,20 +254,26 @@ def _depth_errors() -> Iterator[None]:
         raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
 
 
-def _taken_back(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _spread(assignments: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Settings by dotted key, those that are given in a mapping one by one, a choice by its kind."""
+    return {name.removesuffix(".kind"): value for key, given in assignments for name, value in flat(given, key)}
+
+
+def _taken_back(settings: Mapping[str, Any], before: Node) -> list[tuple[str, Any]]:
     """What settings replace beside what they name.
 
     A prior has one variance, of weights or of logits; towers too. And gamma is not the same of all prior means.
 
     Args:
         settings: values by dotted key, of one layer.
+        before: the layers below.
 
     Returns:
         Dotted keys and values to be set before them; none where they name both, which is for the validation to judge.
     """
     mean, own = settings.get("filter.mean"), "filter.mean.gamma"
-    known = isinstance(mean, str) and mean in _MEANS and own not in settings
-    gamma = [(own, _MEANS[mean].gamma)] if known else []
+    other = isinstance(mean, str) and mean in _MEANS and mean != kind_at(before, "filter", "mean")
+    gamma = [(own, _MEANS[mean].gamma)] if other and own not in settings else []
     return [*gamma, *_other_variances(settings)]
 
 
@@ -326,7 +332,7 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     """
     with _depth_errors():
         tree: Node = merge({}, plain(config), 0)
-        changes = [*_taken_back(settings), *settings.items()]
+        changes = [*_taken_back(_spread(settings.items()), tree), *settings.items()]
         for number, (path, value) in enumerate(changes, start=1):
             tree = assign(tree, path.split("."), value, number, path)
         return build(Config, tree, "")

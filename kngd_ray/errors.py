@@ -17,7 +17,9 @@ KEY_SHAPES = (
     r"|github_pat_[A-Za-z0-9_]{30,}|glpat-[\w-]{20,}|sk-[\w-]{32,}|xox[abprs]-[\w-]{20,}|AIza[\w-]{35})"
 )
 _WORDS = (
-    r"(?:password|passwd|passphrase|pwd|(?<!covariance\.)token|secret|signature|credential|api[-_]?key|access[-_]?key|private[-_]?key"
+    # filter.covariance.tokens is none
+    r"(?:password|passwd|passphrase|pwd|(?:(?<!covariance\.)token|token(?!s))(?!s[\"']?\s*[=:]\s*[\"']?(?:exact|reduced)\b)"
+    r"|secret|signature|credential|api[-_]?key|access[-_]?key|private[-_]?key"
     r"|account[-_]?key|shared[-_]?key|access[-_]?id|key[-_]?pair[-_]?id|authorization)"
 )
 _SECRETS = (

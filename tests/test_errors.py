@@ -70,10 +70,17 @@ def test_a_key_is_known_by_its_shape(key: str) -> None:
         "mail me@example.org",
         "noise.process.q=1e-4 data.path=/a/sk-learn.parquet",
         "train filter.covariance.kind=kronecker filter.covariance.tokens=reduced",
+        "filter={'covariance': {'kind': 'kronecker', 'tokens': 'reduced'}}",
+        "filter.covariance.tokens=reducd",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+@pytest.mark.parametrize("text", ["covariance.token=x", "API_TOKENS=x", "{'tokens': 'x'}", "token=reduced"])
+def test_what_is_like_it_goes(text: str) -> None:
+    assert "***" in redact(text)
 
 
 def test_names_that_look_alike_are_told_apart() -> None:

@@ -226,6 +226,7 @@ def test_novelty_follows_a_belief_that_narrows(train, tests) -> None:
         ({"settings": ["filter.mean.gamma=1"]}, "settings is .* give a mapping of dotted keys"),
         ({"settings": {3: 1}}, "settings is .* give a mapping of dotted keys"),
         ({"device": "xpu7"}, "device is 'xpu7'"),
+        ({"device": "meta"}, "device is 'meta'"),
     ],
 )
 def test_parameters_of_another_kind_are_refused_by_a_sentence(train, given, says) -> None:
@@ -236,8 +237,9 @@ def test_parameters_of_another_kind_are_refused_by_a_sentence(train, given, says
 def test_a_fit_that_does_not_reach_its_mode_warns(train) -> None:
     settings = {"posterior.folds": 0, "filter.iterations": 2}
     model = KalmanCLIP("precomputed", class_embeddings=class_embeddings(), settings=settings)
-    with pytest.warns(UserWarning, match="2 linearisations of a step did not reach the mode"):
+    with pytest.warns(UserWarning, match="2 linearisations of a step did not reach the mode") as told:
         model.fit(*train)
+    assert told[0].filename == __file__
 
 
 def test_few_recent_pictures_are_kept() -> None:

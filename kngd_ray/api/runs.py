@@ -113,13 +113,16 @@ def tune(
 
     given = [*overrides, *settings_of(settings, [f.name for f in fields(SearchOptions)])]
     asked, given = split(search, given)
-    file = asked if asked is not None and Path(asked).is_file() else None
+    file = asked if isinstance(asked, (str, os.PathLike)) and Path(asked).is_file() else None
     found = configured_search(asked, in_process(given, file, ray=ray), resume)
     from kngd_ray.cluster.backend import RayBackend
     from kngd_ray.results import SearchResult
     from kngd_ray.tuning.run import tune as run
 
-    report = run(found, console_of(console, quiet), RayBackend(), resume=resume is not None)
+    display = console_of(console, quiet)
+    for note in notes_of_ignored(found.config, [text for text in given if not text.startswith(("search.", "space."))]):
+        display.say(note)
+    report = run(found, display, RayBackend(), resume=resume is not None)
     return SearchResult(Path(found.config.trainer.storage_path).expanduser().resolve() / report["name"], report)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from kngd_ray._keywords import names_setting
+from kngd_ray._layered import flat
 from kngd_ray._option import option
 from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray.config import Config, load_config, parse_override
@@ -71,7 +72,7 @@ def configured_search(
         if search is not None:
             raise UsageError(f"a continued search keeps its settings: leave out {search}.")
         return resumed_search(os.fspath(resume), overrides)
-    if search is None:
+    if not isinstance(search, (str, os.PathLike)):
         raise UsageError(f"name a search, such as noise_priors or a YAML file, or {option('resume', 'SEARCH')}.")
     return load_search(os.fspath(search), overrides)
 
@@ -147,10 +148,11 @@ def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
     Returns:
         A sentence for each, without its full stop.
     """
+    keys = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
     notes = []
-    for key, _ in map(parse_override, settings):
+    for key in dict.fromkeys(keys):
         if (cause := without_effect(config.fit_options, key)) is not None:
-            others = ", and baselines keep their own presets" if config.baselines else ""
+            others = ", and baselines keep their own presets" if config.baselines and cause.startswith("method") else ""
             notes.append(f"{key} has no effect with {cause}{others}")
     return notes
 

@@ -37,7 +37,7 @@ _NOBODY = "none"
 def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], None]) -> None:
     """Run a job to its end on the workers of a Ray Train job; Ray must be up.
 
-    Workers that a driver has left behind when it was killed write no checkpoint any more once another has taken over.
+    Workers that a driver has left behind write no checkpoint once it was interrupted, or another has taken over.
 
     Args:
         job: the fits.
@@ -87,10 +87,7 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
             if ended and not events:
                 break
     except BaseException:
-        with suppress(
-            KngdError
-        ):  # in a Ray that outlives this process the job would go on: its next checkpoint ends it
-            write_text(records / _DRIVER, _NOBODY)
+        _leave(records / _DRIVER, name)
         raise
     queue.shutdown(force=True)
     if isinstance(running.error, TrainingFailedError):
@@ -98,6 +95,13 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
         raise reason from running.error
     if running.error is not None:
         raise running.error
+
+
+def _leave(place: Path, name: str) -> None:
+    """Let the workers of a job end at their next checkpoint, which in a Ray that outlives this process go on."""
+    with suppress(OSError, StorageError):
+        if place.read_text() == name:  # and no other driver has taken over
+            write_text(place, _NOBODY)
 
 
 def job_fitter(trainer: TrainerConfig, folder: Path) -> Callable[[Sequence[FitTask]], list[Fitted | FilterError]]:
@@ -188,10 +192,10 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 
 def _still_driven(folder: Path, name: str) -> None:
-    """Refuse to write beside the workers of another driver.
+    """Refuse to write for nobody, or beside the workers of another driver.
 
     Raises:
-        KngdError: another one has taken over.
+        KngdError: the driver was interrupted, or another one has taken over.
         StorageError: the storage is not what it was.
     """
     place = folder / "ray" / _DRIVER
@@ -200,8 +204,8 @@ def _still_driven(folder: Path, name: str) -> None:
     except OSError as error:
         raise StorageError(f"cannot read {place} ({error}): it must be on storage that all nodes share.") from error
     if driver != name:
-        taken = "its driver has ended" if driver == _NOBODY else "another process has taken over"
-        raise KngdError(f"{taken} {folder.name}: this one ends.")
+        over = "has no driver any more" if driver == _NOBODY else "was taken over by another process"
+        raise KngdError(f"{folder.name} {over}: this worker ends.")
 
 
 def _explained(error: TrainingFailedError) -> KngdError:

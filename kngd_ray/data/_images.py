@@ -1,7 +1,7 @@
 """The index of a data set: everything about its pictures, or its features, but these."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -89,10 +89,9 @@ class ImageSet:
         """
         return self._digest(np.arange(len(self)))
 
-    @cached_property
-    def test_digest(self) -> str:
-        """The same of its test pictures alone."""
-        return self._digest(np.flatnonzero(self.splits == "test"))
+    def test_digest(self, domains: Collection[str]) -> str:
+        """The same of the test pictures of some domains alone."""
+        return self._digest(np.flatnonzero((self.splits == "test") & np.isin(self.domains, list(domains))))
 
     def _digest(self, which: Ints) -> str:
         names = [self.class_names[label] for label in self.labels[which].tolist()]

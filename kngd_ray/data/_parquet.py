@@ -200,8 +200,8 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
     domains = [DEFAULT_DOMAIN if value is None else str(value) for value in columns["domain"]]
     source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts), names)
     unread = "features" if isinstance(content, Pictures) else "image"
-    named = {role: name for role, name in names.renamed.items() if role != unread}
-    other = [f"{role} from {name}" if name else f"no {role}" for role, name in named.items()]
+    read = {role: name for role, name in names.renamed.items() if role != unread}
+    other = [f"{role} from {name}" if name else f"no {role}" for role, name in read.items()]
     notes: tuple[str, ...] = (f"columns: {', '.join(other)}",) if other else ()
     if 0 < len(silent) < len(paths):
         held = "its rows are" if len(silent) == 1 else "their rows are"

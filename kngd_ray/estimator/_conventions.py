@@ -161,6 +161,8 @@ def device_of(given: Any) -> str:
         device = torch.device(given)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device is {given!r}, which torch does not know: give cpu, cuda or cuda:1.") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise InputError(f"device is {given!r}, which KalmanCLIP does not run on: give cpu, cuda or cuda:1.")
     if device.type == "cuda" and best_device() == "cpu":
         raise InputError(f"device is {given!r} and this machine has no usable GPU: leave it out.")
     return str(device)

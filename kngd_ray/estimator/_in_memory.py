@@ -81,7 +81,7 @@ def learn(task: FitTask, identity: Mapping[str, Any], device: str) -> Checkpoint
 
     state, steps = fit(task, device=device, on_step=on_step).state(), task.sampler.steps
     if unsettled:
-        warnings.warn(stopped_short(task.options.filter.iterations), stacklevel=3)
+        warnings.warn(stopped_short(task.options.filter.iterations), stacklevel=4)
     manifest = describe(task, identity) | {
         "step": steps,
         "steps": steps,

@@ -253,6 +253,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             "class_embeddings": None,  # are in the folder
             "templates": list(listed_templates(self.templates)),
             "class_names": None,  # are in the checkpoint
+            "device": None if self.device is None else str(self.device),
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
         }
         write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._config())

@@ -87,9 +87,12 @@ def ensemble(
             display.say(note)
         with backend.session(config.trainer), display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
+        told: list[str] = []
         for checkpoint, _ in fits:
             check_scored(checkpoint.manifest, prepared.identity, checkpoint.folder)
-            tell_changes(prepared, checkpoint.manifest, display.say)
+            tell_changes(prepared, checkpoint.manifest, told.append)
+        for note in dict.fromkeys(told):  # of tests, the same for all seeds
+            display.say(note)
         alphas = sorted({round(n / (points - 1), 6) for n in range(points)} | ({alpha} if alpha is not None else set()))
         reports = _score(fits, alphas, prepared, display)
         if alpha is not None:

@@ -13,9 +13,9 @@ from kngd_ray.config import parse_override
 from kngd_ray.configs import read_yaml
 from kngd_ray.console import Display
 from kngd_ray.data import EMBEDDED
-from kngd_ray.errors import UsageError
+from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.backend import HERE, Backend
-from kngd_ray.experiment.learned import check_names, tell_changes, untested
+from kngd_ray.experiment.learned import CHANGED, check_names, tell_changes, untested
 from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.run_folder import check_place, find_fit, read_config
 from kngd_ray.experiment.task import open_task, open_tests
@@ -55,6 +55,7 @@ def evaluate(
 
     Raises:
         UsageError: the fit learned from data in memory, and no other data are named.
+        DataError: the data cannot be read, or it is not known what the fit has learned from and it cannot be drawn.
     """
     fit = find_fit(target, storage_path)
     checkpoint, fit_folder = open_fit(fit)
@@ -70,7 +71,14 @@ def evaluate(
     if own:
         only = config.data.classes if "data.classes" in given else None
         config = replace(config, data=replace(config.data, classes=trained_on.classes))
-        task = open_task(config, manifest, only, draw=as_it_was or read_learned(manifest) is None)
+        known = read_learned(manifest) is not None
+        try:
+            task = open_task(config, manifest, only, draw=as_it_was or not known)
+        except DataError as error:
+            if not (as_it_was and known):
+                raise
+            task, as_it_was = open_task(config, manifest, only, draw=False), False
+            display.say(f"{CHANGED}, which could not be trained again ({error})")
     else:
         if not given & {"data.train_domain", "data.order"}:  # of the shipped pictures it is one that no setting names
             config = replace(config, data=replace(config.data, train_domain=trained_on.trained_domain))

@@ -18,6 +18,7 @@ from kngd_ray.training.learned import DIGITS, MOST, Learned, read_learned
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
 
+CHANGED = "the data or its splits were changed since the fit"
 Keys = npt.NDArray[np.bytes_]
 Say = Callable[[str], None]
 
@@ -118,11 +119,17 @@ def tell_changes(prepared: TaskData, manifest: Mapping[str, Any], say: Say) -> N
     keys = begun(prepared.images.keys[rows])
     if lost := len(keys - learned.shots):
         say(
-            f"the data or its splits were changed since the fit: {lost} of the {len(rows)} shots that it would be given"
+            f"{CHANGED}: {lost} of the {len(rows)} shots that it would be given"
             " now are others, and figures cannot be compared with those of its run"
         )
-    elif learned.tested not in {None, prepared.images.test_digest}:
+    elif learned.tested not in {None, _tested_digest(prepared, seed)}:
         say("the test data was changed since the fit, and figures cannot be compared with those of its run")
+
+
+def _tested_digest(prepared: TaskData, seed: int) -> str:
+    """Of the test pictures of all domains that a seed is tested on."""
+    split = prepared.splits[seed]
+    return prepared.images.test_digest({*prepared.images.domains[split.id_test].tolist(), *split.ood})
 
 
 def tell_overlap(task: Task, priors: Mapping[int, Prior], say: Say) -> None:
@@ -197,7 +204,7 @@ def learned_by(prepared: TaskData, seed: int, prior: Prior | None) -> Learned | 
         return None
     if len(shots) + len(earlier) > MOST:
         earlier, complete = frozenset(), False
-    return Learned(shots, earlier, complete, prepared.images.numbered, prepared.images.test_digest)
+    return Learned(shots, earlier, complete, prepared.images.numbered, _tested_digest(prepared, seed))
 
 
 def begun(keys: Keys) -> frozenset[str]:

@@ -290,8 +290,8 @@ class MethodRun:
             )
         if self._protocol.unseen and not carries_over(predictor):
             self._warn_once(
-                f"{self.name}: what was trained is about single classes, so new classes are ranked as by zero-shot "
-                "CLIP; what adapter=linear, adapter=bottleneck or tune.parameters=lora train serves all classes"
+                f"{self.name}: the adapter has weights for the trained classes only, so new classes are ranked as by "
+                "zero-shot CLIP; adapter=linear, adapter=bottleneck and tune.parameters=lora learn for all classes"
             )
         tests = self._prepared.tests(seed, self.config.tune)
         evaluation = evaluate(predictor, tests, calibration)

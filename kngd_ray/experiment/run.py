@@ -250,7 +250,11 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    display.table(title, rows, [f"seeds {seeds}; {_spread(config)}{_chosen(config, reports[0]['steps'])}"])
+    display.table(
+        title,
+        rows,
+        [f"seeds {seeds}; {_spread(config)}{_chosen(config, reports[0]['steps'] // max(config.epochs, 1))}"],
+    )
     protocol.show(rows, display)
     if (stream := stream_of(prepared, config.seeds[0])) is not None:
         show_streams(rows, config.fit_options, stream, display)
@@ -264,12 +268,12 @@ def _spread(config: Config) -> str:
     return f"mean and 95 % interval over seeds (Student's t){one}"
 
 
-def _chosen(config: Config, steps: int) -> str:
+def _chosen(config: Config, batches: int) -> str:
     """What the shots were asked for beside the weights; not for a tau that is given, or a stream of one batch."""
     posterior = config.posterior
     if config.protocol == "stream":
         chosen = (
-            config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None and steps > 1
+            config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None and batches > 1
         )
         return "; tau was chosen by what had been predicted before" if chosen else ""
     if not posterior.folds:

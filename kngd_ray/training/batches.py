@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 import torch
@@ -197,6 +198,11 @@ class BatchSampler:
             return replace(batch, sizes=[views * size for size in chosen.sizes], shots=None)
         part = part.view(chosen.turn % views)
         return chosen.batch(part.features, part.labels)
+
+    @property
+    def cut_short(self) -> list[int]:
+        """How many shots come before each batch that is not the last and yet smaller than others, and with it."""
+        return [end for start, end in pairwise(self._bounds[:-1]) if end - start < self.batch_size]
 
     def before(self, step: int) -> int:
         """How many shots come before those of a step, in their order of batches that are taken once or in turns."""

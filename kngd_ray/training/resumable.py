@@ -114,7 +114,9 @@ def describe(task: FitTask, identity: Mapping[str, Any]) -> dict[str, Any]:
     shots = {"count": len(task.support), "sha256": sha.hexdigest()}
     prior = None if task.prior is None else task.prior.sha256
     order: dict[str, Any] = {"order": "prequential"} if task.prequential else {}
-    order = order if task.stream is None else {"order": "stream"}
+    if task.stream is not None:  # where stages cut batches short: steps of earlier versions were of other batches
+        cut = task.sampler.cut_short
+        order = {"order": "stream", **({"ends": cut} if cut else {})}
     if task.head is not None:
         features = hashlib.sha256(task.head.support.digest()).hexdigest()
         order = {**order, "head": {"options": _listed(asdict(task.head.options)), "sha256": features}}

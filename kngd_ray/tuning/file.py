@@ -72,7 +72,7 @@ def load_search(file: str | Path, overrides: Sequence[str]) -> SearchConfig:
             space[name] = value
         elif space.pop(name, None) is None:
             raise UsageError(f"{text!r} drops what the space does not have{nearest(name, list(space))}.")
-    config = load_config({key: value for key, value in raw.items() if key not in ("search", "space")}, rest)
+    config = load_config({key: value for key, value in raw.items() if key not in ("search", "space", _POINTS)}, rest)
     return _checked(config, _options(options), parse_space(space))
 
 
@@ -126,8 +126,8 @@ def resumed_search(name: str, overrides: Sequence[str]) -> SearchConfig:
     space, asked = parse_space(_mapping(raw, "space", folder / SEARCH)), _options(options)
     points = raw.get(_POINTS)
     if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
-        return _checked(config, asked, space)  # of an earlier version, which kept none
-    found = _checked(config, replace(asked, start=None), space)
+        return _checked(config, asked, space, begun=True)  # of an earlier version, which kept none
+    found = _checked(config, replace(asked, start=None), space, begun=True)
     return replace(found, options=asked, points=points)
 
 
@@ -145,7 +145,7 @@ def _read(name: str) -> dict[str, Any]:
     raise UsageError(f"there is no search {name!r}{nearest(name, shipped)}; name one of these or a YAML file.")
 
 
-def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConfig:
+def _checked(config: Config, options: SearchOptions, space: Space, *, begun: bool = False) -> SearchConfig:
     if config.protocol == "stream" and options.cross_validated:
         raise UsageError(
             "search.objective names held-out shots, and protocol=stream is scored as it arrives: use evidence."
@@ -164,7 +164,7 @@ def _checked(config: Config, options: SearchOptions, space: Space) -> SearchConf
         raise UsageError(
             "search.scheduler is asha, which needs Ray, and trainer.num_workers is 0: set it to 1 or more."
         )
-    space.check(config)
+    space.check(config, begun=begun)
     _check_dimensions(config, options, space)
     points = _points(config, options, space)
     if options.start is not None:  # the same presets from whatever folder the search is continued

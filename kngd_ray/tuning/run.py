@@ -1,7 +1,7 @@
 """``kngd-ray tune``: a search for priors, its winner fitted and tested once, and its records in MLflow.
 
 <storage_path>/<name>/config.yaml      what trials start from
-                      search.yaml      options and space
+                      search.yaml      options, space and first trials
                       task.json        what trials are scored on: shots, classes, model
                       study.journal    Optuna's study
                       records/         what is logged
@@ -19,6 +19,8 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kngd_ray._layered import plain
 from kngd_ray._run_layout import CONFIG, RESULTS, SEARCH
@@ -91,6 +93,8 @@ def tune(
     if config.tracking.enabled:
         resolve_uri(config.tracking.uri)
     task = open_shots(replace(config, seeds=search.options.seeds))
+    if not resume and all(single(torch.from_numpy(task.images.labels[s.support])) for s in task.splits.values()):
+        search.options.check_single_shots()
     for note in task.notes:
         display.say(note)
     trainer = config.trainer
@@ -99,8 +103,6 @@ def tune(
         session.enter_context(backend.session(trainer, dashboard=search.options.scheduler != "none"))
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)
-        if all(single(prepared.support(seed).labels) for seed in search.options.seeds):
-            search.options.check_single_shots()
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         check_same_task(folder, prepared, search.options.seeds)
         work = Workload(

@@ -25,7 +25,6 @@ from kngd_ray.training.options import FitOptions, without_effect
 Value = str | int | float | bool
 _CONDITION = "when"
 _BETWEEN = (3 - 5**0.5) / 2  # of the way from a whole number to another: irrational, so that no third lies there
-# What a gradient method does not look at, and what a filter does not.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,17 +193,20 @@ class Space:
             if isinstance(d.domain, Range) and d.key in values
         )
 
-    def check(self, base: Config) -> None:
+    def check(self, base: Config, *, begun: bool = False) -> None:
         """Refuse a space that holds settings which a configuration cannot have.
 
         Args:
             base: the configuration that trials start from.
+            begun: whether trials have been run: then what has no effect may stay.
 
         Raises:
             UsageError: a key that is not a setting of a fit, or that the method does not look at, or a bad value.
         """
         for dimension in self.dimensions:
-            _check_key(dimension.key, base, {other.key for other in self.dimensions})
+            _check_key(dimension.key)
+            if not begun:
+                _check_effect(dimension.key, base, {other.key for other in self.dimensions})
             domain = dimension.domain
             for value in domain.ends:
                 self._try(base, dimension, value)
@@ -313,7 +315,7 @@ def _dimension(key: Any, raw: Any) -> Dimension:
     return Dimension(key, domain, when)
 
 
-def _check_key(key: str, base: Config, others: Collection[str]) -> None:
+def _check_key(key: str) -> None:
     head = key.partition(".")[0]
     known = [f.name for f in fields(FitOptions) if f.name != "method"] + ["posterior"]
     if head not in known:
@@ -323,8 +325,11 @@ def _check_key(key: str, base: Config, others: Collection[str]) -> None:
         )
     if key == "posterior.folds":
         raise UsageError(f"space.{key} would score trials on different folds: set it outside of the space.")
+
+
+def _check_effect(key: str, base: Config, others: Collection[str]) -> None:
     cause = without_effect(base.fit_options, key)
-    if head == "posterior" and base.method != "kalman":
+    if key.partition(".")[0] == "posterior" and base.method != "kalman":
         cause = f"method={base.method}"
     if key == "posterior.draws" and base.posterior.predict != "draws" and "posterior.predict" not in others:
         cause = f"posterior.predict={base.posterior.predict}"

@@ -94,6 +94,10 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
         (["tune.rank=64", "tune.views=2"], ["tune.rank has no effect with tune.parameters=adapter"]),
         (["tune.parameters=lora", "tune.rank=64", "filter.mean.gamma=1", "posterior.folds=3"], []),
         (["method=sgd", "optimizer.momentum=0.5"], []),
+        (
+            ["baselines=adamw", "tune={rank: 7, views: 2}", "tune.rank=8"],
+            ["tune.rank has no effect with tune.parameters=adapter"],
+        ),
     ],
 )
 def test_settings_that_change_nothing_are_named(settings: list[str], notes: list[str]) -> None:

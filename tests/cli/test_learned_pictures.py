@@ -161,6 +161,24 @@ def test_tests_that_changed_in_place_are_told(train, scored, files) -> None:
     assert "since the fit" not in scored()[1], "another order of rows is no change"
 
 
+def test_what_is_not_tested_is_no_test_that_changed(train, scored, files) -> None:
+    table = feature_table()
+    train("trainer.name=fit", "data.ood_domains=[]")
+    other = pc.and_(pc.equal(table["split"], "test"), pc.not_equal(table["domain"], "photo"))
+    pq.write_table(pa.concat_tables([table.filter(pc.invert(other)), table.filter(other).slice(2)]), files[0])
+    assert "since the fit" not in scored()[1]
+
+
+def test_data_that_could_not_be_trained_on_again_is_tested_on(train, scored, files) -> None:
+    table = feature_table()
+    train("trainer.name=fit")
+    kept = pc.or_(pc.equal(table["split"], "test"), pc.not_equal(table["class_name"], CLASSES[0]))
+    pq.write_table(table.filter(kept), files[0])
+    told = scored()[1]
+    assert f"{OTHERS}, which could not be trained again" in told
+    assert "pictures to train on, fewer than" in told
+
+
 @pytest.mark.parametrize("more", ["data.columns.split=null", "data.test_fraction=0.8"])
 def test_splits_that_are_given_anew(settings, train, scored, files, more) -> None:
     table = feature_table()

@@ -13,6 +13,7 @@ from kngd_ray.config import (
     baseline_config,
     flatten,
     load_config,
+    override,
     parse,
     parse_override,
     read_preset,
@@ -143,6 +144,14 @@ def test_gamma_is_not_shared_by_prior_means() -> None:
     assert load_config(None, ["filter.mean=zero_shot", "filter.mean.gamma=0.5"]).filter.mean == ZeroShot(gamma=0.5)
     assert load_config(None, ["preset=loko"]).filter.mean == ZeroShot(gamma=0.85)
     assert load_config(None, ["preset=loko", "filter.mean=calibrated"]).filter.mean == Calibrated()
+    assert load_config(None, ["preset=loko", "filter.mean=zero_shot"]).filter.mean == ZeroShot(gamma=0.85), "the same"
+    for nested in ("filter={mean: zero_shot}", "filter.mean={kind: zero_shot}", "filter.mean.kind=zero_shot"):
+        assert load_config(None, [nested]).filter.mean == ZeroShot(gamma=1.0)
+    assert override(load_config(), {"filter.mean": "zero_shot"}).filter.mean == ZeroShot(gamma=1.0)
+
+
+def test_a_variance_in_a_mapping_takes_the_place_of_the_other() -> None:
+    assert load_config(None, ["filter={p0: 0.5}"]).filter == load_config(None, ["filter.p0=0.5"]).filter
 
 
 def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None:

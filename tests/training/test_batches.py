@@ -19,6 +19,8 @@ def test_no_batch_goes_on_after_an_end(support):
     sampler = BatchSampler(support, 4, epochs=2, seed=0, prequential=True, in_order=True, ends=[6, 7, SHOTS])
     sizes = [sampler.batch(step).total for step in range(0, sampler.steps, 2)]
     assert sizes == [4, 2, 1, *[4] * ((SHOTS - 7) // 4), *([(SHOTS - 7) % 4] if (SHOTS - 7) % 4 else [])]
+    assert sampler.cut_short == [6, 7]
+    assert BatchSampler(support, 4, 2, 0, in_order=True, ends=[8, SHOTS]).cut_short == []
     assert [sampler.before(step) for step in range(6)] == [0, 0, 4, 4, 6, 6]
 
 

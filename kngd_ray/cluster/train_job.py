@@ -98,7 +98,7 @@ def run_job(job: Job, trainer: TrainerConfig, on_event: Callable[[FitEvent], Non
 
 
 def _leave(place: Path, name: str) -> None:
-    """Let the workers of a job end at their next checkpoint, which in a Ray that outlives this process go on."""
+    """End a job's workers at their next checkpoint: in a Ray that outlives this process they would go on."""
     with suppress(OSError, StorageError):
         if place.read_text() == name:  # and no other driver has taken over
             write_text(place, _NOBODY)

@@ -95,8 +95,7 @@ class ImageSet:
 
     def _digest(self, which: Ints) -> str:
         names = [self.class_names[label] for label in self.labels[which].tolist()]
-        columns = (array[which].tolist() for array in (self.keys, self.domains, self.splits))
-        keys, domains, splits = columns
+        keys, domains, splits = (array[which].tolist() for array in (self.keys, self.domains, self.splits))
         digest = hashlib.sha256()
         for key, *rest in sorted(zip(keys, names, domains, splits, strict=True)):
             digest.update(key + "\0".join(rest).encode() + b"\n")

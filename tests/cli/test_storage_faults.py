@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = 120
+STEPS = 480  # a few milliseconds each: enough for a fault to befall them
 
 
 @pytest.fixture

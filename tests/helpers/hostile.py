@@ -408,7 +408,11 @@ class Disk:
             else [["umount", "--lazy", place]]
         )
         for arguments in how:
-            subprocess.run(self.command(*arguments), check=True, capture_output=True)
+            for _ in range(1000):  # it is busy while a file is being written
+                if not subprocess.run(self.command(*arguments), check=False, capture_output=True).returncode:
+                    break
+            else:
+                raise AssertionError(f"{arguments} did not succeed")
 
 
 def can_mount() -> bool:

@@ -234,6 +234,12 @@ def test_parameters_of_another_kind_are_refused_by_a_sentence(train, given, says
         KalmanCLIP("precomputed", class_embeddings=class_embeddings(), **given).fit(*train)
 
 
+def test_settings_that_change_nothing_are_named(train) -> None:
+    model = KalmanCLIP("precomputed", class_embeddings=class_embeddings(), settings={**QUICK, "optimizer.lr": 9})
+    with pytest.warns(UserWarning, match=r"optimizer\.lr has no effect with method=kalman"):
+        model.fit(*train)
+
+
 def test_a_fit_that_does_not_reach_its_mode_warns(train) -> None:
     settings = {"posterior.folds": 0, "filter.iterations": 2}
     model = KalmanCLIP("precomputed", class_embeddings=class_embeddings(), settings=settings)

@@ -13,7 +13,7 @@ from kngd_ray.config import Config, load_config, parse_override
 from kngd_ray.configs import names, read_yaml
 from kngd_ray.console import Display
 from kngd_ray.errors import UsageError
-from kngd_ray.training.options import without_effect
+from kngd_ray.training.options import ignored
 
 if TYPE_CHECKING:
     from kngd_ray.tuning.file import SearchConfig
@@ -150,10 +150,9 @@ def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
     """
     keys = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
     notes = []
-    for key in dict.fromkeys(keys):
-        if (cause := without_effect(config.fit_options, key)) is not None:
-            others = ", and baselines keep their own presets" if config.baselines and cause.startswith("method") else ""
-            notes.append(f"{key} has no effect with {cause}{others}")
+    for key, cause in ignored(config.fit_options, keys).items():
+        others = ", and baselines keep their own presets" if config.baselines and cause.startswith("method") else ""
+        notes.append(f"{key} has no effect with {cause}{others}")
     return notes
 
 

@@ -41,6 +41,7 @@ from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.interval import interval_scale, probability_std
 from kngd_ray.training.novelty import total_variance
+from kngd_ray.training.options import ignored
 from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.settled import Settled, read_settled
@@ -333,7 +334,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
-        for note in inputs.notes(model, classes, names, templates, support):
+        unread = map(" has no effect with ".join, ignored(config.fit_options, self.settings or ()).items())
+        for note in (*unread, *inputs.notes(model, classes, names, templates, support)):
             warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,
@@ -347,11 +349,12 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         identity = identity_of(model, inputs.source, names, templates)
         if before is not None:
             check_continues(before, identity, plain(config.fit_options))
-        kept = learn(task, identity, self._device)
+        device = device_of(self.device)
+        kept = learn(task, identity, device)
         if before is not None and len(support) < 2 * config.posterior.folds:
             settled = met(self._settled, _head(self._restored_classifier()), support)  # too few to choose anything by
         else:
-            calibration, novelty = calibrate(replace(task, stream=None), config.posterior, kept.state, self._device)
+            calibration, novelty = calibrate(replace(task, stream=None), config.posterior, kept.state, device)
             settled = Settled(calibration, config.posterior, None, novelty)
             if (warning := below_zero_shot(task, calibration, config.posterior.folds)) is not None:
                 warnings.warn(warning, UserWarning, stacklevel=3)
@@ -382,10 +385,6 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return override(config, settings)
 
     @property
-    def _device(self) -> str:
-        return device_of(self.device)
-
-    @property
     def _inputs(self) -> Inputs:
         """What the parameters say is learned from.
 
@@ -406,7 +405,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             raise InputError(f"logit_scale is {self.logit_scale!r}; it must be a positive number.") from error
         if source.precomputed:
             return Matrix(source, given if path is None else None)
-        return Pictures(source, self._device)
+        return Pictures(source, device_of(self.device))
 
     @property
     def _width(self) -> int | None:

@@ -1,5 +1,6 @@
 """Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
@@ -294,6 +295,19 @@ def without_effect(options: FitOptions, key: str) -> str | None:
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
     return None
+
+
+def ignored(options: FitOptions, keys: Iterable[str]) -> dict[str, str]:
+    """Settings that change nothing of a fit.
+
+    Args:
+        options: of the fit.
+        keys: of the settings, dotted.
+
+    Returns:
+        By key, the setting that leaves it without effect.
+    """
+    return {key: cause for key in keys if (cause := without_effect(options, key)) is not None}
 
 
 def counted_once(options: FitOptions, views: int) -> FitOptions:

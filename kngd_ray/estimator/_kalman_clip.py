@@ -334,8 +334,11 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
-        unread = map(" has no effect with ".join, ignored(config.fit_options, self.settings or ()).items())
-        for note in (*unread, *inputs.notes(model, classes, names, templates, support)):
+        named = ignored(config.fit_options, config.posterior, self.settings or ()).items()
+        for note in (
+            *map(" has no effect with ".join, named),
+            *inputs.notes(model, classes, names, templates, support),
+        ):
             warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,

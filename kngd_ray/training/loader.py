@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil, inf
+from pathlib import Path
 
 from kngd_ray.clip import CLIPNetwork, Head, augmentation_of
 from kngd_ray.sharding import Group
@@ -11,6 +13,7 @@ from kngd_ray.training.batches import Batch, BatchSampler, Support
 from kngd_ray.training.decoding import Prefetcher
 from kngd_ray.training.pictures import Pictures, Sample, augmentation
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "microseconds period" of CPU time, or "max period"
 _THREADS = 16  # more do not decode faster: the rest of a picture's way is one thread's
 
 
@@ -67,6 +70,16 @@ def decoding_threads(world_size: int = 1) -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this process may use, by its affinity and by the quota of its container."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    allowed = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, ceil(min(allowed, _quota())))
+
+
+def _quota() -> float:
+    """Cores' worth of time that a container with a limit has, as its control group (version 2) says; else infinity."""
+    try:
+        microseconds, period = _QUOTA.read_text().split()
+        return int(microseconds) / int(period)
+    except (OSError, ValueError):  # there is no control group, or no limit: "max"
+        return inf

@@ -24,6 +24,7 @@ from kngd_ray.filters import (
 )
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model
 from kngd_ray.training.losses import CrossEntropy, Loss
+from kngd_ray.training.posterior_options import PosteriorOptions
 
 _P0 = 0.1
 _BATCH = 32
@@ -273,14 +274,16 @@ class FitOptions:
 
 
 _OF_TOWERS = ("filter.towers", "filter.tower_logit_variance")
+_OF_TAU = ("temperature", "tau_median", "tau_spread")  # of what `posterior` holds
 _OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
 
 
-def without_effect(options: FitOptions, key: str) -> str | None:
-    """Why a setting changes nothing of a fit.
+def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -> str | None:
+    """Why a setting changes nothing of a fit, nor of what it predicts.
 
     Args:
         options: of the fit.
+        posterior: how the posterior enters predictions.
         key: of the setting, dotted.
 
     Returns:
@@ -294,20 +297,31 @@ def without_effect(options: FitOptions, key: str) -> str | None:
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
+    if head != "posterior" or rest in {"", "folds"}:  # folds are there for temperature scaling too
+        return None
+    if not kalman:
+        return f"method={options.method}"
+    if rest == "draws" and posterior.predict != "draws":
+        return f"posterior.predict={posterior.predict}"
+    if rest in _OF_TAU and posterior.predict == "mean":
+        return "posterior.predict=mean"
+    if rest in {"tau_median", "tau_spread"} and posterior.temperature is not None:
+        return f"posterior.temperature={posterior.temperature:g}"
     return None
 
 
-def ignored(options: FitOptions, keys: Iterable[str]) -> dict[str, str]:
-    """Settings that change nothing of a fit.
+def ignored(options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str]) -> dict[str, str]:
+    """Settings that change nothing of a fit, nor of what it predicts.
 
     Args:
         options: of the fit.
+        posterior: how the posterior enters predictions.
         keys: of the settings, dotted.
 
     Returns:
         By key, the setting that leaves it without effect.
     """
-    return {key: cause for key in keys if (cause := without_effect(options, key)) is not None}
+    return {key: cause for key in keys if (cause := without_effect(options, posterior, key)) is not None}
 
 
 def counted_once(options: FitOptions, views: int) -> FitOptions:

@@ -328,12 +328,8 @@ def _check_key(key: str) -> None:
 
 
 def _check_effect(key: str, base: Config, others: Collection[str]) -> None:
-    cause = without_effect(base.fit_options, key)
-    if key.partition(".")[0] == "posterior" and base.method != "kalman":
-        cause = f"method={base.method}"
-    if key == "posterior.draws" and base.posterior.predict != "draws" and "posterior.predict" not in others:
-        cause = f"posterior.predict={base.posterior.predict}"
-    if cause is not None:
+    cause = without_effect(base.fit_options, base.posterior, key)
+    if cause is not None and cause.partition("=")[0] not in others:
         raise UsageError(f"space.{key} has no effect with {cause}: leave it out.")
 
 

@@ -93,7 +93,18 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
         ),
         (["tune.rank=64", "tune.views=2"], ["tune.rank has no effect with tune.parameters=adapter"]),
         (["tune.parameters=lora", "tune.rank=64", "filter.mean.gamma=1", "posterior.folds=3"], []),
-        (["method=sgd", "optimizer.momentum=0.5"], []),
+        (["method=sgd", "optimizer.momentum=0.5", "posterior.folds=3"], []),
+        (["method=sgd", "posterior.temperature=0.5"], ["posterior.temperature has no effect with method=sgd"]),
+        (["posterior.draws=9"], ["posterior.draws has no effect with posterior.predict=linearised"]),
+        (["posterior.predict=draws", "posterior.draws=9", "posterior.temperature=0.5"], []),
+        (
+            ["posterior.predict=mean", "posterior.temperature=0.5"],
+            ["posterior.temperature has no effect with posterior.predict=mean"],
+        ),
+        (
+            ["posterior.temperature=0.5", "posterior.tau_median=0.2"],
+            ["posterior.tau_median has no effect with posterior.temperature=0.5"],
+        ),
         (
             ["baselines=adamw", "tune={rank: 7, views: 2}", "tune.rank=8"],
             ["tune.rank has no effect with tune.parameters=adapter"],

@@ -16,7 +16,7 @@ from kngd_ray.sharding import Group, SingleProcess
 from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.fit import FitTask, build_head, fit
-from kngd_ray.training.loader import decoding_threads
+from kngd_ray.training.loader import cores, decoding_threads
 from kngd_ray.training.pictures import Pictures, augmentation
 
 CITE = "cite-vdekf"
@@ -183,3 +183,12 @@ def test_a_system_without_affinity(monkeypatch) -> None:
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert decoding_threads(1) == 6
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 6), ("", 6)])
+def test_a_container_may_have_less_time_than_cores(quota, expected, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr("kngd_ray.training.loader._QUOTA", tmp_path / "cpu.max")
+    assert cores() == 6
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert cores() == expected

@@ -157,6 +157,13 @@ def test_what_the_method_does_not_look_at_is_refused() -> None:
             checked({key: P0}, "method=adamw")
 
 
+def test_what_another_dimension_brings_into_effect_is_not_refused() -> None:
+    draws = {"low": 8, "high": 64, "integer": True}
+    checked({"posterior.draws": draws, "posterior.predict": {"choices": ["draws", "mean"]}})
+    with pytest.raises(UsageError, match=r"space\.posterior\.draws has no effect with posterior\.predict=mean"):
+        checked({"posterior.draws": draws}, "posterior.predict=mean")
+
+
 def test_a_condition_without_content_is_none() -> None:
     for nothing in ({}, None):
         assert checked({"filter.p0": {**P0, "when": nothing}}) == checked({"filter.p0": P0})

@@ -111,18 +111,16 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def _check_views(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse crops of what has none, and of methods that would leave them out in silence."""
-    from benchmarks.few_shot.data import CROPS, has_features
-    from benchmarks.few_shot.groups import GROUPS
+    from benchmarks.few_shot.data import has_features
+    from benchmarks.few_shot.groups import LEARN_FROM_CROPS
     from benchmarks.few_shot.made import MADE
 
     if args.views < 0:
         parser.error("--views is 0 or more")
     if args.geometry == "clip" or any(path in MADE or has_features(path) for path in args.data):
         parser.error("--views is for pictures in the geometry of their own model")
-    if deaf := [name for name in args.methods or () if name not in GROUPS[CROPS].methods]:
-        parser.error(
-            f"--views: {', '.join(deaf)} learns nothing from crops; there are {', '.join(GROUPS[CROPS].methods)}"
-        )
+    if deaf := [name for name in args.methods or () if name not in LEARN_FROM_CROPS]:
+        parser.error(f"--views: {', '.join(deaf)} learns nothing from crops; there are {', '.join(LEARN_FROM_CROPS)}")
 
 
 def _print_tables(folder: Path, *, dev: bool) -> None:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from benchmarks.few_shot.boot import PROBLEM, grids, over_problems
 from benchmarks.few_shot.claims import difference
-from benchmarks.few_shot.data import CLIP_GEOMETRY, MINI, REAL
+from benchmarks.few_shot.data import CLIP_GEOMETRY, CROPS, MINI, REAL
 from benchmarks.few_shot.groups import GROUPS, store_of
 from benchmarks.step_cost.report import fill
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Print the tables, or put them where they belong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true")
-    text = "\n\n".join(table for name in (MINI, CLIP_GEOMETRY, REAL) for table in tables(name))
+    text = "\n\n".join(table for name in (MINI, CROPS, CLIP_GEOMETRY, REAL) for table in tables(name))
     if parser.parse_args().markdown:
         fill("champions", text)
     else:

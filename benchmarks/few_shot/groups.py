@@ -49,6 +49,7 @@ _RIVALS = (
 )
 # the others have no word on crops, in their papers or here
 _WITH_CROPS = tuple(name for name in _RIVALS if name not in {"clap", "lp++"})
+LEARN_FROM_CROPS = (*_WITH_CROPS, "champion")
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,19 @@ ONNX = "classifier.onnx"
 _ONE_FILE = 2**31 - 2**24  # bytes of weights that fit into a protobuf with its graph
 
 
-def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Exported:
+def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path, sharpening: float = 1.0) -> Exported:
     """Write both towers as an open_clip checkpoint, LoRA merged and weights averaged by the options' alpha.
 
     ``open_clip.create_model(f"local-dir:{folder}")`` loads it, and so does ``open_clip.create_model(name,
     pretrained=path)`` where the model has a name of open_clip's. Linear adapters of the image embedding go into
     the tower's last projection; other adapters have no place in such a file. Where there are none, what the run
-    believes of the zero-shot logits, gamma, goes into the logit scale.
+    believes of the zero-shot logits, gamma, and its sharpening go into the logit scale.
 
     Args:
         network: as trained.
         model: the pretrained model that it is of.
         folder: where ``open_clip_model.safetensors`` and ``open_clip_config.json`` go; made if missing.
+        sharpening: what the run's predictions multiply the logits by.
 
     Returns:
         What was written, with the difference that the loaded file makes to the logits of random pictures with
@@ -60,10 +61,10 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
         pictures = random_pictures(size)
         prompts = network.prompt_tokens[: 4 * CHECKED]
         expected = logits_of(network.clip, pictures, prompts, folded)
-        gamma = network.head.gamma
-        if len(folded) == len(network.adapters) and gamma > 0:  # nothing left out: the checkpoint is the classifier
-            clip.logit_scale.add_(math.log(gamma))
-            expected *= gamma
+        factor = sharpening * network.head.gamma
+        if len(folded) == len(network.adapters) and factor > 0:  # nothing left out: the checkpoint is the classifier
+            clip.logit_scale.add_(math.log(factor))
+            expected *= factor
     path = folder / WEIGHTS
     with storage_errors(path, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,9 @@ def export_open_clip(network: CLIPNetwork, model: ClipModel, folder: Path) -> Ex
     return Exported(path, difference, tuple(notes))
 
 
-def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int, int]) -> Exported:
+def export_onnx(
+    network: CLIPNetwork, folder: Path, image_size: int | tuple[int, int], sharpening: float = 1.0
+) -> Exported:
     """Write the image tower with the class head and its adapters as ONNX, for batches of any size.
 
     Its input ``images`` (m, 3, H, W) are transformed pictures, its output ``logits`` (m, C).
@@ -94,6 +97,7 @@ def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int,
         network: as trained; its weights are averaged by the options' alpha.
         folder: where ``classifier.onnx`` goes; made if missing.
         image_size: H and W, or both.
+        sharpening: what the run's predictions, and so the logits of the file, are multiplied by.
 
     Returns:
         What was written; checked if onnxruntime is installed.
@@ -104,7 +108,7 @@ def export_onnx(network: CLIPNetwork, folder: Path, image_size: int | tuple[int,
     if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
         raise ModelError(f"ONNX export needs the package {missing[0]}: pip install kngd_ray[export]")
     pictures = random_pictures(image_size)
-    classifier = _classifier(network)
+    classifier = _classifier(network, sharpening)
     path = folder / ONNX
     large = sum(t.nbytes for t in [*classifier.parameters(), *classifier.buffers()]) > _ONE_FILE
     with storage_errors(path):
@@ -165,27 +169,30 @@ class _Classifier(nn.Module):
         clip: an open_clip model, of which the image tower is used.
         head: the head with its adapters.
         class_embeddings: (C, d).
+        sharpening: what the head's logits are multiplied by.
     """
 
     class_embeddings: Tensor
 
-    def __init__(self, clip: Any, head: CLIPHead, class_embeddings: Tensor) -> None:
+    def __init__(self, clip: Any, head: CLIPHead, class_embeddings: Tensor, sharpening: float) -> None:
         super().__init__()
         self.visual = clip.visual
         self.head = head
+        self.sharpening = sharpening
         self.register_buffer("class_embeddings", class_embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (m, C) of pictures (m, 3, H, W)."""
-        return self.head(normalize(self.visual(images), dim=-1), self.class_embeddings)
+        logits: Tensor = self.head(normalize(self.visual(images), dim=-1), self.class_embeddings)
+        return self.sharpening * logits
 
 
-def _classifier(network: CLIPNetwork) -> _Classifier:
+def _classifier(network: CLIPNetwork, sharpening: float) -> _Classifier:
     """The network as trained, averaged and merged, on the CPU in float32."""
     with merged(network) as clip, torch.no_grad():
         head = copy.deepcopy(network.head).cpu().float()
         weights = network.classifier().cpu().float().clone()
-    return _Classifier(clip, head, weights).eval().requires_grad_(False)
+    return _Classifier(clip, head, weights, sharpening).eval().requires_grad_(False)
 
 
 def _fold(clip: Any, network: CLIPNetwork) -> tuple[list[Adapter], list[str]]:

@@ -128,7 +128,7 @@ def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: i
     scores = kept.state.replicated.get(FORESEEN)
     if task.stream is None or scores is None or not folds or kept.manifest[_PREDICTED] < 2 * folds:
         return calibration
-    return replace(calibration, tau=Foresight(task.stream, scores).tau)
+    return replace(calibration, tau=Foresight(task.stream, scores).tau, sharpening=1.0)
 
 
 def met(before: Settled, predictor: Predictor, shots: Support) -> Settled:

@@ -85,8 +85,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         class_names_: their names in prompts.
         n_features_in_: for ``precomputed``, the number of features.
         feature_names_in_: for ``precomputed``, names of the columns, if a table with names was given.
-        calibration_: the posterior temperature tau and the scaling temperature, chosen on the training pictures alone
-            unless the settings give them.
+        calibration_: the posterior temperature tau, the sharpening and the scaling temperature, chosen on the training
+            pictures alone unless the settings give them.
         checkpoint_: weights and covariance, as in a checkpoint.
     """
 
@@ -190,11 +190,11 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             shots would move them, linearised. Zero where no shots could be held out.
         """
         classifier, features = self._features(X)
-        p = classifier.predictor.predict(features, classifier.calibration.tau).probabilities.double().cpu().numpy()
+        p = classifier.calibration.predict(classifier.predictor, features).probabilities.double().cpu().numpy()
         if not return_std:
             return p
-        scale = interval_scale(classifier.novelty)
-        return p, probability_std(_head(classifier), features, scale).double().cpu().numpy()
+        scale = interval_scale(classifier.novelty), classifier.calibration.sharpening
+        return p, probability_std(_head(classifier), features, *scale).double().cpu().numpy()
 
     def novelty(self, X: Any) -> npt.NDArray[np.float64]:
         """Novelty percentiles: how unusual samples are by the standard of the training samples.

@@ -119,11 +119,12 @@ def export(
         assert isinstance(head, CLIPHead)
         network.head = head  # with its state besides the weights, such as gamma
     network.requires_grad_(False)
-    size = model.preprocess_cfg["size"]
+    size, sharpening = model.preprocess_cfg["size"], settled.calibration.sharpening
+    size = size if isinstance(size, int) else tuple(size)
     with _new_files(out):
         written = {
-            "open_clip": export_open_clip(network, model, out) if towers else None,
-            "onnx": export_onnx(network, out, size if isinstance(size, int) else tuple(size)) if onnx else None,
+            "open_clip": export_open_clip(network, model, out, sharpening) if towers else None,
+            "onnx": export_onnx(network, out, size, sharpening) if onnx else None,
             "peft": peft_layout.export_peft(network, model, out, _on_a_hub(source)) if peft else None,
         }
         if alpha and checkpoint.state.covariance and settled.posterior.predict != "mean" and settled.calibration.tau:

@@ -248,7 +248,7 @@ class MethodRun:
         return options.filter.mean.of_others(logits, shots.labels)
 
     def _of_head(self, task: FitTask) -> Calibration:
-        """Tau and T of the head that the towers started from, by its folds: one of towers is a fit of minutes."""
+        """What the folds of the head that towers started from choose: a fold of towers is a fit of minutes."""
         assert task.head is not None
         posterior = task.head.posterior
         if self.config.posterior.predict != "linearised":  # of draws and of the mean another tau is right
@@ -259,7 +259,8 @@ class MethodRun:
             found = calibrate(head_task(task), posterior, self._prepared.device)
         except FilterError:  # a fold has fewer shots than the fit that went well
             return Calibration(posterior.unasked, 1.0)
-        return Calibration(found.tau, found.scaling)  # what was held out was held out from the head alone
+        # what was held out was held out from the head alone
+        return Calibration(found.tau, found.scaling, sharpening=found.sharpening)
 
     def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
         name, task = self.fit(seed), self.tasks[seed]
@@ -309,6 +310,7 @@ class MethodRun:
             | flat_metrics(zero_shot, "zero_shot/")  # in every run: they tell `compare` which ones it may compare
             | {
                 "calibration/tau": calibration.tau,
+                "calibration/sharpening": calibration.sharpening,
                 "calibration/temperature": calibration.scaling,
                 "time/fit_s": seconds,
             }

@@ -46,7 +46,7 @@ def write_card(
         report: its figures, over seeds if there are several.
         zero_shot: those of the pretrained model.
         steps: of each fit.
-        calibrations: tau and temperature by seed.
+        calibrations: tau, sharpening and temperature by seed.
         compared: whether predictions have a novelty percentile.
 
     Returns:
@@ -172,11 +172,14 @@ def _figures(
             shown = " | ".join(cell(figures[key], factor) for key, _, factor in _FIGURES)
             rows.append(f"| {title} | {who} | {shown} |")
     taus = ", ".join(f"{c.tau:g}" for c in calibrations.values())
+    by_factor = ", ".join(f"{c.sharpening:.2f}" for c in calibrations.values())
+    sharper = f", logits multiplied by {by_factor}" if any(c.sharpening != 1 for c in calibrations.values()) else ""
     posterior = config.posterior
     asked = posterior.folds and posterior.temperature is None
     chosen = "chosen on the training pictures" if asked else "given, not chosen"
     used = config.method == "kalman" and posterior.predict != "mean"
     by = f"`{posterior.predict}`, posterior temperature tau {taus}, {chosen}" if used else "by the weights alone"
+    by += sharper
     held = [c.held_out_accuracy for c in calibrations.values() if c.held_out_accuracy is not None]
     return _lines(
         "## Figures",
@@ -187,7 +190,7 @@ def _figures(
         f"|---|---|{'---|' * len(_FIGURES)}",
         *rows,
         "",
-        f"Predictions: {by}. No temperature scaling is applied to these figures.",
+        f"Predictions: {by}. No {'other ' if sharper else ''}temperature scaling is applied to these figures.",
         *([f"Accuracy on held-out training pictures: {100 * float(np.mean(held)):.1f} %."] if held else []),
     )
 

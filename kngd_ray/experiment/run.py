@@ -279,9 +279,10 @@ def _chosen(config: Config, batches: int) -> str:
     if not posterior.folds:
         return ""
     given = posterior.temperature
-    tau = "tau and " if given is None else f"tau is {given:g}, "
+    sharpening = "sharpening and " if posterior.sharpening_spread else ""
+    tau = f"tau{', ' if sharpening else ' and '}" if given is None else f"tau is {given:g}, "
     used = config.method == "kalman" and posterior.predict != "mean"
-    return f"; {tau if used else ''}temperatures were chosen on the training shots"
+    return f"; {tau if used else ''}{sharpening}temperatures were chosen on the training shots"
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

@@ -1,15 +1,18 @@
-"""Choosing tau and a scaling temperature on the training shots alone, by cross-validation.
+"""Choosing tau, sharpening and a scaling temperature on the training shots alone, by cross-validation.
 
 A model is right about nearly all of the shots that it was fitted on, so they say nothing about its calibration. Here
 the shots are cut into folds, each fold is predicted by a fit on the others, and the held-out predictions choose the
-posterior temperature tau on a grid (least NLL, or the most probable tau where it has a prior) and fit the temperature T
-of ``p^(1/T)`` for what tau leaves. The test split is never touched.
+posterior temperature tau on a grid (least NLL, or the most probable tau where it has a prior). A tau can only make
+predictions less certain. Of few shots of many classes the mean of the belief may be too uncertain by itself, since its
+prior holds logits back: then the logits are multiplied by a factor, the sharpening, which has a prior towards 1. The
+temperature T of ``p^(1/T)``, fitted for what both leave, serves figures alone. The test split is never touched.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import exp, inf, isfinite
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -28,7 +31,7 @@ from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.metrics import correct
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.posterior_options import PosteriorOptions
-from kngd_ray.training.predict import TAU_GRID, Predictor
+from kngd_ray.training.predict import TAU_GRID, Prediction, Predictor, sharpened
 
 _MAX_LOG_T = 3.0
 _SPREAD = 10.0  # of log T a priori
@@ -40,15 +43,29 @@ class Calibration:
 
     Attributes:
         tau: posterior temperature.
-        scaling: T of the temperature scaling p^(1/T).
+        scaling: T of the temperature scaling p^(1/T) that figures "after scaling" have.
         held_out_nll: NLL of the held-out shots at tau, nats per sample; None without folds, and of single shots.
         held_out_accuracy: share of the held-out shots classified right at tau; None likewise.
+        sharpening: what predictions multiply the logits by, 1 or more.
     """
 
     tau: float
     scaling: float
     held_out_nll: float | None = None
     held_out_accuracy: float | None = None
+    sharpening: float = 1.0
+
+    def predict(self, predictor: "AnyPredictor", inputs: Any) -> Prediction:
+        """Predict by a predictor as calibrated.
+
+        Args:
+            predictor: of a head or a network.
+            inputs: what it takes.
+
+        Returns:
+            Probabilities at tau and sharpening, and the spread of the logits at tau.
+        """
+        return predictor.predict(inputs, self.tau, self.sharpening)
 
 
 AnyPredictor = Predictor | NetworkPredictor
@@ -163,7 +180,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     fitted: MethodState | None = None,
 ) -> Calibration:
-    """Choose tau and fit the scaling temperature by cross-validation over the shots.
+    """Choose tau and sharpening and fit the scaling temperature by cross-validation over the shots.
 
     Args:
         task: the fit to calibrate; its folds are fitted in this process.
@@ -213,7 +230,7 @@ def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None
 
 
 def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptions, alpha: float = 1.0) -> Calibration:
-    """Choose tau and fit the scaling temperature on shots that fits have not seen.
+    """Choose tau and sharpening and fit the scaling temperature on shots that fits have not seen.
 
     Args:
         fits: fits of one task on parts of its shots, each with the shots held out from it.
@@ -239,10 +256,26 @@ def calibration_of(fits: Iterable[tuple[Method, Shots]], options: PosteriorOptio
 
 
 def _chosen(predicted: Mapping[float, Tensor], labels: Tensor, options: PosteriorOptions) -> Calibration:
-    """The tau that is likeliest given held-out shots, under its prior, and what they say at it."""
+    """The tau and then the sharpening likeliest given held-out shots, under their priors, and what they say at both."""
     tau = min(predicted, key=lambda t: len(labels) * _nll(predicted[t], labels) - options.log_prior(t))
     right = (predicted[tau].argmax(1) == labels).double().mean()
-    return Calibration(tau, fit_temperature(predicted[tau], labels), _nll(predicted[tau], labels), float(right))
+    sharpening = fit_sharpening(predicted[tau], labels, options.sharpening_spread)
+    found = sharpened(predicted[tau], sharpening)
+    return Calibration(tau, fit_temperature(found, labels), _nll(found, labels), float(right), sharpening)
+
+
+def fit_sharpening(probabilities: Tensor, labels: Tensor, spread: float) -> float:
+    """The power s >= 1 that makes p^s, renormalised, most probable, where log s is half-normal a priori.
+
+    Args:
+        probabilities: (m, C) held-out predictions.
+        labels: (m,) true classes.
+        spread: standard deviation of the normal that is the prior's upper half; 0 is always 1.
+
+    Returns:
+        s, from 1 to exp(3).
+    """
+    return 1.0 / _most_probable_temperature(probabilities, labels, spread, 0.0) if spread else 1.0
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
@@ -258,12 +291,17 @@ def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
     Returns:
         T, within exp(-3) and exp(3).
     """
-    found = minimize_scalar(
-        lambda log_t: len(labels) * _nll(scale(probabilities, exp(log_t)), labels) + 0.5 * (log_t / _SPREAD) ** 2,
-        bounds=(-_MAX_LOG_T, _MAX_LOG_T),
-        method="bounded",
-    )
-    return exp(found.x)
+    return _most_probable_temperature(probabilities, labels, _SPREAD, _MAX_LOG_T)
+
+
+def _most_probable_temperature(probabilities: Tensor, labels: Tensor, spread: float, highest: float) -> float:
+    """The T, up to exp(highest), that is most probable given held-out shots, where log T is N(0, spread^2) a priori."""
+
+    def energy(log_t: float) -> float:
+        return len(labels) * _nll(scale(probabilities, exp(log_t)), labels) + 0.5 * (log_t / spread) ** 2
+
+    found = minimize_scalar(energy, bounds=(-_MAX_LOG_T, highest), method="bounded")
+    return exp(min(found.x, 0.0, key=energy))  # which comes near an end of its bounds, but not there
 
 
 def scale(probabilities: Tensor, T: float) -> Tensor:

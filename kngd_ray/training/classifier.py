@@ -83,7 +83,7 @@ class Classifier:
         model: the CLIP model, or what stands for it.
         predictor: the trained head and its belief.
         class_names: the classes, in label order.
-        calibration: tau and the scaling temperature.
+        calibration: tau, sharpening and the scaling temperature.
         novelty: what pictures are compared with; None where there is nothing to compare with.
     """
 
@@ -150,7 +150,7 @@ class Classifier:
         Returns:
             Probabilities and logit spread, (m, C) each. A FilterError tells of some that are no numbers.
         """
-        found = self.predictor.predict(self._inputs(images), self.calibration.tau)
+        found = self.calibration.predict(self.predictor, self._inputs(images))
         check_numbers(found.probabilities, self.predictor)
         return Prediction(found.probabilities.cpu(), found.logit_std.cpu())
 
@@ -165,9 +165,10 @@ class Classifier:
             numbers.
         """
         inputs = self._inputs(images)
-        found = self.predictor.predict(inputs, self.calibration.tau)
+        found = self.calibration.predict(self.predictor, inputs)
         check_numbers(found.probabilities, self.predictor)
-        interval = probability_interval(self.predictor, inputs, found, interval_scale(self.novelty))
+        scale, factor = interval_scale(self.novelty), self.calibration.sharpening
+        interval = probability_interval(self.predictor, inputs, found, scale, factor)
         novelty = None if self.novelty is None else self.novelty.score(total_variance(self.predictor, inputs))
         interval = None if interval is None else interval.cpu()
         return Classification(found.probabilities.cpu(), found.logit_std.cpu(), interval, novelty)

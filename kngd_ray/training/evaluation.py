@@ -72,13 +72,13 @@ def evaluate(predictor: AnyPredictor, tests: Mapping[str, Shots], calibration: C
     Args:
         predictor: the trained head with its belief.
         tests: samples by test set: ``id`` and each OOD domain.
-        calibration: tau for the predictions and T for the scaling, from the training shots.
+        calibration: tau and sharpening for the predictions and T for the scaling, from the training shots.
 
     Returns:
         All figures. A FilterError tells of predictions that are no numbers.
     """
     probabilities = {
-        name: predictor.predict(test.to(predictor.device).inputs, calibration.tau).probabilities.cpu()
+        name: calibration.predict(predictor, test.to(predictor.device).inputs).probabilities.cpu()
         for name, test in tests.items()
     }
     for name, p in probabilities.items():

@@ -37,7 +37,7 @@ def interval_scale(novelty: Novelty | None) -> float | None:
 
 
 def probability_interval(
-    predictor: AnyPredictor, features: Tensor, prediction: Prediction, scale: float | None
+    predictor: AnyPredictor, features: Tensor, prediction: Prediction, scale: float | None, sharpening: float = 1.0
 ) -> Tensor | None:
     """The interval in which the most probable class's probability stays in 90 % of pictures if shots are added.
 
@@ -50,6 +50,7 @@ def probability_interval(
         features: (m, d) unit image embeddings, or what the network takes.
         prediction: what it predicts of them.
         scale: of :func:`interval_scale`.
+        sharpening: what predictions multiply the logits by, and so u.
 
     Returns:
         (m, 2) low and high; None where there is no posterior or no scale, where the posterior has no part in the
@@ -60,18 +61,18 @@ def probability_interval(
     p = prediction.probabilities.double()
     top = p.argmax(1, keepdim=True)
     best = p.gather(1, top).squeeze(1)
-    logits = predictor.mean_logits(features)
+    logits = sharpening * predictor.mean_logits(features)
     chosen = one_hot(top.squeeze(1), logits.shape[1]).to(logits)
     others = logits.masked_fill(chosen.bool(), -torch.inf)
     # d u / d l: 1 for the class itself, and minus the share that each of the others has among them
     cotangent = (chosen - others.softmax(1)).unsqueeze(1)
     u = (logits.gather(1, top).squeeze(1) - others.logsumexp(1)).double()
-    sigma = (scale * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double().to(u)
+    sigma = sharpening * (scale * predictor.variance_along(features, cotangent).squeeze(1)).sqrt().double().to(u)
     low, high = torch.sigmoid(u - _Z * sigma), torch.sigmoid(u + _Z * sigma)
     return torch.stack([torch.minimum(low, best), torch.maximum(high, best)], 1)
 
 
-def probability_std(predictor: Predictor, features: Tensor, scale: float | None) -> Tensor:
+def probability_std(predictor: Predictor, features: Tensor, scale: float | None, sharpening: float = 1.0) -> Tensor:
     """Posterior standard deviation of each class's probability, linearised at the mean of the weights.
 
     Where the straight line leaves [0, 1], it is cut off at the largest value possible for a probability of that mean.
@@ -80,12 +81,13 @@ def probability_std(predictor: Predictor, features: Tensor, scale: float | None)
         predictor: a head and its belief.
         features: (m, d) unit image embeddings.
         scale: of :func:`interval_scale`.
+        sharpening: as of :func:`probability_interval`.
 
     Returns:
         (m, C); zeros without a posterior or a scale.
     """
     with torch.no_grad():
-        p: Tensor = predictor.head(features).softmax(1)
+        p: Tensor = (sharpening * predictor.head(features)).softmax(1)
     if predictor.belief is None or scale is None:
         return torch.zeros_like(p)
     if (product := predictor.product(features)) is not None:
@@ -97,4 +99,4 @@ def probability_std(predictor: Predictor, features: Tensor, scale: float | None)
         variance = (spread.to(q).unsqueeze(1) * rows).to(p)
     else:
         variance = predictor.variance_along(features, p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1))
-    return torch.minimum(scale * variance, p * (1 - p)).sqrt()
+    return torch.minimum(sharpening**2 * scale * variance, p * (1 - p)).sqrt()

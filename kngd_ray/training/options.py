@@ -297,7 +297,7 @@ def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
-    if head != "posterior" or rest in {"", "folds"}:  # folds are there for temperature scaling too
+    if head != "posterior" or rest in {"", "folds", "sharpening_spread"}:  # of other methods too
         return None
     if not kalman:
         return f"method={options.method}"

@@ -17,7 +17,10 @@ class PosteriorOptions:
         tau_median: median of a log-normal prior of the tau to choose, which a handful of held-out shots moves less than
             many do; None leaves the choice to the shots alone.
         tau_spread: standard deviation of log tau under that prior.
-        folds: parts of that cross-validation, which also fits the temperature scaling; 0 turns both off.
+        sharpening_spread: standard deviation of log(sharpening) under its prior, a normal's upper half. Sharpening is
+            the factor, 1 or more, by which logits are multiplied if held-out shots find the fit too uncertain at any
+            tau; a spread of 0 leaves it at 1.
+        folds: parts of that cross-validation, which also fits sharpening and temperature scaling; 0 turns all off.
     """
 
     predict: Literal["draws", "linearised", "mean"] = "draws"
@@ -25,6 +28,7 @@ class PosteriorOptions:
     temperature: float | None = None
     tau_median: float | None = None
     tau_spread: float = 0.5
+    sharpening_spread: float = 0.0
     folds: int = 4
 
     def log_prior(self, tau: float) -> float:
@@ -47,5 +51,7 @@ class PosteriorOptions:
             raise ValueError(f"tau_median is {self.tau_median}; it must be above 0")
         if not self.tau_spread > 0:
             raise ValueError(f"tau_spread is {self.tau_spread}; it must be above 0")
+        if not 0 <= self.sharpening_spread < inf:
+            raise ValueError(f"sharpening_spread is {self.sharpening_spread}; it must be 0 or more")
         if self.folds < 0 or self.folds == 1:
             raise ValueError(f"folds is {self.folds}; give 2 or more, or 0 for none")

@@ -19,7 +19,7 @@ class Settled:
     """What was chosen for a fit after it had ended.
 
     Attributes:
-        calibration: tau and the scaling temperature.
+        calibration: tau, sharpening and the scaling temperature.
         posterior: how the posterior enters.
         alpha: weight ensembling with the pretrained model; None is the fit's own setting.
         novelty: the variances that novelty percentiles are ranks among; None if there are none.

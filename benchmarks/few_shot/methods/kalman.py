@@ -21,7 +21,7 @@ from kngd_ray.training.calibration import (
 )
 from kngd_ray.training.fit import FitTask, StepRecord, begin, fit
 from kngd_ray.training.method import Method as Optimiser
-from kngd_ray.training.predict import PosteriorOptions, Predictor, moderated
+from kngd_ray.training.predict import PosteriorOptions, Predictor
 from kngd_ray.tuning import fit_together, plain_space
 from kngd_ray.tuning.file import load_search
 
@@ -38,11 +38,7 @@ def method(name: str, preset: str, overrides: Sequence[str] = ()) -> Method:
         The method.
     """
     config = load_config(overrides=["method=kalman", f"preset={preset}", *overrides])
-    options, posterior = config.fit_options, config.posterior
-
-    return Method(
-        name, lambda problem, settings: _fitted(problem, config), recipe=to_yaml(options) + to_yaml(posterior)
-    )
+    return Method(name, lambda problem, settings: _fitted(problem, config), recipe=_recipe(config))
 
 
 def searched(name: str, file: Path) -> Method:
@@ -63,7 +59,7 @@ def searched(name: str, file: Path) -> Method:
         space.suggest,
         space.point(config),
         space.log_prior,
-        recipe=to_yaml(config.fit_options) + to_yaml(config.posterior) + repr(plain_space(space)),
+        recipe=_recipe(config) + repr(plain_space(space)),
     )
 
 
@@ -105,24 +101,34 @@ def _outcome(problem: Problem, case: Case, task: FitTask, posterior: PosteriorOp
         done, failed = begin(task, SingleProcess()), str(error)
     predictor = predictor_of(done, posterior)
     assert isinstance(predictor, Predictor)
-    found = {name: _predicted(predictor, test.features, chosen.tau) for name, test in case.tests.items()}
+    found = {name: _predicted(predictor, test.features, chosen) for name, test in case.tests.items()}
     (curve,) = watch.curves(median(record.milliseconds for record in taken) / 1e3) if taken else (None,)
     return Outcome(
         {name: p for name, (p, _) in found.items()},
         {name: variance for name, (_, variance) in found.items()},
         curve,
-        {"tau": chosen.tau, "held_out_nll": chosen.held_out_nll, "failed": failed},
+        {
+            "tau": chosen.tau,
+            "sharpening": chosen.sharpening,
+            "held_out_nll": chosen.held_out_nll,
+            "failed": failed,
+        },
     )
 
 
-def _predicted(predictor: Predictor, features: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Probabilities at tau, and the variance of the logits at tau = 1."""
+def _predicted(predictor: Predictor, features: Tensor, chosen: Calibration) -> tuple[Tensor, Tensor]:
+    """Probabilities as calibrated, and the variance of the logits at tau = 1."""
     if predictor.options.predict != "linearised":
-        spread = predictor.predict(features, 1.0).logit_std
-        return predictor.predict(features, tau).probabilities, spread.square().mean(1)
-    variance = predictor.logit_variance(features)
-    with torch.no_grad():
-        return moderated(predictor.head(features), tau * variance).softmax(1), variance.mean(1)
+        spread = predictor.predict(features, 1.0).logit_std.square()
+    else:
+        spread = predictor.logit_variance(features)
+    return chosen.predict(predictor, features).probabilities, spread.mean(1)
+
+
+def _recipe(config: Config) -> str:
+    """What decides the figures; a setting that came later and is off leaves older rows as they are."""
+    posterior = to_yaml(config.posterior).replace("sharpening_spread: 0.0\n", "")
+    return to_yaml(config.fit_options) + posterior
 
 
 KF_CLIP = method("kf_clip", "kf_clip")

@@ -35,7 +35,7 @@ from benchmarks.few_shot.groups import open_data
 from benchmarks.few_shot.problem import Case, Problem
 from kngd_ray.config import load_config, override
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.training.calibration import calibrate, predictor_of
+from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.folds import single
 from kngd_ray.training.metrics import Scores
@@ -98,8 +98,8 @@ def judged(search: SearchConfig, problem: Problem, priors: Sequence[Row]) -> lis
     )
     preset = load_config(overrides=["method=kalman"])
     tasks = [work.task(preset, seed) for seed in seeds]
-    taus = [calibrate(task, preset.posterior).tau for task in tasks]
-    rows: list[Row] = [{"settings": "preset", **_tested(fit_together(tasks), problem, taus, preset.posterior)}]
+    chosen = [calibrate(task, preset.posterior) for task in tasks]
+    rows: list[Row] = [{"settings": "preset", **_tested(fit_together(tasks), problem, chosen, preset.posterior)}]
     for start in range(0, len(priors), TOGETHER):
         some = priors[start : start + TOGETHER]
         *_, found = score_trials(some, work, fit_together, at_once=True)
@@ -108,27 +108,28 @@ def judged(search: SearchConfig, problem: Problem, priors: Sequence[Row]) -> lis
             if one.reason is None:
                 config = override(search.config, settings)
                 tasks = [work.task(config, seed) for seed in seeds]
-                taus = one.figures["tau"]
+                pairs = zip(one.figures["tau"], one.figures["sharpening"], strict=True)
+                chosen = [Calibration(tau, 1.0, sharpening=factor) for tau, factor in pairs]
                 if all(single(case.support.labels) for case in problem.cases):  # no fold tells, as for the preset
-                    taus = [calibrate(task, config.posterior).tau for task in tasks]
-                row |= _tested(fit_together(tasks), problem, taus, config.posterior)
+                    chosen = [calibrate(task, config.posterior) for task in tasks]
+                row |= _tested(fit_together(tasks), problem, chosen, config.posterior)
             rows.append(row)
     return rows
 
 
-def _tested(fits: Sequence[Any], problem: Problem, taus: Sequence[float], posterior: Any) -> Row:
+def _tested(fits: Sequence[Any], problem: Problem, calibrations: Sequence[Calibration], posterior: Any) -> Row:
     rows = []
-    for fitted, case, tau in zip(fits, problem.cases, taus, strict=True):
+    for fitted, case, chosen in zip(fits, problem.cases, calibrations, strict=True):
         if not isinstance(fitted, Fitted):
             return {"failed": str(fitted)}
         predictor = predictor_of(fitted.method, posterior)
         scores = {
-            name: Scores.of(predictor.predict(held.features, tau).probabilities, held.labels)
+            name: Scores.of(chosen.predict(predictor, held.features).probabilities, held.labels)
             for name, held in case.tests.items()
         }
         row = {"id_accuracy": scores[ID].accuracy, "id_nll": scores[ID].nll}
         held = case.tests[ID]
-        probabilities = predictor.predict(held.features, tau).probabilities
+        probabilities = chosen.predict(predictor, held.features).probabilities
         fresh = _fresh(case)
         for name, which in (("fresh_nll", fresh), ("rest_nll", ~fresh)):
             row[name] = Scores.of(probabilities[which], held.labels[which]).nll

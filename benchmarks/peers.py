@@ -49,7 +49,7 @@ from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.prepared import TaskData, prepare
 from kngd_ray.experiment.task import open_task
 from kngd_ray.training.batches import BatchSampler
-from kngd_ray.training.calibration import calibrate, fold_of, predictor_of
+from kngd_ray.training.calibration import Calibration, calibrate, fold_of, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import FitTask, build_head, fit
 from kngd_ray.training.metrics import Scores
@@ -90,10 +90,10 @@ def zero_shot(task: FitTask, options: PosteriorOptions) -> Fitted:
 def own(task: FitTask, options: PosteriorOptions) -> Fitted:
     """A method of this package."""
     start = time.perf_counter()
-    tau = calibrate(task, options).tau if task.options.method == "kalman" else 0.0
+    found = calibrate(task, options) if task.options.method == "kalman" else Calibration(0.0, 1.0)
     chosen = time.perf_counter() - start
-    predictor = predictor_of(fit(task), options)
-    return Fitted(lambda x: predictor.predict(x, tau).probabilities, chosen, lambda: fit(task), {"tau": tau})
+    predictor, choice = predictor_of(fit(task), options), {"tau": found.tau, "sharpening": found.sharpening}
+    return Fitted(lambda x: found.predict(predictor, x).probabilities, chosen, lambda: fit(task), choice)
 
 
 def laplace(structure: str) -> Callable[[FitTask, PosteriorOptions], Fitted]:

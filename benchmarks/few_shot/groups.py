@@ -34,7 +34,7 @@ from benchmarks.few_shot.made import MADE, made
 from benchmarks.few_shot.methods import METHODS
 from benchmarks.few_shot.store import Store
 
-_NOT_IN_MINI = ("adamw_class_residual_fixed", "champion")
+_NOT_IN_MINI = ("adamw_class_residual_fixed", "adamw_fixed_sharpened", "champion")
 _RIVALS = (
     "zero_shot",
     "linear_probe",
@@ -45,6 +45,7 @@ _RIVALS = (
     "clap",
     "lp++",
     "adamw_class_residual",
+    "adamw_sharpened",
     "ours",
 )
 # the others have no word on crops, in their papers or here
@@ -83,7 +84,7 @@ GROUPS: Mapping[str, Group] = {
         Group(
             MANY,
             "many classes, made",
-            ("zero_shot", "tip_adapter", "gda", "adamw_class_residual_fixed", "ours"),
+            ("zero_shot", "tip_adapter", "gda", "adamw_class_residual_fixed", "adamw_fixed_sharpened", "ours"),
             (1, 2),
             3,
             "adamw_class_residual_fixed",

@@ -191,7 +191,8 @@ def _values(
         found = calibration_of(held_out, config.posterior, config.tune.alpha)
         assert found.held_out_nll is not None
         assert found.held_out_accuracy is not None
-        values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy, "tau": found.tau}
+        values |= {"held_out_nll": found.held_out_nll, "held_out_accuracy": found.held_out_accuracy}
+        values |= {"tau": found.tau, "sharpening": found.sharpening}
         # of single shots each fold lacks its classes: they say nothing of a fit that knows them
         labels = torch.cat([held.labels for _, held in held_out])
         values["log_posterior"] = log_prior - (0.0 if single(labels) else found.held_out_nll)

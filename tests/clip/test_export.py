@@ -107,14 +107,14 @@ def test_a_named_architecture_takes_the_file(vit, tmp_path):
 def test_a_linear_image_adapter_goes_into_the_projection(model, request, tmp_path):
     pretrained = request.getfixturevalue(model)
     network = tuned(pretrained, TuneOptions(alpha=0.5), (Linear(),))
-    result = export_open_clip(network, pretrained, tmp_path)
+    result = export_open_clip(network, pretrained, tmp_path, 1.5)
     assert result.notes == ()
     loaded = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     x = pictures(pretrained)
     with torch.no_grad(), network.blended(0.5):
         z = normalize(loaded.encode_image(x), dim=-1)
         logits = loaded.logit_scale.exp() * z @ network.classifier().mT
-        assert torch.allclose(logits, network({"image": x}), atol=1e-3)
+        assert torch.allclose(logits, 1.5 * network({"image": x}), atol=1e-3)
 
 
 def test_what_has_no_place_in_a_checkpoint_is_told(vit, tmp_path):
@@ -157,13 +157,13 @@ def test_the_classifier_is_one_graph_for_any_batch(model, request):
     pretrained = request.getfixturevalue(model)
     options = TuneOptions(parameters="lora", include=("*",), alpha=0.5, checkpointing=model == "vit")
     network = tuned(pretrained, options, (Linear(), ClassResidual()))
-    classifier = export._classifier(network)
+    classifier = export._classifier(network, 1.5)
     graph = torch.export.export(
         classifier, (pictures(pretrained),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
     ).module()
     x = pictures(pretrained, 5)
     with torch.no_grad(), network.blended(0.5):
-        assert torch.allclose(graph(x), network({"image": x}), atol=1e-3)
+        assert torch.allclose(graph(x), 1.5 * network({"image": x}), atol=1e-3)
 
 
 @pytest.mark.parametrize("part", ["visual*", "transformer*", "*"])
@@ -175,7 +175,7 @@ def test_what_towers_in_full_precision_change(vit, part):
     x = network.example(4)
     with torch.no_grad():
         found, plain = (each.classify(x.get("image", x.get("feature"))) for each in (network, full))
-        graph = export._classifier(network)
+        graph = export._classifier(network, 1.0)
         written = graph(x["image"]) if "image" in x else graph.head(x["feature"], graph.class_embeddings)
     for texts, expected in ((True, plain), (False, written)):
         rounding = rounding_of(network, texts=texts)
@@ -197,10 +197,10 @@ def test_onnx_gives_the_networks_logits(model, request, tmp_path):
     pytest.importorskip("onnxscript")
     pretrained = request.getfixturevalue(model)
     network = tuned(pretrained, TuneOptions(parameters="lora", include=("*",), alpha=0.5), (Linear(), ClassResidual()))
-    result = export_onnx(network, tmp_path, pretrained.preprocess_cfg["size"])
+    result = export_onnx(network, tmp_path, pretrained.preprocess_cfg["size"], sharpening=1.5)
     assert result.difference < 1e-3
     session = runtime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
     x = pictures(pretrained, 5)
     logits = torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
     with torch.no_grad(), network.blended(0.5):
-        assert torch.allclose(logits, network({"image": x}), atol=1e-3)
+        assert torch.allclose(logits, 1.5 * network({"image": x}), atol=1e-3)

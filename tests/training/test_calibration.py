@@ -20,6 +20,7 @@ from kngd_ray.training.calibration import (
     below_zero_shot,
     calibrate,
     calibration_tasks,
+    fit_sharpening,
     fit_temperature,
     fold_of,
     predictor_of,
@@ -27,7 +28,8 @@ from kngd_ray.training.calibration import (
 )
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import begin, fit
-from kngd_ray.training.predict import PosteriorOptions, Predictor
+from kngd_ray.training.interval import probability_interval, probability_std
+from kngd_ray.training.predict import PosteriorOptions, Predictor, sharpened
 
 
 @pytest.mark.parametrize("folds", [2, 3, 4, 10])
@@ -200,6 +202,62 @@ def test_rounding_does_not_decide_the_temperature_of_what_is_always_right(seed):
     assert one == pytest.approx(float(grid[cost.argmin()].exp()), rel=5e-3)
 
 
+def drawn(held_out: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Held-out probabilities, and labels drawn by those that logits multiplied by a factor give."""
+    logits = 2 * torch.randn(held_out, CLASSES, generator=rng(5))
+    return logits.softmax(1), torch.multinomial((factor * logits).softmax(1), 1, generator=rng(6)).squeeze(1)
+
+
+def test_predictions_are_sharpened_where_held_out_shots_find_them_too_uncertain():
+    probabilities, labels = drawn(4000, 2.0)
+    assert fit_sharpening(probabilities, labels, 10.0) == pytest.approx(2.0, rel=0.1)
+    assert fit_sharpening(probabilities, labels, 0.1) == pytest.approx(2.0, rel=0.15)
+    few = [fit_sharpening(probabilities[:12], labels[:12], spread) for spread in (0.1, 10.0)]
+    assert 1.0 <= few[0] < 1.1 < few[1], "a handful of shots says little"
+
+
+def test_sharpening_never_makes_predictions_less_certain():
+    assert fit_sharpening(*drawn(4000, 0.5), 10.0) == 1.0
+    assert fit_sharpening(*drawn(4000, 2.0), 0.0) == 1.0
+
+
+def test_tau_comes_before_sharpening():
+    sure, labels = drawn(4000, 2.0)
+    unsure = sharpened(sure, 0.5)
+    found = _chosen({0.0: sure, 1.0: unsure}, labels, PosteriorOptions(sharpening_spread=0.1))
+    assert (found.tau, found.sharpening) == (0.0, fit_sharpening(sure, labels, 0.1))
+    assert found.held_out_nll == pytest.approx(float(nll_loss(sharpened(sure, found.sharpening).log(), labels)))
+    assert found.scaling == pytest.approx(1.0, abs=0.1), "of what sharpening leaves"
+    assert _chosen({0.0: sure}, labels, PosteriorOptions()).sharpening == 1.0
+
+
+@pytest.mark.parametrize("predict", ["draws", "linearised", "mean"])
+def test_sharpened_predictions_are_those_of_multiplied_logits(task, predict):
+    predictor, x = predictor_of(fit(task), PosteriorOptions(predict=predict)), task.support.features
+    plain, sharp = (Calibration(1.0, 1.0, sharpening=factor).predict(predictor, x) for factor in (1.0, 1.7))
+    assert torch.equal(plain.probabilities, predictor.predict(x, 1.0).probabilities)
+    assert max_error(sharp.probabilities, (1.7 * plain.probabilities.log()).softmax(1)) < 1e-6
+    assert torch.equal(sharp.logit_std, plain.logit_std)
+    assert torch.equal(sharp.probabilities.argmax(1), plain.probabilities.argmax(1))
+
+
+def test_intervals_and_deviations_are_of_sharpened_predictions(task):
+    predictor, x = predictor_of(fit(task), PosteriorOptions(predict="linearised")), task.support.features
+    head = CLIPHead(task.class_embeddings, 1.7 * task.logit_scale, task.options.adapter)
+    head.load_state_dict(predictor.head.state_dict())
+    multiplied = Predictor(head, predictor.family, predictor.belief, predictor.options)
+    sharp, same = predictor.predict(x, 0.1, 1.7), predictor.predict(x, 0.1, 1.7)
+    found = probability_interval(predictor, x, sharp, 0.5, 1.7), probability_std(predictor, x, 0.5, 1.7)
+    expected = probability_interval(multiplied, x, same, 0.5), probability_std(multiplied, x, 0.5)
+    assert max(map(max_error, found, expected)) < 1e-5
+
+
+def test_an_evaluation_is_of_sharpened_predictions(task):
+    predictor, test = predictor_of(fit(task), PosteriorOptions(predict="mean")), task.support
+    found = evaluate(predictor, {"id": test}, Calibration(0.0, 1.0, sharpening=1.7))
+    assert torch.equal(found.probabilities["id"], predictor.predict(test.features, 0.0, 1.7).probabilities)
+
+
 def test_report_of_an_evaluation():
     task = make_task(make_options())
     predictor = predictor_of(fit(task), PosteriorOptions(predict="mean"))
@@ -235,7 +293,17 @@ def test_a_prior_holds_tau_where_shots_are_few_and_yields_where_they_are_many():
     assert chosen(40) == 1.0
 
 
-@pytest.mark.parametrize("wrong", [{"tau_median": 0.0}, {"tau_spread": 0.0}, {"tau_median": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tau_median": 0.0},
+        {"tau_spread": 0.0},
+        {"tau_median": -1.0},
+        {"sharpening_spread": -0.1},
+        {"sharpening_spread": math.inf},
+        {"sharpening_spread": math.nan},
+    ],
+)
 def test_a_prior_of_tau_has_a_median_and_a_spread(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PosteriorOptions(**wrong)

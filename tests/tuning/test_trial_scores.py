@@ -87,6 +87,7 @@ def test_held_out_objectives_are_those_of_the_calibration() -> None:
         assert found.scores["held_out_nll"][n] == pytest.approx(expected.held_out_nll, abs=1e-12)
         assert found.scores["held_out_accuracy"][n] == expected.held_out_accuracy
         assert found.figures["tau"][n] == expected.tau
+        assert found.figures["sharpening"][n] == expected.sharpening
 
 
 @pytest.mark.parametrize(

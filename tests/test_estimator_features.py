@@ -248,6 +248,28 @@ def test_a_fit_that_does_not_reach_its_mode_warns(train) -> None:
     assert told[0].filename == __file__
 
 
+def test_many_classes_of_few_shots_are_sharpened(tmp_path) -> None:
+    """By a number that is kept, that predictions, deviations and a saved estimator share, and that changes no class."""
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((40, 32))
+    y = np.tile(np.arange(40), 7)
+    looks = texts + rng.standard_normal((40, 32))
+    X = looks[y] + rng.standard_normal((280, 32))
+    given = {"model": "precomputed", "class_embeddings": texts, "logit_scale": 10.0}
+    sharp = KalmanCLIP(**given).fit(X[:80], y[:80])
+    plain = KalmanCLIP(**given, settings={"posterior.sharpening_spread": 0}).fit(X[:80], y[:80])
+    factor = sharp.calibration_.sharpening
+    assert factor > 1.1
+    assert plain.calibration_.sharpening == 1.0
+    p, q = sharp.predict_proba(X[80:]), plain.predict_proba(X[80:])
+    expected = q**factor / (q**factor).sum(1, keepdims=True)
+    assert p == pytest.approx(expected, abs=1e-6)
+    rows = np.arange(200)
+    assert np.log(p[rows, y[80:]]).mean() > np.log(q[rows, y[80:]]).mean()
+    sharp.save(tmp_path / "sharp")
+    assert np.array_equal(KalmanCLIP.load(tmp_path / "sharp").predict_proba(X[80:]), p)
+
+
 def test_few_recent_pictures_are_kept() -> None:
     first = Novelty(tuple(float(n) for n in range(1, 101)))
     renewed = first.renewed(torch.tensor([0.5, 200.0]))

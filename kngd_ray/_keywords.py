@@ -24,7 +24,8 @@ def settings_of(keywords: Mapping[str, Any], search: Sequence[str] = ()) -> list
     A keyword is a setting: its dotted path (``**{"filter.p0": 0.1}``), a section with a mapping
     (``data={"path": "pacs.parquet", "shots": 16}``), or the last name of a setting of ``data``, ``trainer``,
     ``tracking`` or ``model`` (``shots=16``). ``data``, ``model`` and ``tracking`` alone stand for ``data.path``,
-    ``model.name`` and ``tracking.enabled``. A whole number of ``seeds`` is how many: 5 are the seeds 0 to 4.
+    ``model.name`` and ``tracking.enabled``. A whole number of ``seeds`` is how many: 5 are the seeds 0 to 4. (In
+    a mapping that stands for a file, and as text, ``seeds`` are the seeds themselves, as on the command line.)
 
     Args:
         keywords: by name.
@@ -58,10 +59,14 @@ def _flat(keywords: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[tup
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         elif key in _CHIEF and value is not None:
             yield _CHIEF[key], value
-        elif key == _COUNTED and not isinstance(value, bool) and isinstance(value, Integral):  # one of numpy too
-            yield key, list(range(int(value)))
+        elif key == _COUNTED and not isinstance(value, bool) and _is_whole(value):
+            yield key, list(range(int(value)))  # of numpy's numbers too
         else:
             yield short.get(key, key), value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
 
 
 def _written(key: str, value: Any) -> str:

@@ -104,7 +104,7 @@ class TrackingConfig:
         system_metrics: log the use of processor, memory, disk and network of the machine that started the run, and of
             its GPUs if ``nvidia-ml-py`` is installed.
         registered_model: registered model that gets the model of the first seed as a new version, with the alias
-            ``champion``. None registers nothing, except for the winner of a search.
+            ``champion`` if none of the same task is better. None registers nothing, except for the winner of a search.
     """
 
     enabled: bool = True
@@ -166,8 +166,8 @@ class Config(FitOptions):
         super().__post_init__()
         if not self.seeds:
             raise ValueError("seeds is empty; name at least one")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ and be 0 or more")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise ValueError(f"seeds is {list(self.seeds)}; seeds must differ, be 0 or more, and below 2^63")
         if len(set(self.baselines)) < len(self.baselines):
             raise ValueError(f"baselines is {list(self.baselines)}; name each method once")
         if self.prior is not None and not self.prior.strip():

@@ -270,6 +270,15 @@ def test_many_classes_of_few_shots_are_sharpened(tmp_path) -> None:
     assert np.array_equal(KalmanCLIP.load(tmp_path / "sharp").predict_proba(X[80:]), p)
 
 
+def test_copies_of_samples_are_told(train, recwarn) -> None:
+    X, y = train
+    estimator().fit(X, y)
+    assert not any("repeat" in str(w.message) for w in recwarn)
+    says = rf"^samples that repeat others: {len(X)} of {2 * len(X)}\. .*: give each sample once"
+    with pytest.warns(UserWarning, match=says):
+        estimator().fit(np.tile(X, (2, 1)), [*y, *y])
+
+
 def test_few_recent_pictures_are_kept() -> None:
     first = Novelty(tuple(float(n) for n in range(1, 101)))
     renewed = first.renewed(torch.tensor([0.5, 200.0]))

@@ -1,7 +1,7 @@
 """Fit, search, evaluate, predict and compare."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from kngd_ray.api.settings import (
     target_of,
 )
 from kngd_ray.console import Display
+from kngd_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,12 +196,21 @@ def predict(
         console: where it is shown; None is a new one.
 
     Returns:
-        A pandas frame with a row for each picture: ``image``, ``class``, ``probability`` with ``probability_low`` and
-        ``probability_high``, ``novelty``, ``uncertainty`` (entropy, nats), ``logit_std`` and ``probabilities``.
+        A pandas frame with a row for each picture: ``image`` (of features ``file`` and ``row``), ``class``,
+        ``probability`` with ``probability_low`` and ``probability_high``, ``novelty``, ``uncertainty`` (entropy, nats),
+        ``logit_std`` and ``probabilities``.
+
+    Raises:
+        UsageError: what is given are no names of files.
     """
     import pandas as pd
 
-    named = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    named = [images] if isinstance(images, (str, os.PathLike)) else images
+    named = list(named) if isinstance(named, Iterable) else [named]
+    if not all(isinstance(name, (str, os.PathLike)) for name in named):
+        raise UsageError(
+            "predict classifies files by their names: for pictures or features in memory, use run.classifier."
+        )
     return pd.DataFrame(
         predictions(run, named, storage_path=storage_path, html=html, table=table, console=console_of(console, quiet))
     )
@@ -286,5 +296,5 @@ def load(run: Named, *, storage_path: Named | None = None) -> "RunResult | Searc
     from kngd_ray.experiment import run_folder
     from kngd_ray.results import RunResult, SearchResult
 
-    folder = run_folder.find(os.fspath(run), storage_of(storage_path))
+    folder = run_folder.find(target_of(run), storage_of(storage_path))
     return SearchResult(folder) if (folder / SEARCH).is_file() else RunResult(folder)

@@ -157,8 +157,18 @@ def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
 
 
 def target_of(run: Any) -> str:
-    """The folder of a result, or the name of a run."""
-    return os.fspath(getattr(run, "folder", run))
+    """The folder of a result, or the name of a run.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    named = getattr(run, "folder", run)
+    if not isinstance(named, (str, os.PathLike)):
+        raise UsageError(
+            f"a run is needed, and what was given is of type {type(run).__name__}: give the name or folder of a run, or"
+            " a result."
+        )
+    return os.fspath(named)
 
 
 def storage_of(given: Named | None) -> str:

@@ -39,8 +39,8 @@ def resolve_classes(
         return _by_number(rows, classes), tuple(classes), tuple(classes)
     first: dict[int | str, int] = {}  # per label, the row that named it
     for row, (label, name) in enumerate(zip(rows.labels, rows.names, strict=True)):
-        if name is None or label is None:
-            lost = [n for n, found in enumerate(rows.names) if found is None]
+        if name in {None, ""} or label is None:
+            lost = [n for n, found in enumerate(rows.names) if found in {None, ""}]
             raise DataError(
                 f"{rows.source.place(row)}: label {label!r} has no class name{_others(lost, rows)}:"
                 " add a class_name column, or list the names in data.classes"

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -119,7 +120,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         path = self.path
-        if isinstance(path, str) and "," in path and not Path(path).expanduser().exists():
+        if isinstance(path, str) and "," in path and not _found(path):
             # as lists of other settings are written; a file whose own name has a comma is that file
             object.__setattr__(self, "path", tuple(part.strip() for part in path.split(",")))
         if not self.path:
@@ -169,3 +170,8 @@ class DataConfig:
             return Path(self.cache_dir).expanduser()
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "kngd_ray" / "features"
+
+
+def _found(path: str) -> bool:
+    """Whether there is a file of a name, or one that a pattern finds."""
+    return Path(path).expanduser().exists() or bool(glob(os.path.expanduser(path), recursive=True))

@@ -36,6 +36,16 @@ class EncodedBy:
         """Whether a logit scale is its own, up to rounding."""
         return isclose(logit_scale, self.logit_scale, rel_tol=_ROUNDED)
 
+    @staticmethod
+    def unstated(place: str, other: str) -> str:
+        """Return the sentence on features that may be of another model, as no file says which computed them.
+
+        Args:
+            place: where they are.
+            other: the model that they would have to be of.
+        """
+        return f"which model computed the features is not stated in {place}: make sure that it is {other}"
+
     def metadata(self) -> dict[bytes, bytes]:
         """What a schema says of it."""
         return {_METADATA: json.dumps(asdict(self)).encode()}

@@ -176,9 +176,12 @@ def scan_features(paths: Sequence[Path], names: ColumnNames) -> Rows:
     width = content.width or 0
     paths_read = rows.source.paths
     crops = tuple(crops_in(Path(path), width) for path in paths_read)
-    model = one_encoder(paths_read, [encoder_of(Path(path)) for path in paths_read])
+    stated = [encoder_of(Path(path)) for path in paths_read]
+    model = one_encoder(paths_read, stated)
     source = FeatureFiles(paths_read, rows.source.starts, names, width, shortest, longest, crops, model)
-    return rows._replace(source=source)
+    silent = [path for path, found in zip(paths_read, stated, strict=True) if found is None]
+    notes = (EncodedBy.unstated(listing(silent, 4), f"{model} of the others"),) if model is not None and silent else ()
+    return rows._replace(source=source, notes=(*rows.notes, *notes))
 
 
 def encoder_of(path: Path) -> EncodedBy | None:

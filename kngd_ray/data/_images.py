@@ -146,6 +146,7 @@ def open_images(
     keys, domains = np.array(rows.keys, "S64"), np.array(rows.domains, np.str_)
     sides, sentence = settle_splits(rows, labels, domains, keys, config.val, fraction)
     kept = np.flatnonzero(sides != "")
+    copies = count_copies(labels[kept], keys[kept], in_time=config.time is not None)
     return ImageSet(
         labels=labels[kept],
         domains=domains[kept],
@@ -155,7 +156,7 @@ def open_images(
         rows=kept,
         source=rows.source,
         all_names=all_names,
-        notes=(*rows.notes, sentence, *count_copies(labels[kept], keys[kept]), *named_as_splits(class_names)),
+        notes=(*rows.notes, sentence, *copies, *named_as_splits(class_names)),
         label_order=order_of(rows.labels),
         numbered=all(name is None for name in rows.names),
     )

@@ -181,6 +181,7 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
         Everything but the content, row by row.
     """
     content = content or Pictures(names)
+    _check_partitions(paths, names)
     starts: list[tuple[int, ...]] = []
     columns: dict[str, list[Any]] = {role: [] for role in ROLES}
     keys: list[bytes] = []
@@ -211,6 +212,25 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
     return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins, notes)
 
 
+def _check_partitions(paths: Sequence[Path], names: ColumnNames) -> None:
+    """Refuse columns that are in the names of folders, ``domain=photo/0.parquet``, as partitioned data sets have them.
+
+    Raises:
+        DataError: folders of several values, or of one for some files alone. That of a split is read by its word.
+    """
+    roles = {names.label, names.class_name, names.domain}
+    stated = [dict(part.partition("=")[::2] for part in path.parent.parts if "=" in part) for path in paths]
+    for name in sorted({name for found in stated for name in found} & roles):
+        values = [found.get(name) for found in stated]
+        if len(set(values)) > 1:
+            path = next(path for path, value in zip(paths, values, strict=True) if value is not None)
+            raise DataError(
+                f"{path.parent}: its name states the column {name!r}, as in a partitioned data set, and columns are"
+                " read from files alone: write it into them, as pyarrow.dataset.dataset(FOLDER, partitioning='hive')"
+                " reads it"
+            )
+
+
 def parquet_below(root: Path) -> list[Path]:
     """Find the parquet files of a folder, such as a snapshot of a data set of Hugging Face's.
 
@@ -227,6 +247,7 @@ def parquet_below(root: Path) -> list[Path]:
     places = [file.parent.relative_to(root) for file in files]
     kinds = {tuple(part for part in place.parts if split_named(part) is None) for place in places}
     if len(kinds) > 1:
+        _check_partitions(files, ColumnNames())
         named = listing(sorted({str(place) for place in places}), 8)
         raise DataError(
             f"{root} holds parquet files in several folders, {named}, which may be versions of one data set: name one"

@@ -167,8 +167,8 @@ def _with_tests(images: ImageSet, config: DataConfig, excluded: Collection[int],
     for names, part in [(trained, id_test), *(([domain], part) for domain, part in parts.items())]:
         if not len(part):
             raise DataError(
-                f"domain {listing(names)} has no usable test pictures:"
-                " add test rows, or leave the split out of the data to have some held out"
+                f"domain {listing(names)} has no usable test pictures: add test rows; or, if the data states no split"
+                " or that is left out, raise data.test_fraction to have some held out"
             )
     return Split(support, id_test, parts)
 

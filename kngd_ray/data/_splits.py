@@ -114,12 +114,13 @@ def hash_split(labels: Ints, domains: Names, keys: Keys, fraction: float) -> Nam
     return np.where(np.isin(keys, held_out), "test", "train")
 
 
-def count_copies(labels: Ints, keys: Keys) -> Sequence[str]:
+def count_copies(labels: Ints, keys: Keys, *, in_time: bool = False) -> Sequence[str]:
     """Return sentences that count pictures which are there more than once.
 
     Args:
         labels (N,): class numbers.
         keys (N,): picture hashes.
+        in_time: whether every row is learned from, as it comes.
 
     Returns:
         One on copies within classes and one on pictures in several classes, each if there are any.
@@ -128,7 +129,8 @@ def count_copies(labels: Ints, keys: Keys) -> Sequence[str]:
     copies, several = len(labels) - len(distinct), len(distinct) - len(np.unique(keys))
     said = []
     if copies:
-        said.append(f"{copies} pictures are copies of others of their class: no shot is drawn twice")
+        drawn = "each comes again, at its own time" if in_time else "no shot is drawn twice"
+        said.append(f"{copies} pictures are copies of others of their class: {drawn}")
     if several:
         said.append(f"{several} pictures are also in another class, under another label")
     return said

@@ -20,7 +20,8 @@ def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[st
 
     Each class of each domain has a permutation of its own, so that domains whose rows are the same objects in other
     styles do not all come with the same ones. Shots of a domain come in an order that is drawn too: sorted by class, a
-    batch would hold one class. A domain that comes back comes with the next shots of its permutations.
+    batch would hold one class. A domain that comes back comes with the next shots of its permutations. No picture is
+    drawn twice, nor a copy of it within its class.
 
     Args:
         images: the data set.
@@ -38,16 +39,22 @@ def in_order(images: ImageSet, usable: npt.NDArray[np.bool_], order: Sequence[st
     known = sorted(set(images.domains.tolist()))
     visits: dict[str, int] = {}
     parts: list[Ints] = []
+    rows = np.flatnonzero(usable & np.isin(images.domains, order))
+    of_key = np.rec.fromarrays([images.labels[rows], images.keys[rows]])
+    first = np.zeros(len(images.labels), np.bool_)
+    first[rows[np.unique(of_key, return_index=True)[1]]] = True
     for domain in order:
         visit = visits[domain] = visits.get(domain, -1) + 1
         drawn = []
         for label, name in enumerate(images.class_names):
-            pool = np.flatnonzero(usable & (images.domains == domain) & (images.labels == label))
+            own = usable & (images.domains == domain) & (images.labels == label)
+            pool = np.flatnonzero(own & first)
             needed = order.count(domain) * shots  # of all visits
             if len(pool) < needed:
                 times = f", {order.count(domain)} times {shots}" if order.count(domain) > 1 else ""
+                copies = f" ({found} with copies)" if (found := int(own.sum())) > len(pool) else ""
                 raise DataError(
-                    f"class {name!r} has {len(pool)} pictures of domain {domain!r} to learn from, fewer than "
+                    f"class {name!r} has {len(pool)} pictures of domain {domain!r} to learn from{copies}, fewer than "
                     f"{needed} shots{times}: lower data.shots, add pictures, or leave the class or the domain out"
                 )
             permuted = np.random.default_rng([seed, label, known.index(domain)]).permutation(pool)

@@ -40,7 +40,8 @@ class FittedClassifier:
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Posterior predictive probabilities (m, C)."""
-        return self.classify(X).probabilities.double().numpy()
+        p: npt.NDArray[np.float64] = self.classify(X).probabilities.double().numpy()
+        return p / p.sum(1, keepdims=True)  # single precision leaves sums that scikit-learn warns of
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable classes (m,)."""

@@ -85,8 +85,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         class_names_: their names in prompts.
         n_features_in_: for ``precomputed``, the number of features.
         feature_names_in_: for ``precomputed``, names of the columns, if a table with names was given.
-        calibration_: the posterior temperature tau, the sharpening and the scaling temperature, chosen on the training
-            pictures alone unless the settings give them.
+        calibration_: tau, sharpening and scaling temperature, chosen on the training pictures unless settings give it.
         checkpoint_: weights and covariance, as in a checkpoint.
     """
 

@@ -22,6 +22,7 @@ Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
 
 _BATCH = 64  # decoded pictures held at once
+_FEW_COPIES = 0.05  # of all samples
 _SEEDS = 2**31 - 1
 _ONE = {"X": "picture", "y": "label", "classes": "label"}
 _NAMED = 5  # examples in a message
@@ -318,6 +319,27 @@ def seed_of(random_state: Any) -> int:
         return int(random_state.integers(_SEEDS))
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(_SEEDS))
-    if isinstance(random_state, (int, np.integer)) and random_state >= 0:
+    if isinstance(random_state, (int, np.integer)) and 0 <= random_state < 2**63:
         return int(random_state)
-    raise ValueError(f"random_state is {random_state!r}; give a number of 0 or more, a generator of numpy's, or None")
+    raise ValueError(
+        f"random_state is {random_state!r}; give a number from 0 to 2^63 - 1, a generator of numpy's, or None"
+    )
+
+
+def said_of_copies(features: Tensor) -> list[str]:
+    """What is to be said of samples that are there more than once.
+
+    Args:
+        features: (N, d) of the samples.
+
+    Returns:
+        None or one sentence, where they are enough to be told by figures of samples that are held out.
+    """
+    rows = np.ascontiguousarray(features.cpu().numpy())
+    copies = len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.strides[0]))).ravel()))
+    if copies < _FEW_COPIES * len(rows):
+        return []
+    return [
+        f"samples that repeat others: {copies} of {len(rows)}. A fit knows them although they are held out from it, so "
+        "tau, sharpening, held-out figures and novelty are too sure: give each sample once"
+    ]

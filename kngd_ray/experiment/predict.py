@@ -69,7 +69,7 @@ def predict(
     if html is not None:
         check_path(html, option("html"))
     apart: list[Path] = []
-    if not (files := list(_files(images, apart))) and not any(name.endswith(_FEATURES) for name in images):
+    if not (files := list(_files(images, apart))) and not any(name.casefold().endswith(_FEATURES) for name in images):
         raise DataError(f"there is no picture in {', '.join(images)}: name picture files, or a folder of them.")
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
@@ -128,7 +128,7 @@ def _classify_features(
     """
     if html is not None:
         raise UsageError(f"{option('html')} shows pictures, and {fit.name} learned from features: leave it out.")
-    other = next((name for name in files if not name.endswith(_FEATURES)), None)
+    other = next((name for name in files if not name.casefold().endswith(_FEATURES)), None)
     if other is not None:
         raise UsageError(
             f"{fit.name} learned from features, and {other} is not a parquet file with a column `features`: kngd-ray "

@@ -1,5 +1,6 @@
 """What a run is tested on besides its own classes: the other half of its classes, or other data sets."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,16 +123,21 @@ def _names(paths: Sequence[str]) -> list[str]:
     Raises:
         UsageError: one is there twice.
     """
-    parts = [
-        ("emoji",) if path == EMBEDDED else Path(path).expanduser().absolute().with_suffix("").parts for path in paths
-    ]
+    parts = [("emoji",) if path == EMBEDDED else _without_suffix(Path(path).expanduser().absolute()) for path in paths]
+    files = {path if path == EMBEDDED else os.path.realpath(Path(path).expanduser()) for path in paths}
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) == len(files):
             return names
     if paths:
         raise UsageError(f"targets names a data set twice: {', '.join(paths)}; name each once.")
     return []
+
+
+def _without_suffix(path: Path) -> tuple[str, ...]:
+    """The parts of a path, the last one without the suffix of a parquet file."""
+    name = path.name.removesuffix(".parquet")
+    return (*path.parent.parts, name)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The folder of a run: its lock, its name and its fits (:mod:`kngd_ray._run_layout`)."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,13 +100,18 @@ def resumed_config(name: str, overrides: Sequence[str]) -> Config:
 def _settled(config: Config) -> Config:
     """The same configuration with absolute paths, valid in any folder."""
     paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
-    absolute = [str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in paths]
+    absolute = [_absolute(p) for p in paths]
     data = replace(config.data, path=absolute[0] if isinstance(config.data.path, str) else tuple(absolute))
     tracking = replace(config.tracking, uri=resolve_uri(config.tracking.uri))
     prior = None if config.prior is None else str(locate(config.prior, config.trainer.storage_path))
-    targets = tuple(str(Path(p).expanduser().resolve()) if p != EMBEDDED else p for p in config.targets)
+    targets = tuple(_absolute(p) for p in config.targets)
     model = config.model.absolute()
     return replace(config, prior=prior, data=data, model=model, tracking=tracking, targets=targets)
+
+
+def _absolute(path: str) -> str:
+    """A data set's path from the root on, links as they are: a cache's links have the names that tell splits."""
+    return path if path == EMBEDDED else os.path.abspath(os.path.expanduser(path))
 
 
 def shown(config: Config) -> Config:

@@ -22,6 +22,7 @@ from kngd_ray.config import Config
 from kngd_ray.data import (
     Crops,
     DataConfig,
+    EncodedBy,
     FeatureFiles,
     ImageSet,
     Split,
@@ -32,7 +33,7 @@ from kngd_ray.data import (
     select,
     select_tests,
 )
-from kngd_ray.errors import DataError
+from kngd_ray.errors import DataError, spelled
 from kngd_ray.experiment.features import given_model, given_views, row_notes, stated_model
 from kngd_ray.training.network_predictor import check_affordable
 from kngd_ray.training.restoring import identity_of
@@ -74,6 +75,9 @@ class Task:
             drawn = ", ".join(f"{count} of {domain}" for domain, count in zip(domains[:8], counts[:8], strict=True))
             more = f" and of {len(domains) - 8} more" if len(domains) > 8 else ""
             lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
+        lines += self._untested()
+        if isinstance(source, FeatureFiles) and source.encoded_by is None and getattr(self.model, "encoded_by", None):
+            lines.append(EncodedBy.unstated(", ".join(source.paths), "that of the features that the fit learned from"))
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         model = self.config.model
@@ -89,6 +93,16 @@ class Task:
             asked = views_of(self.config.fit_options, self._shots)
             fewer = f" (its file holds no more, and tune.views asks for {asked})" if count < asked else ""
             lines.append(f"heads learn from each shot and {several} of it{fewer}, which count as one picture")
+        return lines
+
+    def _untested(self) -> list[str]:
+        """Sentences on classes that test sets have no picture of."""
+        split, names, lines = next(iter(self.splits.values())), self.images.class_names, []
+        for where, rows in (("", split.id_test), *((f" of domain {name!r}", part) for name, part in split.ood.items())):
+            lost = np.setdiff1d(np.arange(len(names)), self.images.labels[rows])
+            if len(lost):
+                more = f" and of {len(lost) - 8} more" if len(lost) > 8 else ""
+                lines.append(f"no test picture{where} is of {', '.join(spelled(names[n]) for n in lost[:8])}{more}")
         return lines
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 from kngd_ray.clip.builds import torchvision_errors
 
 ECE_BINS = 15
+_BELOW_1 = 1.0 - 2.0**-24  # the float32 below 1
 _MIN_P = 1e-12  # float32 softmax can round to zero; an infinite NLL would say nothing
 
 
@@ -78,7 +79,9 @@ class Scores:
         accuracy = correct(p, labels).mean()
         if len(p) and bool((p == p[:, :1]).all()):
             return cls(float(accuracy), nll, 0.0, float(brier))
-        ece = load_scorers().multiclass_calibration_error(p, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
+        binned = p.clamp_max(_BELOW_1)  # torchmetrics has a bin of its own for 1
+        scorer = load_scorers().multiclass_calibration_error
+        ece = scorer(binned, labels, num_classes=classes, n_bins=ECE_BINS, norm="l1")
         return cls(float(accuracy), nll, float(ece), float(brier))
 
     @classmethod

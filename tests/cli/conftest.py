@@ -127,7 +127,6 @@ class CommandLine:
             "tracking.enabled=false",
             f"tracking.uri=sqlite:///{self.folder}/mlflow.db",
             "posterior.folds=2",
-            "posterior.draws=4",
             *settings,
         ]
 

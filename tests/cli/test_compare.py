@@ -54,7 +54,6 @@ class Store:
             f"tracking.experiment={experiment}",
             "tracking.log_model=false",
             "posterior.folds=2",
-            "posterior.draws=4",
             *settings,
         ]
         return train(load_config(overrides=overrides), Display(quiet_stdout=True))

@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 from kngd_ray.clip import CLIPHead, ModelConfig, load_model
 from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, FeatureCache, open_images, select
+from kngd_ray.errors import UsageError
+from kngd_ray.experiment.protocols import _names
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.metrics import Scores
@@ -236,6 +238,17 @@ def test_what_cannot_be_tested_is_refused_before_training(command, four, setting
     outcome = command.train(*settings)
     assert (outcome.code, says in outcome.sentence) == (code, True), outcome.sentence
     assert not command.runs.exists()
+
+
+def test_data_sets_are_told_apart_by_their_files(tmp_path) -> None:
+    file = tmp_path / "one" / "t.parquet"
+    file.parent.mkdir()
+    file.touch()
+    (tmp_path / "two").symlink_to(file.parent)
+    assert _names(["t_v1.0", "t_v1.1"]) == ["t_v1.0", "t_v1.1"]
+    assert _names(["a/t.parquet", "b/t.parquet"]) == ["a/t", "b/t"]
+    with pytest.raises(UsageError, match="names a data set twice"):
+        _names([str(file), str(tmp_path / "two" / "t.parquet")])
 
 
 def test_baselines_and_printed_settings_keep_the_protocol(command) -> None:

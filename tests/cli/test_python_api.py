@@ -34,7 +34,6 @@ def settings(command) -> dict[str, Any]:
         "storage_path": command.runs,
         "tracking": {"enabled": False, "uri": f"sqlite:///{command.folder}/mlflow.db"},
         "posterior": {"folds": 2},
-        "posterior.draws": 4,
         "quiet": True,
     }
 
@@ -62,6 +61,8 @@ def test_the_package_shows_its_public_names_alone_and_imports_nothing_heavy() ->
         ({"shots": 16}, ["data.shots=16"]),
         ({"seeds": 3}, ["seeds=[0, 1, 2]"]),
         ({"seeds": np.int64(2)}, ["seeds=[0, 1]"]),
+        ({"seeds": 2.0}, ["seeds=[0, 1]"]),
+        ({"seeds": "2"}, ['seeds="2"']),
         ({"seeds": [4, 7]}, ["seeds=[4, 7]"]),
         ({"seeds": range(2)}, ["seeds=[0, 1]"]),
         ({"data": Path("a b.parquet")}, ['data.path="a b.parquet"']),
@@ -77,6 +78,19 @@ def test_the_package_shows_its_public_names_alone_and_imports_nothing_heavy() ->
 )
 def test_keywords_are_settings(keywords: dict[str, Any], written: list[str]) -> None:
     assert settings_of(keywords) == written
+
+
+@pytest.mark.parametrize("given", [np.zeros((2, 3)), 3, [b"x"], None])
+def test_predict_takes_names_of_files_alone(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"predict classifies files by their names: .* use run\.classifier"):
+        kngd_ray.predict("first", given)
+
+
+@pytest.mark.parametrize("call", [kngd_ray.load, kngd_ray.evaluate, lambda run: kngd_ray.predict(run, "cat.jpg")])
+@pytest.mark.parametrize("run", [None, 3])
+def test_a_run_is_named(call: Any, run: Any) -> None:
+    with pytest.raises(UsageError, match=f"a run is needed, and what was given is of type {type(run).__name__}"):
+        call(run)
 
 
 def test_options_of_a_search_have_short_names_where_there_is_one() -> None:

@@ -34,6 +34,37 @@ def test_the_first_lines_say_what_states_the_splits(command, tmp_path: Path) -> 
     ]
 
 
+def test_files_of_a_cache_are_read_by_the_names_of_their_links(command, tmp_path: Path) -> None:
+    """As the hub's client lays them out: blobs have hashes for names, and links to them have the splits."""
+    table, folder = small_table(), tmp_path / "snapshots/abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    links = []
+    for split in ("train", "test"):
+        rows = table.filter(pc.equal(table["split"], split)).drop_columns(["split"])
+        pq.write_table(rows, tmp_path / f"blobs/{split.encode().hex()}")
+        links.append(folder / f"{split}-00000-of-00001.parquet")
+        links[-1].symlink_to(f"../../blobs/{split.encode().hex()}")
+    given = ",".join(map(str, links))
+    assert command.train("trainer.name=linked", "epochs=1", data=given).code == 0
+    assert read_config(command.run("linked")).data.path == tuple(map(str, links))
+    outcome = command("evaluate", "linked", "--storage-path", command.run("linked").parent)
+    assert outcome.code == 0
+    assert "(test-00000-of-00001.parquet)" in outcome.err
+    assert "changed" not in outcome.err
+
+
+def test_classes_without_test_pictures_are_named(command, tmp_path: Path) -> None:
+    table = small_table()
+    names, domains, splits = (table[name].to_pylist() for name in ("class_name", "domain", "split"))
+    lost = [n for n, row in enumerate(zip(names, domains, splits, strict=True)) if row == (CLASSES[0], "noto", "test")]
+    kept = table.take([n for n in range(len(table)) if n not in lost])
+    pq.write_table(kept, tmp_path / "lost.parquet")
+    outcome = command.train("epochs=1", data=tmp_path / "lost.parquet")
+    assert f"no test picture is of {CLASSES[0]!r}" in outcome.err
+    assert "no test picture of domain" not in outcome.err
+
+
 @pytest.fixture
 def trained(command) -> Any:
     outcome = command.train("trainer.name=e", "epochs=1")

@@ -47,7 +47,6 @@ def settings(data: Path, cache: Path, storage: Path, *more: str) -> list[str]:
         f"epochs={STEPS // 3}",
         "batch_size=4",
         "posterior.folds=0",
-        "posterior.draws=4",
         *more,
     ]
 

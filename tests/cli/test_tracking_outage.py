@@ -36,7 +36,6 @@ def begun(server: Server, data: Path, cache: Path, storage: Path, epochs: int) -
         f"epochs={epochs}",
         "batch_size=4",
         "posterior.folds=0",
-        "posterior.draws=4",
     ]
     process = subprocess.Popen(
         program("train", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT

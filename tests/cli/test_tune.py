@@ -383,7 +383,6 @@ def tracked(small_data, shared_cache, tmp_path_factory: pytest.TempPathFactory) 
         f"tracking.uri={uri}",
         "tracking.experiment=kngd_ray tests",
         "posterior.folds=2",
-        "posterior.draws=4",
     ]
     report = tune(load_search(file, settings), Display(quiet_stdout=True))
     return Tracked(folder / "runs" / "s", report, uri, MlflowClient(uri))

@@ -91,6 +91,7 @@ def test_wrong_setting(subtests: pytest.Subtests) -> None:
         ("posterior.temperature=-1", ["temperature is -1.0", "0 or more"]),
         ("seeds=[]", ["seeds is empty"]),
         ("seeds=1,1", ["seeds is [1, 1]", "must differ"]),
+        (f"seeds={2**63}", [f"seeds is [{2**63}]", "below 2^63"]),
         ("seeds=-1", ["seeds is [-1]", "0 or more"]),
         ("baselines=adamw,adamw", ["baselines is ['adamw', 'adamw']", "each method once"]),
         ("prior=''", ["prior is empty", "name a run"]),

@@ -195,6 +195,9 @@ def test_the_model_that_computed_features(write):
     assert str(stated) == "ViT-S (fingerprint aaaaaaaaaaaa)"
     assert [stated.scales(s) for s in (20.0, 20.001, 20.1, 18.0)] == [True, True, False, False]
     assert opened(write(feature_table())).source.encoded_by is None
+    notes = opened(write(stating(MODEL)), write(feature_table(), "untold.parquet")).notes
+    assert any("is not stated in" in note and "untold.parquet: make sure that it is ViT-S" in note for note in notes)
+    assert not any("is not stated" in note for note in opened(write(feature_table())).notes)
     other = write(stating(MODEL | {"fingerprint": "b" * 64}), "other.parquet")
     with pytest.raises(DataError, match=r"rows.parquet has features of the model ViT-S .*other.parquet of ViT-S"):
         opened(write(stating(MODEL)), other)

@@ -220,6 +220,28 @@ def test_versions_of_a_data_set_are_not_pooled(write_parquet, tmp_path):
     assert "holds parquet files in several folders, coarse, fine, which may be versions" in refusal(tmp_path / "x")
 
 
+def test_columns_in_the_names_of_folders_are_refused(write_parquet, tmp_path):
+    files = [write_parquet(f"hive/domain={d}/0.parquet", first=10 * n, label=["a", "b"]) for n, d in enumerate("xy")]
+    says = "domain=x: its name states the column 'domain', as in a partitioned data set"
+    for given in (files, [tmp_path / "hive/*/0.parquet"], [tmp_path / "hive"]):
+        assert says in refusal(*given)
+    one = opened(files[0], write_parquet("hive/domain=x/1.parquet", first=20, label=["a", "b"]))
+    assert set(one.domains) == {"all"}, "folders of one value tell nothing apart"
+    other = write_parquet("hive/day=1/0.parquet", label=["a", "b"]), write_parquet("hive/day=2/0.parquet", label=["a"])
+    assert len(opened(*other).labels) == 3
+
+
+def test_a_pattern_may_have_a_comma(write_parquet, tmp_path):
+    write_parquet("my,dir/0.parquet", label=["a", "b"])
+    assert len(opened(DataConfig(path=str(tmp_path / "my,dir/*.parquet")).path).labels) == 2
+    assert DataConfig(path="a.parquet,b.parquet").path == ("a.parquet", "b.parquet")
+
+
+def test_a_class_has_a_name(write_parquet):
+    path = write_parquet(label=[0, 1, 0], class_name=["a", "", "a"])
+    assert "label 1 has no class name" in refusal(path)
+
+
 def test_a_snapshot_in_the_cache_of_hugging_face(write_parquet, tmp_path):
     repository = tmp_path / "hub/datasets--a--pets"
     data = repository / "snapshots/0123abc/data"
@@ -278,6 +300,8 @@ def test_copies_are_counted(write_parquet, png):
         "2 pictures are copies of others of their class: no shot is drawn twice",
         "1 pictures are also in another class, under another label",
     )
+    in_time = opened(write_parquet(image=pictures, label=list("abaaa"), at=range(5)), time="at")
+    assert in_time.notes[-2] == "2 pictures are copies of others of their class: each comes again, at its own time"
 
 
 def test_pictures_by_path_lie_beside_the_file(write_parquet, tmp_path, png):

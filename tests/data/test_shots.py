@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kngd_ray.data import DataConfig, open_images, sample_shots, select, select_tests
+from kngd_ray.data._stream import in_order
 from kngd_ray.errors import DataError
 
 LABELS = np.array([1, 0] * 20)
@@ -172,3 +173,20 @@ def test_all_of_unsplit_data_can_be_held_out(write_parquet, pets):
     assert len(select_tests(open_images(unsplit, test_fraction=1.0), unsplit).id_test) == 10
     stated = config(pets)
     assert len(select_tests(open_images(stated, test_fraction=1.0), stated).id_test) == 12
+
+
+def test_no_copy_comes_twice_in_a_stream(write_parquet, png):
+    """Nor in the next visit of its domain, nor in another domain."""
+    pictures = [n // 2 for n in range(48)]  # each twice, in both domains in turn
+    rows = {"label": ["ab"[n % 2] for n in pictures], "domain": [("x", "y", "x")[n % 3] for n in pictures]}
+    images = open_images(config(write_parquet(image=[png(n) for n in pictures], split=["train"] * 48, **rows)))
+    order = config("x", order=("x", "y", "x"), shots=2)
+    for seed in range(3):
+        drawn = select_support(images, order, seed)
+        assert len(set(images.keys[drawn].tolist())) == len(drawn) == 12
+    with pytest.raises(DataError, match=r"to learn from \(\d+ with copies\), fewer than 20 shots, 2 times 10"):
+        select_support(images, replace(order, shots=10), 0)
+
+
+def select_support(images, data, seed):
+    return in_order(images, images.splits == "train", data.order, data.shots, seed)

@@ -40,6 +40,12 @@ def looped(p: np.ndarray, y: np.ndarray) -> dict[str, float]:
     }
 
 
+def test_what_is_certain_shares_the_last_bin():
+    p = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.95, 0.05], [0.95, 0.05]])
+    y = torch.tensor([0, 1, 0, 0])
+    assert Scores.of(p, y).ece == pytest.approx(abs(0.75 - 0.975), abs=1e-6)
+
+
 def test_scores_equal_plain_loops(predictions):
     p, y = predictions
     expected = looped(p.numpy(), y.numpy())

@@ -103,6 +103,14 @@ def test_labels_stay_what_they_are(train, labels, dtype) -> None:
     assert set(clf.predict(train[0]).tolist()) <= set(plain)
 
 
+def test_labels_that_are_times(train) -> None:
+    """Of nanoseconds, as pandas has them, numpy would make whole numbers."""
+    y = np.array(["2024-05-01", "2025-05-01", "2026-05-01"], "datetime64[ns]")[[CLASSES.index(c) for c in train[1]]]
+    clf = estimator(class_embeddings=None).fit(train[0], y)
+    assert [day.year for day in clf.classes_] == [2024, 2025, 2026]
+    assert clf.score(train[0], y) > 0.7
+
+
 def test_labels_in_tensors(train) -> None:
     numbers = [CLASSES.index(name) for name in train[1]]
     for same in ([torch.tensor(n) for n in numbers], [np.array(n) for n in numbers], torch.tensor(numbers)):

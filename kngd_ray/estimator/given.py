@@ -90,6 +90,8 @@ def _array(given: Any, what: str) -> Any:
             array = array[:, 0]
         if array.ndim != 1:
             raise InputError(f"{what} has shape {array.shape}: give one label for each {_ONE['X']}, a 1d array.")
+        if array.dtype.kind in "mM":  # of nanoseconds numpy would make whole numbers
+            array = array.astype(f"{array.dtype.kind}8[us]")
         return array.tolist()
     alone = array.ndim == 3 and array.shape[2] in (1, 3, 4)
     # channels come first in tensors, by convention; in an array it is more likely three grey pictures

@@ -301,6 +301,8 @@ def _dimension(key: Any, raw: Any) -> Dimension:
             f"space.{key} is {raw!r}; give {{low: .., high: ..}} or {{choices: [..]}}, or set it outside of the space."
         )
     given = {name: value for name, value in raw.items() if name != _CONDITION}
+    if isinstance(given.get("choices"), list) and None in given["choices"]:
+        raise UsageError(f"space.{key}: choices has null, which is no value to choose: name the others.")
     try:
         domain = parse(Choice, given) if "choices" in given else parse(Range, given)
     except UsageError as error:

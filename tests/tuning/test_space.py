@@ -57,6 +57,7 @@ def base() -> Config:
         ({"filter.p0": {**P0, "median": 3.0, "spread": 1.0}}, "median is 3; it must lie between 0.01 and 1"),
         ({"filter.p0": {**P0, "median": 0.1, "spread": 0}}, "spread is 0; a standard deviation is above 0"),
         ({"filter.gate": {"choices": ["none"]}}, "name two or more, each once"),
+        ({"posterior.temperature": {"choices": [None, 0.5]}}, "choices has null, which is no value to choose"),
         ({"filter.gate": {"choices": ["none", "skip", "none"]}}, "name two or more, each once"),
         ({"filter.gate": {"choices": ["none", "skip"], "low": 1}}, "unknown key 'low'"),
         ({"filter.gate": {"choices": ["none", "skp"]}}, "space.filter.gate cannot be skp: filter.gate is 'skp'; did"),

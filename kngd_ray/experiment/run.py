@@ -279,10 +279,11 @@ def _chosen(config: Config, batches: int) -> str:
     if not posterior.folds:
         return ""
     given = posterior.temperature
-    sharpening = "sharpening and " if posterior.sharpening_spread else ""
-    tau = f"tau{', ' if sharpening else ' and '}" if given is None else f"tau is {given:g}, "
     used = config.method == "kalman" and posterior.predict != "mean"
-    return f"; {tau if used else ''}{sharpening}temperatures were chosen on the training shots"
+    chosen = ["tau"] if used and given is None else []
+    chosen += ["sharpening"] if posterior.sharpening_spread else []
+    tau = f"; tau is {given:g}" if used and given is not None else ""
+    return f"{tau}; chosen on training shots: {', '.join([*chosen, 'temperatures'])}"
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
     assert outcome.code == 0, outcome.err
     assert "zero-shot" in outcome.out
     assert "kalman, 9 steps" in outcome.out
-    note = "seeds 0; one seed, no interval; tau, sharpening and temperatures were chosen on the training shots"
+    note = "seeds 0; one seed, no interval; chosen on training shots: tau, sharpening, temperatures"
     assert outcome.out.splitlines()[-1] == note
     assert "Traceback" not in outcome.err
     run = command.run("first")
@@ -73,10 +73,10 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["posterior.temperature=0.2"], "; tau is 0.2, sharpening and temperatures were chosen on the training shots"),
-        (["posterior.predict=mean"], "; sharpening and temperatures were chosen on the training shots"),
-        (["posterior.sharpening_spread=0"], "; tau and temperatures were chosen on the training shots"),
-        (["method=adamw"], "; temperatures were chosen on the training shots"),
+        (["posterior.temperature=0.2"], "; tau is 0.2; chosen on training shots: sharpening, temperatures"),
+        (["posterior.predict=mean"], "; chosen on training shots: sharpening, temperatures"),
+        (["posterior.sharpening_spread=0"], "; chosen on training shots: tau, temperatures"),
+        (["method=adamw"], "; chosen on training shots: temperatures"),
         (["posterior.folds=0"], ""),
     ],
 )

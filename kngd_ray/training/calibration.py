@@ -301,7 +301,7 @@ def _most_probable_temperature(probabilities: Tensor, labels: Tensor, spread: fl
         return len(labels) * _nll(scale(probabilities, exp(log_t)), labels) + 0.5 * (log_t / spread) ** 2
 
     found = minimize_scalar(energy, bounds=(-_MAX_LOG_T, highest), method="bounded")
-    return exp(min(found.x, 0.0, key=energy))  # which comes near an end of its bounds, but not there
+    return exp(min(0.0, found.x, key=energy))  # which comes near an end of its bounds, but not there
 
 
 def scale(probabilities: Tensor, T: float) -> Tensor:

@@ -114,7 +114,7 @@ def big() -> dict[str, Any]:
     for _ in range(20):
         pictures = support.features[:_PICTURES].clone()
         start = time.perf_counter()
-        predictor.predict(pictures, calibration.tau)
+        calibration.predict(predictor, pictures)
         taken.append((time.perf_counter() - start) / _PICTURES)
     return {
         "classes": BIG[0],

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from kngd_ray.clip import ModelConfig
@@ -66,7 +66,7 @@ def _flat(keywords: Mapping[str, Any], short: Mapping[str, str]) -> Iterator[tup
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
 
 
 def _written(key: str, value: Any) -> str:

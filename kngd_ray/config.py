@@ -314,7 +314,10 @@ def baseline_config(config: Config, method: str) -> Config:
     shared = plain(replace(config, tracking=replace(config.tracking, registered_model=None)))
     task = ("data", "model", "posterior", "protocol", "targets", "trainer", "tracking")
     kept = ("seeds", "prior", "batch_size", "tune", "adapter", *task)
-    return load_config(forced={"method": method, **{key: shared[key] for key in kept}})
+    forced = {"method": method, **{key: shared[key] for key in kept}}
+    own = load_config(forced={"method": method, "tune": shared["tune"]}).posterior.sharpening_spread
+    forced["posterior"] = {**shared["posterior"], "sharpening_spread": own}  # as the method has by itself
+    return load_config(forced=forced)
 
 
 def override(config: Config, settings: Mapping[str, Any]) -> Config:

@@ -105,10 +105,13 @@ def test_labels_stay_what_they_are(train, labels, dtype) -> None:
 
 def test_labels_that_are_times(train) -> None:
     """Of nanoseconds, as pandas has them, numpy would make whole numbers."""
-    y = np.array(["2024-05-01", "2025-05-01", "2026-05-01"], "datetime64[ns]")[[CLASSES.index(c) for c in train[1]]]
-    clf = estimator(class_embeddings=None).fit(train[0], y)
-    assert [day.year for day in clf.classes_] == [2024, 2025, 2026]
-    assert clf.score(train[0], y) > 0.7
+    days = np.array(["2024-05-01", "2025-05-01", "2026-05-01"])
+    for unit in ("D", "s", "us", "ns"):
+        y = days.astype(f"datetime64[{unit}]")[[CLASSES.index(name) for name in train[1]]]
+        clf = estimator(class_embeddings=None).fit(train[0], y)
+        assert [day.year for day in clf.classes_] == [2024, 2025, 2026]
+        same = np.array((y if unit == "D" else y.astype("datetime64[us]")).tolist(), object)
+        assert clf.score(train[0], y) == (clf.predict(train[0]) == same).mean() > 0.7
 
 
 def test_labels_in_tensors(train) -> None:
@@ -274,17 +277,21 @@ def test_many_classes_of_few_shots_are_sharpened(tmp_path) -> None:
     assert p == pytest.approx(expected, abs=1e-6)
     rows = np.arange(200)
     assert np.log(p[rows, y[80:]]).mean() > np.log(q[rows, y[80:]]).mean()
+    deviations = [clf.predict_proba(X[80:], return_std=True)[1] for clf in (sharp, plain)]
+    assert not np.allclose(*deviations, rtol=0.01)
     sharp.save(tmp_path / "sharp")
     assert np.array_equal(KalmanCLIP.load(tmp_path / "sharp").predict_proba(X[80:]), p)
 
 
 def test_copies_of_samples_are_told(train, recwarn) -> None:
     X, y = train
-    estimator().fit(X, y)
+    asked = estimator(settings={"posterior.folds": 3})
+    asked.fit(X, y)
+    estimator().fit(np.tile(X, (2, 1)), [*y, *y])  # holds nothing out
     assert not any("repeat" in str(w.message) for w in recwarn)
     says = rf"^samples that repeat others: {len(X)} of {2 * len(X)}\. .*: give each sample once"
     with pytest.warns(UserWarning, match=says):
-        estimator().fit(np.tile(X, (2, 1)), [*y, *y])
+        asked.fit(np.tile(X, (2, 1)), [*y, *y])
 
 
 def test_few_recent_pictures_are_kept() -> None:

@@ -181,12 +181,12 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
         Everything but the content, row by row.
     """
     content = content or Pictures(names)
-    _check_partitions(paths, names)
     starts: list[tuple[int, ...]] = []
     columns: dict[str, list[Any]] = {role: [] for role in ROLES}
     keys: list[bytes] = []
     origins: list[str | None] = []
     silent: list[str] = []  # files without domains
+    lacking: dict[str, list[Path]] = {"label": [], "class_name": [], "domain": []}
     base = os.path.commonpath([path.parent for path in paths])
     for path, named in zip(paths, file_splits(paths), strict=True):
         sizes, found, hashes = _scan_file(path, names, content)
@@ -196,8 +196,13 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
         origins += [f"column {names.split} of {shown}" if "split" in found else shown] * len(hashes)
         if hashes and all(value is None for value in found.get("domain", [None])):
             silent.append(shown)
+        for role, files in lacking.items():
+            files += [] if role in found else [path]
         for role in ROLES:
             columns[role] += found.get(role, [named if role == "split" else None] * len(hashes))
+    for role, files in lacking.items():
+        if (column := getattr(names, role)) is not None:
+            _check_partitions(files, column)
     domains = [DEFAULT_DOMAIN if value is None else str(value) for value in columns["domain"]]
     source = ParquetFiles(tuple(str(path) for path in paths), tuple(starts), names)
     unread = "features" if isinstance(content, Pictures) else "image"
@@ -212,23 +217,23 @@ def scan_parquet(paths: Sequence[Path], names: ColumnNames, content: Content | N
     return Rows(source, columns["label"], columns["class_name"], domains, columns["split"], keys, origins, notes)
 
 
-def _check_partitions(paths: Sequence[Path], names: ColumnNames) -> None:
-    """Refuse columns that are in the names of folders, ``domain=photo/0.parquet``, as partitioned data sets have them.
+def _check_partitions(paths: Sequence[Path], column: str) -> None:
+    """Refuse a column that is in the names of folders alone, ``domain=photo/0.parquet``, as partitioned data has it.
+
+    Args:
+        paths: files without the column.
+        column: its name.
 
     Raises:
-        DataError: folders of several values, or of one for some files alone. That of a split is read by its word.
+        DataError: their folders state several values.
     """
-    roles = {names.label, names.class_name, names.domain}
-    stated = [dict(part.partition("=")[::2] for part in path.parent.parts if "=" in part) for path in paths]
-    for name in sorted({name for found in stated for name in found} & roles):
-        values = [found.get(name) for found in stated]
-        if len(set(values)) > 1:
-            path = next(path for path, value in zip(paths, values, strict=True) if value is not None)
-            raise DataError(
-                f"{path.parent}: its name states the column {name!r}, as in a partitioned data set, and columns are"
-                " read from files alone: write it into them, as pyarrow.dataset.dataset(FOLDER, partitioning='hive')"
-                " reads it"
-            )
+    stated = [dict(part.partition("=")[::2] for part in path.parent.parts if "=" in part).get(column) for path in paths]
+    if len({value for value in stated if value is not None}) > 1:
+        folder = next(path.parent for path, value in zip(paths, stated, strict=True) if value is not None)
+        raise DataError(
+            f"{folder}: its name states the column {column!r}, as in a partitioned data set, and columns are read from"
+            " files alone: write it into them, as pyarrow.dataset.dataset(FOLDER, partitioning='hive') reads it"
+        )
 
 
 def parquet_below(root: Path) -> list[Path]:
@@ -247,7 +252,6 @@ def parquet_below(root: Path) -> list[Path]:
     places = [file.parent.relative_to(root) for file in files]
     kinds = {tuple(part for part in place.parts if split_named(part) is None) for place in places}
     if len(kinds) > 1:
-        _check_partitions(files, ColumnNames())
         named = listing(sorted({str(place) for place in places}), 8)
         raise DataError(
             f"{root} holds parquet files in several folders, {named}, which may be versions of one data set: name one"

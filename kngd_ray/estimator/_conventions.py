@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.sparse import issparse
 
@@ -246,3 +247,9 @@ def check_columns(estimator: Any, X: Any) -> np.ndarray[Any, Any] | None:
             f"{first[0]!r}, X has {first[1]!r}."
         )
     return known
+
+
+def summing_to_1(probabilities: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Probabilities (m, C) as scikit-learn takes them: single precision leaves sums that its metrics warn of."""
+    p: npt.NDArray[np.float64] = probabilities.double().cpu().numpy()
+    return p / p.sum(1, keepdims=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from kngd_ray.errors import UsageError
-from kngd_ray.estimator._conventions import array_of, weighted_accuracy
+from kngd_ray.estimator._conventions import array_of, summing_to_1, weighted_accuracy
 from kngd_ray.estimator.given import check_lengths, features_of, label_array, labels_of, listed, picture
 from kngd_ray.training.classifier import Classification, Classifier
 
@@ -40,8 +40,7 @@ class FittedClassifier:
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Posterior predictive probabilities (m, C)."""
-        p: npt.NDArray[np.float64] = self.classify(X).probabilities.double().numpy()
-        return p / p.sum(1, keepdims=True)  # single precision leaves sums that scikit-learn warns of
+        return summing_to_1(self.classify(X).probabilities)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Most probable classes (m,)."""

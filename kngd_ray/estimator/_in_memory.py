@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kngd_ray.errors import FilterError, UsageError
+from kngd_ray.estimator.given import said_of_copies
 from kngd_ray.filters import Belief
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.storage import storage_errors
@@ -107,6 +108,8 @@ def calibrate(
     Returns:
         The calibration, at the tau of no folds where one cannot be fitted, and what pictures are compared with.
     """
+    if posterior.folds and isinstance(task.support, Support) and (said := said_of_copies(task.support.features)):
+        warnings.warn(said, UserWarning, stacklevel=4)
     try:
         return calibrate_and_compare(task, posterior, device, fitted)
     except FilterError:  # a fold has fewer pictures than the fit that went well
@@ -128,6 +131,7 @@ def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: i
     scores = kept.state.replicated.get(FORESEEN)
     if task.stream is None or scores is None or not folds or kept.manifest[_PREDICTED] < 2 * folds:
         return calibration
+    # a stream is not sharpened: what has predicted it chose tau for the logits as they are
     return replace(calibration, tau=Foresight(task.stream, scores).tau, sharpening=1.0)
 
 

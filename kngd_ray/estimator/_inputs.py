@@ -25,7 +25,7 @@ from kngd_ray.clip import (
 from kngd_ray.errors import InputError
 from kngd_ray.estimator._conventions import array_of, conversion_warning
 from kngd_ray.estimator._naming import said_of, said_of_digits
-from kngd_ray.estimator.given import encode_crops, encode_pictures, labels_of, listed, said_of_copies
+from kngd_ray.estimator.given import encode_crops, encode_pictures, labels_of, listed
 from kngd_ray.training.batches import Support
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.views import crops_of
@@ -108,7 +108,7 @@ class Pictures:
         self, model: ClipModel, classes: Sequence[Any], names: Sequence[str], templates: Sequence[str], support: Support
     ) -> list[str]:
         """What is to be said of labels and of the prompts that are made of them."""
-        return [*said_of(classes, names), *model.notes(names, templates), *said_of_copies(support.features)]
+        return [*said_of(classes, names), *model.notes(names, templates)]
 
 
 class Matrix:
@@ -218,8 +218,7 @@ class Matrix:
     ) -> list[str]:
         """What is to be said of labels and of which class embedding is whose."""
         order = model.row_notes(names, support.features, support.labels, "class_embeddings")
-        digits = said_of_digits(classes) if model.zero_shot else ()
-        return [*model.notes(names), *digits, *order, *said_of_copies(support.features)]
+        return [*model.notes(names), *(said_of_digits(classes) if model.zero_shot else ()), *order]
 
 
 def _table(X: Any) -> npt.NDArray[Any]:

@@ -27,6 +27,7 @@ from kngd_ray.estimator._conventions import (
     device_of,
     not_fitted,
     settings_of,
+    summing_to_1,
     weighted_accuracy,
 )
 from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, met
@@ -189,11 +190,11 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             shots would move them, linearised. Zero where no shots could be held out.
         """
         classifier, features = self._features(X)
-        p = classifier.calibration.predict(classifier.predictor, features).probabilities.double().cpu().numpy()
+        p = summing_to_1(classifier.calibration.predict(classifier.predictor, features).probabilities)
         if not return_std:
             return p
-        scale = interval_scale(classifier.novelty), classifier.calibration.sharpening
-        return p, probability_std(_head(classifier), features, *scale).double().cpu().numpy()
+        scale, factor = interval_scale(classifier.novelty), classifier.calibration.sharpening
+        return p, probability_std(_head(classifier), features, scale, factor).double().cpu().numpy()
 
     def novelty(self, X: Any) -> npt.NDArray[np.float64]:
         """Novelty percentiles: how unusual samples are by the standard of the training samples.
@@ -333,11 +334,9 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         number = {label: n for n, label in enumerate(classes)}
         numbers = torch.tensor([number[label] for label in labels], dtype=torch.long)
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
-        named = ignored(config.fit_options, config.posterior, self.settings or ()).items()
-        for note in (
-            *map(" has no effect with ".join, named),
-            *inputs.notes(model, classes, names, templates, support),
-        ):
+        unread = ignored(config.fit_options, config.posterior, self.settings or ()).items()
+        notes = inputs.notes(model, classes, names, templates, support)
+        for note in (*map(" has no effect with ".join, unread), *notes):
             warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,

@@ -22,7 +22,8 @@ Picture = Image.Image | bytes | str | os.PathLike[str] | npt.NDArray[Any]
 """A PIL picture, a file's bytes or path, or an array (H, W) or (H, W, 1, 3 or 4) of uint8 or of floats in [0, 1]."""
 
 _BATCH = 64  # decoded pictures held at once
-_FEW_COPIES = 0.05  # of all samples
+_FEW_COPIES = 0.05  # of all samples, with which held-out figures are no less true
+_FINE = {"ns", "ps", "fs", "as"}  # units of time that Python lacks, and numpy makes whole numbers of
 _SEEDS = 2**31 - 1
 _ONE = {"X": "picture", "y": "label", "classes": "label"}
 _NAMED = 5  # examples in a message
@@ -90,7 +91,7 @@ def _array(given: Any, what: str) -> Any:
             array = array[:, 0]
         if array.ndim != 1:
             raise InputError(f"{what} has shape {array.shape}: give one label for each {_ONE['X']}, a 1d array.")
-        if array.dtype.kind in "mM":  # of nanoseconds numpy would make whole numbers
+        if array.dtype.kind in "mM" and np.datetime_data(array.dtype)[0] in _FINE:
             array = array.astype(f"{array.dtype.kind}8[us]")
         return array.tolist()
     alone = array.ndim == 3 and array.shape[2] in (1, 3, 4)
@@ -328,20 +329,20 @@ def seed_of(random_state: Any) -> int:
     )
 
 
-def said_of_copies(features: Tensor) -> list[str]:
+def said_of_copies(features: Tensor) -> str | None:
     """What is to be said of samples that are there more than once.
 
     Args:
         features: (N, d) of the samples.
 
     Returns:
-        None or one sentence, where they are enough to be told by figures of samples that are held out.
+        A sentence, where they are enough to show in figures of held-out samples; else None.
     """
     rows = np.ascontiguousarray(features.cpu().numpy())
     copies = len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.strides[0]))).ravel()))
-    if copies < _FEW_COPIES * len(rows):
-        return []
-    return [
+    if not copies or copies < _FEW_COPIES * len(rows):
+        return None
+    return (
         f"samples that repeat others: {copies} of {len(rows)}. A fit knows them although they are held out from it, so "
         "tau, sharpening, held-out figures and novelty are too sure: give each sample once"
-    ]
+    )

@@ -46,7 +46,7 @@ def ensemble(
     The scores are those of the test sets, so the curve is there to be looked at: an alpha chosen by it would be
     chosen on the test. Whoever keeps one names it beforehand (0.5 is common), or has a validation set of their own.
 
-    tau and the scaling temperature stay as they were chosen for the fit.
+    tau, sharpening and the scaling temperature stay as they were chosen for the fit.
 
     Args:
         target: run, all of whose seeds are taken; or a fit or checkpoint.

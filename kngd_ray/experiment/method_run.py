@@ -253,6 +253,7 @@ class MethodRun:
         posterior = task.head.posterior
         if self.config.posterior.predict != "linearised":  # of draws and of the mean another tau is right
             return Calibration(self.config.posterior.unasked, 1.0)
+        posterior = replace(posterior, sharpening_spread=self.config.posterior.sharpening_spread)
         if (given := self.config.posterior.temperature) is not None:
             posterior = replace(posterior, temperature=given)
         try:

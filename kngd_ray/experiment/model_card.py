@@ -173,7 +173,11 @@ def _figures(
             rows.append(f"| {title} | {who} | {shown} |")
     taus = ", ".join(f"{c.tau:g}" for c in calibrations.values())
     by_factor = ", ".join(f"{c.sharpening:.2f}" for c in calibrations.values())
-    sharper = f", logits multiplied by {by_factor}" if any(c.sharpening != 1 for c in calibrations.values()) else ""
+    sharper = (
+        f", logits multiplied by {by_factor} as held-out shots say"
+        if any(c.sharpening != 1 for c in calibrations.values())
+        else ""
+    )
     posterior = config.posterior
     asked = posterior.folds and posterior.temperature is None
     chosen = "chosen on the training pictures" if asked else "given, not chosen"

@@ -19,7 +19,17 @@ from kngd_ray._option import option
 from kngd_ray._run_layout import CONFIG
 from kngd_ray.clip import PrecomputedModel
 from kngd_ray.console import Display
-from kngd_ray.data import SUFFIXES, BadImage, by_suffix, decode, encoder_of, of_a_system, read_features, unread
+from kngd_ray.data import (
+    SUFFIXES,
+    BadImage,
+    EncodedBy,
+    by_suffix,
+    decode,
+    encoder_of,
+    of_a_system,
+    read_features,
+    unread,
+)
 from kngd_ray.errors import DataError, UsageError
 from kngd_ray.experiment.features import check_encoder
 from kngd_ray.experiment.gallery import Card, gallery
@@ -74,7 +84,7 @@ def predict(
     folder = find_fit(target, storage_path)
     classifier = Classifier.load(folder)
     if classifier.takes_features:
-        rows = _classify_features(classifier, images, folder, html)
+        rows = _classify_features(classifier, images, folder, html, display)
         if table:
             _show(rows, [f"{row['file']}, row {row['row']}" for row in rows], "feature", display)
         return rows
@@ -118,7 +128,7 @@ def _said(classifier: Classifier, inputs: Sequence[Image.Image] | Tensor) -> lis
 
 
 def _classify_features(
-    classifier: Classifier, files: Sequence[str], fit: Path, html: Path | None
+    classifier: Classifier, files: Sequence[str], fit: Path, html: Path | None, display: Display
 ) -> list[dict[str, Any]]:
     """Classify the rows of parquet files.
 
@@ -141,7 +151,9 @@ def _classify_features(
     assert isinstance(model, PrecomputedModel)
     for name in files:
         if Path(name).is_file():
-            check_encoder(encoder_of(Path(name)), model, name)
+            check_encoder(encoder := encoder_of(Path(name)), model, name)
+            if encoder is None and model.encoded_by is not None:
+                display.say(EncodedBy.unstated(name, "that of the features that the fit learned from"))
         for first, vectors in read_features(Path(name), model.embed_dim, columns):
             for n, said in enumerate(_said(classifier, torch.from_numpy(vectors))):
                 rows.append({"file": name, "row": first + n, **said})

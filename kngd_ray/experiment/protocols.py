@@ -163,7 +163,7 @@ class Protocol:
 
         Args:
             predictor: over the run's own classes.
-            calibration: tau and T for its predictions.
+            calibration: tau and T for its predictions; new classes are not sharpened.
             own: the figures in distribution of the run's own classes.
             gamma: how much of the zero-shot logits is believed of classes that a class residual says nothing of.
 

@@ -280,10 +280,10 @@ def _chosen(config: Config, batches: int) -> str:
         return ""
     given = posterior.temperature
     used = config.method == "kalman" and posterior.predict != "mean"
-    chosen = ["tau"] if used and given is None else []
-    chosen += ["sharpening"] if posterior.sharpening_spread else []
+    asked = ["tau"] if used and given is None else []
+    asked += ["sharpening"] if posterior.sharpening_spread else []
     tau = f"; tau is {given:g}" if used and given is not None else ""
-    return f"{tau}; chosen on training shots: {', '.join([*chosen, 'temperatures'])}"
+    return f"{tau}; chosen on training shots: {', '.join([*asked, 'temperatures'])}"
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

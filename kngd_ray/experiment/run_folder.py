@@ -1,7 +1,6 @@
 """The folder of a run: its lock, its name and its fits (:mod:`kngd_ray._run_layout`)."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +110,7 @@ def _settled(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """A data set's path from the root on, links as they are: a cache's links have the names that tell splits."""
-    return path if path == EMBEDDED else os.path.abspath(os.path.expanduser(path))
+    return path if path == EMBEDDED else str(Path(path).expanduser().absolute())
 
 
 def shown(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """From a configuration to a task: the data set, the model, the shots and the test sets, before any is encoded."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -77,7 +78,10 @@ class Task:
             lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
         lines += self._untested()
         if isinstance(source, FeatureFiles) and source.encoded_by is None and getattr(self.model, "encoded_by", None):
-            lines.append(EncodedBy.unstated(", ".join(source.paths), "that of the features that the fit learned from"))
+            more = f" and {len(source.paths) - 1} more files" if len(source.paths) > 1 else ""
+            lines.append(
+                EncodedBy.unstated(f"{source.paths[0]}{more}", "that of the features that the fit learned from")
+            )
         if isinstance(source, FeatureFiles) and source.rescaled:
             lines.append(f"features of length {source.shortest:.4g} to {source.longest:.4g} are scaled to length 1")
         model = self.config.model
@@ -97,12 +101,17 @@ class Task:
 
     def _untested(self) -> list[str]:
         """Sentences on classes that test sets have no picture of."""
-        split, names, lines = next(iter(self.splits.values())), self.images.class_names, []
-        for where, rows in (("", split.id_test), *((f" of domain {name!r}", part) for name, part in split.ood.items())):
-            lost = np.setdiff1d(np.arange(len(names)), self.images.labels[rows])
-            if len(lost):
-                more = f" and of {len(lost) - 8} more" if len(lost) > 8 else ""
-                lines.append(f"no test picture{where} is of {', '.join(spelled(names[n]) for n in lost[:8])}{more}")
+        split, labels = next(iter(self.splits.values())), self.images.labels
+        lacking: dict[tuple[int, ...], list[str]] = defaultdict(list)  # classes of the data, and the test sets without
+        for where, rows in {"": split.id_test, **split.ood}.items():
+            lacking[tuple(np.setdiff1d(labels, labels[rows]).tolist())].append(where)
+        lacking.pop((), None)
+        lines = []
+        for lost, sets in lacking.items():
+            named = ", ".join(spelled(self.images.class_names[n]) for n in lost[:8])
+            more = f" and of {len(lost) - 8} more" if len(lost) > 8 else ""
+            where = "" if "" in sets else f" of domain {', '.join(map(repr, sets))}"
+            lines.append(f"no test picture{where} is of {named}{more}")
         return lines
 
     @property

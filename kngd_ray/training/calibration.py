@@ -3,8 +3,8 @@
 A model is right about nearly all of the shots that it was fitted on, so they say nothing about its calibration. Here
 the shots are cut into folds, each fold is predicted by a fit on the others, and the held-out predictions choose the
 posterior temperature tau on a grid (least NLL, or the most probable tau where it has a prior). A tau can only make
-predictions less certain. Of few shots of many classes the mean of the belief may be too uncertain by itself, since its
-prior holds logits back: then the logits are multiplied by a factor, the sharpening, which has a prior towards 1. The
+predictions less certain. With few shots of many classes the mean of the belief may be too uncertain by itself: its
+prior holds logits back. Then the logits are multiplied by a factor, the sharpening, which has a prior towards 1. The
 temperature T of ``p^(1/T)``, fitted for what both leave, serves figures alone. The test split is never touched.
 """
 
@@ -31,7 +31,7 @@ from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.metrics import correct
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.posterior_options import PosteriorOptions
-from kngd_ray.training.predict import TAU_GRID, Prediction, Predictor, sharpened
+from kngd_ray.training.predict import TAU_GRID, Prediction, Predictor
 
 _MAX_LOG_T = 3.0
 _SPREAD = 10.0  # of log T a priori
@@ -44,7 +44,7 @@ class Calibration:
     Attributes:
         tau: posterior temperature.
         scaling: T of the temperature scaling p^(1/T) that figures "after scaling" have.
-        held_out_nll: NLL of the held-out shots at tau, nats per sample; None without folds, and of single shots.
+        held_out_nll: NLL of the held-out shots as predicted, nats per sample; None without folds, and of single shots.
         held_out_accuracy: share of the held-out shots classified right at tau; None likewise.
         sharpening: what predictions multiply the logits by, 1 or more.
     """
@@ -65,7 +65,8 @@ class Calibration:
         Returns:
             Probabilities at tau and sharpening, and the spread of the logits at tau.
         """
-        return predictor.predict(inputs, self.tau, self.sharpening)
+        found = predictor.predict(inputs, self.tau)
+        return replace(found, probabilities=sharpened(found.probabilities, self.sharpening))
 
 
 AnyPredictor = Predictor | NetworkPredictor
@@ -302,6 +303,19 @@ def _most_probable_temperature(probabilities: Tensor, labels: Tensor, spread: fl
 
     found = minimize_scalar(energy, bounds=(-_MAX_LOG_T, highest), method="bounded")
     return exp(min(0.0, found.x, key=energy))  # which comes near an end of its bounds, but not there
+
+
+def sharpened(probabilities: Tensor, factor: float) -> Tensor:
+    """Probabilities of logits that are multiplied by a factor; the most probable class stays the same.
+
+    Args:
+        probabilities: (m, C).
+        factor: above 0; 1 leaves them as they are, to the last bit.
+
+    Returns:
+        (m, C) probabilities.
+    """
+    return probabilities if factor == 1.0 else scale(probabilities, 1.0 / factor).to(probabilities)
 
 
 def scale(probabilities: Tensor, T: float) -> Tensor:

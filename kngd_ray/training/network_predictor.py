@@ -12,7 +12,6 @@ is left out.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from kngd_ray.observations import Linearizer, trainable, unflatten
 from kngd_ray.training.batches import seeded
 from kngd_ray.training.pixels import Pixels
 from kngd_ray.training.posterior_options import PosteriorOptions
-from kngd_ray.training.predict import DRAWS_SEED, Prediction, centred_variances, moderated, sharpened
+from kngd_ray.training.predict import DRAWS_SEED, Prediction, centred_variances, moderated
 from kngd_ray.training.streamed import ADAPTERS
 
 _AT_ONCE = 64  # pictures
@@ -102,21 +101,16 @@ class NetworkPredictor:
         """Where the network is; pictures are brought to it."""
         return self.head.class_embeddings.device
 
-    def predict(self, inputs: Pixels | Tensor, tau: float, sharpening: float = 1.0) -> Prediction:
+    def predict(self, inputs: Pixels | Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
 
         Args:
             inputs: m pictures, or their pixels (m, 3, H, W); where the image tower is frozen, their features (m, d).
             tau: posterior temperature; 0 is the point prediction.
-            sharpening: the power that probabilities are raised to.
 
         Returns:
             Probabilities and the spread of the logits behind them, on the CPU.
         """
-        found = self._predict(inputs, tau)
-        return replace(found, probabilities=sharpened(found.probabilities, sharpening))
-
-    def _predict(self, inputs: Pixels | Tensor, tau: float) -> Prediction:
         if self.belief is None or tau == 0 or self.options.predict == "mean":
             logits = self._logits(inputs)
             return Prediction(logits.softmax(1), torch.zeros_like(logits))

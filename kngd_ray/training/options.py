@@ -297,8 +297,10 @@ def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
-    if head != "posterior" or rest in {"", "folds", "sharpening_spread"}:  # of other methods too
+    if head != "posterior" or rest in {"", "folds"}:  # folds are there for temperature scaling too
         return None
+    if rest == "sharpening_spread":  # of other methods too; towers have that of their head's folds
+        return None if posterior.folds or options.tune.images else "posterior.folds=0"
     if not kalman:
         return f"method={options.method}"
     if rest == "draws" and posterior.predict != "draws":

@@ -1,6 +1,6 @@
 """Predictions that carry the posterior: point, Monte Carlo, and linearised variance of the logits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from math import pi
 
@@ -18,7 +18,6 @@ DRAWS_SEED = 2024  # fixed: the same checkpoint predicts the same numbers every 
 _ENTRIES = 1 << 25  # drawn logits held at once, 128 MB in float32
 _EMBEDDED = 1 << 20  # numbers of adapted embeddings computed at once: more does not fit the caches
 _LINEARISED = 64  # samples at once
-_LEAST = 1e-30  # of a probability
 # of which a posterior temperature is chosen
 TAU_GRID = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 1.0)
 
@@ -68,21 +67,16 @@ class Predictor:
         """Whether the variance of logits has a part in predictions, and is known for what it costs."""
         return self.belief is not None and self.options.predict != "mean"
 
-    def predict(self, features: Tensor, tau: float, sharpening: float = 1.0) -> Prediction:
+    def predict(self, features: Tensor, tau: float) -> Prediction:
         """Posterior predictive probabilities.
 
         Args:
             features: (m, d) unit image embeddings.
             tau: posterior temperature; 0 is the point prediction.
-            sharpening: the power that probabilities are raised to, as :func:`sharpened`.
 
         Returns:
             Probabilities and the spread of the logits behind them.
         """
-        found = self._predict(features, tau)
-        return replace(found, probabilities=sharpened(found.probabilities, sharpening))
-
-    def _predict(self, features: Tensor, tau: float) -> Prediction:
         logits = self.mean_logits(features)
         if self.belief is None or tau == 0 or self.options.predict == "mean":
             return Prediction(logits.softmax(1), torch.zeros_like(logits))
@@ -213,21 +207,6 @@ def moderated(logits: Tensor, variance: Tensor) -> Tensor:
     # sum_c Var(l_c - mean l) is (C - 1) / 2 times the mean of Var(l_a - l_b) over pairs of classes
     of_pairs = variance.sum(1, keepdim=True) * (2 / max(logits.shape[1] - 1, 1))
     return logits / (1 + pi / 8 * of_pairs).sqrt()
-
-
-def sharpened(probabilities: Tensor, factor: float) -> Tensor:
-    """p^factor, renormalised: the softmax of logits that are multiplied by it.
-
-    Args:
-        probabilities: (m, C).
-        factor: above 0; 1 leaves them as they are, to the last bit.
-
-    Returns:
-        (m, C) probabilities. The most probable class stays the same.
-    """
-    if factor == 1.0:
-        return probabilities
-    return (probabilities.double().clamp_min(_LEAST).log() * factor).softmax(1).to(probabilities)
 
 
 def centred_variances(B: Tensor) -> Tensor:

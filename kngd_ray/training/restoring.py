@@ -164,7 +164,7 @@ def open_fit(folder: Path) -> tuple[Checkpoint, Path]:
     Raises:
         CheckpointError: there is none that can be believed, or the fit is not finished.
     """
-    folder = Path(folder)
+    folder = Path(folder)  # FittedClassifier is public, and takes text too
     if (folder / MANIFEST).is_file():
         named = load_checkpoint(folder)
         if named.state.covariance and not (folder.parent / CALIBRATION).is_file():

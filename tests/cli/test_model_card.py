@@ -30,7 +30,7 @@ def test_card_of_several_seeds_and_of_each(command) -> None:
     assert all(name in card for name in CLASSES)
     assert "4 pictures per class, 12 in all, of domain noto; support sets drawn with seeds 0, 1" in card
     assert "| `filter.p0` |" in card
-    assert "Predictions: `linearised`, posterior temperature tau 0.3, 0.3, given, not chosen." in card
+    assert "Predictions: `linearised`, posterior temperature tau 0.3, 0.3, given, not chosen" in card
     assert "Apache-2.0" in card
     assert "training pictures: unknown" in card
     assert "`novelty`" in card

@@ -337,7 +337,9 @@ def test_quotes_lists_and_mappings_are_still_yaml() -> None:
                 "iterations": 60,
                 "tempering": "none",
                 "r": Fixed(),
-                "posterior": PosteriorOptions(predict="linearised", tau_median=3e-4, tau_spread=1.5),
+                "posterior": PosteriorOptions(
+                    predict="linearised", tau_median=3e-4, tau_spread=1.5, sharpening_spread=0.1
+                ),
             },
         ),
         (
@@ -506,6 +508,8 @@ def test_a_baseline_trains_what_the_run_trains() -> None:
 def test_a_baseline_continues_from_the_same_prior() -> None:
     assert load_config().prior is None
     assert baseline_config(load_config(None, ["prior=first"]), "adamw").prior == "first"
+    spread = load_config().posterior.sharpening_spread
+    assert spread > baseline_config(load_config(), "adamw").posterior.sharpening_spread == 0, "as adamw by itself"
 
 
 def test_a_baseline_differs_in_its_method_alone() -> None:

@@ -223,10 +223,14 @@ def test_versions_of_a_data_set_are_not_pooled(write_parquet, tmp_path):
 def test_columns_in_the_names_of_folders_are_refused(write_parquet, tmp_path):
     files = [write_parquet(f"hive/domain={d}/0.parquet", first=10 * n, label=["a", "b"]) for n, d in enumerate("xy")]
     says = "domain=x: its name states the column 'domain', as in a partitioned data set"
-    for given in (files, [tmp_path / "hive/*/0.parquet"], [tmp_path / "hive"]):
+    for given in (files, [tmp_path / "hive/*/0.parquet"]):
         assert says in refusal(*given)
     one = opened(files[0], write_parquet("hive/domain=x/1.parquet", first=20, label=["a", "b"]))
     assert set(one.domains) == {"all"}, "folders of one value tell nothing apart"
+    both = [
+        write_parquet(f"told/domain={d}/0.parquet", first=10 * n, label=["a"], domain=[d]) for n, d in enumerate("xy")
+    ]
+    assert set(opened(*both).domains) == {"x", "y"}, "the files have it too"
     other = write_parquet("hive/day=1/0.parquet", label=["a", "b"]), write_parquet("hive/day=2/0.parquet", label=["a"])
     assert len(opened(*other).labels) == 3
 

@@ -25,11 +25,12 @@ from kngd_ray.training.calibration import (
     fold_of,
     predictor_of,
     scale,
+    sharpened,
 )
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import begin, fit
 from kngd_ray.training.interval import probability_interval, probability_std
-from kngd_ray.training.predict import PosteriorOptions, Predictor, sharpened
+from kngd_ray.training.predict import PosteriorOptions, Predictor
 
 
 @pytest.mark.parametrize("folds", [2, 3, 4, 10])
@@ -246,16 +247,16 @@ def test_intervals_and_deviations_are_of_sharpened_predictions(task):
     head = CLIPHead(task.class_embeddings, 1.7 * task.logit_scale, task.options.adapter)
     head.load_state_dict(predictor.head.state_dict())
     multiplied = Predictor(head, predictor.family, predictor.belief, predictor.options)
-    sharp, same = predictor.predict(x, 0.1, 1.7), predictor.predict(x, 0.1, 1.7)
+    sharp = Calibration(0.1, 1.0, sharpening=1.7).predict(predictor, x)
     found = probability_interval(predictor, x, sharp, 0.5, 1.7), probability_std(predictor, x, 0.5, 1.7)
-    expected = probability_interval(multiplied, x, same, 0.5), probability_std(multiplied, x, 0.5)
+    expected = probability_interval(multiplied, x, sharp, 0.5), probability_std(multiplied, x, 0.5)
     assert max(map(max_error, found, expected)) < 1e-5
 
 
 def test_an_evaluation_is_of_sharpened_predictions(task):
     predictor, test = predictor_of(fit(task), PosteriorOptions(predict="mean")), task.support
     found = evaluate(predictor, {"id": test}, Calibration(0.0, 1.0, sharpening=1.7))
-    assert torch.equal(found.probabilities["id"], predictor.predict(test.features, 0.0, 1.7).probabilities)
+    assert torch.equal(found.probabilities["id"], sharpened(predictor.predict(test.features, 0.0).probabilities, 1.7))
 
 
 def test_report_of_an_evaluation():

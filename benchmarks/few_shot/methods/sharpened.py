@@ -6,10 +6,9 @@ from benchmarks.few_shot.methods import adamw
 from benchmarks.few_shot.methods._base import Method
 from benchmarks.few_shot.problem import Case, Outcome, Problem, Settings
 from kngd_ray.config import load_config
-from kngd_ray.training.calibration import fit_sharpening
+from kngd_ray.training.calibration import fit_sharpening, sharpened
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.folds import single
-from kngd_ray.training.predict import sharpened
 
 _FOLDS = 4
 _SPREAD = load_config(overrides=["method=kalman"]).posterior.sharpening_spread

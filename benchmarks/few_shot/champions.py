@@ -17,13 +17,12 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.few_shot.boot import PROBLEM, grids, over_problems
-from benchmarks.few_shot.claims import difference
+from benchmarks.few_shot.claims import CHAMPION, OURS, ZERO_SHOT, difference
 from benchmarks.few_shot.data import CLIP_GEOMETRY, CROPS, MINI, REAL
 from benchmarks.few_shot.groups import GROUPS, store_of
 from benchmarks.step_cost.report import fill
 
 RESULTS = Path(__file__).parents[1] / "results" / "few_shot"
-CHAMPION, PRESET, ZERO_SHOT = "champion", "ours", "zero_shot"
 FIGURES = {
     "id_accuracy": "ID %",
     "id_nll": "ID NLL",
@@ -55,7 +54,7 @@ def tables(group: str) -> list[str]:
         Markdown.
     """
     store, adamw = store_of(group, RESULTS, dev=False), GROUPS[group].adamw
-    methods = (ZERO_SHOT, adamw, PRESET, CHAMPION)
+    methods = (ZERO_SHOT, adamw, OURS, CHAMPION)
     rows = store.all_rows(list(methods))
     has = rows[rows["method"] == CHAMPION][PROBLEM].drop_duplicates()
     rows = rows.merge(has, on=PROBLEM)
@@ -65,7 +64,7 @@ def tables(group: str) -> list[str]:
         _table(["", *shown.values()], [[name, *_means(rows, name, shown)] for name in methods]),
         _table(
             ["champion less", *(f"{heading}, won/tied/lost" for heading in shown.values())],
-            [[name, *_differences(rows, name, shown)] for name in (PRESET, adamw)],
+            [[name, *_differences(rows, name, shown)] for name in (OURS, adamw)],
         ),
     ]
 

@@ -31,8 +31,8 @@ from benchmarks.few_shot.data import CLIP_GEOMETRY, MINI
 from benchmarks.few_shot.figures import LOWER_IS_BETTER
 from benchmarks.few_shot.groups import GROUPS, Group
 
-OURS, ADAMW_ONCE, ZERO_SHOT = "ours", "adamw_single_pass", "zero_shot"
-OWN = (OURS, "champion", "kalman_diagonal")  # presets of the package, which are nobody's rivals
+OURS, CHAMPION, ADAMW_ONCE, ZERO_SHOT = "ours", "champion", "adamw_single_pass", "zero_shot"
+OWN = (OURS, CHAMPION, "kalman_diagonal")  # presets of the package, which are nobody's rivals
 BEST_RIVAL = "the best rival"
 POINTS, PROBLEMS = "points", "problems"  # units
 _POINTS = 100.0

@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.few_shot import plots
 from benchmarks.few_shot.boot import PROBLEM, Interval, grids, over_problems, over_seeds
-from benchmarks.few_shot.claims import OURS, Claim, claims, difference
+from benchmarks.few_shot.claims import CHAMPION, OURS, Claim, claims, difference
 from benchmarks.few_shot.data import MINI
 from benchmarks.few_shot.figures import FIGURES
 from benchmarks.few_shot.groups import GROUPS, store_of
@@ -73,14 +73,15 @@ def write_report(folder: Path, methods: Sequence[str] | None = None, *, dev: boo
 
     Args:
         folder: of all results; the page lies there, or in its ``dev``.
-        methods: what is shown; None is all.
+        methods: what is shown; None is all but the champion of a search.
         dev: whether the rows are of training pictures.
 
     Returns:
         The page.
     """
     stores = {name: store_of(name, folder, dev=dev) for name in GROUPS}
-    shown = list(methods or METHODS)
+    # the champion has rows of some problems alone, and tables of its own (champions.py)
+    shown = list(methods or (name for name in METHODS if name != CHAMPION))
     frames = {name: store.all_rows(shown) for name, store in stores.items()}
     frames = {name: frame for name, frame in frames.items() if len(frame)}
     must = claims(frames)

@@ -46,7 +46,8 @@ def ensemble(
     The scores are those of the test sets, so the curve is there to be looked at: an alpha chosen by it would be
     chosen on the test. Whoever keeps one names it beforehand (0.5 is common), or has a validation set of their own.
 
-    tau, sharpening and the scaling temperature stay as they were chosen for the fit.
+    tau, sharpening and the scaling temperature stay as they were chosen for the fit. So at alpha = 0 the pretrained
+    model is sharpened as the fit is.
 
     Args:
         target: run, all of whose seeds are taken; or a fit or checkpoint.

@@ -78,7 +78,8 @@ def test_an_unfinished_fit_does_not_predict(command, monkeypatch) -> None:
 
 def test_a_checkpoint_of_an_unfinished_fit_predicts_at_its_mean(command, caplog) -> None:
     """At tau = 1, which nobody chose, it took most pictures for another class and was sure of none."""
-    found = command.train("trainer.name=mean", "posterior.predict=mean", "--json").json["id"]
+    settings = ("posterior.predict=mean", "posterior.sharpening_spread=0")
+    found = command.train("trainer.name=mean", *settings, "--json").json["id"]
     fit = command.run("mean") / "fits" / "kalman-seed0"
     (fit / "calibration.json").unlink()
     (checkpoint,) = fit.glob("step-*")

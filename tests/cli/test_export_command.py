@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -101,7 +102,8 @@ def test_adapters_are_in_the_classifier_alone(command) -> None:
     images = pixels(classifier)
     with torch.no_grad():
         features = normalize(classifier.model.network.encode_image(images), dim=-1)
-    expected = classifier.predictor.predict(features, 0.0).probabilities
+    assert classifier.calibration.sharpening > 1
+    expected = replace(classifier.calibration, tau=0.0).predict(classifier.predictor, features).probabilities
     torch.testing.assert_close(onnx_probabilities(out, images), expected, rtol=1e-3, atol=1e-4)
     told = "mean of the belief" in " ".join(report["onnx"]["notes"])
     assert told == (read_settled(command.run("a") / "fits" / "kalman-seed0").calibration.tau > 0)
@@ -117,7 +119,10 @@ def test_an_export_says_that_it_is_surer_than_the_run(command) -> None:
     images = pixels(classifier)
     with torch.no_grad():
         features = normalize(classifier.model.network.encode_image(images), dim=-1)
-    found, p = onnx_probabilities(out, images), classifier.predictor.predict(features, 1.0).probabilities
+    found, p = (
+        onnx_probabilities(out, images),
+        classifier.calibration.predict(classifier.predictor, features).probabilities,
+    )
     assert (found.amax(1) > p.amax(1) + 1e-4).all()
     assert "mean of the belief" in (out / "README.md").read_text()
 

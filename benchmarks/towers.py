@@ -7,8 +7,9 @@
 Whatever trains towers starts where the head of the default preset ended, fitted on crops of the pictures too
 (``tune.views``). Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, the
 towers' prior variance for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0), or
-takes what was chosen elsewhere. The test pictures are seen once, by the winner; figures are of the mean of the weights,
-without tau. Each fit is a process of its own, so that its peak memory is its own, unless they are to run together; what
+takes what was chosen elsewhere. The test pictures are seen once, by the winner. Figures are of the mean of the weights,
+without tau; for Kalman *served* are those of its predictions as ``kngd-ray train`` makes them: linearised, at the tau
+and the sharpening that folds of the head choose. Gradient methods are served by their mean. Each fit is a process of its own, so that its peak memory is its own, unless they are to run together; what
 is finished is kept and not computed again. What was tried for the presets is in TOWERS_LOG.md beside this.
 """
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -35,9 +36,9 @@ from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.task import open_task
-from kngd_ray.training.calibration import Calibration, held_out_tasks, predictor_of
+from kngd_ray.training.calibration import AnyPredictor, Calibration, calibrate, held_out_tasks, predictor_of
 from kngd_ray.training.evaluation import evaluate
-from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.fit import FitTask, fit, head_task
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.start import HeadStart
 
@@ -86,7 +87,7 @@ def main() -> None:
     tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
     if args.together:
         torch.set_num_threads(args.threads)
-    where = f"_{args.domain}" if args.domain else ""
+    where = (f"_{args.domain}" if args.domain else "") + ("" if args.shots == 16 else f"_{args.shots}shots")
     path = RESULTS / f"towers_from_head_{Path(args.data).stem}{where}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done |= {
@@ -156,12 +157,26 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
         seconds = time.monotonic() - began
         alone = not job.get("together")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if alone else None
+        tests = prepared.tests(config.seeds[0], config.tune)
         predictor = predictor_of(method, replace(config.posterior, predict="mean"), config.tune.alpha)
-        report = evaluate(predictor, prepared.tests(config.seeds[0], config.tune), Calibration(0.0, 1.0)).report()
-    figures = {"id": _figures(report["id"]), "seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
+        figures = _tested(predictor, tests, Calibration(0.0, 1.0))
+        if config.method == "kalman":
+            fitted, posterior = task(config), config.posterior
+            if fitted.head is not None:
+                fitted, posterior = head_task(fitted), fitted.head.posterior
+            chosen = calibrate(fitted, posterior)
+            figures["served"] = _tested(predictor_of(method, config.posterior), tests, chosen)
+            figures |= {"tau": chosen.tau, "sharpening": chosen.sharpening}
+    figures |= {"seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
+    return {**figures, "best": best, "trials": trials}
+
+
+def _tested(predictor: AnyPredictor, tests: Mapping[str, Any], chosen: Calibration) -> dict[str, Any]:
+    report = evaluate(predictor, tests, chosen).report()
+    figures = {"id": _figures(report["id"])}
     if report["ood"]:
         figures["ood"] = _figures(report["ood"]["mean"])
-    return {**figures, "best": best, "trials": trials}
+    return figures
 
 
 def _held_out(task: FitTask, config: Config) -> float:

@@ -150,7 +150,7 @@ def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
     """
     keys = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
     notes = []
-    for key, cause in ignored(config.fit_options, config.posterior, keys).items():
+    for key, cause in ignored(config.fit_options, config.posterior, keys, protocol=config.protocol).items():
         others = ", and baselines keep their own presets" if config.baselines and cause.startswith("method") else ""
         notes.append(f"{key} has no effect with {cause}{others}")
     return notes

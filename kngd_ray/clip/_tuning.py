@@ -98,6 +98,11 @@ class TuneOptions:
         """Whether training needs the towers: cached features no longer stand for pictures."""
         return self.parameters != "adapter"
 
+    @property
+    def after_head(self) -> bool:
+        """Whether towers are trained that start where the fit of a head on frozen features ends."""
+        return self.images and self.start == "head"
+
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether one of the patterns is a glob of a dotted name, or of a beginning of it."""

@@ -130,6 +130,7 @@ def export(
         if alpha and checkpoint.state.covariance and settled.posterior.predict != "mean" and settled.calibration.tau:
             written |= {kind: _noted(written[kind], _AT_MEAN) for kind in ("open_clip", "onnx")}
         rounding = {kind: rounding_of(network, texts=kind != "onnx") for kind in written}
+        rounding |= {kind: sharpening * rounding[kind] for kind in ("open_clip", "onnx")}  # so are their logits
         in_half = {kind: _IN_HALF.format(lost) for kind, lost in rounding.items() if lost}
         written |= {kind: _noted(written[kind], note) for kind, note in in_half.items()}
         classes = {

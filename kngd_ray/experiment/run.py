@@ -276,14 +276,15 @@ def _chosen(config: Config, batches: int) -> str:
             config.method == "kalman" and posterior.predict != "mean" and posterior.temperature is None and batches > 1
         )
         return "; tau was chosen by what had been predicted before" if chosen else ""
-    if not posterior.folds:
-        return ""
-    given = posterior.temperature
-    used = config.method == "kalman" and posterior.predict != "mean"
+    used, given = config.method == "kalman" and posterior.predict != "mean", posterior.temperature
+    by_head = used and posterior.predict == "linearised" and config.prior is None and config.tune.after_head
+    if not posterior.folds and not by_head:
+        return f"; tau is {posterior.unasked:g}, by no folds" if used and not config.tune.images else ""
     asked = ["tau"] if used and given is None else []
     asked += ["sharpening"] if posterior.sharpening_spread else []
     tau = f"; tau is {given:g}" if used and given is not None else ""
-    return f"{tau}; chosen on training shots: {', '.join([*asked, 'temperatures'])}"
+    where = "training shots" if posterior.folds else "training shots, by folds of the head"
+    return f"{tau}; chosen on {where}: {', '.join([*asked, 'temperatures'])}"
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

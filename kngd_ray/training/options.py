@@ -243,7 +243,7 @@ class FitOptions:
                 "filter.tower_logit_variance is for trained towers, but tune.parameters is adapter: leave it "
                 "out, or set tune.parameters to lora, norm or full"
             )
-        if self.tune.images and self.tune.start == "head" and not self.adapter:
+        if self.tune.after_head and not self.adapter:
             raise ValueError(
                 "tune.start is head, but adapter is empty: there is no head to fit first; name an adapter, or "
                 "set tune.start=zero_shot"
@@ -278,13 +278,16 @@ _OF_TAU = ("temperature", "tau_median", "tau_spread")  # of what `posterior` hol
 _OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
 
 
-def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -> str | None:
+def without_effect(
+    options: FitOptions, posterior: PosteriorOptions, key: str, *, protocol: str | None = None
+) -> str | None:
     """Why a setting changes nothing of a fit, nor of what it predicts.
 
     Args:
         options: of the fit.
         posterior: how the posterior enters predictions.
         key: of the setting, dotted.
+        protocol: of the run; None where it has none.
 
     Returns:
         The setting that leaves it without effect, ``method=kalman``; None where it may have one.
@@ -297,7 +300,11 @@ def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
-    if head != "posterior" or rest in {"", "folds"}:  # folds are there for temperature scaling too
+    if head != "posterior" or not rest:
+        return None
+    if protocol == "stream" and rest in {"folds", "sharpening_spread"}:  # what has been predicted so far chooses
+        return "protocol=stream"
+    if rest == "folds":  # they are there for temperature scaling too
         return None
     if rest == "sharpening_spread":  # of other methods too; towers have that of their head's folds
         return None if posterior.folds or options.tune.images else "posterior.folds=0"
@@ -309,21 +316,29 @@ def without_effect(options: FitOptions, posterior: PosteriorOptions, key: str) -
         return "posterior.predict=mean"
     if rest in {"tau_median", "tau_spread"} and posterior.temperature is not None:
         return f"posterior.temperature={posterior.temperature:g}"
+    if rest == "tau_spread" and posterior.tau_median is None:
+        return "posterior.tau_median=null"
+    if rest == "tau_spread" and not posterior.folds and protocol != "stream":
+        return "posterior.folds=0"  # nothing chooses tau: it is the median
     return None
 
 
-def ignored(options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str]) -> dict[str, str]:
+def ignored(
+    options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str], *, protocol: str | None = None
+) -> dict[str, str]:
     """Settings that change nothing of a fit, nor of what it predicts.
 
     Args:
         options: of the fit.
         posterior: how the posterior enters predictions.
         keys: of the settings, dotted.
+        protocol: of the run; None where it has none.
 
     Returns:
         By key, the setting that leaves it without effect.
     """
-    return {key: cause for key in keys if (cause := without_effect(options, posterior, key)) is not None}
+    found = {key: without_effect(options, posterior, key, protocol=protocol) for key in keys}
+    return {key: cause for key, cause in found.items() if cause is not None}
 
 
 def counted_once(options: FitOptions, views: int) -> FitOptions:

@@ -50,7 +50,7 @@ class HeadStart:
         Returns:
             The head's fit; None where the fit of the towers starts elsewhere, or there are no towers.
         """
-        if not options.tune.images or options.tune.start != "head":
+        if not options.tune.after_head:
             return None
         from kngd_ray.config import load_config  # of YAML files, which fits without this do not need
 

@@ -40,7 +40,7 @@ def views_of(options: FitOptions, pictures: int) -> int:
         without a fitted head crop the pictures themselves.
     """
     tune = options.tune
-    if not pictures or tune.augment == "none" or (tune.images and tune.start != "head"):
+    if not pictures or tune.augment == "none" or (tune.images and not tune.after_head):
         return 0
     if not (tune.images or options.at_mode or options.epochs > 1):
         return 0

@@ -330,7 +330,7 @@ def _check_key(key: str) -> None:
 
 
 def _check_effect(key: str, base: Config, others: Collection[str]) -> None:
-    cause = without_effect(base.fit_options, base.posterior, key)
+    cause = without_effect(base.fit_options, base.posterior, key, protocol=base.protocol)
     if cause is not None and cause.partition("=")[0] not in others:
         raise UsageError(f"space.{key} has no effect with {cause}: leave it out.")
 

@@ -77,7 +77,21 @@ def test_train_prints_a_table_and_leaves_a_run(command) -> None:
         (["posterior.predict=mean"], "; chosen on training shots: sharpening, temperatures"),
         (["posterior.sharpening_spread=0"], "; chosen on training shots: tau, temperatures"),
         (["method=adamw"], "; chosen on training shots: temperatures"),
-        (["posterior.folds=0"], ""),
+        (["posterior.folds=0"], "; tau is 0.0003, by no folds"),
+        (["posterior.folds=0", "posterior.temperature=0.2"], "; tau is 0.2, by no folds"),
+        (["posterior.folds=0", "posterior.predict=mean"], ""),
+        (["method=adamw", "posterior.folds=0"], ""),
+        (
+            ["tune.parameters=lora"],
+            "; chosen on training shots, by folds of the head: tau, sharpening, temperatures",
+        ),
+        (
+            ["tune.parameters=lora", "posterior.temperature=0.2", "posterior.sharpening_spread=0"],
+            "; tau is 0.2; chosen on training shots, by folds of the head: temperatures",
+        ),
+        (["tune.parameters=lora", "posterior.folds=3"], "; chosen on training shots: tau, sharpening, temperatures"),
+        (["tune.parameters=lora", "tune.start=zero_shot"], ""),
+        (["tune.parameters=lora", "method=adamw"], ""),
     ],
 )
 def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: str) -> None:
@@ -105,6 +119,20 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
         (
             ["posterior.temperature=0.5", "posterior.tau_median=0.2"],
             ["posterior.tau_median has no effect with posterior.temperature=0.5"],
+        ),
+        (["posterior.folds=0", "posterior.tau_spread=1"], ["posterior.tau_spread has no effect with posterior.folds=0"]),
+        (
+            ["posterior.tau_median=null", "posterior.tau_spread=1"],
+            ["posterior.tau_spread has no effect with posterior.tau_median=null"],
+        ),
+        (["posterior.folds=0", "posterior.tau_median=0.1"], []),
+        (
+            ["protocol=stream", "data.order=[a,b]", "posterior.folds=0", "posterior.tau_spread=1"],
+            ["posterior.folds has no effect with protocol=stream"],
+        ),
+        (
+            ["protocol=stream", "data.order=[a,b]", "posterior.sharpening_spread=0.2"],
+            ["posterior.sharpening_spread has no effect with protocol=stream"],
         ),
         (
             ["baselines=adamw", "tune={rank: 7, views: 2}", "tune.rank=8"],

@@ -9,8 +9,9 @@ Whatever trains towers starts where the head of the default preset ended, fitted
 towers' prior variance for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0), or
 takes what was chosen elsewhere. The test pictures are seen once, by the winner. Figures are of the mean of the weights,
 without tau; for Kalman *served* are those of its predictions as ``kngd-ray train`` makes them: linearised, at the tau
-and the sharpening that folds of the head choose. Gradient methods are served by their mean. Each fit is a process of its own, so that its peak memory is its own, unless they are to run together; what
-is finished is kept and not computed again. What was tried for the presets is in TOWERS_LOG.md beside this.
+and the sharpening that folds of the head choose. Gradient methods are served by their mean. Each fit is a process of
+its own, so that its peak memory is its own, unless they are to run together; what is finished is kept and not computed
+again. What was tried for the presets is in TOWERS_LOG.md beside this.
 """
 
 import argparse
@@ -213,16 +214,22 @@ def _table(done: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, found in done["methods"].items():
         runs = [run for seed, run in found.items() if seed.isdigit()]
-        row = [method, f"{found['knob']}={found['best']:g}", f"{runs[0]['steps']}"]
-        row += [
-            _shown([run[part][key] for run in runs if part in run], key, factor, digits)
-            for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
-            for part in ("id", "ood")
-        ]
+        row = [method, f"{found['knob']}={found['best']:g}", f"{runs[0]['steps']}", *_row(runs)]
         peaks = [run["peak_mb"] for run in runs if run["peak_mb"] is not None]
         row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(peaks):.0f}" if peaks else ""]
         lines.append(f"| {' | '.join(row)} |")
+        if all("served" in run for run in runs):
+            served = [f"{method}, served", "", "", *_row([run["served"] for run in runs]), "", ""]
+            lines.append(f"| {' | '.join(served)} |")
     return "\n".join([*lines, ""])
+
+
+def _row(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        _shown([run[part][key] for run in runs if part in run], key, factor, digits)
+        for key, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
+        for part in ("id", "ood")
+    ]
 
 
 def _shown(values: Sequence[float], figure: str, factor: float, digits: int) -> str:

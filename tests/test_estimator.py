@@ -3,7 +3,9 @@
 import io
 import pickle
 import re
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +13,14 @@ import pytest
 import torch
 from helpers.emoji import CLASSES, small_table
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import kngd_ray
 from kngd_ray import KalmanCLIP
 from kngd_ray.clip import ClipModel
 from kngd_ray.config import load_config
-from kngd_ray.errors import CheckpointError, DataError, InputError, UsageError
-from kngd_ray.estimator import NotFittedError
+from kngd_ray.errors import CheckpointError, DataError, FilterError, InputError, UsageError
+from kngd_ray.estimator import NotFittedError, _in_memory
 from kngd_ray.estimator._conventions import weighted_accuracy
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import nested
@@ -434,6 +438,40 @@ def test_save_and_load(fitted, tests, tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError):
         KalmanCLIP.load(folder)
+
+
+def test_a_loaded_estimator_is_fitted_as_the_one_that_was_saved(tmp_path) -> None:
+    """Prompts are read off the labels again, and a seed stays one."""
+    known = dict(zip(CLASSES, ("RedFruit", "GreenTree", "BlueSky"), strict=True))
+    X, y = (part[:12] for part in rows("train"))
+    y = [known[label] for label in y]
+    first = KalmanCLIP(settings=QUICK, random_state=np.int64(3))
+    with pytest.warns(UserWarning, match="Red Fruit"):
+        first.fit(X, y)
+    loaded = KalmanCLIP.load(first.save(tmp_path / "kept"))
+    assert loaded.random_state == 3
+    with pytest.warns(UserWarning, match="Red Fruit"):
+        loaded.fit(X, y)
+    assert np.array_equal(loaded.predict_proba(X), first.predict_proba(X))
+
+
+def test_a_model_that_was_written_anew_is_read_anew(tmp_path) -> None:
+    folder = Path(shutil.copytree(Path(kngd_ray.__file__).parent / "assets" / "mini_clip", tmp_path / "model"))
+    clf, (X, y) = KalmanCLIP(f"local-dir:{folder}", settings=QUICK), rows("train")
+    before = clf.fit(X, y).checkpoint_.manifest["model"]["fingerprint"]
+    weights = load_file(folder / "open_clip_model.safetensors")
+    save_file({name: 0.9 * w if w.ndim > 1 else w for name, w in weights.items()}, folder / "new.safetensors")
+    (folder / "new.safetensors").replace(folder / "open_clip_model.safetensors")
+    assert clf.fit(X, y).checkpoint_.manifest["model"]["fingerprint"] != before
+
+
+def test_folds_that_cannot_be_fitted_are_said(train, monkeypatch) -> None:
+    def refused(*_, **__):
+        raise FilterError("10 steps in a row were refused.")
+
+    monkeypatch.setattr(_in_memory, "calibrate_and_compare", refused)
+    with pytest.warns(UserWarning, match=r"10 steps in a row were refused\): tau is 0.3, and nothing was chosen"):
+        KalmanCLIP(settings=QUICK).fit(*train)
 
 
 def test_pickles_without_the_model(fitted, tests) -> None:

@@ -12,7 +12,7 @@ from kngd_ray.filters import Belief
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.storage import storage_errors
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import AnyPredictor, Calibration
+from kngd_ray.training.calibration import AnyPredictor, Calibration, uncalibrated
 from kngd_ray.training.checkpoint import Checkpoint, save
 from kngd_ray.training.fit import FitTask, StepRecord, fit
 from kngd_ray.training.kalman import FORESEEN
@@ -112,8 +112,10 @@ def calibrate(
         warnings.warn(said, UserWarning, stacklevel=4)
     try:
         return calibrate_and_compare(task, posterior, device, fitted)
-    except FilterError:  # a fold has fewer pictures than the fit that went well
-        return Calibration(posterior.unasked, 1.0), None
+    except FilterError as error:
+        found, said = uncalibrated(posterior, error)
+        warnings.warn(said, UserWarning, stacklevel=4)
+        return found, None
 
 
 def foreseen(task: FitTask, kept: Checkpoint, calibration: Calibration, folds: int) -> Calibration:

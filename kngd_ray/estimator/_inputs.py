@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +91,7 @@ class Pictures:
 
     def model(self, class_names: Sequence[str], width: int | None) -> ClipModel:
         """The frozen model, loaded once for all clones."""
-        return _clip(self.source, self._device)
+        return load_model(self.source, self._device)
 
     def encode(self, model: ClipModel, samples: Any) -> Tensor:
         """Unit features (m, d) of pictures."""
@@ -232,8 +231,3 @@ def _table(X: Any) -> npt.NDArray[Any]:
     if cells.dtype != object or cells.ndim != 1 or not len(cells) or not all(np.ndim(cell) == 1 for cell in cells):
         return found
     return array_of(cells.tolist(), "X")
-
-
-@lru_cache(maxsize=2)
-def _clip(config: ModelConfig, device: str) -> ClipModel:
-    return load_model(config, device)

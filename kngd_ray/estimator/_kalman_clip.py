@@ -248,17 +248,18 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         labels = self.classes_.tolist()
         if not all(isinstance(label, (str, int, float, bool)) for label in labels):
             raise UsageError("labels must be strings, numbers or booleans to be saved.")
-        params = self.get_params() | {
+        params, named = self.get_params(), self.class_names is not None
+        params |= {
             "model": self._inputs.source.absolute().name,
             "pretrained": self._inputs.source.absolute().pretrained,
             "class_embeddings": None,  # are in the folder
             "templates": list(listed_templates(self.templates)),
             "class_names": None,  # are in the checkpoint
             "device": None if self.device is None else str(self.device),
-            "random_state": self.random_state if isinstance(self.random_state, int) else None,
+            "random_state": int(self.random_state) if isinstance(self.random_state, int | np.integer) else None,
         }
         write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._config())
-        write_text(place / ESTIMATOR, json.dumps({"labels": labels, "params": params}, indent=1))
+        write_text(place / ESTIMATOR, json.dumps({"labels": labels, "named": named, "params": params}, indent=1))
         return place
 
     @classmethod
@@ -287,7 +288,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             raise CheckpointError(f"{place} names {len(names)} classes, but {ESTIMATOR} has other labels.")
         if (fit / CLASS_EMBEDDINGS).is_file():
             found.class_embeddings = str(fit.absolute() / CLASS_EMBEDDINGS)
-        found.class_names = dict(zip(labels, names, strict=True))
+        found.class_names = dict(zip(labels, names, strict=True)) if raw.get("named", True) else None
         found._adopt(kept, read_settled(fit), labels)
         return found
 

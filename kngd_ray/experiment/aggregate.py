@@ -20,7 +20,8 @@ EQUAL = 1e-12
 
 # what a figure can be, by its name or the end of it; an interval says nothing of what lies outside
 _RANGES = {
-    **dict.fromkeys(("accuracy", "auroc", "aurc", "ece", "hm"), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "auroc", "aurc", "ece", "hm", "learned", "final"), (0.0, 1.0)),
+    "forgetting": (-1.0, 1.0),
     "brier": (0.0, 2.0),
     **dict.fromkeys(("nll", "fit_s", "step_ms", "refused", "bytes_per_step", "covariance_bytes"), (0.0, inf)),
 }

@@ -21,7 +21,7 @@ from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
-from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate
+from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate, uncalibrated
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask, head_task
@@ -29,6 +29,7 @@ from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState, stopped_short
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, compare_towers
+from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
@@ -222,8 +223,8 @@ class MethodRun:
             return Calibration(0.0, 1.0), None
         try:
             return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
-        except FilterError:  # a fold has fewer shots than the fit that went well
-            return Calibration(self.config.posterior.unasked, 1.0), None
+        except FilterError as error:
+            return self._uncalibrated(self.config.posterior, error), None
 
     @property
     def _unasked(self) -> bool:
@@ -236,6 +237,11 @@ class MethodRun:
         """Keep a warning that is the same for every seed."""
         if warning not in self.warnings:
             self.warnings.append(warning)
+
+    def _uncalibrated(self, posterior: PosteriorOptions, error: FilterError) -> Calibration:
+        found, warning = uncalibrated(posterior, error)
+        self._warn_once(f"{self.name}: {warning}")
+        return found
 
     def _gamma_of_others(self, seed: int) -> float:
         """How much of the zero-shot logits is believed of classes that the fits do not learn."""
@@ -258,8 +264,8 @@ class MethodRun:
             posterior = replace(posterior, temperature=given)
         try:
             found = calibrate(head_task(task), posterior, self._prepared.device)
-        except FilterError:  # a fold has fewer shots than the fit that went well
-            return Calibration(posterior.unasked, 1.0)
+        except FilterError as error:
+            return self._uncalibrated(posterior, error)
         # what was held out was held out from the head alone
         return Calibration(found.tau, found.scaling, sharpening=found.sharpening)
 

@@ -102,6 +102,8 @@ class Task:
     def _untested(self) -> list[str]:
         """Sentences on classes that test sets have no picture of."""
         split, labels = next(iter(self.splits.values())), self.images.labels
+        if not len(split.id_test) and not split.ood:
+            return []  # a search does not look at them
         lacking: dict[tuple[int, ...], list[str]] = defaultdict(list)  # classes of the data, and the test sets without
         for where, rows in {"": split.id_test, **split.ood}.items():
             lacking[tuple(np.setdiff1d(labels, labels[rows]).tolist())].append(where)

@@ -151,18 +151,20 @@ class Whitened:
             xA = x @ A
             K = symmetric(xA @ x.mT)
             variances, axes = torch.linalg.eigh(K)
-            kept = variances > rank * variances[-1]
-            return cls(axes[:, kept] * variances[kept].sqrt(), K, xA)
+            kept = _kept(variances, rank)
+            return cls(axes[:, kept] * variances[kept].clamp_min(0).sqrt(), K, xA)
         L = root(A)
         z = x @ L
         variances, axes = torch.linalg.eigh(symmetric(z.mT @ z))
-        axes = axes[:, variances > rank * variances[-1]]
+        axes = axes[:, _kept(variances, rank)]
         return cls(z @ axes, None, (L @ axes).mT)
 
     def others(self, x: Tensor) -> Tensor:
         """(M, r) other inputs x (M, i) in the same coordinates."""
         seen = x @ self.back.mT
-        return seen if self.K is None else seen @ (self.Z / self.Z.square().sum(0))
+        return (
+            seen if self.K is None else seen @ (self.Z / self.Z.square().sum(0).clamp_min(torch.finfo(seen.dtype).tiny))
+        )
 
     def weights(self, w: Tensor) -> Tensor:
         """(o, i) w x A of weights w (o, N) of the samples."""
@@ -290,6 +292,13 @@ class _Linear:
             before, size = size.clamp_min(least), _dot(rest, rest)
             along = torch.addcmul(rest, size / before, along)
         return found.to(gradient.dtype) * unit, size - enough
+
+
+def _kept(variances: Tensor, rank: float) -> Tensor:
+    """Which axes (n,) inputs extend along, by their ascending variances: the last always, though inputs may be zero."""
+    kept = variances > rank * variances[-1]
+    kept[-1] = True
+    return kept
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from kngd_ray.clip import CLIPHead, CLIPNetwork, Head
+from kngd_ray.errors import FilterError
 from kngd_ray.filters import Belief, Family
 from kngd_ray.observations import flatten, trainable
 from kngd_ray.training.batches import Shots, Support
@@ -104,12 +105,14 @@ def assembled(
     """
     if alpha != 1.0:
         head.blend(alpha)
+        if not alpha:
+            belief = None  # of CLIP as it is
         if belief is not None and family is not None:
             # of LoRA's product B A only B is averaged, and adapters that were fitted first are not
             kept = (".down",) if not isinstance(head, CLIPNetwork) or not head.started else (".down", *head.started)
             moved = {name: state for name, state in belief.covariance.items() if not name.endswith(kept)}
             shrunk = family.predict(moved, alpha**2, 0.0, lambda share: share)
-            belief = Belief(flatten(trainable(head)), {**belief.covariance, **shrunk}) if alpha else None
+            belief = Belief(flatten(trainable(head)), {**belief.covariance, **shrunk})
     if isinstance(head, CLIPNetwork):
         return NetworkPredictor(head, family, belief, options)
     return Predictor(head, family, belief, options)
@@ -200,6 +203,21 @@ def calibrate(
     found = calibration_of(fits, options, task.options.tune.alpha)
     # of single shots these would be figures of a fit that has learned nothing
     return replace(found, held_out_nll=None, held_out_accuracy=None) if single(task.support.labels) else found
+
+
+def uncalibrated(options: PosteriorOptions, error: FilterError) -> tuple[Calibration, str]:
+    """What predicts where a fit went well and a fold of its shots cannot be fitted.
+
+    Args:
+        options: posterior options.
+        error: why it cannot.
+
+    Returns:
+        The calibration of no folds, and a warning that nothing was chosen.
+    """
+    found = Calibration(options.unasked, 1.0)
+    reason = str(error).rstrip(".")
+    return found, f"folds of the shots could not be fitted ({reason}): tau is {found.tau:g}, and nothing was chosen"
 
 
 def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None:

@@ -104,7 +104,9 @@ class Foresight:
         if stream.posterior.tau_median is None:
             prior[-1] = _EPSILON  # all are as probable: it begins with 1, the last, as fits without folds
         self._prior = prior if len(self.taus) > 1 else torch.zeros(1, dtype=torch.float64)
-        self.scores = torch.zeros(len(self.taus), dtype=torch.float64) if scores is None else scores.double().cpu()
+        if scores is None or len(scores) != len(self.taus):  # of other taus: the posterior's options were changed since
+            scores = torch.zeros(len(self.taus))
+        self.scores = scores.double().cpu()
 
     @property
     def tau(self) -> float:

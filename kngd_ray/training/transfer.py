@@ -70,6 +70,8 @@ class _LeftOut(Adapter):
         super().__init__()
         for name, part in adapter.named_children():
             self.add_module(name, part)
+        for name, weight in adapter.named_parameters(recurse=False):
+            self.register_parameter(name, weight)
 
 
 class _NetworkTransfer(NetworkPredictor):

@@ -97,9 +97,9 @@ class SearchStudy:
         self.id = uuid4().hex[:12]
         self._own: dict[int, int] = {}  # Optuna's id by number, of the trials that this driver runs
         self._claims = _Lock(folder / ".claims")  # one driver at a time asks for trials and takes them
-        self._alive = _hold(folder / "drivers" / self.id)
         try:
             with storage_errors(folder / JOURNAL), _locked(self._claims):
+                self._alive = _hold(folder / "drivers" / self.id)  # in here, or another's sweep takes it away unlocked
                 self._sweep()
                 lock = _Lock(folder / ".journal")
                 _mend(folder / JOURNAL, lock)

@@ -14,6 +14,8 @@ import yaml
 
 from kngd_ray.api.settings import notes_of_ignored
 from kngd_ray.config import load_config
+from kngd_ray.errors import FilterError
+from kngd_ray.experiment import method_run
 from kngd_ray.experiment.run import _chosen
 from kngd_ray.training.metrics import Scores
 
@@ -120,7 +122,10 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
             ["posterior.temperature=0.5", "posterior.tau_median=0.2"],
             ["posterior.tau_median has no effect with posterior.temperature=0.5"],
         ),
-        (["posterior.folds=0", "posterior.tau_spread=1"], ["posterior.tau_spread has no effect with posterior.folds=0"]),
+        (
+            ["posterior.folds=0", "posterior.tau_spread=1"],
+            ["posterior.tau_spread has no effect with posterior.folds=0"],
+        ),
         (
             ["posterior.tau_median=null", "posterior.tau_spread=1"],
             ["posterior.tau_spread has no effect with posterior.tau_median=null"],
@@ -378,3 +383,14 @@ def test_evaluate_knows_the_domain_of_the_shipped_pictures(command) -> None:
         outcome = command("evaluate", command.run("s"), f"data.path={path}", "--json")
         assert list(outcome.json["ood"]) == ood
         assert ("no picture is of the domain noto, which the fit learned" in outcome.err) == (not ood)
+
+
+def test_folds_that_cannot_be_fitted_are_said(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise FilterError("10 steps in a row were refused.")
+
+    monkeypatch.setattr(method_run, "calibrate_and_compare", refused)
+    outcome = command.train("epochs=1")
+    assert outcome.code == 0, outcome.err
+    said = "(10 steps in a row were refused): tau is 0.0003, and nothing was chosen"
+    assert said in " ".join(outcome.err.split())

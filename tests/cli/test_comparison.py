@@ -156,6 +156,8 @@ def test_intervals_end_where_their_figures_do() -> None:
     assert found["high"] == 1.0
     assert found["low"] == pytest.approx(student([0.99, 0.9, 1.0]).low)
     assert interval([0.01, 0.0], "ece")["low"] == 0.0
+    assert interval([0.99, 0.9, 1.0], "stream/final")["high"] == 1.0
+    assert interval([-0.99, 0.9], "stream/forgetting") == pytest.approx({"mean": -0.045, "low": -1.0, "high": 1.0})
     assert interval([0.5, 3.0], "nll")["low"] == 0.0
     assert over_seeds([{"id": {"accuracy": 0.0}}, {"id": {"accuracy": 1.0}}])["id"]["accuracy"] == {
         "mean": 0.5,

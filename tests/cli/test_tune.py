@@ -98,6 +98,7 @@ def test_json_and_what_is_left(tune, command) -> None:
     assert set(report) == KEYS
     assert report["name"] == "s"
     assert report["trials"] == {"finished": 6, "failed": 0, "stopped": 0}
+    assert "no test picture" not in outcome.err
     assert report["trials_per_minute"] == pytest.approx(60 * 6 / report["seconds"], rel=0.05)
     best = report["best"]
     assert set(best) == {"trial", "params", "objective"}

@@ -67,6 +67,16 @@ def test_the_mean_is_the_mode(N, noise, rows):
     assert max_error(*logits) < 1e-5
 
 
+@pytest.mark.parametrize("N", [1, 30])
+def test_inputs_of_zeros_say_nothing(N):
+    seen = batch(N, 3)
+    seen.x.zero_()
+    found = condition_softmax(covariance(ROWS, 1), covariance(COLUMNS, 2), seen, tolerance=1e-6, linearisations=9)
+    assert found.settled
+    assert max_error(found.step, torch.zeros(ROWS, COLUMNS, dtype=torch.float64)) == 0
+    assert bool(torch.isfinite(found.A).all())
+
+
 def test_wide_priors_and_separable_labels_settle():
     """The case that overshoots without halved steps: labels that fit, a prior that lets logits go far."""
     seen = batch(20, 5)

@@ -7,6 +7,7 @@ import torch
 from helpers.cases import ADAPTERS, CLASSES, DIM, FAMILIES, LOGIT_SCALE, make_head, make_support
 from helpers.compare import covariance_of, max_error
 
+from kngd_ray.clip import CLIPHead
 from kngd_ray.observations import Cosine, flatten, trainable
 from kngd_ray.training.batches import Batch
 from kngd_ray.training.calibration import predictor_of
@@ -37,6 +38,14 @@ def predictor(family: str = "dense", adapter: str = "class_residual", **options)
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
     return make_support(5).features
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ensemble_ends_at_the_pretrained_model(family, x):
+    at_clip = predictor_of(fitted(family), PosteriorOptions(), alpha=0.0)
+    assert at_clip.belief is None
+    zero_shot = CLIPHead(at_clip.head.class_embeddings, LOGIT_SCALE)
+    assert max_error(at_clip.predict(x, 0.3).probabilities, zero_shot(x).softmax(1)) < 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)

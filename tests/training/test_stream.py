@@ -105,6 +105,9 @@ def test_tau_is_the_one_that_has_predicted_best() -> None:
     assert foresight.tau == 0.1
     assert Foresight(stream, foresight.scores).tau == 0.1
     assert Foresight(Stream(PosteriorOptions(temperature=0.02))).tau == 0.02
+    given = Foresight(Stream(PosteriorOptions(temperature=0.02)), foresight.scores)
+    assert given.see([-1.0], 8) == -1.0, "options may change within a stream, and scores of other taus say nothing"
+    assert Foresight(stream, given.scores).tau == 3e-4
     assert Foresight(Stream(PosteriorOptions(predict="mean"))).tau == 0.0
     assert Foresight(Stream(PosteriorOptions())).tau == 1.0, "as without held-out shots"
 

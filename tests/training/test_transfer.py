@@ -15,7 +15,7 @@ from kngd_ray.training.calibration import predictor_of
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.options import FilterOptions, FitOptions
 from kngd_ray.training.predict import DRAWS_SEED, PosteriorOptions, Predictor
-from kngd_ray.training.transfer import transferred
+from kngd_ray.training.transfer import _LeftOut, transferred
 
 OTHERS = ("tree", "sea", "road", "hill", "field")  # more than the classes trained on
 TEMPLATES = ("a photo of a {}.",)
@@ -94,6 +94,13 @@ class _Hand(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return by_hand(self.head, x, t)
+
+
+def test_what_is_left_out_keeps_its_weights_in_their_order():
+    """Its own as well as those of its parts: the belief is about all of them."""
+    adapter = torch.nn.Linear(2, 3)
+    adapter.part = torch.nn.Linear(1, 1)
+    assert [*dict(_LeftOut(adapter).named_parameters())] == [*dict(adapter.named_parameters())]
 
 
 def test_without_anything_that_carries_over_there_is_no_uncertainty(x, t):

@@ -38,7 +38,8 @@ T = TypeVar("T")
 def merge(node: Node, value: Any, layer: int) -> Node:
     """Lay a layer's value over a node; mappings merge, all else replaces.
 
-    A mapping over a list changes its elements: the only one, or those that its keys number.
+    A mapping over a list changes its elements: the only one, or those that its keys number. A bare name over a choice
+    changes its kind; names over a list of choices keep the options of those that the list had.
 
     Args:
         node: the layers below.
@@ -60,10 +61,36 @@ def merge(node: Node, value: Any, layer: int) -> Node:
             merged[head] = merge(merged.get(head, {}), {rest: inner} if rest else inner, layer)
         return merged
     if isinstance(value, list):
-        return [merge({}, inner, layer) for inner in value]
-    if isinstance(node, dict) and "kind" in node and isinstance(value, str):
-        return {**node, "kind": Leaf(value, layer)}
+        return _renamed(node, value, layer)
+    if isinstance(value, str):
+        if isinstance(node, list) or (isinstance(node, dict) and "," in value):
+            names = [name.strip() for name in value.split(",")]
+            if any(name in names for name in _kinds(node)):
+                return _renamed(node, names, layer)
+        elif isinstance(node, dict) and "kind" in node:
+            return {**node, "kind": Leaf(value, layer)}
     return Leaf(value, layer)
+
+
+def _renamed(node: Node, items: list[Any], layer: int) -> list[Node]:
+    """A list in the place of a node; bare names in it keep the options that the node has for that kind."""
+    left = _elements(node)
+    merged = []
+    for item in items:
+        same = next((old for old in left if isinstance(item, str) and kind_at(old) == item), {})
+        left = [old for old in left if old is not same]
+        merged.append(merge(same, item, layer))
+    return merged
+
+
+def _elements(node: Node) -> list[Node]:
+    """The choices that a node has: those of its list, or itself."""
+    return [item for item in (node if isinstance(node, list) else [node]) if isinstance(item, dict) and "kind" in item]
+
+
+def _kinds(node: Node) -> list[Any]:
+    """Of the choices that a node has."""
+    return [kind_at(item) for item in _elements(node)]
 
 
 def assign(node: Node, path: list[str], value: Any, layer: int, full: str) -> Node:
@@ -260,10 +287,10 @@ def _in_a_row(value: Any, path: str) -> list[Any]:
 
 
 def _choose(choices: Mapping[str, type], node: Node, path: str) -> Any:
-    if isinstance(node, Leaf) and node.value is not None:
-        node = {"kind": node}
-    elif not isinstance(node, dict):
-        node = {}
+    if isinstance(node, list):
+        node = {"kind": Leaf([kind_at(item) or _raw(item) for item in node], _newest(node))}
+    elif isinstance(node, Leaf):
+        node = {} if node.value is None else {"kind": node}
     kind = _raw(node.get("kind", Leaf(None, 0)))
     if kind is None and len(choices) == 1:
         (kind,) = choices

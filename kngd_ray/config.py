@@ -7,7 +7,8 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
   ``kind`` and that kind's own options, and a bare name is short for it:
   ``filter.covariance=dense``, then ``filter.covariance.rule=vdekf``. When a later layer changes the
   kind, options of the earlier kind that the new one does not have are dropped.
-* A list with one element can be addressed without its index: ``adapter.width=32``.
+* A list with one element can be addressed without its index: ``adapter.width=32``. Bare names in a list keep the
+  options that a layer below gave to that kind: ``observation=cosine`` is a preset's cosine, with its r0.
 
 Values are YAML 1.2, read as the setting's type asks: ``trainer.name=007`` is a text and ``data.shots=010`` ten. A list
 may be written with commas, and whole numbers in a row as a range: ``seeds=0-4,7``.

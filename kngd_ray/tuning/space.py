@@ -178,6 +178,17 @@ class Space:
                     values[dimension.key] = near
         return values
 
+    def open_at(self, values: Mapping[str, Value]) -> list[str]:
+        """What a point such as :meth:`point` gives leaves to the sampler.
+
+        Args:
+            values: by dotted key.
+
+        Returns:
+            Keys of the dimensions that exist there, and that it has no value for.
+        """
+        return [d.key for d in self.dimensions if d.exists(values) and d.key not in values]
+
     def log_prior(self, values: Mapping[str, Value]) -> float:
         """Log-density of settings under the priors of their dimensions.
 

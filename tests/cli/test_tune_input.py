@@ -89,7 +89,7 @@ def test_settings_over_a_file(command) -> None:
     changes = [
         "search.num_samples=3",
         "search.objective=held_out_nll,held_out_accuracy",
-        "space.filter.p0=null",
+        "space.filter.logit_variance=null",
         "space.epochs={low: 1, high: 4, integer: true}",
         "space.observation.0.r0={low: 0.5, high: 2}",
         "data.shots=2",
@@ -250,14 +250,12 @@ def test_presets_that_diagonal_priors_starts_from_lie_in_its_space() -> None:
 def test_a_search_starts_at_the_same_file_from_whatever_folder(
     command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (command.folder / "mine.yaml").write_text("filter: {p0: 0.7}")
+    (command.folder / "mine.yaml").write_text("filter: {logit_variance: 7}")
     smoke = ROOT / "tune_configs" / "smoke.yaml"
     monkeypatch.chdir(command.folder)
     search = load_search(smoke, ["search.start=kalman,kalman_diagonal,mine.yaml"])
     assert search.options.start == ("kalman", "kalman_diagonal", str(command.folder / "mine.yaml"))
-    wide = load_config(overrides=["preset=kalman_diagonal"]).filter.p0
-    # the variance of kalman is one of logits: the sampler is left to choose that of weights
-    assert [point.get("filter.p0") for point in search.points] == [None, wide, 0.7]
+    assert [point.get("filter.logit_variance") for point in search.points] == [1000, 30, 7]
     saved = tmp_path / "saved.yaml"
     saved.write_text(search_yaml(search))
     (tmp_path / "elsewhere").mkdir()

@@ -170,8 +170,8 @@ def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None
     ("settings", "expected"),
     [
         (["adapter=linear"], (Linear(),)),
-        (["adapter=linear,class_residual"], (Linear(), ClassResidual())),
-        (["adapter=linear, class_residual"], (Linear(), ClassResidual())),
+        (["adapter=linear,class_residual"], (Linear(), ClassResidual(bias=True))),
+        (["adapter=linear, class_residual"], (Linear(), ClassResidual(bias=True))),
         (["adapter=[linear, bottleneck]", "adapter.1.width=8"], (Linear(), Bottleneck(width=8))),
         (["adapter=linear,bottleneck", "adapter.1.width=8"], (Linear(), Bottleneck(width=8))),
         (["adapter=bottleneck", "adapter.width=8"], (Bottleneck(width=8),)),
@@ -188,6 +188,29 @@ def test_an_option_that_the_new_kind_lacks_is_refused_in_its_own_layer() -> None
 )
 def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> None:
     assert load_config(None, settings).adapter == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("observation=cosine", (Cosine(r0=2.5, per="logit"),)),
+        ("observation=[cosine]", (Cosine(r0=2.5, per="logit"),)),
+        ("observation=log_likelihood,cosine", (LogLikelihood(), Cosine(r0=2.5, per="logit"))),
+        ("observation=cosine, cosine", (Cosine(r0=2.5, per="logit"), Cosine())),
+        ("observation=[{kind: cosine}]", (Cosine(),)),
+        ("observation=log_likelihood", (LogLikelihood(),)),
+    ],
+)
+def test_a_name_that_the_list_had_keeps_its_options(setting: str, expected: tuple[Any, ...]) -> None:
+    assert load_config(None, ["preset=kf_clip", setting]).observation == expected
+    one = ["adapter={kind: bottleneck, width: 8}", "adapter=linear,bottleneck"]
+    assert load_config(None, one).adapter == (Linear(), Bottleneck(width=8)), "a choice is a list of one"
+
+
+@pytest.mark.parametrize("given", ["dense,diagonal", "[dense, {kind: diagonal}]"])
+def test_several_names_are_no_choice(given: str) -> None:
+    with pytest.raises(UsageError, match=r"^filter\.covariance is \['dense', 'diagonal'\] \(valid: block_diagonal"):
+        load_config(None, ["preset=kalman_diagonal", f"filter.covariance={given}"])
 
 
 def test_elements_by_number() -> None:

@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import kngd_ray
 
 DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 POINTS = {
@@ -38,7 +41,9 @@ def python(folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_what_the_documentation_shows_works_from_a_package_of_its_own(tmp_path: Path) -> None:
@@ -46,6 +51,32 @@ def test_what_the_documentation_shows_works_from_a_package_of_its_own(tmp_path: 
     package(tmp_path, "\n".join(block for block in blocks if "@dataclass" in block), POINTS)
     done = python(tmp_path, FIT)
     assert done.stdout.startswith("fitted 1.0"), done.stderr
+
+
+def test_what_the_documentation_shows_works_within_the_package(tmp_path: Path) -> None:
+    source = Path(kngd_ray.__file__).parent
+    copied = tmp_path / "kngd_ray"
+    shutil.copytree(source, copied, ignore=lambda folder, names: [n for n in names if not _is_code(Path(folder, n))])
+    text = DOCS.read_text()
+    modules = dict(
+        re.findall(
+            r"`(kngd_ray/\S+\.py)`[^\n]*(?:\n[^\n]+)?\n\n```python\n(\"\"\".*?)^```", text, re.MULTILINE | re.DOTALL
+        )
+    )
+    lines = re.findall(r"^```python\n(from \S+ import \w+)\n\n(\w+ = .*)\n```", text, re.MULTILINE)
+    assert len(modules) == len(lines) == 3
+    for (name, module), (imported, registry) in zip(modules.items(), lines, strict=True):
+        (tmp_path / name).write_text(module)
+        registered = (tmp_path / name).parent / "__init__.py"
+        head = registry.partition("=")[0]
+        changed = re.sub(rf"^{head}= .*$", f"{imported}\n{registry}", registered.read_text(), flags=re.MULTILINE)
+        registered.write_text(changed)
+    done = python(tmp_path, f"import kngd_ray; assert kngd_ray.__file__.startswith({str(tmp_path)!r})\n{FIT}")
+    assert done.stdout.startswith("fitted 1.0"), done.stderr
+
+
+def _is_code(path: Path) -> bool:
+    return path.is_dir() or path.suffix in (".py", ".yaml")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from math import exp
 import optuna
 import pytest
 
-from kngd_ray.config import Config, load_config, override
+from kngd_ray.config import Config, flatten, load_config, override
+from kngd_ray.configs import names
 from kngd_ray.errors import UsageError
 from kngd_ray.tuning import Space, parse_space, plain_space
+from kngd_ray.tuning.file import load_search
 
 P0 = {"low": 0.01, "high": 1.0, "log": True}
 WEIGHTS = ("preset=kalman_diagonal", "observation=log_likelihood,cosine", "filter.p0=0.1")
@@ -220,6 +222,21 @@ def test_a_preset_lies_in_the_space_or_at_its_border(base: Config) -> None:
         "observation": "log_likelihood,cosine",
         "observation.0.r0": 1.0,
     }, "an adapter that is none of the choices is left to the sampler"
+    assert checked(raw).open_at(checked(raw).point(base)) == ["adapter"]
+
+
+@pytest.mark.parametrize("name", names("searches"))
+def test_the_first_trials_of_shipped_searches_are_their_presets(name: str) -> None:
+    search = load_search(name, ["data.path=x"])
+    for point in search.points[:1]:
+        assert not search.space.open_at(point)
+        preset, trial = flatten(search.config), flatten(override(search.config, point))
+        assert {
+            key: (preset[key], trial.get(key))
+            for key in preset
+            if preset[key] != trial.get(key) and not (preset[key] == 0 and trial.get(key) <= 1e-4)
+        } == {}, "but for a variance of 0, which no logarithmic range holds"
+        assert preset.keys() == trial.keys()
 
 
 def test_the_only_element_of_a_list_needs_no_number() -> None:

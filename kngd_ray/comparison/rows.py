@@ -45,6 +45,7 @@ class Row:
         unfinished: fits that did not, by their status.
         name: what tells it from the other rows.
         data: digest of the data set that it learns from; None where it did not say.
+        one_support: all its seeds learned from the same shots.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Row:
     unfinished: Counter[str] = field(default_factory=Counter)
     name: str = ""
     data: str | None = None
+    one_support: bool = False
 
     def values(self, metric: str) -> dict[int, float]:
         """A metric by seed, where it was logged."""
@@ -211,6 +213,7 @@ def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
         if zero_shot:
             digest = next((row.data for row in group if row.data is not None), None)
             shown = Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot, data=digest)
+            shown.one_support = any(row.one_support for row in group)
             group.insert(0, shown)
     return groups
 
@@ -287,7 +290,17 @@ def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
     name = first.name if owner else first.name.rpartition("-seed")[0] or first.name
     method, preset = tags["kngd_ray.method"], tags.get("kngd_ray.preset", "None")
     digest = next((run.data for run in (first, *fits) if run.data is not None), None)
-    return Row(first.id, name, method, preset, first.params, seeds, unfinished, data=digest)
+    return Row(
+        first.id,
+        name,
+        method,
+        preset,
+        first.params,
+        seeds,
+        unfinished,
+        data=digest,
+        one_support="kngd_ray.one_support" in tags,
+    )
 
 
 def _trials(runs: Sequence[LoggedRun], search: LoggedRun) -> Found:

@@ -31,13 +31,14 @@ class Difference:
         seeds: the seeds.
         mean: of the differences.
         low: lower end of the 95 % interval of this difference alone; None for a single seed, and where all seeds have
-            the same difference: by how much it may vary is then not known.
+            the same difference or learned from the same shots: by how much it may vary is then not known.
         high: its upper end.
         wins: seeds on which the first is better.
         ties: seeds on which they differ by at most :data:`TIE`.
         losses: seeds on which it is worse.
         p: how often noise gives such a difference; None without an interval.
         p_holm: the same among all differences that it is one of; `p` for one alone.
+        one_support: whether all seeds learned from the same shots.
     """
 
     seeds: tuple[int, ...]
@@ -49,6 +50,7 @@ class Difference:
     losses: int
     p: float | None
     p_holm: float | None
+    one_support: bool = False
 
     @property
     def decided(self) -> bool:
@@ -70,7 +72,12 @@ def better(metric: str) -> int:
 
 
 def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], direction: int = 1, metric: str = ""
+    values: Mapping[int, float],
+    baseline: Mapping[int, float],
+    direction: int = 1,
+    metric: str = "",
+    *,
+    one_support: bool = False,
 ) -> Difference | None:
     """The difference of two methods, paired by seed.
 
@@ -79,6 +86,7 @@ def paired_difference(
         baseline: figure by seed of what it is compared with.
         direction: 1 where more is better, -1 where less is.
         metric: what the figure is; the interval ends where differences of such figures do.
+        one_support: all seeds learned from the same shots.
 
     Returns:
         The difference; None without a common seed.
@@ -88,12 +96,13 @@ def paired_difference(
         return None
     differences = np.array([values[seed] - baseline[seed] for seed in seeds], float)
     low = high = p = None
-    if len(seeds) > 1 and np.ptp(differences) > TIE:
+    if len(seeds) > 1 and np.ptp(differences) > TIE and not one_support:
         found, (least, most) = student(differences.tolist()), possible(metric)
         low, high, p = max(found.low, least - most), min(found.high, most - least), found.p
     gains = differences * direction
     wins, losses = int((gains > TIE).sum()), int((gains < -TIE).sum())
-    return Difference(seeds, float(differences.mean()), low, high, wins, len(seeds) - wins - losses, losses, p, p)
+    ties = len(seeds) - wins - losses
+    return Difference(seeds, float(differences.mean()), low, high, wins, ties, losses, p, p, one_support)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

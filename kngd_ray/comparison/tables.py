@@ -45,7 +45,8 @@ class Figure:
     Attributes:
         values: by seed.
         mean: over seeds.
-        low: lower end of its 95 % interval over seeds, Student's t; None for a single seed.
+        low: lower end of its 95 % interval over seeds, Student's t; None for a single seed, and for several with the
+            same shots.
         high: its upper end.
         difference: from the baseline, paired by seed; None for the baseline itself, and without a common seed.
     """
@@ -259,11 +260,13 @@ def _figure(row: Row, metric: Metric, baseline: Row | None) -> Figure | None:
     if not values:
         return None
     spread: dict[str, Any] = {"mean": _mean(values, values)}
-    if len(values) > 1:
+    if len(values) > 1 and not row.one_support:
         spread = interval(list(values.values()), metric.name)
     difference = None
     if baseline is not None and row is not baseline:
-        difference = paired_difference(values, baseline.values(metric.name), metric.direction, metric.name)
+        alike = row.one_support or baseline.one_support
+        others = baseline.values(metric.name)
+        difference = paired_difference(values, others, metric.direction, metric.name, one_support=alike)
     return Figure(values, spread["mean"], spread.get("low"), spread.get("high"), difference)
 
 
@@ -312,6 +315,8 @@ def _explain(lines: Sequence[Line], baseline: Row | None, seeds: Sequence[int]) 
         notes.append("one common seed gives a difference without an interval")
     if any(_same_everywhere(figure.difference) for line in lines for figure in line.figures.values()):
         notes.append("a difference that is the same on all seeds has no interval, because its variation is unknown")
+    if alike := [line.row.name for line in lines if line.row.one_support and line.row.method != ZERO_SHOT]:
+        notes.append(f"all seeds learned from the same shots, so no interval: {', '.join(alike)}")
     if len({frozenset(line.row.seeds) for line in lines if line.row.method != ZERO_SHOT}) > 1:
         few_seeds = [line.row.name for line in lines if not line.row.seeds.keys() >= set(seeds)]
         left = f"; not ranked, as some seeds are missing: {', '.join(few_seeds)}" if few_seeds else ""
@@ -338,7 +343,9 @@ def _lacking(lines: Sequence[Line], columns: Sequence[Metric]) -> list[str]:
 
 
 def _same_everywhere(difference: Difference | None) -> bool:
-    return difference is not None and len(difference.seeds) > 1 and difference.p is None
+    if difference is None or difference.one_support:
+        return False
+    return len(difference.seeds) > 1 and difference.p is None
 
 
 def _against(metric: Metric, difference: Difference | None, other: str, compared: int) -> str:
@@ -357,10 +364,13 @@ def _against(metric: Metric, difference: Difference | None, other: str, compared
         return f"which has no seed in common with {other}"
     unit = " points" if metric.factor == 100 else ""
     way = "higher" if difference.mean > 0 else "lower"
-    said = f"{metric.show(abs(difference.mean))}{unit} {way} than {other}"
+    said = (
+        f"{metric.show(abs(difference.mean))}{unit} {way} than {other}" if difference.mean else f"the same as {other}"
+    )
     if _same_everywhere(difference):
-        said = said if difference.mean else f"the same as {other}"
         return f"{said} on all {len(difference.seeds)} common seeds (no interval)"
+    if difference.one_support:
+        return f"{said}, over {len(difference.seeds)} seeds with the same shots (no interval)"
     if difference.low is None or difference.high is None:
         return f"{said} (one common seed, no interval)"
     alone = not difference.low <= 0 <= difference.high

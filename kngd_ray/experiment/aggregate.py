@@ -76,22 +76,26 @@ def possible(metric: str) -> tuple[float, float]:
     return next(found, (-inf, inf))
 
 
-def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def over_seeds(reports: Sequence[Mapping[str, Any]], *, one_support: bool = False) -> dict[str, Any]:
     """Combine nested figures of several seeds.
 
     Args:
         reports: the same nested mapping of numbers per seed.
+        one_support: all seeds learned from the same shots, so that how far others would lead is not known.
 
     Returns:
         The report itself for one seed; otherwise ``{"mean", "low", "high"}`` in each figure's place,
-        the interval Student's t at 95 %.
+        the interval Student's t at 95 %; the mean alone of one support set.
     """
     if len(reports) == 1:
         return dict(reports[0])
     combined: dict[str, Any] = {}
     for key, first in reports[0].items():
         values = [report[key] for report in reports]
-        combined[key] = over_seeds(values) if isinstance(first, Mapping) else interval(values, key)
+        if isinstance(first, Mapping):
+            combined[key] = over_seeds(values, one_support=one_support)
+        else:
+            combined[key] = float(np.mean(values)) if one_support else interval(values, key)
     return combined
 
 

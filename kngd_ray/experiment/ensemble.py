@@ -103,7 +103,7 @@ def ensemble(
     used = min(in_use) if len(in_use) == 1 else None  # the fits of a run may have been given different ones
     figure = (fits[0][1] if len(fits) == 1 else run) / FIGURE
     ensemble_curve(alphas, _lines(reports), figure, f"{run.name}, weight ensemble", used)
-    curve = [over_seeds(per_seed) for per_seed in reports]
+    curve = [over_seeds(per_seed, one_support=prepared.one_support) for per_seed in reports]
     _show(run.name, alphas, curve, used, display)
     display.say(f"curve over alpha: {figure}")
     if alpha is not None:

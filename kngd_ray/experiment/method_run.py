@@ -136,9 +136,10 @@ class MethodRun:
             return None
         refused = sum(report.pop("refused") for report in reports)
         seconds = sum(report.pop("seconds") for report in reports)
-        combined = over_seeds(reports)
+        alike = self._prepared.one_support
+        combined = over_seeds(reports, one_support=alike)
         named = self._protocol.named
-        over_zero = over_seeds([zero_shot[seed] for seed in done])
+        over_zero = over_seeds([zero_shot[seed] for seed in done], one_support=alike)
         if self._parent is not None:
             self._parent.log_metrics(flat_metrics(combined))
             self._card(self._parent, self.name, replace(self.config, seeds=tuple(done)), combined, over_zero)
@@ -173,6 +174,7 @@ class MethodRun:
             "kngd_ray.kind": "fit" if parent is not None else "method",
             "kngd_ray.method": self.name,
             "kngd_ray.preset": str(config.preset),
+            **({"kngd_ray.one_support": "true"} if self._prepared.one_support else {}),
             **source_tags(),
         }
         name = f"{self._folder.name}/{record_id}"

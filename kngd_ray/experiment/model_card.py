@@ -158,10 +158,11 @@ def _figures(
     config: Config, report: Mapping[str, Any], zero_shot: Mapping[str, Any], calibrations: Mapping[int, Calibration]
 ) -> str:
     several = isinstance(report["id"]["accuracy"], Mapping)
+    one = "One seed" if len(config.seeds) == 1 else "Means over seeds that all drew the same shots"
     spread = (
         "Mean and 95 % interval over seeds (Student's t)."
         if several
-        else "One seed: no interval can be given. Another support set would give different figures."
+        else f"{one}: no interval can be given. Another support set would give different figures."
     )
     probe = config.model.precomputed and config.model.class_embeddings is None
     before = "chance" if probe else "zero-shot"

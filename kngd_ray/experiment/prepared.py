@@ -13,7 +13,7 @@ from kngd_ray.config import Config
 from kngd_ray.data import Crops, FeatureCache, FeatureFiles, GivenCrops, GivenFeatures, ImageSet, PictureFile, Split
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.features import Progress, encode_pictures
-from kngd_ray.experiment.task import Task, supports
+from kngd_ray.experiment.task import Task, one_support, supports
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.evaluation import ID, set_name
 from kngd_ray.training.fit import Towers
@@ -54,6 +54,11 @@ class TaskData:
     def identity(self) -> dict[str, Any]:
         """What weights trained on this belong to."""
         return identity_of(self.model, self.config.model, self.images.class_names, self.config.data.templates)
+
+    @property
+    def one_support(self) -> bool:
+        """Whether all of several seeds learn from the same shots."""
+        return one_support(self.splits, ordered=self.config.protocol == "stream")
 
     def support(self, seed: int) -> Support:
         """The training shots of a seed, as features of the pretrained model, with their crops."""

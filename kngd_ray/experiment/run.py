@@ -250,22 +250,20 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    display.table(
-        title,
-        rows,
-        [f"seeds {seeds}; {_spread(config)}{_chosen(config, reports[0]['steps'] // max(config.epochs, 1))}"],
-    )
+    chosen = _chosen(config, reports[0]["steps"] // max(config.epochs, 1))
+    display.table(title, rows, [f"seeds {seeds}; {_spread(config, prepared.one_support)}{chosen}"])
     protocol.show(rows, display)
     if (stream := stream_of(prepared, config.seeds[0])) is not None:
         show_streams(rows, config.fit_options, stream, display)
 
 
-def _spread(config: Config) -> str:
+def _spread(config: Config, one_support: bool) -> str:
     """What the interval of a figure is of."""
     if len(config.seeds) == 1:
         return "one seed, no interval"
-    one = "; data.time gives all seeds one stream, so that it says nothing of other data" if config.data.time else ""
-    return f"mean and 95 % interval over seeds (Student's t){one}"
+    if one_support:
+        return "means over seeds that have the same shots, no interval"
+    return "mean and 95 % interval over seeds (Student's t)"
 
 
 def _chosen(config: Config, batches: int) -> str:

@@ -76,6 +76,12 @@ class Task:
             drawn = ", ".join(f"{count} of {domain}" for domain, count in zip(domains[:8], counts[:8], strict=True))
             more = f" and of {len(domains) - 8} more" if len(domains) > 8 else ""
             lines.append(f"shots are drawn over {len(domains)} domains, {drawn}{more}: data.train_domain chooses one")
+        if one_support(self.splits, ordered=self.config.protocol == "stream"):
+            what = "stream" if self.config.protocol == "stream" else "shots"
+            lines.append(
+                f"all {len(self.splits)} seeds have the same {what}: their figures say nothing of others, and have no"
+                " interval"
+            )
         lines += self._untested()
         if isinstance(source, FeatureFiles) and source.encoded_by is None and getattr(self.model, "encoded_by", None):
             more = f" and {len(source.paths) - 1} more files" if len(source.paths) > 1 else ""
@@ -307,6 +313,20 @@ def _trains_image_tower(config: Config, images: ImageSet, model: ClipModel) -> b
     if config.method == "kalman":
         check_affordable(config.posterior, network)
     return network.image_trained
+
+
+def one_support(splits: Mapping[int, Split], *, ordered: bool) -> bool:
+    """Whether several seeds all drew the same shots.
+
+    Args:
+        splits: by seed.
+        ordered: whether their order makes them others, as in a stream.
+
+    Returns:
+        Whether figures over these seeds say nothing of other shots.
+    """
+    drawn = [split.support if ordered else np.sort(split.support) for split in splits.values()]
+    return len(drawn) > 1 and len(drawn[0]) > 0 and all(np.array_equal(drawn[0], other) for other in drawn[1:])
 
 
 def supports(splits: Mapping[int, Split]) -> np.ndarray[Any, np.dtype[np.int64]]:

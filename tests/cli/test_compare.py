@@ -182,6 +182,36 @@ def test_one_seed_gives_no_interval_and_no_rank(comparison) -> None:
     assert any(row["front"] for row in group["rows"])
 
 
+def test_seeds_that_drew_the_same_shots_decide_nothing(comparison, store, small_data, command) -> None:
+    """Classes have five pictures to train on: as many shots are the same ones for every seed."""
+    settings = ("data.shots=5", "seeds=0,1,2", "method=adamw", "epochs=2", "batch_size=4")
+    store.train("alike", *settings, data=small_data, experiment="alike")
+    store.train("alike-faster", *settings, "optimizer.lr=0.01", data=small_data, experiment="alike")
+    report = json.loads((store.folder / "runs" / "alike" / "results.json").read_text())
+    assert isinstance(report["id"]["nll"], float), "a mean, without ends"
+    assert "over seeds that all drew the same shots" in _card(store, "alike")
+    (group,) = comparison("--json", experiment="alike").json["groups"]
+    assert len(group["rows"]) == 3
+    for row in group["rows"]:
+        for figure in row["figures"].values():
+            assert (figure["low"], figure["high"]) == (None, None)
+            assert figure["difference"] is None or figure["difference"]["p"] is None
+    spread = [row["figures"]["id/nll"]["values"] for row in group["rows"] if row["name"] != "zero-shot"]
+    assert all(len({round(value, 6) for value in values.values()}) == 3 for values in spread), "batches differ"
+    shown = " ".join(comparison(experiment="alike").out.split())
+    assert "over 3 seeds with the same shots (no interval)" in shown
+    assert "all seeds learned from the same shots, so no interval: adamw" in shown
+    assert "excludes 0" not in shown
+    outcome = command.train(*settings, "seeds=0,1")
+    assert "all 2 seeds have the same shots: their figures say nothing of others, and have no interval" in outcome.err
+    assert "seeds 0, 1; means over seeds that have the same shots, no interval" in outcome.out
+
+
+def _card(store: Store, name: str) -> str:
+    (card,) = (store.folder / "runs" / name / "records" / "adamw").rglob("model_card.md")
+    return card.read_text()
+
+
 def test_the_terminal_shows_figures_differences_and_sentences(comparison, command) -> None:
     outcome = comparison()
     assert outcome.code == 0

@@ -169,6 +169,17 @@ def test_intervals_end_where_their_figures_do() -> None:
     assert (difference.low, difference.high) == (-1.0, 1.0)
 
 
+def test_one_support_set_has_no_interval() -> None:
+    """What differs between its seeds is the order of the batches: it says nothing of other shots."""
+    assert over_seeds([{"id": {"accuracy": 0.0}}, {"id": {"accuracy": 1.0}}], one_support=True) == {
+        "id": {"accuracy": 0.5}
+    }
+    difference = paired_difference({0: 0.30, 1: 0.31, 2: 0.32}, {0: 0.0, 1: 0.0, 2: 0.0}, one_support=True)
+    assert difference is not None
+    assert (difference.mean, difference.low, difference.high) == (pytest.approx(0.31), None, None)
+    assert (difference.wins, difference.decided) == (3, False)
+
+
 def test_an_interval_without_a_half_shows_both_ends() -> None:
     assert with_interval({"mean": 0.487, "low": 0.463, "high": 0.511}, 100, 1) == "48.7±2.4"
     assert with_interval({"mean": 0.963, "low": 0.91, "high": 1.0}, 100, 1) == "96.3 [91.0, 100.0]"

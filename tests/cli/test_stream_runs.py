@@ -11,9 +11,10 @@ import yaml
 from helpers.features import SCALE, class_embeddings, feature_table, write_features
 
 from kngd_ray.config import load_config
-from kngd_ray.data import DataConfig, open_images, select
+from kngd_ray.data import DataConfig, Split, open_images, select
 from kngd_ray.errors import DataError
 from kngd_ray.experiment.run import _spread
+from kngd_ray.experiment.task import one_support
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.restoring import open_fit
 from kngd_ray.tuning.run import _registered
@@ -250,9 +251,20 @@ def test_the_shipped_search_is_one(command, request) -> None:
     assert yaml.safe_load(outcome.out)["space"].keys() >= {"noise.process", "noise.process.drift"}
 
 
-def test_seeds_of_one_stream_have_an_interval_that_says_nothing() -> None:
-    """Its width is 0: all of them learn from the same rows in the same order."""
-    by_time = load_config(None, ["protocol=stream", "data.time=when", "seeds=0,1"])
-    assert "one stream" in _spread(by_time)
-    assert "one stream" not in _spread(load_config(None, ["protocol=stream", "data.order=[a,b]", "seeds=0,1"]))
-    assert _spread(load_config(None, ["protocol=stream", "data.time=when"])) == "one seed, no interval"
+def test_seeds_of_one_stream_have_no_interval() -> None:
+    """It would be 0 wide: all of them learn from the same rows in the same order."""
+
+    def drawn(*orders: list[int]) -> dict[int, Split]:
+        nothing = np.zeros(0, np.int64)
+        return {seed: Split(np.array(order), nothing, {}) for seed, order in enumerate(orders)}
+
+    assert one_support(drawn([3, 1, 2], [3, 1, 2]), ordered=True)
+    assert not one_support(drawn([3, 1, 2], [1, 2, 3]), ordered=True), "the order is what a seed of a stream draws"
+    assert one_support(drawn([3, 1, 2], [1, 2, 3]), ordered=False)
+    assert not one_support(drawn([3, 1, 2], [1, 2, 4]), ordered=False)
+    assert not one_support(drawn([3, 1, 2]), ordered=False), "one seed has no interval, for its own reason"
+    assert not one_support(drawn([], []), ordered=False), "what is only tested on"
+    several = load_config(None, ["seeds=0,1"])
+    assert _spread(several, True) == "means over seeds that have the same shots, no interval"
+    assert _spread(several, False).startswith("mean and 95 % interval")
+    assert _spread(load_config(None, ["seeds=0"]), False) == "one seed, no interval"

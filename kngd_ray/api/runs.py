@@ -72,7 +72,7 @@ def train(
     from kngd_ray.results import RunResult
 
     display = console_of(console, quiet)
-    for note in notes_of_ignored(config, given):
+    for note in notes_of_ignored(config, given, preset):
         display.say(note)
     report = run(config, display, RayBackend(), resume=resume is not None)
     return RunResult(Path(report.pop("folder")), report)

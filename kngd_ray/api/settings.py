@@ -13,7 +13,7 @@ from kngd_ray.config import Config, load_config, parse_override
 from kngd_ray.configs import names, read_yaml
 from kngd_ray.console import Display
 from kngd_ray.errors import UsageError
-from kngd_ray.training.options import ignored
+from kngd_ray.training.effect import ignored
 
 if TYPE_CHECKING:
     from kngd_ray.tuning.file import SearchConfig
@@ -129,30 +129,41 @@ def in_process(settings: list[str], source: Any, *, ray: bool) -> list[str]:
     """Add ``trainer.num_workers=0``, unless Ray is asked for or the settings or a file set the workers."""
     if ray or names_setting(settings, "trainer.num_workers"):
         return settings
-    layer = source_of(source)
-    if isinstance(layer, Path):
-        layer = read_yaml(layer)
-    trainer = (layer or {}).get("trainer")
-    if "trainer.num_workers" in (layer or {}) or (isinstance(trainer, Mapping) and "num_workers" in trainer):
+    layer = _content(source)
+    trainer = layer.get("trainer")
+    if "trainer.num_workers" in layer or (isinstance(trainer, Mapping) and "num_workers" in trainer):
         return settings
     return [_LOCAL, *settings]
 
 
-def notes_of_ignored(config: Config, settings: Sequence[str]) -> list[str]:
+def _content(source: Any) -> Mapping[str, Any]:
+    """The settings of a file or a mapping."""
+    layer = source_of(source)
+    return (read_yaml(layer) if isinstance(layer, Path) else layer) or {}
+
+
+def notes_of_ignored(config: Config, settings: Sequence[str], source: Any = None) -> list[str]:
     """What to say of settings that change nothing.
 
     Args:
         config: that they are a part of.
-        settings: as they were given; those of files may be meant for other methods too.
+        settings: as they were given.
+        source: of the settings below them. Those may be meant for runs of other methods, unless such methods are
+            baselines here, which do not take them.
 
     Returns:
         A sentence for each, without its full stop.
     """
-    keys = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
+    given = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
+    shared = [key for key, _ in flat(_content(source), "") if key] if config.baselines else []
     notes = []
-    for key, cause in ignored(config.fit_options, config.posterior, keys, protocol=config.protocol).items():
-        others = ", and baselines keep their own presets" if config.baselines and cause.startswith("method") else ""
-        notes.append(f"{key} has no effect with {cause}{others}")
+    for key, cause in ignored(
+        config.fit_options, config.posterior, [*shared, *given], protocol=config.protocol
+    ).items():
+        of_method = cause.startswith("method")
+        others = ", and baselines keep their own presets" if config.baselines and of_method else ""
+        if key in given or of_method:
+            notes.append(f"{key} has no effect with {cause}{others}")
     return notes
 
 

@@ -39,10 +39,10 @@ from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
+from kngd_ray.training.effect import ignored
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.interval import interval_scale, probability_std
 from kngd_ray.training.novelty import total_variance
-from kngd_ray.training.options import ignored
 from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.settled import Settled, read_settled
@@ -337,7 +337,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
         unread = ignored(config.fit_options, config.posterior, self.settings or ()).items()
         notes = inputs.notes(model, classes, names, templates, support)
-        for note in (*map(" has no effect with ".join, unread), *notes):
+        for note in (*map(" has no effect with ".join, unread), *notes, *config.fit_options.notes):
             warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,

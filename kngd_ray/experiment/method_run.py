@@ -26,7 +26,7 @@ from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask, head_task
 from kngd_ray.training.kalman import FORESEEN
-from kngd_ray.training.method import MethodState, stopped_short
+from kngd_ray.training.method import MethodState, left_unlearned, stopped_short
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, compare_towers
 from kngd_ray.training.posterior_options import PosteriorOptions
@@ -314,6 +314,8 @@ class MethodRun:
         refused = sum(int(step.get("train/refused", 0)) for step in steps)
         if any(step.get("train/unsettled") for step in steps):
             self.warnings.append(f"{name}: {stopped_short(self.config.filter.iterations)}")
+        if unlearned := [int(step["train/unlearned"]) for step in steps if step.get("train/unlearned")]:
+            self.warnings.append(f"{name}: {left_unlearned(max(unlearned), len(unlearned))}")
         record.log_metrics(
             flat_metrics(report)
             | flat_metrics(zero_shot, "zero_shot/")  # in every run: they tell `compare` which ones it may compare

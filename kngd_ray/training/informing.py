@@ -7,7 +7,7 @@ zero-shot logits are believed (``filter.mean``), with which inputs the outputs o
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import exp, log
+from math import log
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ _REACH = 0.01  # variance, in typical ones, along which half of the shots' mean 
 _MEASURED = 256  # shots that a prior variance of logits is measured on
 _CLASSES = 4  # likewise
 _FOLDS = 3
-_CAUTIOUS = 2.0  # standard deviations below the median
 _VARIANCES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # nats^2
 _TOLERANCE = 0.3  # nats, of the last step: folds are compared, not kept, and what it leaves is a tenth
 _LINEARISATIONS = 30
@@ -89,7 +88,7 @@ def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: 
     if not (variance and spread):
         return gamma, variance
     if not at_mode:  # a step that may stop short of its mode, or logits that are bounded: the prior's lower end
-        return gamma, variance * exp(-_CAUTIOUS * spread)
+        return gamma, options.cautious_variance
     if not len(shots) or single(shots.labels):
         return gamma, variance
     return gamma, likeliest_variance(head, options, shots, gamma * logits)

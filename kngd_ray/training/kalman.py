@@ -148,9 +148,9 @@ class KalmanNGD:
 
     def _stats(self, batch: Batch, update: Update, moved: int) -> StepStats:
         """Figures of a step that was taken; `moved` is what had been received from other ranks before it."""
-        figures = (update.innovation_rms, update.log_evidence, update.gated)
+        figures = (update.innovation_rms, update.log_evidence, update.gated, update.unlearned)
         # in one read, which a GPU waits for
-        rms, log_evidence, gated = torch.stack([
+        rms, log_evidence, gated, unlearned = torch.stack([
             torch.as_tensor(figure, dtype=torch.float64, device=update.logits.device) for figure in figures
         ]).tolist()
         return StepStats(
@@ -165,6 +165,7 @@ class KalmanNGD:
             covariance_bytes=covariance_bytes(self.belief.covariance),
             log_predictive=update.log_predictive,
             unsettled=None if update.settled else 1,
+            unlearned=int(unlearned) or None,
         )
 
     def state(self) -> MethodState:

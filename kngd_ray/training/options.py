@@ -1,8 +1,7 @@
 """Options of a fit: what is trained, by which method, for how long. Plain data, validated where it is read."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import exp, isfinite
 from typing import Literal
 
 from kngd_ray.clip import TuneOptions
@@ -24,8 +23,8 @@ from kngd_ray.filters import (
 )
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model
 from kngd_ray.training.losses import CrossEntropy, Loss
-from kngd_ray.training.posterior_options import PosteriorOptions
 
+_CAUTIOUS = 2.0  # standard deviations of a prior's logarithm
 _P0 = 0.1
 _BATCH = 32
 _STREAM_BATCH = 16  # the fewer, the more was learned just before each
@@ -55,8 +54,9 @@ class FilterOptions:
         serial: samples conditioned on at once within a batch, each run knowing the samples before it (so does the
             gate); 0 is all of them. The work of the exact diagonal and of the block-diagonal form grows with the square
             of it, so a large batch is cheaper in small runs.
-        iterations: linearisations per step, at most; above 1 the batch is linearised again at the new mean (iterated
-            EKF), and a step that raises the objective is halved.
+        iterations: linearisations per step. 1 is the predicted mean's; more are made at new means (iterated EKF), at
+            most as many besides that one, and a step that raises the objective is halved, which takes another. With a
+            gate, or in runs (`serial`), nothing is halved, and that of the predicted mean is counted.
         tolerance: change of a logit in nats below which a step is at its mode, and is linearised no further.
     """
 
@@ -99,6 +99,11 @@ class FilterOptions:
             )
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; a step linearises at least once")
+
+    @property
+    def cautious_variance(self) -> float | None:
+        """Prior variance of a logit where shots cannot choose it: the lower end of what `logit_spread` allows."""
+        return None if self.logit_variance is None else self.logit_variance * exp(-_CAUTIOUS * self.logit_spread)
 
     @property
     def weight_variance(self) -> float:
@@ -230,6 +235,18 @@ class FitOptions:
             and not self.filter.serial
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of options that mean something else than they seem to, in sentences."""
+        prior = self.filter
+        if self.method != "kalman" or self.at_mode or not prior.logit_spread:
+            return []
+        return [
+            f"filter.logit_variance is taken as {prior.cautious_variance:.3g} nats^2, the cautious end of"
+            f" {prior.logit_variance:g} with its spread, as only fits that go to their mode choose it by the shots:"
+            " filter.logit_spread=0 takes it as it is"
+        ]
+
     def _check_towers(self) -> None:
         """What only whole towers can do, and what they cannot.
 
@@ -271,74 +288,6 @@ class FitOptions:
                 raise ValueError(f"filter.{name} is {value}; over towers a batch is conditioned on once: leave it out")
         if self.tune.checkpointing:
             raise ValueError("tune.checkpointing saves memory of the gradient methods; kalman keeps all layers' inputs")
-
-
-_OF_TOWERS = ("filter.towers", "filter.tower_logit_variance")
-_OF_TAU = ("temperature", "tau_median", "tau_spread")  # of what `posterior` holds
-_OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
-
-
-def without_effect(
-    options: FitOptions, posterior: PosteriorOptions, key: str, *, protocol: str | None = None
-) -> str | None:
-    """Why a setting changes nothing of a fit, nor of what it predicts.
-
-    Args:
-        options: of the fit.
-        posterior: how the posterior enters predictions.
-        key: of the setting, dotted.
-        protocol: of the run; None where it has none.
-
-    Returns:
-        The setting that leaves it without effect, ``method=kalman``; None where it may have one.
-    """
-    head, _, rest = key.partition(".")
-    kalman = options.method == "kalman"
-    if head in ({"optimizer"} if kalman else {"filter", "noise", "observation"}):
-        return f"method={options.method}"
-    if key == "optimizer.momentum" and options.method != "sgd":
-        return f"method={options.method}"
-    if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
-        return f"tune.parameters={options.tune.parameters}"
-    if head != "posterior" or not rest:
-        return None
-    if protocol == "stream" and rest in {"folds", "sharpening_spread"}:  # what has been predicted so far chooses
-        return "protocol=stream"
-    if rest == "folds":  # they are there for temperature scaling too
-        return None
-    if rest == "sharpening_spread":  # of other methods too; towers have that of their head's folds
-        return None if posterior.folds or options.tune.images else "posterior.folds=0"
-    if not kalman:
-        return f"method={options.method}"
-    if rest == "draws" and posterior.predict != "draws":
-        return f"posterior.predict={posterior.predict}"
-    if rest in _OF_TAU and posterior.predict == "mean":
-        return "posterior.predict=mean"
-    if rest in {"tau_median", "tau_spread"} and posterior.temperature is not None:
-        return f"posterior.temperature={posterior.temperature:g}"
-    if rest == "tau_spread" and posterior.tau_median is None:
-        return "posterior.tau_median=null"
-    if rest == "tau_spread" and not posterior.folds and protocol != "stream":
-        return "posterior.folds=0"  # nothing chooses tau: it is the median
-    return None
-
-
-def ignored(
-    options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str], *, protocol: str | None = None
-) -> dict[str, str]:
-    """Settings that change nothing of a fit, nor of what it predicts.
-
-    Args:
-        options: of the fit.
-        posterior: how the posterior enters predictions.
-        keys: of the settings, dotted.
-        protocol: of the run; None where it has none.
-
-    Returns:
-        By key, the setting that leaves it without effect.
-    """
-    found = {key: without_effect(options, posterior, key, protocol=protocol) for key in keys}
-    return {key: cause for key, cause in found.items() if cause is not None}
 
 
 def counted_once(options: FitOptions, views: int) -> FitOptions:

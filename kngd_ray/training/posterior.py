@@ -36,6 +36,7 @@ class Update:
         gated: observations that the gate gave less weight or left out, a scalar.
         log_predictive: of a batch that is scored, the log-probability of its labels at each of the posterior's taus.
         settled: whether it ended at the mode, where that is what it is for.
+        unlearned: layers of all ranks whose covariance stayed as predicted, because their posterior would not factor.
     """
 
     belief: Belief
@@ -49,6 +50,7 @@ class Update:
     gated: Tensor | int = 0
     log_predictive: tuple[float, ...] | None = None
     settled: bool = True
+    unlearned: Tensor | int = 0
 
     @classmethod
     def of(cls, belief: Belief, noise: Tensor, seen: BatchSeen, outcome: StreamedOutcome) -> "Update":

@@ -126,7 +126,8 @@ class StreamedPosterior(Posterior):
         self._refuse(seen)
         outcome = self.filter.update(self.belief, transition, seen.observed)
         self.noise = self.observer.learned(self.noise, seen, outcome)
-        update = Update.of(self.belief, self.noise, seen, outcome)
+        unlearned = self.group.sum(seen.nu.new_full((), len(outcome.unlearned), dtype=torch.float64))
+        update = replace(Update.of(self.belief, self.noise, seen, outcome), unlearned=unlearned)
         if not batch.scored:
             return update
         # the variance of all C logits would take C backward passes: labels are predicted by the mean alone

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 from kngd_ray.config import Config, flatten, override, parse
 from kngd_ray.errors import UsageError, nearest
-from kngd_ray.training.options import FitOptions, without_effect
+from kngd_ray.training.effect import without_effect
+from kngd_ray.training.options import FitOptions
 
 Value = str | int | float | bool
 _CONDITION = "when"

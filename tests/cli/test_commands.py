@@ -143,10 +143,61 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
             ["baselines=adamw", "tune={rank: 7, views: 2}", "tune.rank=8"],
             ["tune.rank has no effect with tune.parameters=adapter"],
         ),
+        (["tune.views=4", "filter.tolerance=0.01", "observation.r0=2"], []),
+        (
+            ["protocol=stream", "data.order=[a,b]", "tune.views=4"],
+            ["tune.views has no effect with protocol=stream"],
+        ),
+        (["method=adamw", "epochs=1", "tune.views=4"], ["tune.views has no effect with epochs=1"]),
+        (["tune.augment=none", "tune.views=4"], ["tune.views has no effect with tune.augment=none"]),
+        (
+            ["tune.parameters=lora", "tune.start=zero_shot", "tune.views=4", "tune.augment=random_resized_crop"],
+            ["tune.views has no effect with tune.start=zero_shot"],
+        ),
+        (
+            ["preset=kalman_diagonal", "filter.iterations=1", "filter.tolerance=0.1"],
+            ["filter.tolerance has no effect with filter.iterations=1"],
+        ),
+        (
+            ["preset=kalman_diagonal", "filter.gate=skip", "filter.tolerance=0.1"],
+            ["filter.tolerance has no effect with filter.gate=skip"],
+        ),
+        (["preset=kalman_diagonal", "filter.tolerance=0.1"], []),
+        (
+            [
+                "preset=kalman_diagonal",
+                "noise.observation=categorical",
+                "observation=[log_likelihood,cosine]",
+                "observation.0.r0=2",
+                "observation.1.r0=2",
+            ],
+            ["observation.0.r0 has no effect with noise.observation=categorical"],
+        ),
     ],
 )
 def test_settings_that_change_nothing_are_named(settings: list[str], notes: list[str]) -> None:
     assert notes_of_ignored(load_config(None, settings), settings) == notes
+
+
+def test_settings_of_a_file_that_baselines_do_not_take_are_named(tmp_path: Path) -> None:
+    """Of one method alone, a file may hold the settings of others; beside baselines they look like theirs."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {shots: 2}\ntune: {rank: 8}\noptimizer: {lr: 0.5}\n")
+    note = "optimizer.lr has no effect with method=kalman, and baselines keep their own presets"
+    both = ["baselines=adamw"]
+    assert notes_of_ignored(load_config(file, both), both, str(file)) == [note]
+    assert notes_of_ignored(load_config(file, both), both, {"optimizer": {"lr": 0.5}}) == [note]
+    assert notes_of_ignored(load_config(file, []), [], str(file)) == []
+    assert notes_of_ignored(load_config(None, both), both, "kalman") == []
+
+
+def test_a_prior_variance_that_cannot_be_chosen_is_told(command) -> None:
+    """A fit that does not go to its mode takes another number than the one that was given."""
+    given = ["filter.logit_variance=300", "filter.gate=skip", "epochs=1"]
+    said = "kalman: filter.logit_variance is taken as 5.49 nats^2, the cautious end of 300 with its spread"
+    assert said in " ".join(command.train(*given).err.split())
+    assert "cautious" not in command.train(*given, "filter.logit_spread=0").err
+    assert "cautious" not in command.train("filter.logit_variance=300").err
 
 
 def test_a_stream_of_one_batch_has_predicted_nothing_to_choose_by() -> None:

@@ -1,0 +1,101 @@
+"""Which settings change nothing of a fit, because others say so."""
+
+from collections.abc import Iterable
+
+from kngd_ray.filters import Categorical as LikelihoodNoise
+from kngd_ray.filters import NoGate
+from kngd_ray.training.options import FitOptions
+from kngd_ray.training.posterior_options import PosteriorOptions
+
+_OF_TOWERS = ("filter.towers", "filter.tower_logit_variance")
+_OF_TAU = ("temperature", "tau_median", "tau_spread")  # of what `posterior` holds
+_OF_CROPS = ("tune.views", "tune.augment", "tune.crop_scale")
+_OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
+
+
+def without_effect(
+    options: FitOptions, posterior: PosteriorOptions, key: str, *, protocol: str | None = None
+) -> str | None:
+    """Why a setting changes nothing of a fit, nor of what it predicts.
+
+    Args:
+        options: of the fit.
+        posterior: how the posterior enters predictions.
+        key: of the setting, dotted.
+        protocol: of the run; None where it has none.
+
+    Returns:
+        The setting that leaves it without effect, ``method=kalman``; None where it may have one.
+    """
+    head, _, rest = key.partition(".")
+    kalman = options.method == "kalman"
+    if head in ({"optimizer"} if kalman else {"filter", "noise", "observation"}):
+        return f"method={options.method}"
+    if key == "optimizer.momentum" and options.method != "sgd":
+        return f"method={options.method}"
+    if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
+        return f"tune.parameters={options.tune.parameters}"
+    if head != "posterior":
+        return _without_effect_on_fit(options, key, protocol)
+    if protocol == "stream" and rest in {"folds", "sharpening_spread"}:  # what has been predicted so far chooses
+        return "protocol=stream"
+    if rest == "folds":  # they are there for temperature scaling too
+        return None
+    if rest == "sharpening_spread":  # of other methods too; towers have that of their head's folds
+        return None if posterior.folds or options.tune.images else "posterior.folds=0"
+    if not kalman:
+        return f"method={options.method}"
+    if rest == "draws" and posterior.predict != "draws":
+        return f"posterior.predict={posterior.predict}"
+    if rest in _OF_TAU and posterior.predict == "mean":
+        return "posterior.predict=mean"
+    if rest in {"tau_median", "tau_spread"} and posterior.temperature is not None:
+        return f"posterior.temperature={posterior.temperature:g}"
+    if rest == "tau_spread" and posterior.tau_median is None:
+        return "posterior.tau_median=null"
+    if rest == "tau_spread" and not posterior.folds and protocol != "stream":
+        return "posterior.folds=0"  # nothing chooses tau: it is the median
+    return None
+
+
+def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) -> str | None:
+    """Why a setting of the filter, of what it observes or of crops changes nothing; see :func:`without_effect`."""
+    head, _, rest = key.partition(".")
+    if key == "filter.tolerance" and not options.at_mode:
+        if options.filter.iterations == 1:
+            return "filter.iterations=1"
+        if options.filter.serial:
+            return f"filter.serial={options.filter.serial}"
+        return None if isinstance(options.filter.gate, NoGate) else f"filter.gate={options.filter.gate.kind}"
+    if head == "observation" and rest.endswith("r0") and isinstance(options.noise.observation, LikelihoodNoise):
+        place = rest.removesuffix("r0").rstrip(".")
+        models = options.observation[int(place) : int(place) + 1] if place.isdecimal() else options.observation
+        return "noise.observation=categorical" if all(m.likelihood is not None for m in models) else None
+    if key in _OF_CROPS and key != "tune.augment" and options.tune.augment == "none":
+        return "tune.augment=none"
+    if key == "tune.views" and options.tune.images and not options.tune.after_head:
+        return f"tune.start={options.tune.start}"
+    if key in _OF_CROPS and not options.tune.images:  # towers crop the pictures themselves
+        if protocol == "stream":
+            return "protocol=stream"
+        if not options.at_mode and options.epochs < 2:
+            return f"epochs={options.epochs}"
+    return None
+
+
+def ignored(
+    options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str], *, protocol: str | None = None
+) -> dict[str, str]:
+    """Settings that change nothing of a fit, nor of what it predicts.
+
+    Args:
+        options: of the fit.
+        posterior: how the posterior enters predictions.
+        keys: of the settings, dotted.
+        protocol: of the run; None where it has none.
+
+    Returns:
+        By key, the setting that leaves it without effect.
+    """
+    found = {key: without_effect(options, posterior, key, protocol=protocol) for key in keys}
+    return {key: cause for key, cause in found.items() if cause is not None}

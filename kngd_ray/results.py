@@ -3,19 +3,21 @@
 Runs and searches are views of their folders: :func:`kngd_ray.load` opens them again at any time.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kngd_ray._option import option
-from kngd_ray._run_layout import ESTIMATOR, RESULTS, SEARCH, fit_name
+from kngd_ray._run_layout import ESTIMATOR, FITS, RESULTS, SEARCH, fit_name
 from kngd_ray.config import Config
 from kngd_ray.errors import CheckpointError
 from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import LEVEL, ZERO_SHOT, flat_metrics
 from kngd_ray.storage import read_json
 from kngd_ray.tracking import accuracy_plot, read_metrics, trial_plot
+from kngd_ray.training.settled import read_settled
 
 if TYPE_CHECKING:
     import optuna
@@ -69,9 +71,32 @@ class RunResult(_Kept):
     def metrics(self) -> dict[str, float]:
         """Figures of the run's method by name, means over seeds: ``id/accuracy``, ``ood/mean/nll``.
 
-        Of several seeds the ends of an interval follow: ``id/accuracy/low``, ``id/accuracy/high``.
+        Of several seeds the ends of an interval follow: ``id/accuracy/low``, ``id/accuracy/high``. They are as the run
+        ended: a warning says so if ``ensemble`` has averaged its weights since.
         """
+        self._warn_of_ensemble()
+        return self._flat
+
+    @property
+    def _flat(self) -> dict[str, float]:
         return flat_metrics({key: self.report[key] for key in _SETS if key in self.report})
+
+    @property
+    def _ensemble(self) -> str:
+        """What is to be said of weights that were averaged after these figures were taken; empty if none were."""
+        fits = [fit_name(self.report["method"], seed) for seed in self.report.get("seeds", ())]
+        kept = {alpha for fit in fits if (alpha := read_settled(self.folder / FITS / fit).alpha) is not None}
+        if not kept or kept == {trained := self.config.tune.alpha}:
+            return ""
+        now = " and ".join(f"{alpha:g}" for alpha in sorted(kept))
+        return f"figures of alpha={trained:g}, predicts at alpha={now}"
+
+    def _warn_of_ensemble(self) -> None:
+        if said := self._ensemble:
+            warnings.warn(
+                f"{self.name}: {said}: kngd_ray.evaluate({str(self.folder)!r}) has figures of what it predicts now",
+                stacklevel=3,
+            )
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -88,6 +113,7 @@ class RunResult(_Kept):
         """
         import pandas as pd
 
+        self._warn_of_ensemble()
         return pd.DataFrame(list(self._rows()))
 
     @cached_property
@@ -121,9 +147,9 @@ class RunResult(_Kept):
             yield from _by_set({"method": ZERO_SHOT, "preset": None, "seed": seed}, logged)
 
     def __repr__(self) -> str:
-        metrics = self.metrics
-        figures = [f"{name} {metrics[name]:.3f}" for name in ("id/accuracy", "ood/mean/accuracy") if name in metrics]
-        return f"RunResult({self.name!r}: {', '.join(figures) or 'no figures'})"
+        metrics, names = self._flat, ("id/accuracy", "ood/mean/accuracy")
+        figures = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics) or "no figures"
+        return f"RunResult({self.name!r}: {'; '.join(filter(None, [figures, self._ensemble]))})"
 
 
 class SearchResult(_Kept):

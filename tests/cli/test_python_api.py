@@ -238,6 +238,13 @@ def test_features_averages_and_exports_from_python(command, settings) -> None:
     assert (curve["kept"], curve["alpha"]) == (True, 0.5)
     assert [point["alpha"] for point in curve["curve"]] == [0.0, 0.5, 1.0]
     assert command.read() == ("", "")
+    for result in (run, kngd_ray.load(run.folder)):  # the figures of the run stay those of its end
+        assert repr(result).endswith("; figures of alpha=1, predicts at alpha=0.5)")
+        with pytest.warns(UserWarning, match=r"figures of alpha=1, predicts at alpha=0\.5: kngd_ray\.evaluate"):
+            assert result.metrics["id/accuracy"] == run.report["id"]["accuracy"]
+    kngd_ray.ensemble(run, alpha=1, points=2, quiet=True)
+    assert "alpha" not in repr(run)
+    assert run.metrics
 
 
 def test_what_kalman_clip_saves_is_a_run(command) -> None:

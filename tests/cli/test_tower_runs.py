@@ -1,6 +1,7 @@
 """Runs that train towers on pictures, end to end: what they leave is what they tested, and nobody used a feature."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from kngd_ray.console import Display
 from kngd_ray.data import FeatureCache, PictureFile, decode, open_images
 from kngd_ray.experiment.prepared import PICTURES
 from kngd_ray.experiment.run import train
+from kngd_ray.filters import kronecker
 from kngd_ray.training import checkpoint
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.settled import read_settled
@@ -243,6 +245,25 @@ def test_draws_of_other_families_and_processes(tiny, command, settings) -> None:
     again = command("evaluate", command.run("t"), "--json")
     assert again.code == 0, again.err
     assert_figures(again.json, {key: outcome.json[key] for key in ("id", "ood")})
+
+
+def test_layers_that_cannot_be_factored_are_told(tiny, command, monkeypatch) -> None:
+    """The step goes on without them, and their weights stay as uncertain as they were."""
+
+    def broken(*_: object) -> None:
+        raise torch.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(kronecker, "_sweep_of_tokens", broken)
+    outcome = tiny(FULL, "filter.covariance=kronecker", "trainer.name=t", "posterior.predict=mean")
+    assert outcome.code == 0, outcome.err
+    said = re.search(
+        r"kalman-seed0: in (\d+) steps up to (\d+) of the covariance's layers", " ".join(outcome.err.split())
+    )
+    assert said is not None, outcome.err
+    record = command.run("t") / "records" / "kalman-seed0" / "steps.jsonl"
+    steps = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [step["metrics"]["train/unlearned"] for step in steps] == [int(said[2])] * int(said[1])
+    assert int(said[2]) > 1
 
 
 def test_alpha_0_is_the_pretrained_model(tiny) -> None:

@@ -1,6 +1,7 @@
 """KalmanCLIP on a matrix of features: scikit-learn's own checks, and what is refused."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +340,29 @@ def test_save_load_and_pickle(fitted, train, tests, tmp_path) -> None:
     again = KalmanCLIP.load(probe.save(tmp_path / "probe"))
     assert np.array_equal(again.predict_proba(tests[0]), probe.predict_proba(tests[0]))
     assert again.class_embeddings is None
+
+
+def test_a_loaded_classifier_needs_its_folder_no_more(fitted, tests, tmp_path) -> None:
+    loaded = KalmanCLIP.load(fitted.save(tmp_path / "kept"))
+    kept = pickle.dumps(loaded)
+    shutil.rmtree(tmp_path / "kept")
+    p = fitted.predict_proba(tests[0])
+    assert np.array_equal(loaded.predict_proba(tests[0]), p)
+    assert np.array_equal(pickle.loads(kept).predict_proba(tests[0]), p)
+    assert np.array_equal(KalmanCLIP.load(loaded.save(tmp_path / "again")).predict_proba(tests[0]), p)
+
+
+def test_parameters_that_are_set_after_a_fit_are_for_the_next(fitted, train, tests, tmp_path) -> None:
+    """They were mixed with what had been fitted once the model was made anew, as after pickling."""
+    p = fitted.predict_proba(tests[0])
+    changed = pickle.loads(pickle.dumps(fitted)).set_params(class_embeddings=class_embeddings()[::-1], logit_scale=3.0)
+    for made_anew in (changed, pickle.loads(pickle.dumps(changed))):
+        assert np.array_equal(made_anew.predict_proba(tests[0]), p)
+        assert made_anew.score(*tests) == fitted.score(*tests)
+    saved = KalmanCLIP.load(changed.save(tmp_path / "kept"))
+    assert np.array_equal(saved.predict_proba(tests[0]), p)
+    assert saved.logit_scale == fitted.logit_scale
+    assert not np.array_equal(changed.fit(*train).predict_proba(tests[0]), p)
 
 
 def test_reprs_are_short(fitted) -> None:

@@ -185,7 +185,14 @@ def write(folder: Path, kept: Checkpoint) -> None:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     description = {key: value for key, value in kept.manifest.items() if key not in ("parameters", "pieces", "files")}
-    save(folder / f"step-{kept.manifest['step']:08d}-000000", kept.state, description, SingleProcess())
+    state = kept.state
+    if state.covariance and not state.pieces:  # it was read, and ranks that wrote it had pieces that are one now
+        whole: dict[str, tuple[int, int]] = {}
+        for name, (start, stop) in (piece for of_rank in kept.manifest["pieces"] for piece in of_rank.items()):
+            first, last = whole.get(name, (start, stop))
+            whole[name] = min(first, start), max(last, stop)
+        state = replace(state, pieces=[whole])
+    save(folder / f"step-{kept.manifest['step']:08d}-000000", state, description, SingleProcess())
 
 
 def in_double(predictor: AnyPredictor) -> Predictor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kngd_ray._layered import plain
 from kngd_ray._run_layout import ESTIMATOR
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, read_class_embeddings
 from kngd_ray.config import Config, load_config, override
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._bases import BaseEstimator, ClassifierMixin
@@ -33,7 +33,7 @@ from kngd_ray.estimator._conventions import (
 from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, met
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
 from kngd_ray.estimator._naming import listed_templates, names_of, templates_of
-from kngd_ray.estimator._saved import fit_in, write_run
+from kngd_ray.estimator._saved import fit_in, saved_params, write_run
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import Calibration, below_zero_shot
@@ -223,7 +223,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             Share of the pictures classified right.
         """
         self._check_fitted()
-        inputs = self._inputs
+        inputs = self._fitted_inputs
         labels, samples = inputs.labels(y), inputs.check(X, self._width)
         check_lengths(samples, labels)
         check_columns(self, X)
@@ -248,16 +248,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         labels = self.classes_.tolist()
         if not all(isinstance(label, (str, int, float, bool)) for label in labels):
             raise UsageError("labels must be strings, numbers or booleans to be saved.")
-        params, named = self.get_params(), self.class_names is not None
-        params |= {
-            "model": self._inputs.source.absolute().name,
-            "pretrained": self._inputs.source.absolute().pretrained,
-            "class_embeddings": None,  # are in the folder
-            "templates": list(listed_templates(self.templates)),
-            "class_names": None,  # are in the checkpoint
-            "device": None if self.device is None else str(self.device),
-            "random_state": int(self.random_state) if isinstance(self.random_state, int | np.integer) else None,
-        }
+        params, named = saved_params(self.get_params(), self._fitted_inputs.source), self.class_names is not None
         write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._config())
         write_text(place / ESTIMATOR, json.dumps({"labels": labels, "named": named, "params": params}, indent=1))
         return place
@@ -287,24 +278,25 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         if not isinstance(labels, list) or len(labels) != len(names):
             raise CheckpointError(f"{place} names {len(names)} classes, but {ESTIMATOR} has other labels.")
         if (fit / CLASS_EMBEDDINGS).is_file():
-            found.class_embeddings = str(fit.absolute() / CLASS_EMBEDDINGS)
+            found.class_embeddings = read_class_embeddings(fit / CLASS_EMBEDDINGS)
         found.class_names = dict(zip(labels, names, strict=True)) if raw.get("named", True) else None
-        found._adopt(kept, read_settled(fit), labels)
+        found._adopt(kept, read_settled(fit), labels, found._inputs)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {key: value for key, value in state.items() if key != "_restored"}  # made again when needed
 
-    def _adopt(self, kept: Checkpoint, settled: Settled, labels: Sequence[Any]) -> None:
+    def _adopt(self, kept: Checkpoint, settled: Settled, labels: Sequence[Any], inputs: Inputs) -> None:
         """Become the fit that a checkpoint holds."""
         self.__dict__.pop("_restored", None)
+        self._learned_from = inputs
         self.checkpoint_ = kept
         self._settled = settled
         self.calibration_: Calibration = settled.calibration
         self.class_names_: tuple[str, ...] = tuple(kept.manifest["class_names"])
         self.classes_ = label_array(labels)
-        if self.model == PRECOMPUTED:
+        if isinstance(inputs, Matrix):
             self.n_features_in_: int = kept.manifest["model"]["embed_dim"]
 
     def _learn(
@@ -362,7 +354,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
                 warnings.warn(warning, UserWarning, stacklevel=3)
         if before is not None:
             settled = replace(settled, calibration=foreseen(task, kept, settled.calibration, config.posterior.folds))
-        self._adopt(kept, settled, classes)
+        self._adopt(kept, settled, classes, inputs)
         if columns is not None:
             self.feature_names_in_ = columns
         elif before is None:
@@ -410,6 +402,12 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return Pictures(source, device_of(self.device))
 
     @property
+    def _fitted_inputs(self) -> Inputs:
+        """What was learned from, whatever parameters were set since; where towers compute is for them to say."""
+        kept = self.__dict__.get("_learned_from") or self._inputs
+        return Pictures(kept.source, device_of(self.device)) if isinstance(kept, Pictures) else kept
+
+    @property
     def _width(self) -> int | None:
         """Numbers of a sample that the fit takes; None of pictures."""
         return getattr(self, "n_features_in_", None)
@@ -422,7 +420,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         """Make the classifier that predicts, with the checkpoint's weights."""
         kept, settled = self.checkpoint_, self._settled
         predictor = restore_predictor(kept, model, settled.posterior)
-        if self.model == PRECOMPUTED:
+        if self._width is not None:
             predictor = in_double(predictor)
         self._restored = Classifier(model, predictor, self.class_names_, settled.calibration, settled.novelty)
         return self._restored
@@ -431,17 +429,17 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         self._check_fitted()
         if "_restored" in self.__dict__:
             return self._restored
-        model = self._inputs.model(self.class_names_, self._width)
+        model = self._fitted_inputs.model(self.class_names_, self._width)
         if model.fingerprint != self.checkpoint_.manifest["model"]["fingerprint"]:
             raise CheckpointError(f"{model.name} has other weights than this classifier's model.")
         return self._restore(model)
 
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:
-        classifier, inputs = self._restored_classifier(), self._inputs
+        classifier, inputs = self._restored_classifier(), self._fitted_inputs
         features = inputs.encode(classifier.model, inputs.check(X, self._width))
         check_columns(self, X)
         features = features.to(classifier.predictor.device)
-        return classifier, features.double() if self.model == PRECOMPUTED else features
+        return classifier, features.double() if self._width is not None else features
 
 
 def _head(classifier: Classifier) -> Predictor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
@@ -35,9 +36,13 @@ def settings_of(keywords: Mapping[str, Any], search: Sequence[str] = ()) -> list
         ``key=value`` strings, values in JSON, which YAML reads.
 
     Raises:
-        UsageError: a value that no setting has.
+        UsageError: a value that no setting has, or one setting by two names.
     """
-    return [f"{key}={_written(key, value)}" for key, value in _flat(keywords, _short_names(search))]
+    settings = list(_flat(keywords, _short_names(search)))
+    twice = [key for key, count in Counter(key for key, _ in settings).items() if count > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice, by its own name and by another: leave one out.")
+    return [f"{key}={_written(key, value)}" for key, value in settings]
 
 
 def names_setting(settings: Sequence[str], key: str) -> bool:

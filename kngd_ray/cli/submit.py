@@ -1,5 +1,8 @@
 """``kngd-ray submit``."""
 
+from collections.abc import Sequence
+from contextlib import chdir
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,10 +77,35 @@ def submit(
             f"kngd-ray has no command {command[0]!r} that runs on a cluster{nearest(command[0], command_names())}."
         )
     if given is not None:
-        result = jobs.submit(command, given[1].get("settings") or [], request, display)
+        name, arguments = given
+        settings = arguments.get("settings") or []
+        if request.check and arguments.get("resume") is None:  # of what is continued the settings are there
+            _check_settings(name, settings, Path(request.working_dir).expanduser())
+        result = jobs.submit(command, settings, request, display)
     else:
         result = jobs.show_job(request, display)
     if as_json:
         print_json(result)
     if request.status is None and request.stop is None and result["exit_code"]:
         raise typer.Exit(result["exit_code"])
+
+
+def _check_settings(name: str, settings: Sequence[str], folder: Path) -> None:
+    """Refuse here what the command would refuse on the cluster, as far as that takes no more than its settings.
+
+    Raises:
+        UsageError: a setting is misspelt, or has a value that it cannot have.
+    """
+    from kngd_ray.api.settings import configured, configured_search
+    from kngd_ray.configs import names
+
+    if name not in ("train", "tune") or not folder.is_dir():
+        return
+    first, shipped = next(iter(settings), "="), names("presets" if name == "train" else "searches")
+    with chdir(folder):  # whose files are sent; those that are not are told of by name
+        if not ("=" in first or first in shipped or Path(first).is_file()):
+            return
+        if name == "train":
+            configured(None, settings)
+        else:
+            configured_search(None, settings)

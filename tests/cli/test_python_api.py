@@ -96,6 +96,9 @@ def test_a_run_is_named(call: Any, run: Any) -> None:
 def test_options_of_a_search_have_short_names_where_there_is_one() -> None:
     assert settings_of({"num_samples": 5}, ["num_samples", "seeds"]) == ["search.num_samples=5"]
     assert settings_of({"num_samples": 5}) == ["num_samples=5"]
+    for twice in ({"shots": 4, "data": {"shots": 8}}, {"data.shots": 4, "shots": 8}, {"data": "a", "data.path": "b"}):
+        with pytest.raises(UsageError, match=r"^data\.(shots|path) is given twice, by its own name and by another"):
+            settings_of(twice)
     with pytest.raises(UsageError, match="filter is of type object, which no setting takes"):
         settings_of({"filter": object()})
 

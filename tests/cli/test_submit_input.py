@@ -129,6 +129,24 @@ def test_a_secret_among_the_arguments_is_refused_and_not_repeated(command, proje
     assert SECRET not in outcome.out + outcome.err
 
 
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (["train", "data.shot=3"], ["unknown key 'data.shot'; did you mean data.shots?"]),
+        (["train", "run.yaml", "data.shots=x"], ["data.shots='x': input should be a valid integer"]),
+        (["train", "kalman", "epochs=-1"], ["epochs is -1"]),
+        (["tune", "smoke", "search.num_sample=3"], ["search: unknown key 'num_sample'; did you mean num_samples?"]),
+        (["tune"], ["name a search"]),
+    ],
+)
+def test_settings_are_checked_before_anything_is_sent(command, project, job, words) -> None:
+    refused = command("submit", f"working_dir={project}", "dry_run=true", "--", *job)
+    assert refused.code == USAGE
+    assert all(word in refused.sentence for word in words), refused.sentence
+    unchecked = command("submit", f"working_dir={project}", "dry_run=true", "check=false", "--", *job)
+    assert unchecked.code == 0, "a cluster may know settings that are not known here, of a package of its own"
+
+
 def test_a_settings_file_that_is_left_out_is_refused(command, project) -> None:
     (project / "run.yaml").write_text(f"tracking.uri: postgresql://me:{SECRET}@db/mlflow\n")
     (project / "main.py").touch()

@@ -37,9 +37,16 @@ from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
 from kngd_ray.experiment.prepared import prepare
 from kngd_ray.experiment.task import open_task
-from kngd_ray.training.calibration import AnyPredictor, Calibration, calibrate, held_out_tasks, predictor_of
+from kngd_ray.training.calibration import (
+    AnyPredictor,
+    Calibration,
+    calibrate,
+    calibrate_by_head,
+    held_out_tasks,
+    predictor_of,
+)
 from kngd_ray.training.evaluation import evaluate
-from kngd_ray.training.fit import FitTask, fit, head_task
+from kngd_ray.training.fit import FitTask, fit
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.start import HeadStart
 
@@ -162,10 +169,9 @@ def _one(job: dict[str, Any]) -> dict[str, Any]:
         predictor = predictor_of(method, replace(config.posterior, predict="mean"), config.tune.alpha)
         figures = _tested(predictor, tests, Calibration(0.0, 1.0))
         if config.method == "kalman":
-            fitted, posterior = task(config), config.posterior
-            if fitted.head is not None:
-                fitted, posterior = head_task(fitted), fitted.head.posterior
-            chosen = calibrate(fitted, posterior)
+            fitted = task(config)
+            choose = calibrate if fitted.head is None else calibrate_by_head
+            chosen = choose(fitted, config.posterior)
             figures["served"] = _tested(predictor_of(method, config.posterior), tests, chosen)
             figures |= {"tau": chosen.tau, "sharpening": chosen.sharpening}
     figures |= {"seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}

@@ -21,15 +21,14 @@ from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
-from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate, uncalibrated
+from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate_by_head, uncalibrated
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
-from kngd_ray.training.fit import FitTask, head_task
+from kngd_ray.training.fit import FitTask
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState, left_unlearned, stopped_short
 from kngd_ray.training.network_predictor import NetworkPredictor
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, compare_towers
-from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.restoring import restore_predictor
 from kngd_ray.training.resumable import latest
@@ -77,6 +76,7 @@ class MethodRun:
         }
         self.failures: dict[str, str] = {}
         self.warnings: list[str] = []
+        self.all_chosen = True  # what shots were asked for, as far as fits were evaluated
         several = len(config.seeds) > 1
         self._parent = self._record(self.name, config, None) if several else None
         self._records = {
@@ -218,15 +218,20 @@ class MethodRun:
         if task.stream is not None:
             foreseen = state.replicated.get(FORESEEN)
             return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
+        posterior, device = self.config.posterior, self._prepared.device
         from_head = task.head is not None and task.prior is None  # a run that continues another has not met this head
-        if from_head and self.config.method == "kalman" and not self.config.posterior.folds:
-            return self._of_head(task), compare_towers(task, predictor, self._prepared.device)
-        if task.towers is not None and self._unasked:
+        by_head = from_head and self.config.method == "kalman" and not posterior.folds
+        if task.towers is not None and self._unasked and not by_head:
             return Calibration(0.0, 1.0), None
         try:
-            return calibrate_and_compare(task, self.config.posterior, self._prepared.device, state)
+            if by_head:
+                return calibrate_by_head(task, posterior, device), compare_towers(task, predictor, device)
+            return calibrate_and_compare(task, posterior, device, state)
         except FilterError as error:
-            return self._uncalibrated(self.config.posterior, error), None
+            found, warning = uncalibrated(task.head.posterior if by_head and task.head else posterior, error)
+            self._warn_once(f"{self.name}: {warning}")
+            self.all_chosen = False
+            return found, None
 
     @property
     def _unasked(self) -> bool:
@@ -240,11 +245,6 @@ class MethodRun:
         if warning not in self.warnings:
             self.warnings.append(warning)
 
-    def _uncalibrated(self, posterior: PosteriorOptions, error: FilterError) -> Calibration:
-        found, warning = uncalibrated(posterior, error)
-        self._warn_once(f"{self.name}: {warning}")
-        return found
-
     def _gamma_of_others(self, seed: int) -> float:
         """How much of the zero-shot logits is believed of classes that the fits do not learn."""
         start = self.tasks[seed].head
@@ -254,22 +254,6 @@ class MethodRun:
         shots = self._prepared.support(seed)
         logits = CLIPHead(self._prepared.class_embeddings, self._prepared.model.logit_scale)(shots.features)
         return options.filter.mean.of_others(logits, shots.labels)
-
-    def _of_head(self, task: FitTask) -> Calibration:
-        """What the folds of the head that towers started from choose: a fold of towers is a fit of minutes."""
-        assert task.head is not None
-        posterior = task.head.posterior
-        if self.config.posterior.predict != "linearised":  # of draws and of the mean another tau is right
-            return Calibration(self.config.posterior.unasked, 1.0)
-        posterior = replace(posterior, sharpening_spread=self.config.posterior.sharpening_spread)
-        if (given := self.config.posterior.temperature) is not None:
-            posterior = replace(posterior, temperature=given)
-        try:
-            found = calibrate(head_task(task), posterior, self._prepared.device)
-        except FilterError as error:
-            return self._uncalibrated(posterior, error)
-        # what was held out was held out from the head alone
-        return Calibration(found.tau, found.scaling, sharpening=found.sharpening)
 
     def _evaluate(self, seed: int, zero_shot: dict[str, Any]) -> dict[str, Any]:
         name, task = self.fit(seed), self.tasks[seed]

@@ -126,7 +126,7 @@ def _run(
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
             _write_results(folder, reports)
-            _show(config, prepared, protocol, reports, display)
+            _show(config, prepared, protocol, reports, display, all_chosen=all(method.all_chosen for method in methods))
             for warning in (warning for method in methods for warning in method.warnings):
                 display.say(f"warning: {warning}")
         status = "FINISHED"
@@ -237,6 +237,8 @@ def _show(
     protocol: Protocol,
     reports: Sequence[Mapping[str, Any]],
     display: Display,
+    *,
+    all_chosen: bool,
 ) -> None:
     rows = [
         (ZERO_SHOT if prepared.model.zero_shot else CHANCE, reports[0]["zero_shot"]),
@@ -253,6 +255,8 @@ def _show(
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
     chosen = _chosen(config, reports[0]["steps"] // max(config.epochs, 1))
+    if not all_chosen:
+        chosen = "; shots could not choose tau for every fit, see the warnings"
     display.table(title, rows, [f"seeds {seeds}; {_spread(config, prepared.one_support)}{chosen}"])
     protocol.show(rows, display)
     if (stream := stream_of(prepared, config.seeds[0])) is not None:

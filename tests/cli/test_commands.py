@@ -445,3 +445,4 @@ def test_folds_that_cannot_be_fitted_are_said(command, monkeypatch: pytest.Monke
     assert outcome.code == 0, outcome.err
     said = "(10 steps in a row were refused): tau is 0.0003, and nothing was chosen"
     assert said in " ".join(outcome.err.split())
+    assert "shots could not choose tau for every fit, see the warnings" in " ".join(outcome.out.split())

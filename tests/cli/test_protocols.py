@@ -14,7 +14,9 @@ from kngd_ray.clip import CLIPHead, ModelConfig, load_model
 from kngd_ray.config import load_config
 from kngd_ray.data import DataConfig, FeatureCache, open_images, select
 from kngd_ray.errors import UsageError
+from kngd_ray.experiment import method_run
 from kngd_ray.experiment.protocols import _names
+from kngd_ray.training.calibration import Calibration
 from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.metrics import Scores
@@ -121,6 +123,23 @@ def test_base_to_new(command, four, by_hand, monkeypatch) -> None:
     outcome = command("train", "--resume", "cut", f"trainer.storage_path={command.runs}", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["protocol"] == found
+
+
+def test_new_classes_are_not_sharpened(command, four, monkeypatch) -> None:
+    """How uncertain predictions of the trained classes were says nothing of theirs."""
+    found = []
+    for factor in (1.0, 3.0):
+
+        def choose(*_: object, factor: float = factor) -> tuple[Calibration, None]:
+            return Calibration(0.1, 1.0, sharpening=factor), None
+
+        monkeypatch.setattr(method_run, "calibrate_and_compare", choose)
+        outcome = command("train", "--json", *command.settings("protocol=bng", f"trainer.name=f{factor:g}", data=four))
+        assert outcome.code == 0, outcome.err
+        found.append(outcome.json["protocol"])
+    plain, sharp = found
+    assert plain["new"] == sharp["new"]
+    assert abs(plain["base"]["nll"] - sharp["base"]["nll"]) > 1e-3
 
 
 def test_what_adapts_embeddings_carries_over(command, four, by_hand) -> None:

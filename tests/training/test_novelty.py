@@ -155,7 +155,7 @@ def test_settled_round_trip_and_older_files(tmp_path) -> None:
     save_settled(tmp_path, settled)
     assert read_settled(tmp_path) == settled
     raw = json.loads((tmp_path / "calibration.json").read_text())
-    del raw["novelty"]
+    del raw["novelty"], raw["calibration"]["sharpening"]  # which earlier versions did not know: logits as they are
     (tmp_path / "calibration.json").write_text(json.dumps(raw))
     assert read_settled(tmp_path) == replace(settled, novelty=None)
     for damaged in ({"quantiles": []}, {"quantiles": ["x"]}, {"quantiles": [-1.0]}, {}, 3):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 from kngd_ray.config import load_config, override
 from kngd_ray.errors import CheckpointError, UsageError
 from kngd_ray.estimator import KalmanCLIP
+from kngd_ray.estimator._in_memory import foreseen
 from kngd_ray.filters import Transition
 from kngd_ray.sharding import SingleProcess
 from kngd_ray.training.batches import Support
@@ -261,6 +262,10 @@ def test_partial_fit_is_the_stream(process, tmp_path) -> None:
     assert isinstance(method, KalmanNGD)
     assert task.stream is not None
     assert clf.calibration_.tau == Foresight(task.stream, method.foreseen).tau
+    sharpened = replace(clf.calibration_, tau=0.9, sharpening=1.7)  # as folds of an earlier part may have chosen
+    after = foreseen(task, clf.checkpoint_, sharpened, folds=2)
+    assert (after.tau, after.sharpening) == (clf.calibration_.tau, 1.0)
+    assert foreseen(task, clf.checkpoint_, sharpened, folds=0) == sharpened
 
 
 @pytest.mark.parametrize(

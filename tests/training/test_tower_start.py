@@ -16,8 +16,9 @@ from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
 from kngd_ray.filters import BlockDiagonal, Diagonal, Factors, Inflate, Kronecker, Layer, Rows, Transition
 from kngd_ray.observations import Categorical, Linearizer, trainable
 from kngd_ray.sharding import Group, Observed, SingleProcess, StreamedFilter
-from kngd_ray.training import checkpoint
-from kngd_ray.training.calibration import predictor_of
+from kngd_ray.training import calibration, checkpoint
+from kngd_ray.training.batches import Support
+from kngd_ray.training.calibration import Calibration, calibrate_by_head, predictor_of
 from kngd_ray.training.first_head import fitted_head
 from kngd_ray.training.fit import FitTask, begin, fit, head_task
 from kngd_ray.training.kalman import HELD_OUT, KalmanNGD
@@ -212,3 +213,25 @@ def test_towers_are_conditioned_as_if_head_and_towers_had_been_together() -> Non
     assert torch.equal(belief.covariance["head"]["covariance"], head)
     expected = torch.linalg.inv(torch.linalg.inv(P) + H.mT @ H)[1:, 1:]
     assert max_error(belief.covariance["tower"]["covariance"], expected) < 1e-12
+
+
+def test_the_head_s_folds_choose_for_its_towers(shots, monkeypatch) -> None:
+    """What was held out was held out from the head alone: its figures are not the towers'."""
+    asked = []
+
+    def chosen(task: FitTask, options: PosteriorOptions, device: str, *_: object) -> Calibration:
+        asked.append((task, options))
+        return Calibration(0.4, 1.2, 0.7, 0.9, 1.3)
+
+    monkeypatch.setattr(calibration, "calibrate", chosen)
+    task = make_task(BEFORE, shots)
+    of_towers = PosteriorOptions(predict="linearised", folds=0, sharpening_spread=0.2, tau_median=0.6)
+    assert calibrate_by_head(task, of_towers) == Calibration(0.4, 1.2, sharpening=1.3)
+    calibrate_by_head(task, replace(of_towers, temperature=0.05))
+    own = replace(task.head.posterior, sharpening_spread=0.2)
+    assert [options for _, options in asked] == [own, replace(own, temperature=0.05)]
+    assert own.folds, "the head's own, which the towers have none of"
+    assert all(isinstance(head.support, Support) and head.towers is None for head, _ in asked)
+    drawn = replace(of_towers, predict="draws", folds=0)
+    assert calibrate_by_head(task, drawn) == Calibration(drawn.unasked, 1.0)
+    assert len(asked) == 2

@@ -42,6 +42,19 @@ def added(members: frozenset[type]) -> tuple[type, ...]:
     return tuple(found for found in known.values() if found not in members)
 
 
+def kinds(registry: Any) -> list[str]:
+    """Names of the choices in a registry, those of other packages too.
+
+    Args:
+        registry: a union of dataclasses, each with a ``kind``.
+
+    Returns:
+        What settings call them, in alphabetical order.
+    """
+    members = get_args(registry)
+    return sorted(_kind(member) for member in (*members, *added(frozenset(members))))
+
+
 def _loaded(point: EntryPoint, known: dict[str, type]) -> type:
     """The class that an entry point names.
 

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from kngd_ray.clip import CLIPHead
 from kngd_ray.errors import FilterError
-from kngd_ray.filters import Belief, Diagonal, Ema, NoGate, NoiseModel, RandomWalk, Transition, random_signs
+from kngd_ray.filters import Belief, Ema, NoGate, NoiseModel, RandomWalk, Transition, random_signs
 from kngd_ray.filters.functional_mode import functional_mode
 from kngd_ray.observations import unflatten
 from kngd_ray.sharding import SingleProcess, covariance_bytes
@@ -302,7 +302,7 @@ def _advance(
 def _signs(trial: _Trial, batch: Batch) -> list[Tensor]:
     """The signs that a trial's covariance family draws in a step, run by run; none where it draws none."""
     method, device = trial.method, batch.inputs.device
-    draws = method.family.samples if isinstance(method.family, Diagonal) else 0
+    draws = getattr(method.family, "samples", 0)  # of families whose updates draw
     if not draws:
         return []
     seed, k = method.observer.seed_of_signs(batch), method.observer.per_sample

@@ -17,15 +17,16 @@ from kngd_ray.training import loader
 from kngd_ray.training.batches import Batch, BatchSampler, Shots, Support
 from kngd_ray.training.gradient import GradientDescent
 from kngd_ray.training.informing import centre, inform
-from kngd_ray.training.kalman import ANCHOR, FORESEEN, NOISE, P0, TOWERS_BY, KalmanNGD
+from kngd_ray.training.kalman import FORESEEN, P0, KalmanNGD
 from kngd_ray.training.learned import Learned
 from kngd_ray.training.method import Method, MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.options import FitOptions, counted_once
+from kngd_ray.training.posterior import ANCHOR, NOISE
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.refusals import Refusals
 from kngd_ray.training.start import HeadStart, begin_at, put_start, take_covariance
 from kngd_ray.training.stream import Foresight, Look, Met, Stream, accuracies
-from kngd_ray.training.streamed import StreamedPosterior
+from kngd_ray.training.streamed import TOWERS_BY
 from kngd_ray.training.tower_prior import widen_towers
 
 
@@ -233,7 +234,7 @@ def begin(
     told = (P0, TOWERS_BY, *goes_on, *head_state(head))
     kept = {key: value for key, value in prior.replicated.items() if key in told}
     method.load(replace(prior, replicated=method.state().replicated | kept))
-    if isinstance(method, KalmanNGD) and isinstance(method.posterior, StreamedPosterior):
+    if isinstance(method, KalmanNGD):
         method.posterior.unsettle()  # its head has not seen these shots
     return _in_stream(method, task)
 
@@ -280,7 +281,7 @@ def _begin_towers(
     if fitted is not None:
         take_covariance(method, fitted, held_out)
     if (variance := task.options.filter.tower_logit_variance) is not None:
-        method.towers_by = widen_towers(method, task.to(device).support, variance)
+        widen_towers(method, task.to(device).support, variance)
     return method
 
 

@@ -16,16 +16,12 @@ from kngd_ray.training.ekf import IteratedEKF
 from kngd_ray.training.method import MethodState, StepStats, batch_scores, head_state, load_head
 from kngd_ray.training.observing import Observer
 from kngd_ray.training.options import FitOptions
-from kngd_ray.training.posterior import InMemoryPosterior, Posterior, Update
+from kngd_ray.training.posterior import Posterior, Update
 from kngd_ray.training.streamed import StreamedPosterior, check_activations
 
 P0 = "prior/p0"
 LOGIT_VARIANCE = "prior/logit_variance"
-ANCHOR = "prior/mean"
 FORESEEN = "stream/foreseen"
-NOISE = "noise"
-TOWERS_BY = "prior/towers"
-HELD_OUT = "start/held_out"
 _KEY = "|"  # between a layer's name and the name of a tensor of its covariance, in checkpoints
 
 
@@ -61,7 +57,6 @@ class KalmanNGD:
         self.logit_variance: float | None = None  # as shots chose it
         self.foreseen: Tensor | None = None  # of a stream, what each tau has made of labels to come; see fit
         self.taken: int | None = None  # steps of earlier fits of the same stream; None where there is no stream
-        self.towers_by: float | None = None  # factor of the towers' prior variance, as shots chose it
         self._options = options
         self.posterior = self._place(streamed=streamed)
 
@@ -103,7 +98,7 @@ class KalmanNGD:
         self.posterior.belief = Belief(self.belief.mu, covariance)
         self.head.gamma, self.p0, self.logit_variance = gamma, p0, logit_variance
         measured = isinstance(self.family, Kronecker) and self.family.columns != "identity"
-        if measured and self._process.share and isinstance(self.posterior, ModePosterior):
+        if measured and self._process.share:
             self.posterior.keep_prior()
 
     @property
@@ -114,8 +109,7 @@ class KalmanNGD:
         """The transition before a step; of P_0 where it is kept. Before the first batch of a stream no time passes."""
         if self.taken == step == 0:
             return Transition(1.0, 1.0, 0.0)
-        kept = isinstance(self.posterior, ModePosterior) and self.posterior.keeps_prior
-        return self._process.transition((self.taken or 0) + step, None if kept else self.p0)
+        return self._process.transition((self.taken or 0) + step, None if self.posterior.keeps_prior else self.p0)
 
     def step(self, batch: Batch) -> StepStats:
         """Predict, then condition on one batch, relinearised at its own result as often as is asked for.
@@ -170,49 +164,29 @@ class KalmanNGD:
 
     def state(self) -> MethodState:
         """Mean, noise and the own parts of the covariance, under global parameter names."""
-        by_shots = {LOGIT_VARIANCE: self.logit_variance, TOWERS_BY: self.towers_by}
-        chosen = {key: value for key, value in by_shots.items() if value is not None}
+        numbers = {P0: self.p0, LOGIT_VARIANCE: self.logit_variance}
         of_stream = {} if self.foreseen is None else {FORESEEN: self.foreseen}
-        if isinstance(self.posterior, InMemoryPosterior) and self._transition(1).decay != 1.0:
-            of_stream[ANCHOR] = self.posterior.anchor
         owned = self.posterior.filter.ownership.parts
         return MethodState(
             weights={name: p.detach().clone() for name, p in self.parameters.items()},
             replicated={
-                NOISE: self.noise,
-                **{key: torch.tensor(value, dtype=torch.float64) for key, value in {P0: self.p0, **chosen}.items()},
+                **{key: torch.tensor(n, dtype=torch.float64) for key, n in numbers.items() if n is not None},
                 **head_state(self.head),
                 **of_stream,
-                **self._of_start,
+                **self.posterior.kept(self._transition(1)),
             },
             covariance=flat(self.belief.covariance),
             pieces=[{part.layer.name: (part.flat.start, part.flat.stop) for part in parts} for parts in owned],
         )
 
-    @property
-    def _of_start(self) -> dict[str, Tensor]:
-        """What heads that were fitted before the towers say about shots that they have not seen."""
-        if not isinstance(self.posterior, StreamedPosterior):
-            return {}
-        return {} if self.posterior.held_out is None else {HELD_OUT: self.posterior.held_out}
-
     def load(self, state: MethodState) -> None:
         """Continue from a state; its covariance is of all parameters, whatever ranks wrote it."""
-        self.posterior.noise = state.replicated[NOISE].to(self.noise)
         if P0 in state.replicated and self._options.filter.logit_variance is not None:
             self.p0 = float(state.replicated[P0])
         self.logit_variance = chosen_variance(state)
-        if TOWERS_BY in state.replicated and isinstance(self.posterior, StreamedPosterior):
-            self.towers_by = float(state.replicated[TOWERS_BY])
-            self.posterior.widen_towers(self.towers_by)
-        if isinstance(self.posterior, StreamedPosterior):
-            known = state.replicated.get(HELD_OUT)
-            self.posterior.held_out = None if known is None else known.to(self.belief.mu.device)
         self.foreseen = state.replicated.get(FORESEEN)
-        if ANCHOR in state.replicated and isinstance(self.posterior, InMemoryPosterior):
-            self.posterior.anchor = state.replicated[ANCHOR].to(self.posterior.anchor)
         load_head(self.head, state)
-        self.posterior.load(state.weights, nested(state.covariance, self.belief.mu))
+        self.posterior.load(state.weights, nested(state.covariance, self.belief.mu), state.replicated)
 
 
 def chosen_variance(state: MethodState) -> float | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import exp, isfinite
 from typing import Literal
 
+from kngd_ray._plugins import kinds
 from kngd_ray.clip import TuneOptions
 from kngd_ray.clip.adapters import AnyAdapter, ClassResidual, averages
 from kngd_ray.filters import Categorical as LikelihoodNoise
@@ -187,11 +188,9 @@ class FitOptions:
         if self.batch_size < 0:
             raise ValueError(f"batch_size is {self.batch_size}; give the size of a batch, or 0 for all shots")
         if not self.adapter and not self.tune.images:
-            raise ValueError("adapter is empty; name at least one (bottleneck, linear, class_residual)")
+            raise ValueError(f"adapter is empty; name at least one ({', '.join(kinds(AnyAdapter))})")
         if not self.observation:
-            raise ValueError(
-                "observation is empty; name at least one (cosine, probability, log_likelihood, categorical)"
-            )
+            raise ValueError(f"observation is empty; name at least one ({', '.join(kinds(Model))})")
         apart = [adapter.kind for adapter in self.adapter if not averages(adapter)]
         if self.tune.alpha != 1 and apart:
             raise ValueError(

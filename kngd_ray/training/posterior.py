@@ -68,6 +68,10 @@ class Update:
         )
 
 
+NOISE = "noise"  # of what a checkpoint has of a posterior beside weights and covariance
+ANCHOR = "prior/mean"
+
+
 class Posterior(ABC):
     """A belief over the trainable weights of a head, its covariance spread over ranks.
 
@@ -122,8 +126,36 @@ class Posterior(ABC):
             LinAlgError: likewise.
         """
 
-    def load(self, weights: Mapping[str, Tensor], covariance: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from weights by name and the covariance of all layers."""
+    @property
+    def keeps_prior(self) -> bool:
+        """Whether the covariance holds the prior apart from what was learned, for a process that returns to it."""
+        return False
+
+    def keep_prior(self) -> None:  # noqa: B027, nothing to do for most
+        """Hold the prior apart from now on, where steps end at a mode; others have one number for it."""
+
+    def unsettle(self) -> None:  # noqa: B027, likewise
+        """Let all layers learn alike: what is to be observed is not what some of them were fitted on."""
+
+    def kept(self, transition: Transition) -> dict[str, Tensor]:
+        """What a checkpoint has beside weights and covariance.
+
+        Args:
+            transition: of the process model between steps.
+
+        Returns:
+            Tensors by name.
+        """
+        return {NOISE: self.noise}
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        covariance: Mapping[str, Mapping[str, Tensor]],
+        kept: Mapping[str, Tensor],
+    ) -> None:
+        """Continue from weights by name, the covariance of all layers, and what :meth:`kept` gave, or a part of it."""
+        self.noise = kept[NOISE].to(self.noise)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(weights[name])
@@ -149,6 +181,21 @@ class InMemoryPosterior(Posterior):
     def _prior(self) -> Belief:
         self.anchor = flatten(self.parameters)  # mu_0
         return self.filter.init(self.anchor, self.options.filter.weight_variance)
+
+    def kept(self, transition: Transition) -> dict[str, Tensor]:
+        """Noise, and the mean that a process returns to."""
+        return super().kept(transition) | ({ANCHOR: self.anchor} if transition.decay != 1.0 else {})
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        covariance: Mapping[str, Mapping[str, Tensor]],
+        kept: Mapping[str, Tensor],
+    ) -> None:
+        """As :meth:`Posterior.load`."""
+        if ANCHOR in kept:
+            self.anchor = kept[ANCHOR].to(self.anchor)
+        super().load(weights, covariance, kept)
 
     def keep(self, transition: Transition) -> Tensor | None:
         """The mean."""

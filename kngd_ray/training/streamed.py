@@ -5,6 +5,7 @@ network's parameters are views, and :class:`~kngd_ray.sharding.StreamedFilter` w
 activations and their derivatives a step holds n numbers of theta, the rank's share of P, and one layer's rows of H.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,8 @@ from kngd_ray.training.posterior import Posterior, Update
 
 TOWERS = "clip."  # where a network has its towers' weights
 ADAPTERS = "head."  # and its adapters'
+TOWERS_BY = "prior/towers"
+HELD_OUT = "start/held_out"
 _LEAST = 1e-6  # mean square of a layer's weights, of which some start at 0
 
 
@@ -76,6 +79,7 @@ class StreamedPosterior(Posterior):
 
     filter: StreamedFilter
     held_out: Tensor | None = None  # (N, C) logits of the shots by heads that have not seen them, less the head's
+    towers_by: float | None = None  # factor of the towers' prior variance, as shots chose it
 
     @classmethod
     def of(cls, head: Head, options: FitOptions, observer: Observer, group: Group) -> "StreamedPosterior":
@@ -85,6 +89,25 @@ class StreamedPosterior(Posterior):
         settled = [layer.name for layer in observer.layers if started and layer.name.startswith(ADAPTERS)]
         units = _units(head, options)
         return cls(head, options, observer, StreamedFilter(family, observer.layers, group, prior.gate, units, settled))
+
+    def kept(self, transition: Transition) -> dict[str, Tensor]:
+        """Noise, the factor of the towers' prior, and what heads say of shots that they have not seen."""
+        by = {} if self.towers_by is None else {TOWERS_BY: torch.tensor(self.towers_by, dtype=torch.float64)}
+        of_start = {} if self.held_out is None else {HELD_OUT: self.held_out}
+        return super().kept(transition) | by | of_start
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        covariance: Mapping[str, Mapping[str, Tensor]],
+        kept: Mapping[str, Tensor],
+    ) -> None:
+        """As :meth:`~kngd_ray.training.posterior.Posterior.load`."""
+        if TOWERS_BY in kept:
+            self.widen_towers(float(kept[TOWERS_BY]))
+        known = kept.get(HELD_OUT)
+        self.held_out = None if known is None else known.to(self.belief.mu.device)
+        super().load(weights, covariance, kept)
 
     def unsettle(self) -> None:
         """Let adapters learn as everything else does: what is to be observed is not what they were fitted on."""
@@ -97,6 +120,7 @@ class StreamedPosterior(Posterior):
 
     def widen_towers(self, factor: float) -> None:
         """Make the towers' prior wider by a factor, before the first step."""
+        self.towers_by = factor
         self.filter.rescale(self.belief, set(self.of_towers), factor, self.options.filter.weight_variance)
 
     def _prior(self) -> Belief:

@@ -26,22 +26,18 @@ _ROWS = 128  # at least, of all shots together
 _SIGNS = 4  # stream of random numbers, apart from those of batches, labels and crops
 
 
-def widen_towers(method: KalmanNGD, shots: Shots, variance: float) -> float:
+def widen_towers(method: KalmanNGD, shots: Shots, variance: float) -> None:
     """Give the towers the prior under which a logit varies by this much, before the first step.
 
     Args:
         method: a fit of towers, at its start; every rank calls this alike.
         shots: all of the fit, pictures as they are, or features where the image tower is frozen.
         variance: of a logit less the mean over classes, nats^2; 0 keeps the towers as they are.
-
-    Returns:
-        By how much the prior was widened.
     """
     assert isinstance(method.posterior, StreamedPosterior)
     found = measured_variance(method, shots) if variance > 0 else 1.0
     factor = variance / found if found > 0 else 1.0
     method.posterior.widen_towers(factor)
-    return factor
 
 
 def measured_variance(method: KalmanNGD, shots: Shots) -> float:

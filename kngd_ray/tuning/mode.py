@@ -6,15 +6,14 @@ from typing import Literal
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import Config, override
 from kngd_ray.errors import UsageError
-from kngd_ray.filters import Dense
 from kngd_ray.observations import Linearizer
 from kngd_ray.tuning.objective import Workload
 from kngd_ray.tuning.space import Choice, Space
 
 Mode = Literal["local", "batched", "train"]
 
-_ONE_PROCESS = 1 << 30  # bytes of covariance up to which a fit runs in one process
-_SEVERAL = 1 << 24  # and several of them, with what a step makes of them
+_ONE_PROCESS = 1 << 27  # numbers of a covariance up to which a fit runs in one process
+_SEVERAL = 1 << 21  # and several of them, with what a step makes of them
 _SHAPES = ("adapter", "filter.covariance")  # settings that decide how large it is
 
 
@@ -32,7 +31,7 @@ def mode_of(work: Workload, space: Space) -> Mode:
         return work.search.trial
     if work.towers is not None:
         return "local"  # towers of one trial keep a process busy; search.trial=train gives each ranks and GPUs
-    largest = max(_bytes(config, work) for config in _shapes(work.config, space))
+    largest = max(_numbers(config, work) for config in _shapes(work.config, space))
     if largest > _ONE_PROCESS:
         return "train"
     return "batched" if work.search.scheduler == "none" and largest <= _SEVERAL else "local"
@@ -50,12 +49,12 @@ def _shapes(config: Config, space: Space) -> list[Config]:
     return found or [config]
 
 
-def _bytes(config: Config, work: Workload) -> int:
+def _numbers(config: Config, work: Workload) -> int:
     if config.method != "kalman":
         return 0
     head = CLIPHead(work.class_embeddings, work.logit_scale, config.adapter)
     layers = Linearizer(head, work.class_embeddings[:2]).layers
     family = config.filter.covariance
-    if isinstance(family, Dense):  # whose cost by layer is a proportion
-        return 8 * sum(layer.size for layer in layers) ** 2
-    return 8 * sum(family.cost(layer) for layer in layers)
+    if family.joint:  # its cost by layer is a proportion
+        return sum(layer.size for layer in layers) ** 2
+    return sum(family.cost(layer) for layer in layers)

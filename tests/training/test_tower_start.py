@@ -21,11 +21,12 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import Calibration, calibrate_by_head, predictor_of
 from kngd_ray.training.first_head import fitted_head
 from kngd_ray.training.fit import FitTask, begin, fit, head_task
-from kngd_ray.training.kalman import HELD_OUT, KalmanNGD
+from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.predict import PosteriorOptions
 from kngd_ray.training.prior import Prior
 from kngd_ray.training.resumable import run_fit
+from kngd_ray.training.streamed import HELD_OUT
 from kngd_ray.training.tower_prior import measured_variance
 
 BEFORE = "start-lora"
@@ -158,7 +159,7 @@ def in_float64(group: Group, shots: Pictures) -> dict[str, Any]:
     with in_dtype(torch.float64):
         method = fit(make_task(BEFORE, shots), group=group)
     assert isinstance(method, KalmanNGD)
-    return {"mu": method.belief.mu.clone(), "by": torch.tensor(method.towers_by, dtype=torch.float64)}
+    return {"mu": method.belief.mu.clone(), "by": torch.tensor(method.posterior.towers_by, dtype=torch.float64)}
 
 
 def test_ranks_agree(shots) -> None:

@@ -40,6 +40,8 @@ def test_the_largest_covariance_in_the_space_decides(space: dict, monkeypatch: p
 
 def test_a_space_of_large_choices_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     work = workload("adapter=class_residual")
-    sizes = [max(mode._bytes(c, work) for c in mode._shapes(work.config, parse_space(s))) for s in (P0, WIDER, FULLER)]
+    sizes = [
+        max(mode._numbers(c, work) for c in mode._shapes(work.config, parse_space(s))) for s in (P0, WIDER, FULLER)
+    ]
     assert sizes[0] <= sizes[1]
     assert sizes[0] < sizes[2]

@@ -22,7 +22,7 @@ from kngd_ray.storage import write_text
 PAGE, SUMMARY = "report.html", "summary.json"
 _PERCENT = ("accuracy",)
 _SHOWN = [figure for figure in FIGURES if figure not in ("seconds_per_step",)]
-_STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;color:#222}
+_STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;padding:0 1.5em;max-width:1200px;color:#222}
 table{border-collapse:collapse;margin:1em 0;font-size:12px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;
 text-align:right}
 td:first-child,th:first-child{text-align:left}.yes{color:#1b7f3b;font-weight:600}.no{color:#b3261e;font-weight:600}

@@ -50,9 +50,10 @@ from kngd_ray.experiment.task import open_task
 from kngd_ray.filters import Gate, GateResiduals, Inflate, NoGate, Skip
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Model, Probability
 from kngd_ray.training.batches import Support, seeded
-from kngd_ray.training.calibration import Calibration, fold_of, predictor_of
+from kngd_ray.training.calibration import Calibration, predictor_of
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import FitTask, fit
+from kngd_ray.training.folds import fold_of
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 

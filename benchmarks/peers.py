@@ -49,9 +49,10 @@ from kngd_ray.experiment.aggregate import over_seeds
 from kngd_ray.experiment.prepared import TaskData, prepare
 from kngd_ray.experiment.task import open_task
 from kngd_ray.training.batches import BatchSampler
-from kngd_ray.training.calibration import Calibration, calibrate, fold_of, predictor_of
+from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import FitTask, build_head, fit
+from kngd_ray.training.folds import fold_of
 from kngd_ray.training.metrics import Scores
 from kngd_ray.training.predict import PosteriorOptions
 

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,22 @@ def test_copies_of_samples_are_told(train, recwarn) -> None:
     says = rf"^samples that repeat others: {len(X)} of {2 * len(X)}\. .*: give each sample once"
     with pytest.warns(UserWarning, match=says):
         asked.fit(np.tile(X, (2, 1)), [*y, *y])
+
+
+def test_copies_are_held_out_together() -> None:
+    """A fit that has seen one of two knows the other: held-out figures would be those of shots that were learned."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(range(3), 20)
+    X = rng.normal(size=(60, WIDTH)) + 0.8 * np.eye(3, WIDTH)[y]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        once, twice = (
+            estimator(settings={"posterior.folds": 3}).fit(np.tile(X, (n, 1)), np.tile(y, n)) for n in (1, 2)
+        )
+    found = [clf.calibration_ for clf in (once, twice)]
+    assert found[0].held_out_accuracy < 0.85
+    assert found[1].held_out_accuracy == pytest.approx(found[0].held_out_accuracy, abs=0.1)
+    assert found[1].held_out_nll == pytest.approx(found[0].held_out_nll, abs=0.2)
 
 
 def test_few_recent_pictures_are_kept() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import fold_of
 from kngd_ray.training.evaluation import ID
 from kngd_ray.training.fit import FitTask
+from kngd_ray.training.folds import fold_of
 from kngd_ray.training.options import FitOptions
 
 BATCH_SIZE = 32

@@ -15,6 +15,7 @@ from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import AnyPredictor, Calibration, uncalibrated
 from kngd_ray.training.checkpoint import Checkpoint, save
 from kngd_ray.training.fit import FitTask, StepRecord, fit
+from kngd_ray.training.folds import twins_of
 from kngd_ray.training.kalman import FORESEEN
 from kngd_ray.training.method import MethodState, stopped_short
 from kngd_ray.training.novelty import Novelty, calibrate_and_compare, total_variance
@@ -108,7 +109,7 @@ def calibrate(
     Returns:
         The calibration, at the tau of no folds where one cannot be fitted, and what pictures are compared with.
     """
-    if posterior.folds and isinstance(task.support, Support) and (said := said_of_copies(task.support.features)):
+    if posterior.folds and (said := said_of_copies(twins_of(task.support))):
         warnings.warn(said, UserWarning, stacklevel=4)
     try:
         return calibrate_and_compare(task, posterior, device, fitted)

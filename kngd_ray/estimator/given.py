@@ -329,20 +329,19 @@ def seed_of(random_state: Any) -> int:
     )
 
 
-def said_of_copies(features: Tensor) -> str | None:
+def said_of_copies(twins: Tensor | None) -> str | None:
     """What is to be said of samples that are there more than once.
 
     Args:
-        features: (N, d) of the samples.
+        twins: (N,) number of the first sample with the same features; None where all differ.
 
     Returns:
-        A sentence, where they are enough to show in figures of held-out samples; else None.
+        A sentence, where they are enough to show; else None.
     """
-    rows = np.ascontiguousarray(features.cpu().numpy())
-    copies = len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.strides[0]))).ravel()))
-    if not copies or copies < _FEW_COPIES * len(rows):
+    copies = 0 if twins is None else len(twins) - len(twins.unique())
+    if twins is None or copies < _FEW_COPIES * len(twins):
         return None
     return (
-        f"samples that repeat others: {copies} of {len(rows)}. A fit knows them although they are held out from it, so "
-        "tau, sharpening, held-out figures and novelty are too sure: give each sample once"
+        f"samples that repeat others: {copies} of {len(twins)}. They are held out together, but each counts as one more"
+        " picture: the fit, its intervals and novelty are too sure: give each sample once"
     )

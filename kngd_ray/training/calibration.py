@@ -25,7 +25,7 @@ from kngd_ray.filters import Belief, Family
 from kngd_ray.observations import flatten, trainable
 from kngd_ray.training.batches import Shots, Support
 from kngd_ray.training.fit import FitTask, build_head, fit, head_task
-from kngd_ray.training.folds import ENOUGH, fold_of, single
+from kngd_ray.training.folds import ENOUGH, fold_of, single, twins_of
 from kngd_ray.training.informing import decided
 from kngd_ray.training.kalman import KalmanNGD, chosen_variance
 from kngd_ray.training.method import Method, MethodState
@@ -129,7 +129,7 @@ def held_out_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
         For each fold the fit on the others, and the fold.
     """
     folds = min(folds, len(task.support))
-    fold = fold_of(task.support.labels, folds)
+    fold = fold_of(task.support.labels, folds, twins_of(task.support))
     return [(task.part(fold != f), task.support.subset(fold == f)) for f in range(folds)]
 
 
@@ -171,7 +171,7 @@ def calibration_tasks(task: FitTask, folds: int) -> list[tuple[FitTask, Shots]]:
     Returns:
         For each fold the fit, and the fold; of single shots there is one.
     """
-    if not single(task.support.labels):
+    if not single(task.support.labels, twins_of(task.support)):
         parts = held_out_tasks(task, folds)
         seen = list(accumulate(len(held) for _, held in parts))
         return parts[: 1 + sum(total < ENOUGH for total in seen[:-1])]
@@ -202,7 +202,8 @@ def calibrate(
     fits = ((fit(part, device=device), held) for part, held in calibration_tasks(task, options.folds))
     found = calibration_of(fits, options, task.options.tune.alpha)
     # of single shots these would be figures of a fit that has learned nothing
-    return replace(found, held_out_nll=None, held_out_accuracy=None) if single(task.support.labels) else found
+    alone = single(task.support.labels, twins_of(task.support))
+    return replace(found, held_out_nll=None, held_out_accuracy=None) if alone else found
 
 
 def calibrate_by_head(task: FitTask, options: PosteriorOptions, device: torch.device | str = "cpu") -> Calibration:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kngd_ray.training.batches import Support
 from kngd_ray.training.calibration import decided_task
 from kngd_ray.training.fit import FitTask, fit, head_task
-from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.folds import fold_of, single, twins_of
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState
 
@@ -27,9 +27,10 @@ def _without_a_fold(task: FitTask, device: torch.device | str) -> Iterator[tuple
     """
     shots = task.to(device).support
     assert isinstance(shots, Support)
-    if single(shots.labels) or len(shots) < _FOLDS:
+    twins = twins_of(shots)
+    if single(shots.labels, twins) or len(shots) < _FOLDS:
         return
-    fold = fold_of(shots.labels, _FOLDS)
+    fold = fold_of(shots.labels, _FOLDS, twins)
     for f in range(_FOLDS):
         held = fold == f
         if bool(held.any()):

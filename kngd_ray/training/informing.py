@@ -18,7 +18,7 @@ from kngd_ray.filters import Classified, Covariance, Factors, HeldOut, Kronecker
 from kngd_ray.sharding import Group
 from kngd_ray.training.at_mode import ModePosterior
 from kngd_ray.training.batches import Support
-from kngd_ray.training.folds import ENOUGH, fold_of, single
+from kngd_ray.training.folds import ENOUGH, fold_of, single, twins_of
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import centres
 from kngd_ray.training.options import FilterOptions
@@ -89,7 +89,7 @@ def decided(head: CLIPHead, options: FilterOptions, shots: Support, *, at_mode: 
         return gamma, variance
     if not at_mode:  # a step that may stop short of its mode, or logits that are bounded: the prior's lower end
         return gamma, options.cautious_variance
-    if not len(shots) or single(shots.labels):
+    if not len(shots) or single(shots.labels, twins_of(shots)):
         return gamma, variance
     return gamma, likeliest_variance(head, options, shots, gamma * logits)
 
@@ -111,7 +111,7 @@ def likeliest_variance(head: CLIPHead, options: FilterOptions, shots: Support, l
     assert median is not None
     assert residual is not None
     assert isinstance(family, Kronecker)
-    fold, x = fold_of(shots.labels, _FOLDS), residual.inputs(shots.features)
+    fold, x = fold_of(shots.labels, _FOLDS, twins_of(shots)), residual.inputs(shots.features)
     parts, held_out = [], []
     for f in range(_FOLDS):
         held, kept = fold == f, fold != f

@@ -36,7 +36,7 @@ from kngd_ray.training.calibration import (
     predictor_of,
 )
 from kngd_ray.training.fit import FitTask, begin, fit, head_task
-from kngd_ray.training.folds import fold_of, single
+from kngd_ray.training.folds import fold_of, single, twins_of
 from kngd_ray.training.kalman import KalmanNGD
 from kngd_ray.training.method import Method, MethodState
 from kngd_ray.training.posterior_options import PosteriorOptions
@@ -223,7 +223,8 @@ def _by_folds(
     seen: list[Tensor] = []
     rows: list[Tensor] = []
     sizes: list[int] = []
-    fold = fold_of(task.support.labels, min(options.folds, len(task.support))).cpu()
+    twins = twins_of(task.support)
+    fold = fold_of(task.support.labels, min(options.folds, len(task.support)), twins).cpu()
 
     def fits(parts: Sequence[tuple[FitTask, Shots]]) -> Iterator[tuple[Method, Shots]]:
         for part, held in parts:
@@ -243,7 +244,7 @@ def _by_folds(
             seen.append(found)
             sizes.append(covariance_bytes(method.belief.covariance))
 
-    if single(task.support.labels):
+    if single(task.support.labels, twins):
         calibration = calibrate(task, options, device)
         if task.options.method == "kalman" and task.towers is None:
             # they choose no tau; but a belief that has seen no shot would be as sure of one picture as of another

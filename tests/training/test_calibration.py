@@ -22,13 +22,13 @@ from kngd_ray.training.calibration import (
     calibration_tasks,
     fit_sharpening,
     fit_temperature,
-    fold_of,
     predictor_of,
     scale,
     sharpened,
 )
 from kngd_ray.training.evaluation import evaluate
 from kngd_ray.training.fit import begin, fit
+from kngd_ray.training.folds import fold_of, single, twins_of
 from kngd_ray.training.interval import probability_interval, probability_std
 from kngd_ray.training.predict import PosteriorOptions, Predictor
 
@@ -67,6 +67,21 @@ def task():
 
 
 @pytest.mark.parametrize("method", ["kalman", "adamw"])
+def test_copies_share_a_fold_and_others_stay_where_they_were():
+    features = torch.randn(7, 3, generator=rng(0))[torch.tensor([0, 1, 2, 1, 3, 4, 0])]
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0])
+    twins = twins_of(Support(features, labels))
+    assert twins.tolist() == [0, 1, 2, 1, 4, 5, 0]
+    different = [0, 1, 2, 4, 5]
+    fold = fold_of(labels, 2, twins)
+    assert fold[different].tolist() == fold_of(labels[different], 2).tolist()
+    assert (fold[6], fold[3]) == (fold[0], fold[1])
+    assert twins_of(Support(features[different], labels[different])) is None
+    twice = torch.tensor([0, 1]).repeat(2)
+    assert not single(twice)
+    assert single(twice, twice), "one shot each, whatever is repeated"
+
+
 def test_no_shot_is_predicted_by_a_fit_that_saw_it(method, monkeypatch):
     task = make_task(make_options(method=method), shots=24)
     trained_on: dict[int, Support] = {}

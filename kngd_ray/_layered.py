@@ -27,6 +27,9 @@ class Leaf:
     layer: int
 
 
+DEFAULTS = 0
+"""The layer of what dataclasses have by themselves."""
+
 _SHOWN = 200  # characters of a wrong value in a message
 _LIKE = 0.75  # likeness from which a setting further down may be meant
 _LONGEST_ROW = 10_000  # numbers that a range may stand for
@@ -61,20 +64,20 @@ def merge(node: Node, value: Any, layer: int) -> Node:
             merged[head] = merge(merged.get(head, {}), {rest: inner} if rest else inner, layer)
         return merged
     if isinstance(value, list):
-        return _renamed(node, value, layer)
+        return _laid_over(node, value, layer)
     if isinstance(value, str):
         if isinstance(node, list) or (isinstance(node, dict) and "," in value):
             names = [name.strip() for name in value.split(",")]
-            if any(name in names for name in _kinds(node)):
-                return _renamed(node, names, layer)
+            if all(names) and any(name in names for name in _kinds(node)):
+                return _laid_over(node, names, layer)
         elif isinstance(node, dict) and "kind" in node:
             return {**node, "kind": Leaf(value, layer)}
     return Leaf(value, layer)
 
 
-def _renamed(node: Node, items: list[Any], layer: int) -> list[Node]:
-    """A list in the place of a node; bare names in it keep the options that the node has for that kind."""
-    left = _elements(node)
+def _laid_over(node: Node, items: list[Any], layer: int) -> list[Node]:
+    """A list in the place of a node; bare names keep the options that layers above the defaults gave to that kind."""
+    left = [old for old in _elements(node) if _newest(old) > DEFAULTS]
     merged = []
     for item in items:
         same = next((old for old in left if isinstance(item, str) and kind_at(old) == item), {})

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import yaml
 
 from kngd_ray import configs
-from kngd_ray._layered import Node, T, assign, build, flat, kind_at, merge, plain, shortened
+from kngd_ray._layered import DEFAULTS, Node, T, assign, build, flat, kind_at, merge, plain, shortened
 from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
@@ -326,7 +326,7 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
 
     Args:
         config: the configuration.
-        settings: values by dotted key, the later over the earlier.
+        settings: values by dotted key, those of a part over those of the whole.
 
     Returns:
         The new configuration.
@@ -335,9 +335,11 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
         UsageError: unknown key, ill-typed or out-of-range value.
     """
     with _depth_errors():
-        tree: Node = merge({}, plain(config), 0)
-        changes = [*_taken_back(_spread(settings.items()), tree), *settings.items()]
-        for number, (path, value) in enumerate(changes, start=1):
+        tree: Node = merge({}, plain(config), DEFAULTS + 1)
+        # a list before its elements: settings in a mapping have no order
+        deeper_last = sorted(settings.items(), key=lambda setting: setting[0].count("."))
+        changes = [*_taken_back(_spread(settings.items()), tree), *deeper_last]
+        for number, (path, value) in enumerate(changes, start=DEFAULTS + 2):
             tree = assign(tree, path.split("."), value, number, path)
         return build(Config, tree, "")
 

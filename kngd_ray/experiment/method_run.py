@@ -21,7 +21,14 @@ from kngd_ray.experiment.protocols import Protocol
 from kngd_ray.experiment.streams import Streamed, step_metrics, stream_of
 from kngd_ray.storage import storage_errors, write_text
 from kngd_ray.tracking import Record, Status, SystemMonitor, learning_curve, reliability_diagram, stream_curve
-from kngd_ray.training.calibration import AnyPredictor, Calibration, below_zero_shot, calibrate_by_head, uncalibrated
+from kngd_ray.training.calibration import (
+    AnyPredictor,
+    Calibration,
+    below_zero_shot,
+    calibrate_by_head,
+    posterior_of_head,
+    uncalibrated,
+)
 from kngd_ray.training.classifier import CLASS_EMBEDDINGS
 from kngd_ray.training.evaluation import ID, evaluate
 from kngd_ray.training.fit import FitTask
@@ -76,7 +83,7 @@ class MethodRun:
         }
         self.failures: dict[str, str] = {}
         self.warnings: list[str] = []
-        self.all_chosen = True  # what shots were asked for, as far as fits were evaluated
+        self.unchosen = False  # whether folds of a fit could not choose what they were asked for
         several = len(config.seeds) > 1
         self._parent = self._record(self.name, config, None) if several else None
         self._records = {
@@ -217,21 +224,24 @@ class MethodRun:
         """What the shots say of tau and T; of a stream, tau is the one that has predicted it best."""
         if task.stream is not None:
             foreseen = state.replicated.get(FORESEEN)
-            return Calibration(0.0 if foreseen is None else Foresight(task.stream, foreseen).tau, 1.0), None
+            tau = 0.0 if foreseen is None else Foresight(task.stream, foreseen).tau
+            return Calibration(tau, 1.0, chosen=foreseen is not None), None
         posterior, device = self.config.posterior, self._prepared.device
         from_head = task.head is not None and task.prior is None  # a run that continues another has not met this head
         by_head = from_head and self.config.method == "kalman" and not posterior.folds
         if task.towers is not None and self._unasked and not by_head:
             return Calibration(0.0, 1.0), None
         try:
-            if by_head:
-                return calibrate_by_head(task, posterior, device), compare_towers(task, predictor, device)
-            return calibrate_and_compare(task, posterior, device, state)
+            if not by_head:
+                return calibrate_and_compare(task, posterior, device, state)
+            calibration = calibrate_by_head(task, posterior, device)
         except FilterError as error:
-            found, warning = uncalibrated(task.head.posterior if by_head and task.head else posterior, error)
+            by = posterior_of_head(task, posterior) if by_head else posterior
+            found, warning = uncalibrated(by, error, believes=self.config.method == "kalman")
             self._warn_once(f"{self.name}: {warning}")
-            self.all_chosen = False
+            self.unchosen = True
             return found, None
+        return calibration, compare_towers(task, predictor, device)
 
     @property
     def _unasked(self) -> bool:

@@ -180,7 +180,7 @@ def _figures(
         else ""
     )
     posterior = config.posterior
-    asked = posterior.folds and posterior.temperature is None
+    asked = posterior.temperature is None and all(c.chosen for c in calibrations.values())
     chosen = "chosen on the training pictures" if asked else "given, not chosen"
     used = config.method == "kalman" and posterior.predict != "mean"
     by = f"`{posterior.predict}`, posterior temperature tau {taus}, {chosen}" if used else "by the weights alone"

@@ -126,7 +126,7 @@ def _run(
         reports = [report for m in methods if (report := m.report(zero_shot, display.working)) is not None]
         if reports:
             _write_results(folder, reports)
-            _show(config, prepared, protocol, reports, display, all_chosen=all(method.all_chosen for method in methods))
+            _show(config, prepared, protocol, reports, display, unchosen=methods[0].unchosen)
             for warning in (warning for method in methods for warning in method.warnings):
                 display.say(f"warning: {warning}")
         status = "FINISHED"
@@ -238,7 +238,7 @@ def _show(
     reports: Sequence[Mapping[str, Any]],
     display: Display,
     *,
-    all_chosen: bool,
+    unchosen: bool,
 ) -> None:
     rows = [
         (ZERO_SHOT if prepared.model.zero_shot else CHANCE, reports[0]["zero_shot"]),
@@ -254,9 +254,7 @@ def _show(
     if config.prior is not None:
         title += f", continued from {Path(config.prior).name}"
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    chosen = _chosen(config, reports[0]["steps"] // max(config.epochs, 1))
-    if not all_chosen:
-        chosen = "; shots could not choose tau for every fit, see the warnings"
+    chosen = _chosen(config, reports[0]["steps"] // max(config.epochs, 1), unchosen=unchosen)
     display.table(title, rows, [f"seeds {seeds}; {_spread(config, prepared.one_support)}{chosen}"])
     protocol.show(rows, display)
     if (stream := stream_of(prepared, config.seeds[0])) is not None:
@@ -272,7 +270,7 @@ def _spread(config: Config, one_support: bool) -> str:
     return "mean and 95 % interval over seeds (Student's t)"
 
 
-def _chosen(config: Config, batches: int) -> str:
+def _chosen(config: Config, batches: int, *, unchosen: bool = False) -> str:
     """What the shots were asked for beside the weights; not for a tau that is given, or a stream of one batch."""
     posterior = config.posterior
     if config.protocol == "stream":
@@ -288,7 +286,8 @@ def _chosen(config: Config, batches: int) -> str:
     asked += ["sharpening"] if posterior.sharpening_spread else []
     tau = f"; tau is {given:g}" if used and given is not None else ""
     where = "training shots" if posterior.folds else "training shots, by folds of the head"
-    return f"{tau}; chosen on {where}: {', '.join([*asked, 'temperatures'])}"
+    how = "not chosen for every fit, see the warnings" if unchosen else f"chosen on {where}"
+    return f"{tau}; {how}: {', '.join([*asked, 'temperatures'])}"
 
 
 def _row_name(report: Mapping[str, Any]) -> str:

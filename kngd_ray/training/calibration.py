@@ -48,6 +48,7 @@ class Calibration:
         held_out_nll: NLL of the held-out shots as predicted, nats per sample; None without folds, and of single shots.
         held_out_accuracy: share of the held-out shots classified right at tau; None likewise.
         sharpening: what predictions multiply the logits by, 1 or more.
+        chosen: whether shots have chosen any of it; runs of earlier versions do not say.
     """
 
     tau: float
@@ -55,6 +56,7 @@ class Calibration:
     held_out_nll: float | None = None
     held_out_accuracy: float | None = None
     sharpening: float = 1.0
+    chosen: bool = False
 
     def predict(self, predictor: "AnyPredictor", inputs: Any) -> Prediction:
         """Predict by a predictor as calibrated.
@@ -220,26 +222,39 @@ def calibrate_by_head(task: FitTask, options: PosteriorOptions, device: torch.de
     assert task.head is not None
     if options.predict != "linearised":  # of draws and of the mean another tau is right
         return Calibration(options.unasked, 1.0)
+    found = calibrate(head_task(task), posterior_of_head(task, options), device)
+    return Calibration(found.tau, found.scaling, sharpening=found.sharpening, chosen=found.chosen)
+
+
+def posterior_of_head(task: FitTask, options: PosteriorOptions) -> PosteriorOptions:
+    """How the head of towers is calibrated: by its own folds, as far as the towers' options do not say otherwise.
+
+    Args:
+        task: a fit of towers that starts at a head.
+        options: posterior options of the towers.
+
+    Returns:
+        Posterior options of the head.
+    """
+    assert task.head is not None
     of_head = replace(task.head.posterior, sharpening_spread=options.sharpening_spread)
-    if options.temperature is not None:
-        of_head = replace(of_head, temperature=options.temperature)
-    found = calibrate(head_task(task), of_head, device)
-    return Calibration(found.tau, found.scaling, sharpening=found.sharpening)
+    return of_head if options.temperature is None else replace(of_head, temperature=options.temperature)
 
 
-def uncalibrated(options: PosteriorOptions, error: FilterError) -> tuple[Calibration, str]:
+def uncalibrated(options: PosteriorOptions, error: FilterError, *, believes: bool = True) -> tuple[Calibration, str]:
     """What predicts where a fit went well and a fold of its shots cannot be fitted.
 
     Args:
         options: posterior options.
         error: why it cannot.
+        believes: whether the method has a belief, whose tau is told.
 
     Returns:
         The calibration of no folds, and a warning that nothing was chosen.
     """
     found = Calibration(options.unasked, 1.0)
-    reason = str(error).rstrip(".")
-    return found, f"folds of the shots could not be fitted ({reason}): tau is {found.tau:g}, and nothing was chosen"
+    tau = f"tau is {found.tau:g}, and " if believes else ""
+    return found, f"folds of the shots could not be fitted ({str(error).rstrip('.')}): {tau}nothing was chosen"
 
 
 def below_zero_shot(task: FitTask, found: Calibration, folds: int) -> str | None:
@@ -302,7 +317,7 @@ def _chosen(predicted: Mapping[float, Tensor], labels: Tensor, options: Posterio
     right = (predicted[tau].argmax(1) == labels).double().mean()
     sharpening = fit_sharpening(predicted[tau], labels, options.sharpening_spread)
     found = sharpened(predicted[tau], sharpening)
-    return Calibration(tau, fit_temperature(found, labels), _nll(found, labels), float(right), sharpening)
+    return Calibration(tau, fit_temperature(found, labels), _nll(found, labels), float(right), sharpening, chosen=True)
 
 
 def fit_sharpening(probabilities: Tensor, labels: Tensor, spread: float) -> float:

@@ -18,6 +18,7 @@ from kngd_ray.errors import FilterError
 from kngd_ray.experiment import method_run
 from kngd_ray.experiment.run import _chosen
 from kngd_ray.training.metrics import Scores
+from kngd_ray.training.novelty import calibrate_and_compare
 
 FIGURES = {"accuracy", "nll", "ece", "brier"}
 CURVES = "*/records/*/artifacts/figures/learning_curve.png"
@@ -445,4 +446,19 @@ def test_folds_that_cannot_be_fitted_are_said(command, monkeypatch: pytest.Monke
     assert outcome.code == 0, outcome.err
     said = "(10 steps in a row were refused): tau is 0.0003, and nothing was chosen"
     assert said in " ".join(outcome.err.split())
-    assert "shots could not choose tau for every fit, see the warnings" in " ".join(outcome.out.split())
+    table = " ".join(outcome.out.split())
+    assert "no interval; not chosen for every fit, see the warnings: tau, sharpening, temperatures" in table
+    (card,) = next(command.runs.iterdir()).rglob("model_card.md")
+    assert "posterior temperature tau 0.0003, given, not chosen" in card.read_text()
+    # a baseline that fails says nothing of the method above it, nor has it a tau
+    real = calibrate_and_compare
+
+    def of_adamw(task, *arguments, **named):
+        return refused() if task.options.method == "adamw" else real(task, *arguments, **named)
+
+    monkeypatch.setattr(method_run, "calibrate_and_compare", of_adamw)
+    both = command.train("baselines=adamw", "epochs=1")
+    assert "warning: adamw: folds of the shots could not be fitted (10 steps in a row were refused): nothing" in (
+        " ".join(both.err.split())
+    )
+    assert "chosen on training shots: tau, sharpening, temperatures" in " ".join(both.out.split())

@@ -61,12 +61,6 @@ def test_single_shot_classes_do_not_all_leave_together():
     assert counts.tolist() == [2, 2, 2, 2]
 
 
-@pytest.fixture
-def task():
-    return make_task(make_options(epochs=3), shots=24)
-
-
-@pytest.mark.parametrize("method", ["kalman", "adamw"])
 def test_copies_share_a_fold_and_others_stay_where_they_were():
     features = torch.randn(7, 3, generator=rng(0))[torch.tensor([0, 1, 2, 1, 3, 4, 0])]
     labels = torch.tensor([0, 1, 0, 1, 1, 0, 0])
@@ -82,6 +76,12 @@ def test_copies_share_a_fold_and_others_stay_where_they_were():
     assert single(twice, twice), "one shot each, whatever is repeated"
 
 
+@pytest.fixture
+def task():
+    return make_task(make_options(epochs=3), shots=24)
+
+
+@pytest.mark.parametrize("method", ["kalman", "adamw"])
 def test_no_shot_is_predicted_by_a_fit_that_saw_it(method, monkeypatch):
     task = make_task(make_options(method=method), shots=24)
     trained_on: dict[int, Support] = {}

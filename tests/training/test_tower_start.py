@@ -18,7 +18,7 @@ from kngd_ray.observations import Categorical, Linearizer, trainable
 from kngd_ray.sharding import Group, Observed, SingleProcess, StreamedFilter
 from kngd_ray.training import calibration, checkpoint
 from kngd_ray.training.batches import Support
-from kngd_ray.training.calibration import Calibration, calibrate_by_head, predictor_of
+from kngd_ray.training.calibration import Calibration, calibrate_by_head, posterior_of_head, predictor_of
 from kngd_ray.training.first_head import fitted_head
 from kngd_ray.training.fit import FitTask, begin, fit, head_task
 from kngd_ray.training.kalman import KalmanNGD
@@ -231,6 +231,7 @@ def test_the_head_s_folds_choose_for_its_towers(shots, monkeypatch) -> None:
     calibrate_by_head(task, replace(of_towers, temperature=0.05))
     own = replace(task.head.posterior, sharpening_spread=0.2)
     assert [options for _, options in asked] == [own, replace(own, temperature=0.05)]
+    assert posterior_of_head(task, replace(of_towers, temperature=0.05)).unasked == 0.05, "also where folds fail"
     assert own.folds, "the head's own, which the towers have none of"
     assert all(isinstance(head.support, Support) and head.towers is None for head, _ in asked)
     drawn = replace(of_towers, predict="draws", folds=0)

@@ -59,7 +59,8 @@ class RunResult(_Kept):
 
     Attributes:
         folder: of the run; :func:`kngd_ray.load`, ``kngd-ray predict`` and the other commands take it.
-        report: the metrics, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` over seeds.
+        report: the metrics, nested: ``report["id"]["accuracy"]``, with ``mean``, ``low`` and ``high`` over seeds; a
+            number for one seed, and for seeds that all drew the same shots.
     """
 
     @cached_property
@@ -84,17 +85,27 @@ class RunResult(_Kept):
     @property
     def _ensemble(self) -> str:
         """What is to be said of weights that were averaged after these figures were taken; empty if none were."""
-        fits = [fit_name(self.report["method"], seed) for seed in self.report.get("seeds", ())]
-        kept = {alpha for fit in fits if (alpha := read_settled(self.folder / FITS / fit).alpha) is not None}
-        if not kept or kept == {trained := self.config.tune.alpha}:
+        moved = []
+        try:
+            for method in (self.report, *self.report.get("baselines", [])):
+                for place, seed in enumerate(method.get("seeds", ())):
+                    fit = fit_name(method["method"], seed)
+                    kept = read_settled(self.folder / FITS / fit).alpha
+                    if kept is None:
+                        continue
+                    # earlier versions do not say
+                    alpha = method["alpha"][place] if "alpha" in method else self.config.tune.alpha
+                    if kept != alpha:
+                        moved.append(f"{fit} predicts at alpha={kept:g}, and its figures here are of alpha={alpha:g}")
+        except CheckpointError:  # which predictions will tell of
             return ""
-        now = " and ".join(f"{alpha:g}" for alpha in sorted(kept))
-        return f"figures of alpha={trained:g}, predicts at alpha={now}"
+        more = f", and {len(moved) - 1} more likewise" if len(moved) > 1 else ""
+        return f"{moved[0]}{more}" if moved else ""
 
     def _warn_of_ensemble(self) -> None:
         if said := self._ensemble:
             warnings.warn(
-                f"{self.name}: {said}: kngd_ray.evaluate({str(self.folder)!r}) has figures of what it predicts now",
+                f"{self.name}: {said}: kngd_ray.evaluate({str(self.folder)!r}) has those of what it predicts now",
                 stacklevel=3,
             )
 
@@ -104,16 +115,20 @@ class RunResult(_Kept):
         found: str | None = self.report.get("run_id")
         return found
 
-    @cached_property
+    @property
     def frame(self) -> "pd.DataFrame":
         """A pandas frame with a row for each method, seed and test set.
 
         Columns are ``method``, ``preset``, ``seed``, ``set`` (``id``, or a domain), and the figures: ``accuracy``,
         ``nll``, ``ece`` and others. The rows of ``zero-shot`` are CLIP before the fit.
         """
+        self._warn_of_ensemble()
+        return self._frame
+
+    @cached_property
+    def _frame(self) -> "pd.DataFrame":
         import pandas as pd
 
-        self._warn_of_ensemble()
         return pd.DataFrame(list(self._rows()))
 
     @cached_property

@@ -474,6 +474,14 @@ def test_folds_that_cannot_be_fitted_are_said(train, monkeypatch) -> None:
         KalmanCLIP(settings=QUICK).fit(*train)
 
 
+def test_pictures_after_features_leave_nothing_of_them(train, tests) -> None:
+    X = np.eye(4)[[0, 1, 2, 3] * 2] + 0.1
+    clf = KalmanCLIP("precomputed", settings=QUICK).fit(X, [0, 1, 2, 3] * 2)
+    clf.set_params(model="embedded").fit(*train)
+    assert not hasattr(clf, "n_features_in_")
+    assert np.array_equal(clf.predict_proba(tests[0]), KalmanCLIP(settings=QUICK).fit(*train).predict_proba(tests[0]))
+
+
 def test_pickles_without_the_model(fitted, tests) -> None:
     fitted.predict(tests[0][:1])
     data = pickle.dumps(fitted)

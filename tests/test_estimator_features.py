@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from helpers.features import CLASSES, SCALE, WIDTH, class_embeddings, feature_table
 from scipy.sparse import csr_matrix
 
@@ -379,6 +380,12 @@ def test_parameters_that_are_set_after_a_fit_are_for_the_next(fitted, train, tes
     saved = KalmanCLIP.load(changed.save(tmp_path / "kept"))
     assert np.array_equal(saved.predict_proba(tests[0]), p)
     assert saved.logit_scale == fitted.logit_scale
+    other = pickle.loads(pickle.dumps(fitted)).set_params(
+        model="embedded", class_embeddings=None, logit_scale=None, settings={"filter.iterations": 1}
+    )
+    assert np.array_equal(other.predict_proba(tests[0]), p)
+    config = yaml.safe_load((other.save(tmp_path / "other") / "config.yaml").read_text())
+    assert (config["filter"]["iterations"], config["model"]["name"]) != (1, "embedded"), "those of the fit"
     assert not np.array_equal(changed.fit(*train).predict_proba(tests[0]), p)
 
 

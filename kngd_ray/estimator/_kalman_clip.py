@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kngd_ray._layered import plain
 from kngd_ray._run_layout import ESTIMATOR
-from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig, read_class_embeddings
-from kngd_ray.config import Config, load_config, override
+from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig
+from kngd_ray.config import Config
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._bases import BaseEstimator, ClassifierMixin
 from kngd_ray.estimator._conventions import (
@@ -26,19 +26,18 @@ from kngd_ray.estimator._conventions import (
     columns_of,
     device_of,
     not_fitted,
-    settings_of,
     summing_to_1,
     weighted_accuracy,
 )
 from kngd_ray.estimator._in_memory import Held, calibrate, check_continues, foreseen, in_double, learn, met
 from kngd_ray.estimator._inputs import Inputs, Matrix, Pictures
-from kngd_ray.estimator._naming import listed_templates, names_of, templates_of
-from kngd_ray.estimator._saved import fit_in, saved_params, write_run
+from kngd_ray.estimator._naming import names_of, templates_of
+from kngd_ray.estimator._saved import config_of, fit_in, saved_embeddings, saved_params, write_run
 from kngd_ray.estimator.given import check_lengths, label_array, labels_of, ordered, seed_of
 from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
-from kngd_ray.training.classifier import CLASS_EMBEDDINGS, Classifier
+from kngd_ray.training.classifier import Classifier
 from kngd_ray.training.effect import ignored
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.interval import interval_scale, probability_std
@@ -47,9 +46,6 @@ from kngd_ray.training.predict import Predictor
 from kngd_ray.training.restoring import identity_of, open_fit, restore_predictor
 from kngd_ray.training.settled import Settled, read_settled
 from kngd_ray.training.stream import Stream
-
-_ELSEWHERE = ("tune", "seeds", "baselines", "prior", "data", "model", "protocol", "targets", "trainer", "tracking")
-_CROPS = ("tune.views", "tune.augment", "tune.crop_scale")
 
 
 class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -223,7 +219,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
             Share of the pictures classified right.
         """
         self._check_fitted()
-        inputs = self._fitted_inputs
+        inputs = self._learned_inputs
         labels, samples = inputs.labels(y), inputs.check(X, self._width)
         check_lengths(samples, labels)
         check_columns(self, X)
@@ -248,8 +244,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         labels = self.classes_.tolist()
         if not all(isinstance(label, (str, int, float, bool)) for label in labels):
             raise UsageError("labels must be strings, numbers or booleans to be saved.")
-        params, named = saved_params(self.get_params(), self._fitted_inputs.source), self.class_names is not None
-        write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._config())
+        params, named = saved_params(self.get_params(), self._learned_inputs.source), self.class_names is not None
+        write_run(place, self.checkpoint_, self._settled, self._restored_classifier().model, self._learned_with)
         write_text(place / ESTIMATOR, json.dumps({"labels": labels, "named": named, "params": params}, indent=1))
         return place
 
@@ -277,20 +273,20 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         names = kept.manifest["class_names"]
         if not isinstance(labels, list) or len(labels) != len(names):
             raise CheckpointError(f"{place} names {len(names)} classes, but {ESTIMATOR} has other labels.")
-        if (fit / CLASS_EMBEDDINGS).is_file():
-            found.class_embeddings = read_class_embeddings(fit / CLASS_EMBEDDINGS)
+        found.class_embeddings = saved_embeddings(fit)
         found.class_names = dict(zip(labels, names, strict=True)) if raw.get("named", True) else None
-        found._adopt(kept, read_settled(fit), labels, found._inputs)
+        found._adopt(kept, read_settled(fit), labels, found._inputs, found._config())
         return found
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {key: value for key, value in state.items() if key != "_restored"}  # made again when needed
 
-    def _adopt(self, kept: Checkpoint, settled: Settled, labels: Sequence[Any], inputs: Inputs) -> None:
+    def _adopt(self, kept: Checkpoint, settled: Settled, labels: Sequence[Any], inputs: Inputs, config: Config) -> None:
         """Become the fit that a checkpoint holds."""
-        self.__dict__.pop("_restored", None)
-        self._learned_from = inputs
+        for stale in ("_restored", "n_features_in_"):
+            self.__dict__.pop(stale, None)
+        self._learned_from, self._learned_with = inputs, config
         self.checkpoint_ = kept
         self._settled = settled
         self.calibration_: Calibration = settled.calibration
@@ -329,7 +325,11 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
         unread = ignored(config.fit_options, config.posterior, self.settings or ()).items()
         notes = inputs.notes(model, classes, names, templates, support)
-        for note in (*map(" has no effect with ".join, unread), *notes, *config.fit_options.notes):
+        for note in (
+            *map(" has no effect with ".join, unread),
+            *notes,
+            *(config.fit_options.notes if before is None else ()),
+        ):
             warnings.warn(note, UserWarning, stacklevel=3)
         task = FitTask(
             config.fit_options,
@@ -354,7 +354,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
                 warnings.warn(warning, UserWarning, stacklevel=3)
         if before is not None:
             settled = replace(settled, calibration=foreseen(task, kept, settled.calibration, config.posterior.folds))
-        self._adopt(kept, settled, classes, inputs)
+        self._adopt(kept, settled, classes, inputs, config)
         if columns is not None:
             self.feature_names_in_ = columns
         elif before is None:
@@ -363,20 +363,9 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return self
 
     def _config(self) -> Config:
-        settings = settings_of(self.settings)
-        for key in settings:
-            if key not in _CROPS and key.partition(".")[0] in (*_ELSEWHERE, "preset", "method"):
-                raise UsageError(f"settings has {key}, which KalmanCLIP does not take there: leave it out.")
-        model = plain(self._inputs.source)
-        if self.class_embeddings is not None:
-            model["class_embeddings"] = "given"  # where they are is no setting of the fit
-        given = {"preset": self.preset, "model": model, "data": {"templates": list(listed_templates(self.templates))}}
-        config = load_config(forced=given)
-        if config.tune.images:
-            raise UsageError(f"preset {self.preset} trains towers: that is for kngd-ray train.")
-        if config.method != "kalman":
-            raise UsageError(f"preset {self.preset} is for {config.method}: KalmanCLIP runs the Kalman filter.")
-        return override(config, settings)
+        return config_of(
+            self.preset, self.settings, self.templates, self._inputs.source, embedded=self.class_embeddings is not None
+        )
 
     @property
     def _inputs(self) -> Inputs:
@@ -402,7 +391,7 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return Pictures(source, device_of(self.device))
 
     @property
-    def _fitted_inputs(self) -> Inputs:
+    def _learned_inputs(self) -> Inputs:
         """What was learned from, whatever parameters were set since; where towers compute is for them to say."""
         kept = self.__dict__.get("_learned_from") or self._inputs
         return Pictures(kept.source, device_of(self.device)) if isinstance(kept, Pictures) else kept
@@ -429,13 +418,13 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         self._check_fitted()
         if "_restored" in self.__dict__:
             return self._restored
-        model = self._fitted_inputs.model(self.class_names_, self._width)
+        model = self._learned_inputs.model(self.class_names_, self._width)
         if model.fingerprint != self.checkpoint_.manifest["model"]["fingerprint"]:
             raise CheckpointError(f"{model.name} has other weights than this classifier's model.")
         return self._restore(model)
 
     def _features(self, X: Any) -> tuple[Classifier, Tensor]:
-        classifier, inputs = self._restored_classifier(), self._fitted_inputs
+        classifier, inputs = self._restored_classifier(), self._learned_inputs
         features = inputs.encode(classifier.model, inputs.check(X, self._width))
         check_columns(self, X)
         features = features.to(classifier.predictor.device)

@@ -143,6 +143,7 @@ class MethodRun:
             return None
         refused = sum(report.pop("refused") for report in reports)
         seconds = sum(report.pop("seconds") for report in reports)
+        alphas = [report.pop("alpha") for report in reports]
         alike = self._prepared.one_support
         combined = over_seeds(reports, one_support=alike)
         named = self._protocol.named
@@ -158,6 +159,7 @@ class MethodRun:
             "steps": self.tasks[done[0]].sampler.steps,
             "refused": refused,
             "seconds": seconds,
+            "alpha": alphas,  # by seed, that the figures are of
             "zero_shot": named(over_zero),
             **named(combined),
             **({"curves": {str(seed): self._streamed(seed).curve() for seed in done}} if self._is_stream else {}),
@@ -340,4 +342,5 @@ class MethodRun:
             registered = self.config.tracking.registered_model if first else None
             width = None if given is None else given.embed_dim
             record.set_model(fit_folder, self._prepared.images.class_names, registered, features=width)
-        return {**report, "refused": refused, "seconds": seconds}
+        alpha = self.config.tune.alpha if kept is None else kept
+        return {**report, "refused": refused, "seconds": seconds, "alpha": alpha}

@@ -84,7 +84,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         for c in configs:
             if (start := describe_start(c.tune, c.adapter, c.prior)) is not None:
                 display.say(f"{c.method}: {start}")
-            for note in c.fit_options.notes:
+            for note in c.fit_options.notes if c.prior is None else ():  # which has a variance of its own
                 display.say(f"{c.method}: {note}")
         with display.pictures("encoding") as progress:
             prepared = prepare(task, backend, progress)

@@ -22,7 +22,7 @@ from kngd_ray.training.novelty import calibrate_and_compare
 
 FIGURES = {"accuracy", "nll", "ece", "brier"}
 CURVES = "*/records/*/artifacts/figures/learning_curve.png"
-REPORT = {"run_id", "method", "preset", "seeds", "steps", "refused", "seconds", "zero_shot", "id", "ood"}
+REPORT = {"run_id", "method", "preset", "seeds", "steps", "refused", "seconds", "alpha", "zero_shot", "id", "ood"}
 
 
 def check_report(report: dict[str, Any], leaf: type | set[str]) -> None:

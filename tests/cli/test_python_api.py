@@ -242,9 +242,20 @@ def test_features_averages_and_exports_from_python(command, settings) -> None:
     assert [point["alpha"] for point in curve["curve"]] == [0.0, 0.5, 1.0]
     assert command.read() == ("", "")
     for result in (run, kngd_ray.load(run.folder)):  # the figures of the run stay those of its end
-        assert repr(result).endswith("; figures of alpha=1, predicts at alpha=0.5)")
-        with pytest.warns(UserWarning, match=r"figures of alpha=1, predicts at alpha=0\.5: kngd_ray\.evaluate"):
-            assert result.metrics["id/accuracy"] == run.report["id"]["accuracy"]
+        said = "kalman-seed0 predicts at alpha=0.5, and its figures here are of alpha=1"
+        assert repr(result).endswith(f"; {said})")
+        for figures in ("metrics", "frame"):
+            with pytest.warns(UserWarning, match=rf"{said}: kngd_ray\.evaluate"):
+                assert len(getattr(result, figures))
+    again = kngd_ray.train(resume=run.folder, quiet=True)  # which evaluates the fits that are there, at 0.5
+    assert again.report["alpha"] == [0.5]
+    assert "alpha" not in repr(again)
+    kngd_ray.ensemble(run, alpha=0.5, points=2, quiet=True)
+    (place,) = run.folder.glob("fits/*/calibration.json")
+    kept = place.read_bytes()
+    place.write_text("{")
+    assert "alpha" not in repr(run), "a damaged file is no matter of how a result is shown"
+    place.write_bytes(kept)
     kngd_ray.ensemble(run, alpha=1, points=2, quiet=True)
     assert "alpha" not in repr(run)
     assert run.metrics

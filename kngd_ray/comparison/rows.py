@@ -20,6 +20,7 @@ from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
 from kngd_ray.tracking import LoggedRun, without_reading
 
 _PREFIX = "zero_shot/"
+_OF_STREAM, _BATCH = ("stream/accuracy", "stream/nll"), "stream/batch/"
 _OF_TARGETS = "protocol/targets/"  # figures of other data sets, which a run may or may not be tested on besides
 _SAME = 1e-4  # relative; the same pictures on another device give figures that differ in rounding
 _NAMED = 8  # runs that a message lists at most
@@ -152,6 +153,8 @@ def find_rows(runs: Sequence[LoggedRun], parent: str | None) -> Found:
             left_out["runs that are not kngd-ray's"] += 1 + len(fits)
         else:
             row = _row(owner, fits or [owner or fits[0]])
+            hidden = sum(len(_prequential(fit.metrics)) < len(fit.metrics) for fit in fits or [owner or fits[0]])
+            left_out["prequential figures of fits of an earlier version, which were those of the last batch"] += hidden
             left_out.update({f"unfinished fits ({status})": n for status, n in row.unfinished.items()})
             if row.seeds:
                 rows[id] = row
@@ -213,8 +216,11 @@ def group_rows(rows: Sequence[Row]) -> list[list[Row]]:
         if zero_shot:
             digest = next((row.data for row in group if row.data is not None), None)
             shown = Row("", ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, group[0].params, zero_shot, data=digest)
-            shown.one_support = any(row.one_support for row in group)
             group.insert(0, shown)
+        # they learned from the same shots by seed: what one knows of them holds for those of earlier versions
+        alike = any(row.one_support for row in group)
+        for row in group:
+            row.one_support = alike
     return groups
 
 
@@ -285,7 +291,7 @@ def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
         elif not seed.isdigit():
             unfinished["without a seed"] += 1
         else:
-            seeds[int(seed)] = fit.metrics
+            seeds[int(seed)] = _prequential(fit.metrics)
     tags = first.tags
     name = first.name if owner else first.name.rpartition("-seed")[0] or first.name
     method, preset = tags["kngd_ray.method"], tags.get("kngd_ray.preset", "None")
@@ -301,6 +307,14 @@ def _row(owner: LoggedRun | None, fits: Sequence[LoggedRun]) -> Row:
         data=digest,
         one_support="kngd_ray.one_support" in tags,
     )
+
+
+def _prequential(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Metrics of a fit, without those of a stream that an earlier version logged: the last batch's took their names."""
+    whole = [name for name in metrics if name in _OF_STREAM]
+    if not whole or f"{_BATCH}size" in metrics:
+        return metrics
+    return {name: value for name, value in metrics.items() if name not in whole}
 
 
 def _trials(runs: Sequence[LoggedRun], search: LoggedRun) -> Found:

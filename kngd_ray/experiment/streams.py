@@ -17,6 +17,8 @@ from kngd_ray.training.options import FitOptions
 from kngd_ray.training.stream import Look, Met, Stream, prequential, retention, stages_of
 
 METRICS = "stream/"
+# of one batch: under the names of the whole stream's figures, MLflow's latest value of those would be the last batch's
+BATCH = f"{METRICS}batch/"
 _FIGURES = ("accuracy", "nll", "tau")
 
 
@@ -49,7 +51,7 @@ def step_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         Metrics by name; none of a step that neither meets a batch nor ends a stage.
     """
     met, look = record["met"], record["look"]
-    found = {} if met is None else {f"{METRICS}{name}": met[name] for name in (*_FIGURES, "size")}
+    found = {} if met is None else {f"{BATCH}{name}": met[name] for name in (*_FIGURES, "size")}
     if look is not None:
         found |= {f"{METRICS}tested/{domain}": share for domain, share in look["accuracy"].items()}
         found[f"{METRICS}samples"] = look["samples"]
@@ -68,9 +70,10 @@ class Streamed:
         self.stages = stream.stages
         self.met, self.looks = [], []
         for step in steps:
-            if f"{METRICS}size" in step:
-                accuracy, nll, tau = (step[f"{METRICS}{name}"] for name in _FIGURES)
-                self.met.append(Met(int(step[f"{METRICS}size"]), accuracy, nll, tau))
+            of_batch = BATCH if f"{BATCH}size" in step else METRICS  # as runs were logged that an earlier version began
+            if f"{of_batch}size" in step:
+                accuracy, nll, tau = (step[f"{of_batch}{name}"] for name in _FIGURES)
+                self.met.append(Met(int(step[f"{of_batch}size"]), accuracy, nll, tau))
             if f"{METRICS}samples" in step:
                 tested = {domain: step[f"{METRICS}tested/{domain}"] for domain in stream.tests}
                 self.looks.append(Look(int(step[f"{METRICS}samples"]), tested))

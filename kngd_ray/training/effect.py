@@ -67,8 +67,8 @@ def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) 
         if options.filter.serial:
             return f"filter.serial={options.filter.serial}"
         return None if isinstance(options.filter.gate, NoGate) else f"filter.gate={options.filter.gate.kind}"
-    if head == "observation" and rest.endswith("r0") and isinstance(options.noise.observation, LikelihoodNoise):
-        place = rest.removesuffix("r0").rstrip(".")
+    place, _, option = rest.rpartition(".")
+    if head == "observation" and option == "r0" and isinstance(options.noise.observation, LikelihoodNoise):
         models = options.observation[int(place) : int(place) + 1] if place.isdecimal() else options.observation
         return "noise.observation=categorical" if all(m.likelihood is not None for m in models) else None
     if key in _OF_CROPS and key != "tune.augment" and options.tune.augment == "none":

@@ -36,8 +36,8 @@ class StepStats:
         log_predictive: of a batch that is scored, the log-probability of its labels under the belief before the step,
             nats, summed over samples, at each tau of the posterior; at tau = 0 alone where there is no belief.
         unsettled: 1 where the step was to end at a mode and did not come to it; None elsewhere.
-        unlearned: layers whose covariance stayed as predicted, because their posterior would not factor; None where all
-            have learned.
+        unlearned: parts of layers whose covariance stayed as predicted, because their posterior would not factor; None
+            where all have learned.
     """
 
     nll: float
@@ -70,19 +70,19 @@ def stopped_short(iterations: int) -> str:
     )
 
 
-def left_unlearned(layers: int, steps: int) -> str:
-    """What to say of layers that are `unlearned`.
+def left_unlearned(parts: int, steps: int) -> str:
+    """What to say of parts that are `unlearned`.
 
     Args:
-        layers: the most of a step.
+        parts: the most of a step.
         steps: how many had some.
 
     Returns:
         A sentence without its full stop.
     """
     return (
-        f"in {steps} {'steps' if steps > 1 else 'step'} up to {layers} of the covariance's layers could not be factored"
-        " and did not learn, so that predictions are less certain than they should be: lower the prior variance"
+        f"in {steps} {'steps' if steps > 1 else 'step'} up to {parts} parts of the covariance could not be factored and"
+        " did not learn, so that predictions are less certain than they should be: lower the prior variance"
     )
 
 

@@ -36,7 +36,7 @@ class Update:
         gated: observations that the gate gave less weight or left out, a scalar.
         log_predictive: of a batch that is scored, the log-probability of its labels at each of the posterior's taus.
         settled: whether it ended at the mode, where that is what it is for.
-        unlearned: layers of all ranks whose covariance stayed as predicted, because their posterior would not factor.
+        unlearned: parts of layers, on all ranks, whose covariance stayed as predicted: their posterior did not factor.
     """
 
     belief: Belief

@@ -13,7 +13,7 @@ The last one has a prior, normal in the value or where the range is logarithmic 
 setting before a shot is seen, by which the objective ``log_posterior`` weighs what the shots say.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import log
 from typing import Any, Protocol
@@ -218,13 +218,37 @@ class Space:
         for dimension in self.dimensions:
             _check_key(dimension.key)
             if not begun:
-                _check_effect(dimension.key, base, {other.key for other in self.dimensions})
+                self._check_effect(base, dimension)
             domain = dimension.domain
             for value in domain.ends:
                 self._try(base, dimension, value)
             if isinstance(domain, Range) and not domain.integer and domain.low % 1 == domain.high % 1 == 0:
                 between = round(domain.low + _BETWEEN * (domain.high - domain.low), 3)
                 self._try(base, dimension, between, "; add integer: true")
+
+    def _check_effect(self, base: Config, dimension: Dimension) -> None:
+        """Refuse a setting that changes nothing, whatever one of the other choices is.
+
+        Raises:
+            UsageError: it is one; says because of what.
+        """
+        context = self._context(dimension)
+        choices = {other.key: other.domain.choices for other in self.dimensions if isinstance(other.domain, Choice)}
+        points = [context, *(context | {key: value} for key, values in choices.items() for value in values)]
+        causes = []
+        for point in points:
+            try:
+                config = override(base, point)
+            except UsageError:  # of two that do not go together
+                continue
+            causes.append(without_effect(config.fit_options, config.posterior, dimension.key, protocol=config.protocol))
+        others = {other.key for other in self.dimensions}
+        if (
+            causes
+            and causes[0] is not None
+            and all(cause and cause.partition("=")[0] not in others for cause in causes)
+        ):
+            raise UsageError(f"space.{dimension.key} has no effect with {causes[0]}: leave it out.")
 
     def _try(self, base: Config, dimension: Dimension, value: Value, remedy: str = "") -> None:
         """Give a setting a value.
@@ -339,12 +363,6 @@ def _check_key(key: str) -> None:
         )
     if key == "posterior.folds":
         raise UsageError(f"space.{key} would score trials on different folds: set it outside of the space.")
-
-
-def _check_effect(key: str, base: Config, others: Collection[str]) -> None:
-    cause = without_effect(base.fit_options, base.posterior, key, protocol=base.protocol)
-    if cause is not None and cause.partition("=")[0] not in others:
-        raise UsageError(f"space.{key} has no effect with {cause}: leave it out.")
 
 
 def _setting(settings: Mapping[str, Any], key: str) -> Any:

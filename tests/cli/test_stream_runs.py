@@ -52,7 +52,7 @@ def test_a_run_tells_how_the_stream_was_predicted(command, small_data) -> None:
         assert report["curves"]["0"][figure][0] == pytest.approx(baseline["curves"]["0"][figure][0])
     assert set(report["zero_shot"]["stream"]) == {"accuracy", "nll"}
     steps = steps_of(command, "s", "kalman-seed0")
-    assert [step["metrics"]["stream/nll"] for step in steps] == report["curves"]["0"]["nll"]
+    assert [step["metrics"]["stream/batch/nll"] for step in steps] == report["curves"]["0"]["nll"]
     assert steps[-1]["metrics"]["stream/tested/twemoji"] == report["curves"]["0"]["tested"][-1]["accuracy"]["twemoji"]
     metrics = json.loads((command.run("s") / "records" / "kalman-seed0" / "metrics.json").read_text())
     assert metrics["stream/accuracy"] == report["stream"]["accuracy"]

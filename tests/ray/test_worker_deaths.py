@@ -180,6 +180,8 @@ def test_a_worker_writes_nothing_once_another_driver_has_taken_over(ray_up: None
             after.append(committed(fit))
 
     job = Job({FIT: long_task(2000)}, IDENTITY, tmp_path, checkpoint_every=EVERY_STEPS)
-    with pytest.raises(KngdError, match=r"^worker [01] failed: \S+ was taken over by another process: this worker ends"):
+    with pytest.raises(
+        KngdError, match=r"^worker [01] failed: \S+ was taken over by another process: this worker ends"
+    ):
         run_job(job, TrainerConfig(num_workers=2, max_failures=0), take_over)
     assert after == [committed(fit)]

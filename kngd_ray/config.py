@@ -18,9 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +29,9 @@ from kngd_ray._layered import DEFAULTS, Node, T, assign, build, flat, kind_at, m
 from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
+from kngd_ray.configs._presets import preset_layers, read_config
 from kngd_ray.data import DataConfig
-from kngd_ray.errors import UsageError, nearest, printable
+from kngd_ray.errors import UsageError, printable
 from kngd_ray.filters import Calibrated, ZeroShot
 from kngd_ray.training.options import FitOptions, check_streamed, streamed
 from kngd_ray.training.posterior_options import PosteriorOptions
@@ -215,7 +214,7 @@ def load_config(
             file that describes a search.
     """
     given = [file] if isinstance(file, (Path, Mapping)) else file or []
-    layers = [_read_config(source) if isinstance(source, Path) else source for source in given]
+    layers = [read_config(source) if isinstance(source, Path) else source for source in given]
     assignments = [parse_override(text) for text in overrides]
     named: dict[str, Any] = {}
     for chosen in (*layers, dict(assignments), forced or {}):
@@ -227,7 +226,7 @@ def load_config(
     if not complete and (
         "preset" in named or preset in configs.names("presets")
     ):  # a misspelt method is reported as a method
-        layers.insert(0, read_preset(str(preset)))
+        layers = [*preset_layers(str(preset), named.get("method")), *layers]
     layers.insert(0, plain(Config()))
     with _depth_errors():
         tree: Node = {}
@@ -361,32 +360,6 @@ def parse(cls: type[T], raw: Mapping[str, Any]) -> T:
         return build(cls, merge({}, raw, 0), "")
 
 
-def read_preset(name: str) -> dict[str, Any]:
-    """Read a shipped preset by name, or a YAML file by path.
-
-    Args:
-        name: preset or path.
-
-    Returns:
-        The nested settings.
-
-    Raises:
-        UsageError: there is no such preset or file.
-    """
-    shipped = configs.names("presets")
-    if name in shipped:
-        return deepcopy(_shipped_preset(name))  # whoever asked may change it
-    if name.endswith((".yaml", ".yml")):
-        return _read_config(Path(name))
-    raise UsageError(f"there is no preset {name!r}{nearest(name, shipped)}; name one of these or a YAML file.")
-
-
-@cache
-def _shipped_preset(name: str) -> dict[str, Any]:
-    """Read once in a process: to parse a preset took half of the time of a configuration."""
-    return configs.parse_yaml(configs.text("presets", name), f"preset {name}")
-
-
 def parse_override(text: str) -> tuple[str, Any]:
     """Split ``key=value`` and read the value as YAML, which has no comments there.
 
@@ -435,15 +408,3 @@ def flatten(config: Any) -> dict[str, Any]:
         Scalars by dotted key; a choice is its kind, its options below it.
     """
     return dict(flat(plain(config), ""))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a configuration file that describes no search.
-
-    Raises:
-        UsageError: it does.
-    """
-    settings = configs.read_yaml(path)
-    if any(key.partition(".")[0] in ("search", "space") for key in settings):
-        raise UsageError(f"{path} is a search file: run it with kngd-ray tune, or leave out its search and space.")
-    return settings

@@ -152,7 +152,11 @@ def test_a_missing_file_names_the_nearest(command, search) -> None:
             ["score trials on different shots"],
         ),
         (["space.optimizer.lr={low: 1, high: 2}"], ["no effect with method=kalman"]),
-        (["method=adamw"], ["search.objective is evidence, which adamw does not have: use held_out_nll"]),
+        (["method=adamw"], ["preset kalman_diagonal is for method=kalman, and method is adamw"]),
+        (
+            ["method=adamw", "preset=adamw"],
+            ["search.objective is evidence, which adamw does not have: use held_out_nll"],
+        ),
         (["search.objective=held_out_nll", "posterior.folds=0"], ["posterior.folds is 0: set posterior.folds=4"]),
         (["search.objective=held_out_nll", "posterior.folds=1"], ["folds is 1; give 2 or more"]),
         (["search.scheduler=asha"], ["search.scheduler is asha, which needs Ray", "trainer.num_workers is 0"]),

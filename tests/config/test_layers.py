@@ -1,5 +1,6 @@
 """Layers of settings: what wins, how choices and lists are written, and the way back to YAML."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from kngd_ray.config import (
     override,
     parse,
     parse_override,
-    read_preset,
     to_yaml,
 )
 from kngd_ray.configs import names
+from kngd_ray.configs._presets import read_preset
 from kngd_ray.errors import UsageError
 from kngd_ray.filters import Calibrated, Dense, Diagonal, Ema, Fixed, Kronecker, RandomWalk, ZeroShot
 from kngd_ray.observations import Categorical, Cosine, LogLikelihood, Probability
@@ -79,6 +80,30 @@ def test_a_method_brings_its_own_preset_unless_one_is_named() -> None:
     assert load_config(None, ["method=sgd"]).preset == "sgd"
     config = load_config(None, ["method=sgd", "preset=adamw"])
     assert (config.method, config.preset, config.optimizer.lr) == ("sgd", "adamw", 3e-3)
+
+
+def test_a_preset_file_may_build_on_another(file, tmp_path: Path) -> None:
+    """Its own `preset` was passed over, and the rest taken of the library's defaults."""
+    inner, outer = tmp_path / "inner.yaml", tmp_path / "outer.yaml"
+    inner.write_text("preset: kf_clip\nepochs: 2\n")
+    outer.write_text(f"preset: {inner}\nbatch_size: 5\n")
+    config = load_config(None, [f"preset={outer}"])
+    assert replace(config, preset="kf_clip") == load_config(None, ["preset=kf_clip", "epochs=2", "batch_size=5"])
+    assert config.preset == str(outer)
+    inner.write_text(f"preset: {outer}\n")
+    with pytest.raises(
+        UsageError, match=r"presets name one another in a circle: .*outer\.yaml -> .*inner\.yaml -> .*outer"
+    ):
+        load_config(None, [f"preset={outer}"])
+
+
+@pytest.mark.parametrize(("method", "preset"), [("adamw", "kalman"), ("kalman", "adamw"), ("sgd", "kf_clip")])
+def test_a_preset_of_another_kind_of_method_is_refused(method: str, preset: str) -> None:
+    """AdamW for the filter's one step, or the filter on defaults that nobody chose."""
+    with pytest.raises(
+        UsageError, match=f"^preset {preset} is for method=(kalman|adamw), and method is {method}: leave"
+    ):
+        load_config(None, [f"method={method}", f"preset={preset}"])
 
 
 def test_a_preset_may_be_a_file(file) -> None:
@@ -489,7 +514,9 @@ def test_towers_have_presets_of_their_own(method: str, parameters: str, nested: 
     config = load_config(tune, overrides)
     assert config.preset == f"{method}_{parameters}"
     assert config.tune.parameters == parameters
-    assert load_config(tune, [*overrides, "preset=adamw"]).preset == "adamw"
+    other = "kf_clip" if method == "kalman" else "adamw"
+    fit = [] if method == "kalman" else overrides
+    assert load_config(tune if fit else None, [*fit, f"preset={other}"]).preset == other
 
 
 @pytest.mark.parametrize(

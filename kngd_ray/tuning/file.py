@@ -32,12 +32,14 @@ class SearchConfig:
         options: objectives, sampler, trials.
         space: what is searched.
         points: values of the first trials, by dotted key.
+        notes: what is to be said of first trials that are not quite the presets that they start from, in sentences.
     """
 
     config: Config
     options: SearchOptions
     space: Space
     points: Sequence[Mapping[str, Value]]
+    notes: Sequence[str] = ()
 
 
 def load_search(file: str | Path, overrides: Sequence[str]) -> SearchConfig:
@@ -166,11 +168,13 @@ def _checked(config: Config, options: SearchOptions, space: Space, *, begun: boo
         )
     space.check(config, begun=begun)
     _check_dimensions(config, options, space)
-    points = _points(config, options, space)
+    presets = _presets(config, options)
+    points = [space.point(preset) for preset in presets]
+    notes = [] if begun else _notes(space, presets, points)
     if options.start is not None:  # the same presets from whatever folder the search is continued
         start = tuple(name if name in configs.names("presets") else str(Path(name).resolve()) for name in options.start)
         options = replace(options, start=start)
-    return SearchConfig(config, options, space, points)
+    return SearchConfig(config, options, space, points, notes)
 
 
 def _check_dimensions(config: Config, options: SearchOptions, space: Space) -> None:
@@ -197,19 +201,30 @@ def _check_dimensions(config: Config, options: SearchOptions, space: Space) -> N
             )
 
 
-def _points(config: Config, options: SearchOptions, space: Space) -> list[Mapping[str, Value]]:
-    """Where the presets that a search starts from lie in its space.
+def _presets(config: Config, options: SearchOptions) -> list[Config]:
+    """What a search starts from.
 
     Raises:
         UsageError: there is no such preset.
     """
     if options.start is None:
-        return [space.point(config)]
+        return [config]
     try:
-        presets = [load_config(forced={"method": config.method, "preset": name}) for name in options.start]
+        return [load_config(forced={"method": config.method, "preset": name}) for name in options.start]
     except UsageError as error:
         raise UsageError(f"search.start: {error}") from error
-    return [space.point(preset) for preset in presets]
+
+
+def _notes(space: Space, presets: Sequence[Config], points: Sequence[Mapping[str, Value]]) -> list[str]:
+    notes = []
+    for number, (preset, point) in enumerate(zip(presets, points, strict=True)):
+        named = f"trial {number} is not quite the preset {Path(str(preset.preset)).stem}"
+        if moved := space.moved(preset, point):
+            told = ", ".join(f"{key}={point[key]} for {before}" for key, before in moved.items())
+            notes.append(f"{named}: it has {told}, the nearest in the space")
+        if left := space.open_at(point):
+            notes.append(f"{named}, which has no value of the space for {', '.join(left)}: the sampler chooses one")
+    return notes
 
 
 def _options(raw: Mapping[str, Any]) -> SearchOptions:

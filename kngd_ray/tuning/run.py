@@ -13,7 +13,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -95,7 +95,7 @@ def tune(
     task = open_shots(replace(config, seeds=search.options.seeds))
     if not resume and all(single(torch.from_numpy(task.images.labels[s.support])) for s in task.splits.values()):
         search.options.check_single_shots()
-    for note in (*task.notes, *([] if resume else _partly(search))):
+    for note in (*task.notes, *search.notes):
         display.say(note)
     trainer = config.trainer
     with ExitStack() as session:
@@ -118,16 +118,6 @@ def tune(
         inputs = describe_data(prepared.images, config.data, prepared.model.name)
         with compute_threads(trainer), ExitStack() as lead:
             return _Search(search, folder, work, display, backend, lead, inputs).run(session.close)
-
-
-def _partly(search: SearchConfig) -> Iterator[str]:
-    """Sentences on first trials that are not quite the presets that they start from."""
-    for number, point in enumerate(search.points):
-        if left := search.space.open_at(point):
-            yield (
-                f"trial {number} is not quite the preset that it starts from, which has no value of the space for"
-                f" {', '.join(left)}: the sampler chooses one"
-            )
 
 
 class _Search:

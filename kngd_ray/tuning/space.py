@@ -179,6 +179,20 @@ class Space:
                     values[dimension.key] = near
         return values
 
+    def moved(self, config: Config, values: Mapping[str, Value]) -> dict[str, Any]:
+        """Where a point that :meth:`point` gives for a configuration is not the configuration's own.
+
+        Args:
+            config: the configuration.
+            values: by dotted key.
+
+        Returns:
+            The configuration's values by dotted key.
+        """
+        settings = flatten(config)
+        own = {key: _setting(settings, key) for key in values}
+        return {key: own[key] for key in values if own[key] != values[key]}
+
     def open_at(self, values: Mapping[str, Value]) -> list[str]:
         """What a point such as :meth:`point` gives leaves to the sampler.
 

@@ -223,6 +223,11 @@ def test_a_preset_lies_in_the_space_or_at_its_border(base: Config) -> None:
         "observation.0.r0": 1.0,
     }, "an adapter that is none of the choices is left to the sampler"
     assert checked(raw).open_at(checked(raw).point(base)) == ["adapter"]
+    assert checked(raw).moved(base, checked(raw).point(base)) == {
+        "noise.process.q": 0.0,
+        "epochs": 5,
+        "filter.p0": 0.1,
+    }
 
 
 @pytest.mark.parametrize("name", names("searches"))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy.typing as npt
 from kngd_ray._run_layout import CONFIG
 from kngd_ray.config import parse
 from kngd_ray.data import ImageSet, Split
-from kngd_ray.errors import DataError
+from kngd_ray.errors import CheckpointError, DataError
 from kngd_ray.experiment.prepared import TaskData
 from kngd_ray.experiment.task import Task
 from kngd_ray.training.learned import DIGITS, MOST, Learned, read_learned
 from kngd_ray.training.options import FitOptions
 from kngd_ray.training.prior import Prior
+from kngd_ray.training.resumable import newest_manifest
 
 CHANGED = "the data or its splits were changed since the fit"
 Keys = npt.NDArray[np.bytes_]
@@ -124,6 +126,25 @@ def tell_changes(prepared: TaskData, manifest: Mapping[str, Any], say: Say) -> N
         )
     elif learned.tested not in {None, _tested_digest(prepared, seed)}:
         say("the test data was changed since the fit, and figures cannot be compared with those of its run")
+
+
+def check_unchanged(prepared: TaskData, fits: Iterable[Path]) -> None:
+    """Refuse to go on with a run whose data is not what it was: its figures would be of two data sets.
+
+    Args:
+        prepared: the run's data, as it is now.
+        fits: folders of its fits, begun or not.
+
+    Raises:
+        CheckpointError: shots or tests are others.
+    """
+    for fit in fits:
+        manifest = newest_manifest(fit)
+        told: list[str] = []
+        if manifest is not None:
+            tell_changes(prepared, manifest, told.append)
+        if told:
+            raise CheckpointError(f"{fit.name}: {told[0]}: put the data back as it was, or start a new run.")
 
 
 def _tested_digest(prepared: TaskData, seed: int) -> str:

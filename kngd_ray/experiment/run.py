@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kngd_ray._run_layout import RESULTS
+from kngd_ray._run_layout import FITS, RESULTS, fit_name
 from kngd_ray.clip import CLIPHead
 from kngd_ray.config import Config, TrainerConfig, baseline_config
 from kngd_ray.console import Display
@@ -18,7 +18,7 @@ from kngd_ray.experiment import run_folder
 from kngd_ray.experiment.aggregate import CHANCE, ZERO_SHOT
 from kngd_ray.experiment.backend import HERE, Backend
 from kngd_ray.experiment.continuation import check_prior, find_priors
-from kngd_ray.experiment.learned import known_to, leave_out, tell_overlap
+from kngd_ray.experiment.learned import check_unchanged, known_to, leave_out, tell_overlap
 from kngd_ray.experiment.method_run import MethodRun
 from kngd_ray.experiment.prepared import TaskData, prepare
 from kngd_ray.experiment.protocols import Protocol, open_protocol, prepare_protocol
@@ -92,6 +92,9 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         # Only now: a picture that cannot be decoded leaves no empty run behind.
         folder = run_folder.existing(config) if resume else run_folder.create(config)
         stack.enter_context(run_folder.locked(folder))
+        if resume:
+            names = [fit_name(c.method, seed) for c in configs for seed in c.seeds]
+            check_unchanged(prepared, [folder / FITS / name for name in names])
         if prepared.skipped:
             display.say(f"undecodable pictures left out: {prepared.skipped}")
         with compute_threads(config.trainer):

@@ -169,6 +169,23 @@ def check_scored(manifest: Mapping[str, Any], identity: Mapping[str, Any], place
         )
 
 
+def newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint in a folder says of itself, without its tensors.
+
+    Args:
+        folder: checkpoints of one fit.
+
+    Returns:
+        The manifest; None if there is none that can be read.
+    """
+    for place in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return checkpoint.read_manifest(place)
+        except CheckpointError:  # of a checkpoint that was cut short
+            continue
+    return None
+
+
 def latest(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest checkpoint in a folder that verifies; damaged ones are passed over with a warning.
 

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import open_clip
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -92,6 +94,25 @@ def test_a_checkpoint_of_an_unfinished_fit_predicts_at_its_mean(command, caplog)
     assert not (fit / "calibration.json").exists()
 
 
+def test_a_finished_run_is_not_resumed_on_other_test_pictures(command, tmp_path: Path) -> None:
+    """Its figures were replaced by those of the other pictures, in its own files and in MLflow."""
+    data = tmp_path / "data.parquet"
+    table = pq.read_table(command.data)
+    pq.write_table(table, data)
+    tracked = ("tracking.enabled=true", "tracking.log_model=false")
+    assert command.train("trainer.name=done", "seeds=0,1", *tracked, data=data).code == 0
+    kept = {path: path.read_bytes() for path in command.run("done").rglob("*") if path.is_file()}
+    is_test = pc.equal(table["split"], "test")
+    fewer = pc.and_(is_test, pc.equal(table["label"], 0))
+    pq.write_table(table.filter(pc.invert(fewer)), data)
+    outcome = command("train", "--resume", command.run("done"))
+    assert outcome.code == 1
+    assert "kalman-seed0: the test data was changed since the fit" in outcome.sentence
+    assert {path: path.read_bytes() for path in kept} == kept
+    pq.write_table(table, data)
+    assert command("train", "--resume", command.run("done")).code == 0
+
+
 def test_other_shots_are_not_resumed_from(command, tmp_path: Path) -> None:
     command.train("trainer.name=shots", "data.shots=4")
     config = command.run("shots") / "config.yaml"
@@ -100,7 +121,8 @@ def test_other_shots_are_not_resumed_from(command, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(settings))
     outcome = command("train", "--resume", command.run("shots"))
     assert outcome.code == 1
-    assert "belongs to another task: its shots is" in outcome.err
+    assert "12 of the 12 shots that it would be given now are others" in outcome.sentence
+    assert outcome.sentence.endswith("put the data back as it was, or start a new run.")
 
 
 def test_a_password_in_the_tracking_uri_is_not_logged(command) -> None:

@@ -389,6 +389,19 @@ def test_parameters_that_are_set_after_a_fit_are_for_the_next(fitted, train, tes
     assert not np.array_equal(changed.fit(*train).predict_proba(tests[0]), p)
 
 
+def test_a_prior_that_is_changed_after_the_first_call_is_told(train) -> None:
+    X, y = train
+    clf = estimator().partial_fit(X[:9], y[:9], classes=CLASSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clf.partial_fit(X[9:12], y[9:12])
+    clf.set_params(settings={**QUICK, "filter.logit_variance": 5.0})
+    with pytest.warns(
+        UserWarning, match=r"^filter\.logit_variance has no effect after the first call: the prior is the"
+    ):
+        clf.partial_fit(X[12:15], y[12:15])
+
+
 def test_reprs_are_short(fitted) -> None:
     shown = "class_embeddings=<array (3, 8)>, logit_scale=20.0"
     assert repr(estimator(settings=None)) == f"KalmanCLIP(model='precomputed', {shown})"

@@ -157,9 +157,10 @@ def notes_of_ignored(config: Config, settings: Sequence[str], source: Any = None
     given = [key for text in settings for key, _ in flat(dict([parse_override(text)]), "")]
     shared = [key for key, _ in flat(_content(source), "") if key] if config.baselines else []
     notes = []
-    for key, cause in ignored(
-        config.fit_options, config.posterior, [*shared, *given], protocol=config.protocol
-    ).items():
+    found = ignored(
+        config.fit_options, config.posterior, [*shared, *given], protocol=config.protocol, prior=config.prior
+    )
+    for key, cause in found.items():
         of_method = cause.startswith("method")
         others = ", and baselines keep their own presets" if config.baselines and of_method else ""
         if key in given or of_method:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kngd_ray._layered import plain
 from kngd_ray._run_layout import ESTIMATOR
 from kngd_ray.clip import PRECOMPUTED, AnyModel, ModelConfig
-from kngd_ray.config import Config
+from kngd_ray.config import Config, flatten
 from kngd_ray.errors import CheckpointError, InputError, UsageError
 from kngd_ray.estimator._bases import BaseEstimator, ClassifierMixin
 from kngd_ray.estimator._conventions import (
@@ -38,7 +38,7 @@ from kngd_ray.storage import read_json, write_text
 from kngd_ray.training.calibration import Calibration, below_zero_shot
 from kngd_ray.training.checkpoint import Checkpoint
 from kngd_ray.training.classifier import Classifier
-from kngd_ray.training.effect import ignored
+from kngd_ray.training.effect import ignored, set_too_late
 from kngd_ray.training.fit import FitTask
 from kngd_ray.training.interval import interval_scale, probability_std
 from kngd_ray.training.novelty import total_variance
@@ -325,6 +325,8 @@ class KalmanCLIP(Parameters, ClassifierMixin, BaseEstimator):  # type: ignore[mi
         support = inputs.support(model, samples, numbers, None if in_stream else config.fit_options)
         unread = ignored(config.fit_options, config.posterior, self.settings or ()).items()
         notes = inputs.notes(model, classes, names, templates, support)
+        late = [] if before is None else set_too_late(flatten(self._learned_with), flatten(config))
+        notes += [f"{key} has no effect after the first call: the prior is the posterior so far" for key in late]
         for note in (
             *map(" has no effect with ".join, unread),
             *notes,

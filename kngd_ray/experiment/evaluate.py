@@ -63,7 +63,12 @@ def evaluate(
     config = replace(read_config(run, overrides, file), seeds=(checkpoint.manifest["seed"],))
     given = _given(file, overrides)
     trained_on = read_config(run).data
-    manifest = checkpoint.manifest
+    manifest, learned = checkpoint.manifest, trained_on.trained_domain
+    if "data.train_domain" in given and learned is not None and config.data.train_domain != learned:
+        display.say(
+            f"the fit learned the domain {learned}: figures in distribution are of"
+            f" {config.data.train_domain or 'all domains'}"
+        )
     if config.data.path == IN_MEMORY:
         raise UsageError(f"{run.name} learned from pictures in memory: name data to score it on by data.path.")
     own = _same(config.data.path, trained_on.path)

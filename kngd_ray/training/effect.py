@@ -1,6 +1,7 @@
 """Which settings change nothing of a fit, because others say so."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kngd_ray.filters import Categorical as LikelihoodNoise
 from kngd_ray.filters import NoGate
@@ -9,12 +10,19 @@ from kngd_ray.training.posterior_options import PosteriorOptions
 
 _OF_TOWERS = ("filter.towers", "filter.tower_logit_variance")
 _OF_TAU = ("temperature", "tau_median", "tau_spread")  # of what `posterior` holds
+# of the belief before the first shot, which a fit that continues another has from there
+_OF_START = ("filter.logit_variance", "filter.logit_spread", "filter.mean", "filter.mean.gamma", *_OF_TOWERS)
 _OF_CROPS = ("tune.views", "tune.augment", "tune.crop_scale")
 _OF_HEADS = ("parameters", "views", "augment", "crop_scale", "alpha")  # of what `tune` holds
 
 
 def without_effect(
-    options: FitOptions, posterior: PosteriorOptions, key: str, *, protocol: str | None = None
+    options: FitOptions,
+    posterior: PosteriorOptions,
+    key: str,
+    *,
+    protocol: str | None = None,
+    prior: str | None = None,
 ) -> str | None:
     """Why a setting changes nothing of a fit, nor of what it predicts.
 
@@ -23,6 +31,7 @@ def without_effect(
         posterior: how the posterior enters predictions.
         key: of the setting, dotted.
         protocol: of the run; None where it has none.
+        prior: the run that it continues; None if it starts from CLIP.
 
     Returns:
         The setting that leaves it without effect, ``method=kalman``; None where it may have one.
@@ -31,6 +40,8 @@ def without_effect(
     kalman = options.method == "kalman"
     if head in ({"optimizer"} if kalman else {"filter", "noise", "observation"}):
         return f"method={options.method}"
+    if prior is not None and key in _OF_START:
+        return f"prior={prior}"
     if key == "optimizer.momentum" and options.method != "sgd":
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
@@ -84,7 +95,12 @@ def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) 
 
 
 def ignored(
-    options: FitOptions, posterior: PosteriorOptions, keys: Iterable[str], *, protocol: str | None = None
+    options: FitOptions,
+    posterior: PosteriorOptions,
+    keys: Iterable[str],
+    *,
+    protocol: str | None = None,
+    prior: str | None = None,
 ) -> dict[str, str]:
     """Settings that change nothing of a fit, nor of what it predicts.
 
@@ -93,9 +109,23 @@ def ignored(
         posterior: how the posterior enters predictions.
         keys: of the settings, dotted.
         protocol: of the run; None where it has none.
+        prior: the run that it continues; None if it starts from CLIP.
 
     Returns:
         By key, the setting that leaves it without effect.
     """
-    found = {key: without_effect(options, posterior, key, protocol=protocol) for key in keys}
+    found = {key: without_effect(options, posterior, key, protocol=protocol, prior=prior) for key in keys}
     return {key: cause for key, cause in found.items() if cause is not None}
+
+
+def set_too_late(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings of the belief before the first shot that were changed when shots had been seen.
+
+    Args:
+        before: settings by dotted key, as they were.
+        now: as they are.
+
+    Returns:
+        Their keys.
+    """
+    return [key for key in _OF_START if before.get(key) != now.get(key)]

@@ -146,6 +146,13 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
         ),
         (["tune.views=4", "filter.tolerance=0.01", "observation.r0=2"], []),
         (
+            ["prior=first", "filter.logit_variance=10", "filter.mean.gamma=0.1", "filter.tolerance=0.1"],
+            [
+                "filter.logit_variance has no effect with prior=first",
+                "filter.mean.gamma has no effect with prior=first",
+            ],
+        ),
+        (
             ["protocol=stream", "data.order=[a,b]", "tune.views=4"],
             ["tune.views has no effect with protocol=stream"],
         ),
@@ -285,7 +292,9 @@ def test_evaluate_agrees_with_train(command) -> None:
 
 def test_evaluate_on_another_domain_by_setting_and_by_file(command) -> None:
     command.train("trainer.name=e")
-    swapped = command("evaluate", command.run("e"), "data.train_domain=twemoji", "--json").json
+    outcome = command("evaluate", command.run("e"), "data.train_domain=twemoji", "--json")
+    assert "the fit learned the domain noto: figures in distribution are of twemoji" in outcome.err
+    swapped = outcome.json
     assert list(swapped["ood"]) == ["mean", "noto"]
     file = command.folder / "other.yaml"
     file.write_text("data: {train_domain: twemoji}")

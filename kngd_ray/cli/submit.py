@@ -57,7 +57,7 @@ def submit(
       include=[PATH, ...]  files, folders or patterns to send as well
       dry_run=true         show what would be sent, without contacting the cluster
       follow=false         do not wait for the job
-      check=false          do not run doctor first
+      check=false          do not check settings here, nor run doctor first
       status=JOB           show the state of a job
       logs=JOB             follow the log of a job from its start
       stop=JOB             stop a job
@@ -97,15 +97,26 @@ def _check_settings(name: str, settings: Sequence[str], folder: Path) -> None:
         UsageError: a setting is misspelt, or has a value that it cannot have.
     """
     from kngd_ray.api.settings import configured, configured_search
-    from kngd_ray.configs import names
 
     if name not in ("train", "tune") or not folder.is_dir():
         return
-    first, shipped = next(iter(settings), "="), names("presets" if name == "train" else "searches")
-    with chdir(folder):  # whose files are sent; those that are not are told of by name
-        if not ("=" in first or first in shipped or Path(first).is_file()):
+    with chdir(folder):  # whose files are sent; those that are not are told of by name, or are the cluster's own
+        if not all(Path(file).is_file() for file in _files(settings)):
             return
-        if name == "train":
-            configured(None, settings)
-        else:
-            configured_search(None, settings)
+        try:
+            if name == "train":
+                configured(None, settings)
+            else:
+                configured_search(None, settings)
+        except UsageError as error:
+            raise UsageError(f"{str(error).rstrip('.')} (check=false sends the command as it is).") from error
+
+
+def _files(settings: Sequence[str]) -> list[str]:
+    """Settings files that a command names: before its settings, as its preset, or as those that a search starts at."""
+    named = [settings[0]] if settings and "=" not in settings[0] else []
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if separator and key.strip() in ("preset", "search.start"):
+            named += value.strip(" []").split(",")
+    return [word for word in map(str.strip, named) if "/" in word or word.endswith((".yaml", ".yml"))]

@@ -40,7 +40,7 @@ class SubmitOptions:
         include: files, folders or patterns below it that are sent regardless of suffix and git.
         dry_run: show what would be sent, and contact nobody.
         follow: show the job's log until it ends.
-        check: run ``doctor`` on the cluster first.
+        check: look at the command's settings here, and run ``doctor`` on the cluster first.
         status: job whose state is shown.
         logs: job whose log is followed.
         stop: job that is stopped.

@@ -47,6 +47,11 @@ class Family(Protocol):
         """Whether all layers are one unit that cannot be cut."""
         ...
 
+    @property
+    def signs(self) -> int:
+        """Rows of random signs that an update draws by the seed of its innovation; 0 where it draws none."""
+        ...
+
     def grain(self, layer: Layer) -> int:
         """Rows of the layer that must stay together; layer.o if it cannot be cut."""
         ...

@@ -24,6 +24,11 @@ class Layered(ABC):
         """The family's name in configuration files."""
 
     @property
+    def signs(self) -> int:
+        """Rows of random signs that an update draws by the seed of its innovation."""
+        return 0
+
+    @property
     def reach(self) -> float:
         """How many times as many numbers as rows factors may have and still be of more use."""
         return 1.0

@@ -28,6 +28,7 @@ class Dense:
     """
 
     joint: ClassVar[bool] = True
+    signs: ClassVar[int] = 0
 
     kind: Literal["dense"] = "dense"
 

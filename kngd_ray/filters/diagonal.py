@@ -84,6 +84,11 @@ class Diagonal(Layerwise):
         if self.samples < 0:
             raise ValueError(f"samples is {self.samples}; take 1 draw or more, or 0 for the exact update")
 
+    @property
+    def signs(self) -> int:
+        """One for each of the samples."""
+        return self.samples
+
     def grain(self, layer: Layer) -> int:
         """One row: variances do not need one another, and whole rows keep factors."""
         return 1

@@ -51,6 +51,7 @@ class DiagonalLowRank:
     """
 
     joint: ClassVar[bool] = False
+    signs: ClassVar[int] = 0
 
     kind: Literal["diagonal_low_rank"] = "diagonal_low_rank"
     rank: int = 16

@@ -302,7 +302,7 @@ def _advance(
 def _signs(trial: _Trial, batch: Batch) -> list[Tensor]:
     """The signs that a trial's covariance family draws in a step, run by run; none where it draws none."""
     method, device = trial.method, batch.inputs.device
-    draws = getattr(method.family, "samples", 0)  # of families whose updates draw
+    draws = method.family.signs
     if not draws:
         return []
     seed, k = method.observer.seed_of_signs(batch), method.observer.per_sample

@@ -145,6 +145,24 @@ def test_settings_are_checked_before_anything_is_sent(command, project, job, wor
     assert all(word in refused.sentence for word in words), refused.sentence
     unchecked = command("submit", f"working_dir={project}", "dry_run=true", "check=false", "--", *job)
     assert unchecked.code == 0, "a cluster may know settings that are not known here, of a package of its own"
+    assert "(check=false sends the command as it is)." in refused.sentence
+
+
+def test_a_misspelt_preset_is_named_here(command, project) -> None:
+    outcome = command("submit", f"working_dir={project}", "--", "train", "kalmann")
+    assert "there is no preset 'kalmann'; did you mean kalman?" in outcome.sentence
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        ["train", "preset=/shared/mine.yaml", "data.shots=4"],
+        ["tune", "smoke", "search.start=[kalman,/shared/mine.yaml]"],
+        ["train", "/shared/mine.yaml"],
+    ],
+)
+def test_settings_over_files_of_the_cluster_are_left_to_it(command, project, job) -> None:
+    assert command("submit", f"working_dir={project}", "dry_run=true", "--", *job).code == 0
 
 
 def test_a_settings_file_that_is_left_out_is_refused(command, project) -> None:

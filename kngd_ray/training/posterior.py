@@ -155,11 +155,15 @@ class Posterior(ABC):
         kept: Mapping[str, Tensor],
     ) -> None:
         """Continue from weights by name, the covariance of all layers, and what :meth:`kept` gave, or a part of it."""
-        self.noise = kept[NOISE].to(self.noise)
+        self._restore(kept)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(weights[name])
         self.belief = Belief(self._mean(), self.filter.own(covariance))
+
+    def _restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`kept` gave, or a part of it."""
+        self.noise = kept[NOISE].to(self.noise)
 
     @abstractmethod
     def _mean(self) -> Tensor:
@@ -186,16 +190,10 @@ class InMemoryPosterior(Posterior):
         """Noise, and the mean that a process returns to."""
         return super().kept(transition) | ({ANCHOR: self.anchor} if transition.decay != 1.0 else {})
 
-    def load(
-        self,
-        weights: Mapping[str, Tensor],
-        covariance: Mapping[str, Mapping[str, Tensor]],
-        kept: Mapping[str, Tensor],
-    ) -> None:
-        """As :meth:`Posterior.load`."""
+    def _restore(self, kept: Mapping[str, Tensor]) -> None:
+        super()._restore(kept)
         if ANCHOR in kept:
             self.anchor = kept[ANCHOR].to(self.anchor)
-        super().load(weights, covariance, kept)
 
     def keep(self, transition: Transition) -> Tensor | None:
         """The mean."""

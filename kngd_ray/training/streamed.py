@@ -96,18 +96,12 @@ class StreamedPosterior(Posterior):
         of_start = {} if self.held_out is None else {HELD_OUT: self.held_out}
         return super().kept(transition) | by | of_start
 
-    def load(
-        self,
-        weights: Mapping[str, Tensor],
-        covariance: Mapping[str, Mapping[str, Tensor]],
-        kept: Mapping[str, Tensor],
-    ) -> None:
-        """As :meth:`~kngd_ray.training.posterior.Posterior.load`."""
+    def _restore(self, kept: Mapping[str, Tensor]) -> None:
+        super()._restore(kept)
         if TOWERS_BY in kept:
             self.widen_towers(float(kept[TOWERS_BY]))
         known = kept.get(HELD_OUT)
         self.held_out = None if known is None else known.to(self.belief.mu.device)
-        super().load(weights, covariance, kept)
 
     def unsettle(self) -> None:
         """Let adapters learn as everything else does: what is to be observed is not what they were fitted on."""

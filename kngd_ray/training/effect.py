@@ -81,7 +81,8 @@ def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) 
     place, _, option = rest.rpartition(".")
     if head == "observation" and option == "r0" and isinstance(options.noise.observation, LikelihoodNoise):
         models = options.observation[int(place) : int(place) + 1] if place.isdecimal() else options.observation
-        return "noise.observation=categorical" if all(m.likelihood is not None for m in models) else None
+        known = models and all(model.likelihood is not None for model in models)
+        return "noise.observation=categorical" if known else None
     if key in _OF_CROPS and key != "tune.augment" and options.tune.augment == "none":
         return "tune.augment=none"
     if key == "tune.views" and options.tune.images and not options.tune.after_head:

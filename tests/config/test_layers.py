@@ -226,10 +226,15 @@ def test_lists_of_choices(settings: list[str], expected: tuple[Any, ...]) -> Non
         ("observation=log_likelihood", (LogLikelihood(),)),
     ],
 )
-def test_a_name_that_the_list_had_keeps_its_options(setting: str, expected: tuple[Any, ...]) -> None:
+def test_a_name_that_the_list_had_keeps_its_options(setting: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
     assert load_config(None, ["preset=kf_clip", setting]).observation == expected
     one = ["adapter={kind: bottleneck, width: 8}", "adapter=linear,bottleneck"]
     assert load_config(None, one).adapter == (Linear(), Bottleneck(width=8)), "a choice is a list of one"
+    own = tmp_path / "own.yaml"
+    own.write_text("filter: {covariance: dense}")
+    assert load_config(None, [f"preset={own}"]).observation[1] == Cosine(r0=1.0)
+    bare = load_config(None, [f"preset={own}", "observation=cosine"]).observation
+    assert bare == (Cosine(),), "the defaults of a list say nothing of its kinds"
 
 
 @pytest.mark.parametrize("given", ["dense,diagonal", "[dense, {kind: diagonal}]"])

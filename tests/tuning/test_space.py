@@ -244,6 +244,27 @@ def test_the_first_trials_of_shipped_searches_are_their_presets(name: str) -> No
         assert preset.keys() == trial.keys()
 
 
+def test_what_has_an_effect_under_another_choice_may_be_searched() -> None:
+    base = ("preset=kalman_diagonal", "noise.observation=categorical", "observation=log_likelihood")
+    choices = {"choices": ["log_likelihood", "cosine,log_likelihood"]}
+    checked({"observation": choices, "observation.0.r0": {**P0, "when": {"observation": choices["choices"][1]}}}, *base)
+    checked({"observation": choices, "observation.0.r0": P0}, *base)
+    with pytest.raises(
+        UsageError, match=r"^space\.observation\.0\.r0 has no effect with noise\.observation=categorical"
+    ):
+        checked({"observation.0.r0": P0}, *base)
+
+
+def test_the_elements_of_a_list_come_after_the_list(base: Config) -> None:
+    """Settings in a mapping have no order: a number is that of the list that the mapping has."""
+    for settings in (
+        {"observation.0.r0": 9.0, "observation": "cosine,log_likelihood"},
+        {"observation": "cosine,log_likelihood", "observation.0.r0": 9.0},
+    ):
+        found = override(base, settings).observation
+        assert [(model.kind, model.r0) for model in found] == [("cosine", 9.0), ("log_likelihood", 1.0)]
+
+
 def test_the_only_element_of_a_list_needs_no_number() -> None:
     config = load_config(overrides=["adapter=bottleneck", "adapter.width=48"])
     space = parse_space({"adapter.width": {"low": 16, "high": 64, "integer": True}})

@@ -27,8 +27,9 @@ def _method(name: str, of: Method) -> Method:
             found.append(Outcome(probabilities, outcome.variance, outcome.curve, {"sharpening": factor}))
         return found
 
-    searched_as = None if of.space is None else of.name
-    return Method(name, fitted, searched_as=searched_as, recipe=f"{of.recipe} sharpened {_SPREAD} by {_FOLDS} folds")
+    searched_as, usual = (None, {}) if of.space is None else (of.name, of.usual)
+    recipe = f"{of.recipe} sharpened {_SPREAD} by {_FOLDS} folds"
+    return Method(name, fitted, usual=usual, searched_as=searched_as, recipe=recipe)
 
 
 def _factors(problem: Problem, settings: Settings, of: Method) -> list[float]:

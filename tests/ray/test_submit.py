@@ -230,12 +230,12 @@ def test_the_exit_code_is_that_of_the_job(head: Head) -> None:
     ],
 )
 def test_what_the_cluster_cannot_reach_is_not_sent(head: Head, setting: str, code: int, words: str) -> None:
-    before = [job["submission_id"] for job in head.jobs()]
+    before = {job["submission_id"] for job in head.jobs()}
     found, out, err = head.submit("--", *head.train("trainer.num_workers=1", setting))
     assert found == code, err
     assert words in err
     assert out == ""
-    assert [job["submission_id"] for job in head.jobs()] == before, "whose figures Ray fills in when it comes to them"
+    assert {job["submission_id"] for job in head.jobs()} == before, "whose order and figures are for Ray to say"
 
 
 def test_nobody_without_the_token(head: Head) -> None:

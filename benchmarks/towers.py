@@ -1,13 +1,14 @@
 """Adapter, LoRA and full fine-tuning, each by tuned AdamW, CLIP-CITE and Kalman, on the same few photographs.
 
-    python -m benchmarks.towers --data pacs.parquet --domain photo --epochs 5
-    python -m benchmarks.towers --data eurosat.parquet --epochs 3 --tuned benchmarks/results/towers_chosen.json
+    python -m benchmarks.towers --choose eurosat.parquet pacs.parquet:photo pacs.parquet:sketch --epochs 3
+    python -m benchmarks.towers --data pacs.parquet --domain photo --tuned benchmarks/results/towers_chosen.json
     python -m benchmarks.towers --markdown
 
 Whatever trains towers starts where the head of the default preset ended, fitted on crops of the pictures too
-(``tune.views``). Every method is tuned by the same number of trials: the learning rate of AdamW and of CLIP-CITE, the
-towers' prior variance for Kalman, by the NLL of held-out training shots (two folds, the support set of seed 0), or
-takes what was chosen elsewhere. The test pictures are seen once, by the winner. Figures are of the mean of the weights,
+(``tune.views``). Every method is tuned by eight trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior
+variance for Kalman, by the NLL of held-out training shots (two folds). It is one choice for all problems (``--choose``,
+the mean over those named, shots of a seed that no table reports), or one for the problem itself, by the support set of
+its first seed. The test pictures are seen once, by the winner. Figures are of the mean of the weights,
 without tau; for Kalman *served* are those of its predictions as ``kngd-ray train`` makes them: linearised, at the tau
 and the sharpening that folds of the head choose. Gradient methods are served by their mean. Each fit is a process of
 its own, so that its peak memory is its own, unless they are to run together; what is finished is kept and not computed
@@ -22,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,7 +37,7 @@ from kngd_ray.console import with_interval
 from kngd_ray.errors import FilterError
 from kngd_ray.experiment.aggregate import interval
 from kngd_ray.experiment.environment import describe_environment
-from kngd_ray.experiment.prepared import prepare
+from kngd_ray.experiment.prepared import TaskData, prepare
 from kngd_ray.experiment.task import open_task
 from kngd_ray.training.calibration import (
     AnyPredictor,
@@ -51,20 +53,23 @@ from kngd_ray.training.metrics import Scores
 from kngd_ray.training.start import HeadStart
 
 RESULTS = Path(__file__).parent / "results"
+CHOICE_SEED = 10  # its shots choose for all problems
 FOLDS = 2
-WIDTH, WIDTHS = "filter.tower_logit_variance", (0.1, 0.3, 1.0)
+WIDTH, WIDTHS = "filter.tower_logit_variance", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+RATES = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+RATES_OF_ALL = (5e-6, 1.5e-5, 3e-5, 5e-5, 1e-4, 1.5e-4, 3e-4, 5e-4)
 # what is run: settings, and what is tuned over which values
 METHODS: dict[str, tuple[list[str], str, tuple[float, ...]]] = {
-    "adapter adamw": (["method=adamw", "tune.views=0"], "optimizer.lr", (1e-3, 3e-3, 1e-2)),
+    "adapter adamw": (["method=adamw", "tune.views=0"], "optimizer.lr", tuple(10 * rate for rate in RATES)),
     "head": (["method=kalman", "tune.views=0"], "filter.logit_variance", (1000.0,)),
     # what those that train towers start from
     "head, views": (["method=kalman", "tune.parameters=lora", "epochs=0"], WIDTH, (0.0,)),
-    "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", (1e-4, 3e-4, 1e-3)),
+    "lora adamw": (["method=adamw", "tune.parameters=lora"], "optimizer.lr", RATES),
     "lora kalman": (["method=kalman", "tune.parameters=lora"], WIDTH, WIDTHS),
-    "norm adamw": (["method=adamw", "tune.parameters=norm"], "optimizer.lr", (1e-4, 3e-4, 1e-3)),
+    "norm adamw": (["method=adamw", "tune.parameters=norm"], "optimizer.lr", RATES),
     "norm kalman": (["method=kalman", "tune.parameters=norm"], WIDTH, WIDTHS),
-    "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", (1e-5, 3e-5, 1e-4)),
-    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", (1.5e-5, 5e-5, 1.5e-4)),
+    "full adamw": (["method=adamw", "tune.parameters=full"], "optimizer.lr", RATES_OF_ALL),
+    "full clip_cite": (["preset=clip_cite"], "optimizer.lr", RATES_OF_ALL),
     "full kalman": (["method=kalman", "tune.parameters=full"], WIDTH, WIDTHS),
 }
 
@@ -78,7 +83,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of the methods that train towers; default: each its preset's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tuned", help="results of another data set, whose tuned values are taken")
+    parser.add_argument("--choose", nargs="+", metavar="DATA[:DOMAIN]", help="choose one value for all problems")
+    parser.add_argument("--tuned", help="what --choose has kept")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--together", action="store_true", help="all fits in this process: their memory is not told")
     parser.add_argument("--markdown", action="store_true")
@@ -93,9 +99,13 @@ def main() -> None:
             print(_table(json.loads(path.read_text())))
         return
     tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
-    if args.together:
+    if args.together or args.choose:
         torch.set_num_threads(args.threads)
-    where = (f"_{args.domain}" if args.domain else "") + ("" if args.shots == 16 else f"_{args.shots}shots")
+    of_shots = "" if args.shots == 16 else f"_{args.shots}shots"
+    if args.choose:
+        _choose(args, RESULTS / f"towers_chosen{of_shots}.json")
+        return
+    where = (f"_{args.domain}" if args.domain else "") + of_shots
     path = RESULTS / f"towers_from_head_{Path(args.data).stem}{where}.json"
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done |= {
@@ -136,45 +146,103 @@ def _in_a_process(job: dict[str, Any], threads: int) -> dict[str, Any]:
     return found
 
 
-def _one(job: dict[str, Any]) -> dict[str, Any]:
-    """Tune on the shots of seed 0 where that is not done, then fit and test one seed."""
-    settings, knob, values = METHODS[job["method"]]
+def _choose(args: argparse.Namespace, path: Path) -> None:
+    """The value of each method with the least mean NLL of held-out training shots over the problems."""
+    chosen: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    chosen |= {"seed": CHOICE_SEED, "shots": args.shots, "epochs": args.epochs}
+    methods = chosen.setdefault("methods", {})
+    for method in args.methods:
+        _, knob, values = METHODS[method]
+        trials = methods.setdefault(method, {"knob": knob, "trials": {}})["trials"]
+        for problem in args.choose if len(values) > 1 else []:
+            data, _, domain = problem.partition(":")
+            name = f"{Path(data).stem} {domain}".strip()
+            job = {"method": method, "seed": CHOICE_SEED, "data": data, "domain": domain, "shots": args.shots}
+            began = time.monotonic()
+            with _opened(job | {"epochs": args.epochs}) as opened:
+                for value in values:
+                    found = trials.setdefault(f"{value:g}", {})
+                    if name not in found:
+                        found[name] = opened.held_out(knob, value)
+                        path.write_text(json.dumps(chosen, indent=1))
+            print(f"{method}, {name}: {time.monotonic() - began:.0f} s", flush=True)
+        means = {value: fmean(trials[f"{value:g}"].values()) if trials else 0.0 for value in values}
+        methods[method]["best"] = min(means, key=lambda value: means[value])
+        path.write_text(json.dumps(chosen, indent=1))
+        print(method, methods[method]["best"], {value: round(nll, 4) for value, nll in means.items()}, flush=True)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The fits of a method on the shots of a seed.
+
+    Attributes:
+        config: with the method's settings.
+        prepared: the data.
+        folder: for the pictures.
+    """
+
+    config: Config
+    prepared: TaskData
+    folder: Path
+
+    def task(self, config: Config) -> FitTask:
+        """The fit that a configuration asks for."""
+        prepared, seed = self.prepared, config.seeds[0]
+        shots = prepared.shots(seed, config.tune, self.folder)
+        scale, towers = prepared.model.logit_scale, prepared.towers(config.tune)
+        head = HeadStart.of(config.fit_options, prepared.support(seed))
+        return FitTask(config.fit_options, seed, shots, prepared.class_embeddings, scale, towers=towers, head=head)
+
+    def held_out(self, knob: str, value: float) -> float:
+        """NLL of the shots, each predicted by the mean of a fit on the other half; infinite where a fit fails."""
+        config = override(self.config, {knob: value})
+        found = []
+        for part, held in held_out_tasks(self.task(config), FOLDS):
+            try:
+                predictor = predictor_of(fit(part), replace(config.posterior, predict="mean"), config.tune.alpha)
+            except FilterError:
+                return float("inf")
+            found.append(Scores.of(predictor.predict(held.inputs, 0.0).probabilities, held.labels).nll)
+        return fmean(found)
+
+
+@contextmanager
+def _opened(job: dict[str, Any]) -> Iterator[_Opened]:
     data = [f"data.path={job['data']}", f"data.shots={job['shots']}", f"seeds={job['seed']}", "trainer.num_workers=0"]
     data += [f"data.train_domain={job['domain']}"] if job["domain"] else []
     data.append("data.draw=first")  # as in the results that are kept
-    config = load_config(overrides=[*settings, *data])
+    config = load_config(overrides=[*METHODS[job["method"]][0], *data])
     if job["epochs"] and config.tune.images and config.epochs:
         config = replace(config, epochs=job["epochs"])
-    prepared = prepare(open_task(config))
     with tempfile.TemporaryDirectory() as folder:
+        yield _Opened(config, prepare(open_task(config)), Path(folder))
 
-        def task(config: Config) -> FitTask:
-            seed = config.seeds[0]
-            shots = prepared.shots(seed, config.tune, Path(folder))
-            scale, towers = prepared.model.logit_scale, prepared.towers(config.tune)
-            head = HeadStart.of(config.fit_options, prepared.support(seed))
-            return FitTask(config.fit_options, seed, shots, prepared.class_embeddings, scale, towers=towers, head=head)
 
-        best, trials = job["best"], None
+def _one(job: dict[str, Any]) -> dict[str, Any]:
+    """Tune on the shots of seed 0 where that is not done, then fit and test one seed."""
+    _, knob, values = METHODS[job["method"]]
+    best, trials = job["best"], None
+    with _opened(job) as opened:
         if best is None:
-            trials = {value: _held_out(task(override(config, {knob: value})), config) for value in values}
+            trials = {value: opened.held_out(knob, value) for value in values}
             best = min(trials, key=lambda value: trials[value])
-        config = override(config, {knob: best})
+        config = override(opened.config, {knob: best})
+        task = opened.task(config)
         began = time.monotonic()
-        method = fit(task(config))
+        method = fit(task)
         seconds = time.monotonic() - began
         alone = not job.get("together")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if alone else None
-        tests = prepared.tests(config.seeds[0], config.tune)
+        tests = opened.prepared.tests(config.seeds[0], config.tune)
         predictor = predictor_of(method, replace(config.posterior, predict="mean"), config.tune.alpha)
         figures = _tested(predictor, tests, Calibration(0.0, 1.0))
         if config.method == "kalman":
-            fitted = task(config)
-            choose = calibrate if fitted.head is None else calibrate_by_head
-            chosen = choose(fitted, config.posterior)
+            choose = calibrate if task.head is None else calibrate_by_head
+            chosen = choose(task, config.posterior)
             figures["served"] = _tested(predictor_of(method, config.posterior), tests, chosen)
             figures |= {"tau": chosen.tau, "sharpening": chosen.sharpening}
-    figures |= {"seconds": seconds, "peak_mb": peak, "steps": task(config).sampler.steps}
+    figures |= {"seconds": seconds, "peak_mb": peak, "steps": task.sampler.steps}
     return {**figures, "best": best, "trials": trials}
 
 
@@ -184,18 +252,6 @@ def _tested(predictor: AnyPredictor, tests: Mapping[str, Any], chosen: Calibrati
     if report["ood"]:
         figures["ood"] = _figures(report["ood"]["mean"])
     return figures
-
-
-def _held_out(task: FitTask, config: Config) -> float:
-    """NLL of the shots, each predicted by the mean of a fit on the other half."""
-    found = []
-    for part, held in held_out_tasks(task, FOLDS):
-        try:
-            predictor = predictor_of(fit(part), replace(config.posterior, predict="mean"), config.tune.alpha)
-        except FilterError:
-            return float("inf")
-        found.append(Scores.of(predictor.predict(held.inputs, 0.0).probabilities, held.labels).nll)
-    return fmean(found)
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:

@@ -29,13 +29,18 @@ class TestPictures:
 
     Attributes:
         images: the data set.
-        rows: (N,) which of its pictures, ascending.
+        rows: (N,) which of its pictures, ascending, as they are read; a ValueError refuses others, whose labels would
+            be those of other pictures.
     """
 
     __test__ = False  # the name means something else to pytest
 
     images: ImageSet
     rows: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if (np.diff(self.rows) <= 0).any():
+            raise ValueError("rows of test pictures must ascend, since they are read in the data set's order")
 
     @cached_property
     def labels(self) -> Tensor:

@@ -13,7 +13,7 @@ from kngd_ray.filters import Diagonal, Inflate, Kronecker
 from kngd_ray.training.batches import Support, seeded
 from kngd_ray.training.calibration import Calibration, calibrate, predictor_of
 from kngd_ray.training.fit import FitTask, fit
-from kngd_ray.training.interval import interval_scale, probability_interval, probability_std
+from kngd_ray.training.interval import _centre, interval_scale, probability_interval, probability_std
 from kngd_ray.training.novelty import (
     Novelty,
     calibrate_and_compare,
@@ -78,6 +78,32 @@ def test_interval_holds_the_probability_and_widens_with_its_scale() -> None:
         assert bool(((interval >= 0) & (interval <= 1)).all())
         widths.append(float((interval[:, 1] - interval[:, 0]).mean()))
     assert widths == sorted(widths)
+
+
+def test_probabilities_of_an_interval_average_to_the_predicted_one() -> None:
+    rest = torch.tensor([0.9, 0.5, 0.3, 1e-2, 1e-6, 1e-30], dtype=torch.float64).repeat_interleave(4)
+    sigma = torch.tensor([0.0, 0.3, 2.0, 5.0], dtype=torch.float64).repeat(6)
+    centre = _centre(1 - rest, rest, sigma)
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2)
+    for m, s, expected in zip(centre, sigma, rest, strict=True):
+        average = float((torch.sigmoid(-m - s * z) * density).sum() / density.sum())
+        assert average == pytest.approx(float(expected), rel=0.02)
+    certain, impossible = (_centre(torch.tensor([p]), torch.tensor([1 - p]), torch.ones(1)) for p in (1.0, 0.0))
+    assert float(certain) == -float(impossible) > 80
+
+
+def test_in_log_odds_the_interval_of_a_confident_prediction_reaches_further_up() -> None:
+    """As far up as down, as around the prediction's own log-odds, probabilities would average to less than it."""
+    predictor = predictor_of(fit(task_of()), PosteriorOptions(predict="linearised"))
+    x = pictures(20, 3).features
+    found = predictor.predict(x, 0.01)
+    best = found.probabilities.max(1).values.double()
+    interval = probability_interval(predictor, x, found, 0.3)
+    down, up = best.logit() - interval[:, 0].logit(), interval[:, 1].logit() - best.logit()
+    confident = best > 0.6
+    assert bool(confident.any())
+    assert bool((up > down)[confident].all())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.streamed import StreamedPosterior
 
 _MEASURED = 64  # shots
-_AT_ONCE = 32
+_AT_ONCE = 32  # rows: what a step of that many samples holds
 _ROWS = 128  # at least, of all shots together
 _SIGNS = 4  # stream of random numbers, apart from those of batches, labels and crops
 
@@ -56,7 +56,7 @@ def measured_variance(method: KalmanNGD, shots: Shots) -> float:
     names, n = set(posterior.of_towers), len(shots)
     C, total = network.classes, 0.0
     k = min(C, max(2, -(-_ROWS // max(n, 1))))
-    for chunk in torch.linspace(0, max(n - 1, 0), min(n, _MEASURED)).round().long().split(_AT_ONCE):
+    for chunk in torch.linspace(0, max(n - 1, 0), min(n, _MEASURED)).round().long().split(max(1, _AT_ONCE // k)):
         sizes = split_evenly(len(chunk), group.world_size)
         own = chunk.split(sizes)[group.rank]
         passed = posterior.observer.linearizer.run(_inputs(network, shots, own))

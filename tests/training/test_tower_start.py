@@ -15,6 +15,7 @@ from kngd_ray.clip import CLIPNetwork, TuneOptions
 from kngd_ray.clip.adapters import Bottleneck, ClassResidual, Linear
 from kngd_ray.filters import BlockDiagonal, Diagonal, Factors, Inflate, Kronecker, Layer, Rows, Transition
 from kngd_ray.observations import Categorical, Linearizer, trainable
+from kngd_ray.observations.linearise import Linearisation
 from kngd_ray.sharding import Group, Observed, SingleProcess, StreamedFilter
 from kngd_ray.training import calibration, checkpoint
 from kngd_ray.training.batches import Support
@@ -192,6 +193,20 @@ def test_the_prior_is_the_variance_of_a_logit(parameters, scale, shots) -> None:
         if name.startswith("clip.")
     ) / (len(shots) * C)
     assert float(exact) == pytest.approx(7.0, rel=1e-3)
+
+
+def test_the_prior_is_measured_on_no_more_rows_at_once_than_a_step_has(shots, monkeypatch) -> None:
+    """A row holds the derivative at the output of every layer: of many at once they would not fit into memory."""
+    task = changed(shots, {"tower_logit_variance": 7.0, "covariance": Diagonal()}, tune=TuneOptions(parameters="lora"))
+    method, rows, own = begin(task, SingleProcess()), [], Linearisation.jacobian
+    assert isinstance(method, KalmanNGD)
+    monkeypatch.setattr(Linearisation, "jacobian", lambda self, V: rows.append(V.shape[0] * V.shape[1]) or own(self, V))
+    expected = measured_variance(method, shots)
+    assert max(rows) > 8
+    monkeypatch.setattr("kngd_ray.training.tower_prior._AT_ONCE", 8)
+    rows.clear()
+    assert measured_variance(method, shots) == pytest.approx(expected, rel=1e-4)
+    assert max(rows) <= 8
 
 
 def test_towers_are_conditioned_as_if_head_and_towers_had_been_together() -> None:

@@ -97,8 +97,11 @@ def main() -> None:
         print(json.dumps(_one(json.loads(args.one))))
         return
     if args.markdown:
-        for path in sorted(RESULTS.glob("towers_from_head_*.json")):
-            print(_table(json.loads(path.read_text())))
+        problems = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("towers_from_head_*.json"))]
+        for done in problems:
+            print(_table(done))
+        for less in ("head, views", "norm adamw", "lora adamw", "full adamw", "full clip_cite"):
+            print(_paired(problems, less))
         return
     tuned = json.loads(Path(args.tuned).read_text())["methods"] if args.tuned else {}
     if args.together or args.choose:
@@ -289,6 +292,33 @@ def _table(done: dict[str, Any]) -> str:
         if all("served" in run for run in runs):
             served = [f"{method}, served", "", "", *_row([run["served"] for run in runs]), "", ""]
             lines.append(f"| {' | '.join(served)} |")
+    return "\n".join([*lines, ""])
+
+
+def _paired(problems: Sequence[Mapping[str, Any]], less: str) -> str:
+    """What methods have more than another on the same shots: a mean over seeds, then over problems with its interval."""
+    lines = [f"less {less}: mean over problems", ""]
+    columns = [(key, part) for key in ("accuracy", "nll", "ece") for part in ("id", "ood")]
+    lines.append("| | problems | " + " | ".join(f"{part.upper()} {key}" for key, part in columns) + " |")
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for method in METHODS:
+        both = [done["methods"] for done in problems if {method, less} <= done["methods"].keys()]
+        if method == less or not both:
+            continue
+        cells = []
+        for key, part in columns:
+            found = [
+                fmean(
+                    of[method][seed][part][key] - of[less][seed][part][key]
+                    for seed in of[less].keys() & of[method].keys()
+                    if seed.isdigit()
+                )
+                for of in both
+                if part in of[less]["0"]
+            ]
+            factor, digits = (100, 1) if key == "accuracy" else (1, 3)
+            cells.append(with_interval(interval(found), factor, digits).replace("±", " ± "))
+        lines.append(f"| {method} | {len(both)} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

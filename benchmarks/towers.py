@@ -296,7 +296,7 @@ def _table(done: dict[str, Any]) -> str:
 
 
 def _paired(problems: Sequence[Mapping[str, Any]], less: str) -> str:
-    """What methods have more than another on the same shots: a mean over seeds, then over problems with its interval."""
+    """What methods have more than another on the same shots: mean over seeds, then over problems with its interval."""
     lines = [f"less {less}: mean over problems", ""]
     columns = [(key, part) for key in ("accuracy", "nll", "ece") for part in ("id", "ood")]
     lines.append("| | problems | " + " | ".join(f"{part.upper()} {key}" for key, part in columns) + " |")

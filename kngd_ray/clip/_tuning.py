@@ -33,6 +33,8 @@ class TuneOptions:
         views: random crops of each picture, as `augment` draws them, that a head on frozen features learns from beside
             the picture as it is. A fit that ends at its mode sees all of them at once, and together they count as one
             picture; others see another one in each epoch. Towers start from a head that has seen them.
+        refit: whether the filter fits the head of `start` again once the towers are trained, on their features of the
+            shots and the crops.
         include: patterns of what is trained by ``lora``, ``norm`` and ``full``.
         exclude: patterns of what is not, though included.
         rank: r of a low-rank update ``scaling * B A``, A (r, i), B (o, r); at most a layer's own width.
@@ -50,6 +52,7 @@ class TuneOptions:
     parameters: Parameters = "adapter"
     start: Start = "head"
     views: int = 8
+    refit: bool = True
     include: tuple[str, ...] = ("visual.*",)
     exclude: tuple[str, ...] = ("*token_embedding*", "logit_scale", "logit_bias")
     rank: int = 2

@@ -82,7 +82,7 @@ def train(config: Config, display: Display, backend: Backend = HERE, *, resume: 
         trainer = backend.with_gpus(config.trainer)
         display.say(_where(trainer, asked=config.trainer.most_workers))
         for c in configs:
-            if (start := describe_start(c.tune, c.adapter, c.prior)) is not None:
+            if (start := describe_start(c.fit_options, c.prior)) is not None:
                 display.say(f"{c.method}: {start}")
             for note in c.fit_options.notes if c.prior is None else ():  # which has a variance of its own
                 display.say(f"{c.method}: {note}")

@@ -46,6 +46,8 @@ def without_effect(
         return f"method={options.method}"
     if not options.tune.images and (key in _OF_TOWERS or (head == "tune" and rest and rest not in _OF_HEADS)):
         return f"tune.parameters={options.tune.parameters}"
+    if key == "tune.refit" and not kalman:
+        return f"method={options.method}"
     if head != "posterior":
         return _without_effect_on_fit(options, key, protocol)
     if protocol == "stream" and rest in {"folds", "sharpening_spread"}:  # what has been predicted so far chooses
@@ -85,7 +87,7 @@ def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) 
         return "noise.observation=categorical" if known else None
     if key in _OF_CROPS and key != "tune.augment" and options.tune.augment == "none":
         return "tune.augment=none"
-    if key == "tune.views" and options.tune.images and not options.tune.after_head:
+    if key in {"tune.views", "tune.refit"} and options.tune.images and not options.tune.after_head:
         return f"tune.start={options.tune.start}"
     if key in _OF_CROPS and not options.tune.images:  # towers crop the pictures themselves
         if protocol == "stream":

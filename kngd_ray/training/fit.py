@@ -351,6 +351,10 @@ def fit(
             if on_checkpoint is not None and checkpoint_every and done % checkpoint_every == 0 and done < steps:
                 on_checkpoint(done, method)
             began = perf_counter()
+    from kngd_ray.training.refit import refit_head, refits  # which itself fits
+
+    if refits(task):
+        refit_head(task, method, group, device)
     if on_checkpoint is not None:
         on_checkpoint(steps, method)
     return method

@@ -7,14 +7,12 @@ at their prior. The shots are not counted twice, see :mod:`~kngd_ray.sharding.st
 weights.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kngd_ray.clip import CLIPNetwork, TuneOptions
-from kngd_ray.clip.adapters import AnyAdapter
+from kngd_ray.clip import CLIPNetwork
 from kngd_ray.filters import Belief
 from kngd_ray.sharding import Group
 from kngd_ray.training.batches import Support
@@ -66,23 +64,23 @@ class HeadStart:
         return replace(self, support=self.support.to(device))
 
 
-def describe_start(tune: TuneOptions, adapter: Sequence[AnyAdapter], prior: str | None) -> str | None:
-    """Where a run of towers begins, in a line.
+def describe_start(options: FitOptions, prior: str | None) -> str | None:
+    """Where a run of towers begins, and what becomes of the head that it begins at, in a line.
 
     Args:
-        tune: what is trained.
-        adapter: the adapters.
+        options: of the fit.
         prior: the run that it continues.
 
     Returns:
         A sentence without its full stop; None where no towers are trained.
     """
-    if not tune.images or prior is not None:
+    if not options.tune.images or prior is not None:
         return None
-    names = " and ".join(one.kind for one in adapter)
-    if tune.start == "zero_shot":
+    names = " and ".join(one.kind for one in options.adapter)
+    if options.tune.start == "zero_shot":
         return "the towers are trained from zero-shot CLIP" + (f" together with {names}" if names else "")
-    return f"{names} fitted first by the default preset on frozen features, then trained on together with the towers"
+    begin = f"{names} fitted first by the default preset on frozen features, then trained on together with the towers"
+    return f"{begin}, and fitted again on features of the trained towers" if options.refits else begin
 
 
 def begin_at(network: CLIPNetwork, fitted: MethodState, group: Group) -> None:

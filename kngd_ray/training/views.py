@@ -6,7 +6,7 @@ all views of a picture at once and counts them as one (:func:`~kngd_ray.training
 see a different view in each epoch.
 """
 
-from kngd_ray.clip import AnyModel, ClipModel, TuneOptions, augmentation_of
+from kngd_ray.clip import AnyModel, ClipModel, CLIPNetwork, TuneOptions, augmentation_of
 from kngd_ray.data import Crops
 from kngd_ray.training.options import FitOptions
 
@@ -47,7 +47,7 @@ def views_of(options: FitOptions, pictures: int) -> int:
     return max(0, min(tune.views, _MOST // pictures - 1))
 
 
-def drawn(model: ClipModel, tune: TuneOptions, count: int) -> Crops | None:
+def drawn(model: ClipModel | CLIPNetwork, tune: TuneOptions, count: int) -> Crops | None:
     """Crops as a model takes them.
 
     Args:

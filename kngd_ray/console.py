@@ -99,7 +99,7 @@ class Display:
             for fit, steps in fits.items():
                 if done[fit] < steps:
                     return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: fitting"
-            return "fits are done"
+            return "all steps are done"
 
         with self._progress("{task.fields[figures]}") as bar, self._alive(going) as said:
             last: dict[str, float] = {}

@@ -236,13 +236,8 @@ class FitOptions:
 
     @property
     def refits(self) -> bool:
-        """Whether the head that towers start from is fitted again when they are trained.
-
-        Adapters that measure features from a centre are not: towers and adapters that are averaged with where they
-        began (``tune.alpha``) would measure from two.
-        """
-        centred = any(isinstance(one, ClassResidual) and one.centred for one in self.adapter)
-        return self.method == "kalman" and self.tune.after_head and self.tune.refit and not centred
+        """Whether the head that towers start from is fitted again when they are trained."""
+        return self.method == "kalman" and self.tune.after_head and self.tune.refit
 
     @property
     def notes(self) -> list[str]:

@@ -60,8 +60,9 @@ def refit_head(task: FitTask, method: Method, group: Group, device: torch.device
     with torch.no_grad():
         seen = _features(network, task, group) if network.image_trained else first.support
         classes = network.classifier().to(first.class_embeddings)
+        on_trained = replace(first, support=seen, class_embeddings=classes)
     try:
-        again = fit(replace(first, support=seen, class_embeddings=classes), device=device)
+        again = fit(on_trained, device=device)
     except FilterError as error:
         raise FilterError(
             f"the head could not be fitted again on the features of the trained towers: {error} Or keep it as the "
@@ -90,9 +91,9 @@ def _features(network: CLIPNetwork, task: FitTask, group: Group) -> Support:
     with ThreadPoolExecutor(decoding_threads(group.world_size), "pictures") as pool:
         for some in own.split(max(1, _AT_ONCE // (1 + count))):
             views = list(pool.map(lambda i: _views(network, shots, int(i), crops), some))
-            pixels = network.received(torch.cat(views))
-            encoded.append(network.encode(pixels).to(like).unflatten(0, (len(some), -1)))
-    found = group.gather_rows(torch.cat(encoded), sizes)
+            pixels = network.received(torch.cat(views)).to(like.dtype)
+            encoded.append(network.encode(pixels).unflatten(0, (len(some), -1)))
+    found = group.gather_rows(torch.cat(encoded), sizes).to(first.support.features.dtype)
     return Support(found[:, 0], shots.labels.to(like.device), found[:, 1:] if count else None)
 
 

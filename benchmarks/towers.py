@@ -287,7 +287,8 @@ def _table(done: dict[str, Any]) -> str:
         runs = [run for seed, run in found.items() if seed.isdigit()]
         row = [method, f"{found['knob']}={found['best']:g}", f"{runs[0]['steps']}", *_row(runs)]
         peaks = [run["peak_mb"] for run in runs if run["peak_mb"] is not None]
-        row += [f"{fmean(run['seconds'] for run in runs):.0f}", f"{max(peaks):.0f}" if peaks else ""]
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        row += [f"{fmean(seconds):.0f}" if seconds else "", f"{max(peaks):.0f}" if peaks else ""]
         lines.append(f"| {' | '.join(row)} |")
         if all("served" in run for run in runs):
             served = [f"{method}, served", "", "", *_row([run["served"] for run in runs]), "", ""]

@@ -5,7 +5,7 @@
     python -m benchmarks.towers --markdown
 
 Whatever trains towers starts where the head of the default preset ended, fitted on crops of the pictures too
-(``tune.views``). Every method is tuned by eight trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior
+(``tune.views``); the filter fits it again when they are trained (``tune.refit``). Every method is tuned by eight trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior
 variance for Kalman, by the NLL of held-out training shots (two folds). It is one choice for all problems (``--choose``,
 the geometric mean over those named, shots of a seed that no table reports), or one for the problem itself, by the
 support set of its first seed. The test pictures are seen once, by the winner. Figures are of the mean of the weights,

@@ -5,14 +5,15 @@
     python -m benchmarks.towers --markdown
 
 Whatever trains towers starts where the head of the default preset ended, fitted on crops of the pictures too
-(``tune.views``); the filter fits it again when they are trained (``tune.refit``). Every method is tuned by eight trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior
-variance for Kalman, by the NLL of held-out training shots (two folds). It is one choice for all problems (``--choose``,
-the geometric mean over those named, shots of a seed that no table reports), or one for the problem itself, by the
-support set of its first seed. The test pictures are seen once, by the winner. Figures are of the mean of the weights,
-without tau; for Kalman *served* are those of its predictions as ``kngd-ray train`` makes them: linearised, at the tau
-and the sharpening that folds of the head choose. Gradient methods are served by their mean. Each fit is a process of
-its own, so that its peak memory is its own, unless they are to run together; what is finished is kept and not computed
-again. What was tried for the presets is in TOWERS_LOG.md beside this.
+(``tune.views``); the filter fits it again when they are trained (``tune.refit``). Every method is tuned by eight
+trials: the learning rate of AdamW and of CLIP-CITE, the towers' prior variance for Kalman, by the NLL of held-out
+training shots (two folds). It is one choice for all problems (``--choose``, the geometric mean over those named, shots
+of a seed that no table reports), or one for the problem itself, by the support set of its first seed. The test pictures
+are seen once, by the winner. Figures are of the mean of the weights, without tau; for Kalman *served* are those of its
+predictions as ``kngd-ray train`` makes them: linearised, at the tau and the sharpening that folds of the head choose.
+Gradient methods are served by their mean. Each fit is a process of its own, so that its peak memory is its own, unless
+they are to run together; what is finished is kept and not computed again. What was tried for the presets is in
+TOWERS_LOG.md beside this.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def without_effect(
     kalman = options.method == "kalman"
     if head in ({"optimizer"} if kalman else {"filter", "noise", "observation"}):
         return f"method={options.method}"
-    if prior is not None and key in _OF_START:
+    if prior is not None and key in {*_OF_START, "tune.refit"}:
         return f"prior={prior}"
     if key == "optimizer.momentum" and options.method != "sgd":
         return f"method={options.method}"

@@ -158,6 +158,13 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
         ),
         (["method=adamw", "epochs=1", "tune.views=4"], ["tune.views has no effect with epochs=1"]),
         (["tune.augment=none", "tune.views=4"], ["tune.views has no effect with tune.augment=none"]),
+        (["tune.refit=false"], ["tune.refit has no effect with tune.parameters=adapter"]),
+        (["tune.parameters=lora", "method=adamw", "tune.refit=true"], ["tune.refit has no effect with method=adamw"]),
+        (
+            ["tune.parameters=lora", "tune.start=zero_shot", "tune.refit=false"],
+            ["tune.refit has no effect with tune.start=zero_shot"],
+        ),
+        (["tune.parameters=lora", "tune.refit=false"], []),
         (
             ["tune.parameters=lora", "tune.start=zero_shot", "tune.views=4", "tune.augment=random_resized_crop"],
             ["tune.views has no effect with tune.start=zero_shot"],

@@ -34,7 +34,7 @@ class TuneOptions:
             the picture as it is. A fit that ends at its mode sees all of them at once, and together they count as one
             picture; others see another one in each epoch. Towers start from a head that has seen them.
         refit: whether the filter fits the head of `start` again once the towers are trained, on their features of the
-            shots and the crops.
+            shots and the crops. At an `alpha` below 1 it does not: other towers than these are served.
         include: patterns of what is trained by ``lora``, ``norm`` and ``full``.
         exclude: patterns of what is not, though included.
         rank: r of a low-rank update ``scaling * B A``, A (r, i), B (o, r); at most a layer's own width.

@@ -89,12 +89,23 @@ def _without_effect_on_fit(options: FitOptions, key: str, protocol: str | None) 
         return "tune.augment=none"
     if key in {"tune.views", "tune.refit"} and options.tune.images and not options.tune.after_head:
         return f"tune.start={options.tune.start}"
+    if key == "tune.refit":
+        return _keeps_the_head(options)
     if key in _OF_CROPS and not options.tune.images:  # towers crop the pictures themselves
         if protocol == "stream":
             return "protocol=stream"
         if not options.at_mode and options.epochs < 2:
             return f"epochs={options.epochs}"
     return None
+
+
+def _keeps_the_head(options: FitOptions) -> str | None:
+    """The setting by which the head of trained towers is not fitted again, whatever ``tune.refit`` says."""
+    if options.filter.tower_logit_variance == 0:
+        return "filter.tower_logit_variance=0"
+    if options.epochs == 0:
+        return "epochs=0"
+    return None if options.tune.alpha == 1 else f"tune.alpha={options.tune.alpha:g}"
 
 
 def ignored(

@@ -236,8 +236,12 @@ class FitOptions:
 
     @property
     def refits(self) -> bool:
-        """Whether the head that towers start from is fitted again when they are trained."""
-        return self.method == "kalman" and self.tune.after_head and self.tune.refit
+        """Whether the head that towers start from is fitted again when they are trained.
+
+        Not where they cannot have moved, nor where others than the trained ones are served (``tune.alpha``).
+        """
+        moves = self.filter.tower_logit_variance != 0 and self.epochs > 0
+        return self.method == "kalman" and self.tune.after_head and self.tune.refit and moves and self.tune.alpha == 1
 
     @property
     def notes(self) -> list[str]:

@@ -8,6 +8,7 @@ Its prior stays what the shots decided then: how far the zero-shot logits are be
 Folds over features that were themselves fitted to the shots would decide on a prior that is too wide.
 """
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -29,27 +30,25 @@ from kngd_ray.training.pictures import Pictures
 from kngd_ray.training.start import from_first, take_covariance
 from kngd_ray.training.views import drawn
 
+logger = logging.getLogger(__name__)
 _AT_ONCE = 64  # pictures and crops
 
 
 def refits(task: FitTask) -> bool:
-    """Whether a fit of towers ends with that of its head: not where they cannot have moved."""
-    if task.head is None or task.prior is not None or not task.options.refits:
-        return False
-    return task.options.filter.tower_logit_variance != 0 and task.sampler.steps > 0
+    """Whether a fit of towers ends with that of its head; one that is scored by its steps has no use for it."""
+    return task.options.refits and task.head is not None and task.prior is None and not task.prequential
 
 
 def refit_head(task: FitTask, method: Method, group: Group, device: torch.device | str = "cpu") -> None:
     """Condition the head of trained towers on their features of the shots.
+
+    Where that cannot be done, the head stays as the towers left it, which a warning tells: they have taken their time.
 
     Args:
         task: a fit of towers that started at a head, see :func:`refits`.
         method: after its last step; the head's mean and covariance are written into its belief.
         group: the ranks, which share the pictures among them.
         device: where to compute.
-
-    Raises:
-        FilterError: the head could not be fitted on these features.
     """
     assert isinstance(method, KalmanNGD)
     network = method.head
@@ -61,15 +60,17 @@ def refit_head(task: FitTask, method: Method, group: Group, device: torch.device
         seen = _features(network, task, group) if network.image_trained else first.support
         classes = network.classifier().to(first.class_embeddings)
         on_trained = replace(first, support=seen, class_embeddings=classes)
+    fitted, reason = None, ""
     try:
         again = fit(on_trained, device=device)
+        assert isinstance(again, KalmanNGD)
+        fitted = again.state()
     except FilterError as error:
-        raise FilterError(
-            f"the head could not be fitted again on the features of the trained towers: {error} Or keep it as the "
-            "towers left it: tune.refit=false."
-        ) from error
-    assert isinstance(again, KalmanNGD)
-    fitted = again.state()
+        reason = str(error)
+    failed = group.sum(torch.tensor(float(fitted is None), device=device))  # processors may round differently
+    if fitted is None or bool(failed):
+        logger.warning("the head stays as the trained towers left it, as it could not be fitted again: %s", reason)
+        return
     with torch.no_grad():
         for name, weight in network.head.named_parameters():
             if name in fitted.weights:
@@ -89,7 +90,7 @@ def _features(network: CLIPNetwork, task: FitTask, group: Group) -> Support:
     like = network.class_embeddings
     encoded = [like.new_empty(0, 1 + count, network.embed_dim)]
     with ThreadPoolExecutor(decoding_threads(group.world_size), "pictures") as pool:
-        for some in own.split(max(1, _AT_ONCE // (1 + count))):
+        for some in own.split(max(1, _AT_ONCE // (1 + count))) if len(own) else ():  # ranks may outnumber shots
             views = list(pool.map(lambda i: _views(network, shots, int(i), crops), some))
             pixels = network.received(torch.cat(views)).to(like.dtype)
             encoded.append(network.encode(pixels).unflatten(0, (len(some), -1)))

@@ -108,12 +108,13 @@ def put_start(network: CLIPNetwork) -> None:
 
 
 def take_covariance(method: KalmanNGD, fitted: MethodState, held_out: Tensor | None) -> None:
-    """Give the belief of a fit of towers the head's covariance, before its first step.
+    """Give the belief of a fit of towers the covariance of a head: of the first, or of the one that is fitted again.
 
     Args:
-        method: at its prior, on the head's weights.
+        method: at its prior or after its last step, on the head's weights.
         fitted: the head's fit on this rank.
-        held_out: (N, C) logits of the shots by heads that have not seen them, less the head's; None if not known.
+        held_out: (N, C) logits of the shots by heads that have not seen them, less the head's; None if not known,
+            which keeps what was.
     """
     assert isinstance(method.posterior, StreamedPosterior)
     filter, belief = method.posterior.filter, method.belief

@@ -165,6 +165,15 @@ def test_a_table_says_what_was_chosen_on_the_shots(settings: list[str], said: st
             ["tune.refit has no effect with tune.start=zero_shot"],
         ),
         (["tune.parameters=lora", "tune.refit=false"], []),
+        (["tune.parameters=lora", "tune.refit=true", "epochs=0"], ["tune.refit has no effect with epochs=0"]),
+        (
+            ["tune.parameters=lora", "tune.refit=true", "filter.tower_logit_variance=0"],
+            ["tune.refit has no effect with filter.tower_logit_variance=0"],
+        ),
+        (
+            ["tune.parameters=lora", "tune.refit=true", "tune.alpha=0.5"],
+            ["tune.refit has no effect with tune.alpha=0.5"],
+        ),
         (
             ["tune.parameters=lora", "tune.start=zero_shot", "tune.views=4", "tune.augment=random_resized_crop"],
             ["tune.views has no effect with tune.start=zero_shot"],

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ from torch.nn.functional import normalize
 
 from kngd_ray.clip import CLIPNetwork, ModelConfig, TuneOptions
 from kngd_ray.clip.adapters import ClassResidual
-from kngd_ray.data import DataConfig, PictureFile, content_key, open_images
+from kngd_ray.data import DataConfig, PictureFile, decode, open_images
 from kngd_ray.filters import Diagonal, OrnsteinUhlenbeck
 from kngd_ray.observations import LogLikelihood
 from kngd_ray.sharding import Group
@@ -86,9 +85,12 @@ def started(task: FitTask) -> FitTask:
 
     made = crops_of(task.options, model, len(shots))
     crops = None
-    if made is not None:
-        of = lambda picture, n: model.transform(made.of(picture, content_key(picture.tobytes()))[n])  # noqa: E731
-        crops = torch.stack([embedded(partial(of, n=n)) for n in range(made.count)], 1)
+    if made is not None:  # of the keys by which runs keep them
+        keys = [shots.file.keys[place] for place in shots.positions.tolist()]
+        pictures = [decode(shots.file.read(place), shots.file.place(place)) for place in shots.positions.tolist()]
+        views = [[model.transform(view) for view in made.of(*of)] for of in zip(pictures, keys, strict=True)]
+        with torch.no_grad():
+            crops = torch.stack([normalize(model.network.encode_image(torch.stack(of)), dim=1) for of in views])
     return replace(task, head=HeadStart.of(task.options, Support(embedded(model.transform), shots.labels, crops)))
 
 

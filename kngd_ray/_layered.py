@@ -326,11 +326,16 @@ def _raw(node: Node) -> Any:
     return {key: _raw(item) for key, item in node.items()}
 
 
+def layers_of(node: Node) -> set[int]:
+    """The layers that have set any part of a node, and been kept."""
+    if isinstance(node, Leaf):
+        return {node.layer}
+    return {layer for item in (node if isinstance(node, list) else node.values()) for layer in layers_of(item)}
+
+
 def _newest(node: Node) -> int:
     """The latest layer that set any part of a node."""
-    if isinstance(node, Leaf):
-        return node.layer
-    return max((_newest(item) for item in (node if isinstance(node, list) else node.values())), default=-1)
+    return max(layers_of(node), default=-1)
 
 
 def _deeper(key: str, leaves: Sequence[str]) -> list[str]:

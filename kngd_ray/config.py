@@ -6,7 +6,7 @@ a YAML file, ``key=value`` overrides. Keys are dotted paths into :class:`Config`
 * A *choice* (a covariance family, an adapter, an observation model, ...) is a mapping with a
   ``kind`` and that kind's own options, and a bare name is short for it:
   ``filter.covariance=dense``, then ``filter.covariance.rule=vdekf``. When a later layer changes the
-  kind, options of the earlier kind that the new one does not have are dropped.
+  kind, options of the earlier kind that the new one does not have are dropped; those of one command line are refused.
 * A list with one element can be addressed without its index: ``adapter.width=32``. Bare names in a list keep the
   options that a layer below gave to that kind: ``observation=cosine`` is a preset's cosine, with its r0.
 
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from kngd_ray import configs
-from kngd_ray._layered import DEFAULTS, Node, T, assign, build, flat, kind_at, merge, plain, shortened
+from kngd_ray._layered import DEFAULTS, Node, T, assign, build, flat, kind_at, layers_of, merge, plain, shortened
 from kngd_ray._run_layout import DEFAULT_STORAGE
 from kngd_ray._yaml import LimitError, RepeatedError, dumped, typed
 from kngd_ray.clip import ModelConfig, check_without_towers
@@ -237,6 +237,7 @@ def load_config(
         assignments = [*_taken_back(_spread(assignments), tree), *assignments]
         for number, (path, value) in enumerate(assignments, start=len(layers)):
             tree = assign(tree, path.split("."), value, number, path)
+        _refuse_dropped(assignments, len(layers), tree)
         tree = merge(tree, {**(forced or {}), "preset": preset}, len(layers) + len(assignments))
         return build(Config, tree, "")
 
@@ -252,6 +253,27 @@ def _depth_errors() -> Iterator[None]:
         yield
     except RecursionError as error:
         raise UsageError("the settings refer to themselves, or are nested too deeply.") from error
+
+
+def _refuse_dropped(assignments: Sequence[tuple[str, Any]], first: int, tree: Node) -> None:
+    """Refuse an option that a later choice of another kind has dropped: which one it was for, nobody can tell.
+
+    Args:
+        assignments: of one command line.
+        first: the layer of the first of them.
+        tree: all layers up to the last of them.
+
+    Raises:
+        UsageError: there is one.
+    """
+    kept = layers_of(tree)
+    for number, (path, _) in enumerate(assignments):
+        after = assignments[number + 1 :]
+        above = next(
+            (of for of, given in after if path.startswith(f"{of}.") and path not in dict(flat(given, of))), None
+        )
+        if first + number not in kept and above is not None:
+            raise UsageError(f"{path} is set before {above}, which then replaces it: set {above} first.")
 
 
 def _spread(assignments: Iterable[tuple[str, Any]]) -> dict[str, Any]:

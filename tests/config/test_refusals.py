@@ -22,6 +22,19 @@ def refusal(*settings: str, file: Path | None = None) -> str:
     return sentence
 
 
+def test_an_option_of_a_choice_that_is_replaced_after_it() -> None:
+    """It was dropped without a word, and the fit took the default."""
+    for before, after in [
+        ("adapter.width=32", "adapter=bottleneck"),
+        ("observation.0.r0=7", "observation=log_likelihood,cosine"),
+    ]:
+        assert "is set before" in refusal(before, after)
+        load_config(overrides=[after, before])
+    settled = load_config(overrides=["adapter.width=32", "adapter={kind: bottleneck, width: 16}"])
+    assert settled.adapter[0].width == 16
+    assert load_config(overrides=["observation.0.r0=7", "observation=categorical"]).observation[0].r0 == 7
+
+
 def test_wrong_setting(subtests: pytest.Subtests) -> None:
     for setting, words in [
         # misspelt: the nearest valid name

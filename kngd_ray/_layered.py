@@ -328,9 +328,14 @@ def _raw(node: Node) -> Any:
 
 def layers_of(node: Node) -> set[int]:
     """The layers that have set any part of a node, and been kept."""
-    if isinstance(node, Leaf):
-        return {node.layer}
-    return {layer for item in (node if isinstance(node, list) else node.values()) for layer in layers_of(item)}
+    found, left = set(), [node]
+    while left:
+        part = left.pop()
+        if isinstance(part, Leaf):
+            found.add(part.layer)
+        else:
+            left += part if isinstance(part, list) else part.values()
+    return found
 
 
 def _newest(node: Node) -> int:

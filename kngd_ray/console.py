@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -84,11 +84,14 @@ class Display:
             yield advance
 
     @contextmanager
-    def steps(self, fits: Mapping[str, int]) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    def steps(
+        self, fits: Mapping[str, int], *, refitted: Collection[str] = ()
+    ) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
         """Progress of fits.
 
         Args:
             fits: names, and steps of each. One step of the default is a whole fit, and may take a while.
+            refitted: those whose head is fitted again after their steps, which takes a while too.
 
         Yields:
             A function to call with a fit's name and the fields of a step record.
@@ -96,10 +99,14 @@ class Display:
         done = dict.fromkeys(fits, 0)
 
         def going() -> str:
+            before = ""
             for fit, steps in fits.items():
+                if 0 < done[fit] < steps:
+                    return f"{fit}: step {done[fit]} of {steps}"
                 if done[fit] < steps:
-                    return f"{fit}: step {done[fit]} of {steps}" if done[fit] else f"{fit}: fitting"
-            return "all steps are done"
+                    return f"{before}: fitting its head again, then {fit}" if before in refitted else f"{fit}: fitting"
+                before = fit
+            return f"{before}: fitting its head again" if before in refitted else "all steps are done"
 
         with self._progress("{task.fields[figures]}") as bar, self._alive(going) as said:
             last: dict[str, float] = {}

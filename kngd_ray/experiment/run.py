@@ -33,6 +33,7 @@ from kngd_ray.training.loader import cores
 from kngd_ray.training.metrics import load_scorers
 from kngd_ray.training.posterior_options import PosteriorOptions
 from kngd_ray.training.predict import Predictor
+from kngd_ray.training.refit import refits
 from kngd_ray.training.start import describe_start
 
 
@@ -169,7 +170,8 @@ def _fit(
     """Run all fits of all methods as one job."""
     owner = {method.fit(seed): method for method in methods for seed in method.tasks}
     fits = {method.fit(seed): task for method in methods for seed, task in method.tasks.items()}
-    with display.steps({name: task.sampler.steps for name, task in fits.items()}) as show:
+    steps = {name: task.sampler.steps for name, task in fits.items()}
+    with display.steps(steps, refitted=[name for name, task in fits.items() if refits(task)]) as show:
 
         def on_event(event: FitEvent) -> None:
             if event.record is not None:

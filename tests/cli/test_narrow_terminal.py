@@ -1,7 +1,8 @@
 """Tables on a terminal narrower than they are: no figure and no name is cut off."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
@@ -89,3 +90,31 @@ def test_progress_keeps_the_names_of_fits(printed: Printed) -> None:
         last = [line for line in printed(show, width).splitlines() if "kalman-seed0 ━" in line][-1]
         assert "2/3" in last
         assert ("1234.5 ms/step" in last) == (width == 160)
+
+
+class Watched(Display):
+    """Its log's line on what is going on, at any time."""
+
+    @contextmanager
+    def _alive(self, going: Callable[[], str]) -> Iterator[Callable[[], None]]:
+        self.going = going
+        yield lambda: None
+
+
+@pytest.mark.parametrize(
+    ("refitted", "between", "after"),
+    [
+        (["seed0", "seed1"], "seed0: fitting its head again, then seed1", "seed1: fitting its head again"),
+        ([], "seed1: fitting", "all steps are done"),
+    ],
+)
+def test_what_a_log_says_while_no_step_is_done(refitted: list[str], between: str, after: str) -> None:
+    record = {"step": 1, "steps": 1, "milliseconds": 1.0, "refused": "for the test", "stats": None}
+    display = Watched(quiet=True)
+    display._live = False
+    with display.steps({"seed0": 1, "seed1": 1}, refitted=refitted) as advance:
+        assert display.going() == "seed0: fitting"
+        advance("seed0", record)
+        assert display.going() == between
+        advance("seed1", record)
+        assert display.going() == after
